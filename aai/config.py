@@ -1,0 +1,91 @@
+"""Configs: one YAML file and `--set a.b=c` overrides become one frozen pydantic model.
+
+OmegaConf reads the YAML, resolves `${...}` and merges the overrides; pydantic checks names, types and ranges.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pydantic
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from aai.errors import UserError
+
+
+class Config(pydantic.BaseModel):
+    """Base of every config: frozen, and an unknown key is an error. Field docstrings become the help text."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+    @classmethod
+    def load(
+        cls, path: str | Path, overrides: Sequence[str] = (), values: Mapping[str, object] | None = None
+    ) -> Self:
+        """Reads a YAML file and applies dotted overrides (`train.batch_size=8`), then `values` as they are.
+
+        Raises UserError naming the key, its value, the rule and the remedy.
+        """
+        if not Path(path).is_file():
+            raise UserError("config", path, "no such file", "give an existing YAML file, e.g. one of configs/demo/")
+        for override in overrides:
+            if "=" not in override:
+                raise UserError("--set", override, "is not KEY=VALUE", "write it as --set section.key=value")
+        try:
+            merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+            for key, value in (values or {}).items():
+                OmegaConf.update(merged, key, value)
+            data = OmegaConf.to_container(merged, resolve=True)
+        except (OmegaConfBaseException, ValueError, OSError) as error:
+            raise UserError("config", path, str(error).split("\n")[0], "mend the YAML file or the override") from error
+        if not isinstance(data, dict):
+            raise UserError("config", path, "is not a mapping of settings", "write KEY: VALUE lines")
+        return cls.parse(data, source=str(path))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any] | dict[Any, Any], source: str = "config") -> Self:
+        """Validates plain data; pydantic's first complaint becomes a UserError."""
+        try:
+            return cls.model_validate(data)
+        except pydantic.ValidationError as error:
+            raise _user_error(cls, error, source) from error
+
+    def digest(self) -> str:
+        """A short hash of all settings: equal settings, equal digest."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The resolved settings as YAML."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+
+def _user_error(cls: type[Config], error: pydantic.ValidationError, source: str) -> UserError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "config"
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(cls, [str(part) for part in first["loc"][:-1]])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+        return UserError(key, first["input"], f"unknown key ({source})", remedy)
+    if first["type"] == "missing":
+        return UserError(key, "(missing)", f"required setting is absent ({source})", f"add it, or pass --set {key}=...")
+    return UserError(key, first["input"], f"{first['msg']} ({source})", f"change it there, or pass --set {key}=...")
+
+
+def _keys_at(cls: type[pydantic.BaseModel], path: list[str]) -> list[str]:
+    """The field names of the (nested) model at a path; empty when the path leaves the models."""
+    for part in path:
+        field = cls.model_fields.get(part)
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)]
+        if not models:
+            return []
+        cls = models[0]
+    return list(cls.model_fields)

@@ -1,0 +1,87 @@
+"""The tables that stages hand to each other, versioned; a test freezes them.
+
+Every table is plain Parquet: pyarrow, pandas, DuckDB and Polars read it without Ray.
+"""
+
+import pyarrow as pa
+
+VERSION = 1
+
+MANIFEST_REQUIRED = ("uri",)
+MANIFEST_OPTIONAL = ("start_s", "end_s", "caption", "labels", "split")
+"""A manifest (CSV or Parquet) names clips; `labels` is a list, or words joined by ";" in CSV."""
+
+_PROVENANCE = [
+    pa.field("uri", pa.string(), nullable=False),
+    pa.field("start_s", pa.float64()),  # of the clip within the file; null = from its beginning
+    pa.field("end_s", pa.float64()),  # null = to its end
+    pa.field("caption", pa.string(), nullable=False),
+    pa.field("labels", pa.list_(pa.string()), nullable=False),
+    pa.field("split", pa.string(), nullable=False),
+]
+SIGNALS = [
+    pa.field("duration_s", pa.float64()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("fps", pa.float64()),
+    pa.field("source_sample_rate_hz", pa.int32()),
+    pa.field("channels", pa.int32()),
+    pa.field("av_gap_s", pa.float64()),  # |audio length - video length|
+    pa.field("rms_db", pa.float64()),  # of the whole clip, dB full scale
+    pa.field("silent_fraction", pa.float64()),  # of 50 ms windows
+    pa.field("clipped_fraction", pa.float64()),  # of samples at full scale
+    pa.field("luma_mean", pa.float64()),  # 0..255 over the kept frames
+    pa.field("luma_std", pa.float64()),
+    pa.field("motion", pa.float64()),  # mean |luma difference| of successive kept frames, 0..255
+    pa.field("video_hash", pa.binary()),  # perceptual, 32 bytes
+    pa.field("audio_hash", pa.binary()),  # perceptual, 32 bytes
+]
+"""What curate measures of every clip: values, not verdicts."""
+
+CLIP_TABLE = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("content_hash", pa.string(), nullable=False),
+        *_PROVENANCE,
+        *SIGNALS,
+        pa.field("audio", pa.binary(), nullable=False),  # FLAC, 16 kHz mono
+        pa.field("frames", pa.list_(pa.binary()), nullable=False),  # K JPEG pictures
+        pa.field("frame_pts_s", pa.list_(pa.float64()), nullable=False),  # true time within the clip
+    ]
+)
+REJECT_TABLE = pa.schema(
+    [
+        pa.field("clip_id", pa.string()),
+        pa.field("content_hash", pa.string()),
+        *_PROVENANCE,
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("code", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("transient", pa.bool_(), nullable=False),
+        *SIGNALS,
+        pa.field("thumbnail", pa.binary()),  # the first frame as JPEG, where one was decoded
+    ]
+)
+
+
+def feature_table(num_frames: int, image_dim: int, num_texts: int, text_dim: int, latent_dim: int) -> pa.Schema:
+    """The FeatureTable: CLIP features of K frames and of the captions, VAE latents of one frame, and the audio.
+
+    Features are flattened `fixed_size_list<float16>`; their shapes stand in the manifest beside the table.
+    """
+
+    def vector(size: int) -> pa.DataType:
+        return pa.list_(pa.float16(), size)
+
+    return pa.schema(
+        [
+            pa.field("clip_id", pa.string(), nullable=False),
+            pa.field("content_hash", pa.string(), nullable=False),
+            *_PROVENANCE,
+            pa.field("duration_s", pa.float64(), nullable=False),
+            pa.field("audio", pa.binary(), nullable=False),
+            pa.field("image_features", vector(num_frames * image_dim), nullable=False),  # [K, D]
+            pa.field("text_features", vector(num_texts * text_dim), nullable=False),  # [T, D]
+            pa.field("latents", vector(latent_dim), nullable=False),  # [C, h, w]
+        ]
+    )

@@ -1,0 +1,1 @@
+"""The toy world: a procedural audio-visual world and the small foundation models trained on it."""

@@ -1,0 +1,210 @@
+"""Draws scenes of the toy world with Pillow.
+
+Each object is a list of filled shapes in a unit box (x right, y down, centre 0, half-width about 1), so that one
+function places, scales and mirrors them all.
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from aai.toy.grammar import Scene
+
+Point = tuple[float, float]
+Shape = tuple[str, tuple[float, ...], str]
+"""(kind, coordinates in the unit box, palette key). Kinds: `ellipse` and `rect` (x0 y0 x1 y1), `poly` (x y ...)."""
+
+_DARK = "#2a2320"
+_OBJECTS: dict[str, tuple[dict[str, str], list[Shape]]] = {
+    "dog": (
+        {"a": "#a8692f", "b": "#6e401a", "k": _DARK},
+        [
+            ("rect", (-0.7, 0.35, -0.45, 0.95), "a"), ("rect", (0.25, 0.35, 0.5, 0.95), "a"),
+            ("ellipse", (-0.95, -0.15, 0.65, 0.6), "a"), ("poly", (-0.85, 0.1, -1.1, -0.55, -0.7, -0.05), "a"),
+            ("ellipse", (0.2, -0.85, 1.0, 0.1), "a"), ("ellipse", (0.12, -0.85, 0.42, 0.0), "b"),
+            ("ellipse", (0.75, -0.45, 1.12, -0.1), "b"), ("ellipse", (0.6, -0.6, 0.74, -0.44), "k"),
+        ],
+    ),
+    "bell": (
+        {"a": "#f2c21b", "b": "#b07d0a", "k": _DARK},
+        [
+            ("ellipse", (-0.2, -1.0, 0.2, -0.6), "b"), ("ellipse", (-0.5, -0.8, 0.5, 0.2), "a"),
+            ("poly", (-0.5, -0.3, 0.5, -0.3, 0.95, 0.62, -0.95, 0.62), "a"),
+            ("rect", (-1.0, 0.5, 1.0, 0.72), "b"), ("ellipse", (-0.24, 0.6, 0.24, 1.02), "k"),
+        ],
+    ),
+    "car": (
+        {"a": "#1f5fd6", "b": "#cfe9ff", "k": _DARK},
+        [
+            ("poly", (-0.55, -0.1, -0.35, -0.6, 0.35, -0.6, 0.62, -0.1), "a"),
+            ("rect", (-1.1, -0.12, 1.1, 0.42), "a"), ("poly", (-0.38, -0.12, -0.26, -0.46, 0.0, -0.46, 0.0, -0.12), "b"),
+            ("poly", (0.1, -0.12, 0.1, -0.46, 0.28, -0.46, 0.44, -0.12), "b"),
+            ("ellipse", (-0.85, 0.12, -0.25, 0.72), "k"), ("ellipse", (0.25, 0.12, 0.85, 0.72), "k"),
+        ],
+    ),
+    "bird": (
+        {"a": "#f06fb3", "b": "#a92d77", "y": "#ffd23e", "k": _DARK},
+        [
+            ("rect", (-0.12, 0.4, -0.04, 0.95), "k"), ("rect", (0.12, 0.4, 0.2, 0.95), "k"),
+            ("poly", (-0.5, 0.15, -1.2, -0.15, -1.1, 0.35), "b"), ("ellipse", (-0.7, -0.35, 0.55, 0.6), "a"),
+            ("ellipse", (0.12, -0.9, 0.8, -0.15), "a"), ("poly", (0.74, -0.68, 1.25, -0.5, 0.74, -0.35), "y"),
+            ("poly", (-0.45, -0.1, 0.3, -0.05, -0.25, 0.4), "b"), ("ellipse", (0.48, -0.68, 0.62, -0.52), "k"),
+        ],
+    ),
+    "clock": (
+        {"a": "#fbfbf2", "b": "#7a4420", "k": _DARK},
+        [
+            ("ellipse", (-1.0, -1.0, 1.0, 1.0), "b"), ("ellipse", (-0.78, -0.78, 0.78, 0.78), "a"),
+            ("rect", (-0.07, -0.62, 0.07, 0.06), "k"), ("rect", (-0.06, -0.07, 0.5, 0.07), "k"),
+            ("ellipse", (-0.13, -0.13, 0.13, 0.13), "k"),
+        ],
+    ),
+    "guitar": (
+        {"a": "#e2842b", "b": "#5a2d0c", "k": _DARK},
+        [
+            ("rect", (-0.1, -1.15, 0.1, 0.1), "b"), ("rect", (-0.2, -1.25, 0.2, -0.92), "k"),
+            ("ellipse", (-0.46, -0.3, 0.46, 0.5), "a"), ("ellipse", (-0.68, 0.1, 0.68, 1.1), "a"),
+            ("ellipse", (-0.2, 0.05, 0.2, 0.45), "k"), ("rect", (-0.3, 0.72, 0.3, 0.84), "b"),
+        ],
+    ),
+    "siren": (
+        {"a": "#e3151a", "b": "#5b6470", "w": "#ffd7d0"},
+        [
+            ("poly", (-1.25, -0.85, -0.55, -0.35, -0.62, -0.15), "a"), ("poly", (1.25, -0.85, 0.55, -0.35, 0.62, -0.15), "a"),
+            ("poly", (-0.12, -1.2, 0.12, -1.2, 0.08, -0.75, -0.08, -0.75), "a"),
+            ("ellipse", (-0.55, -0.65, 0.55, 0.5), "a"), ("rect", (-0.55, 0.0, 0.55, 0.5), "a"),
+            ("ellipse", (-0.3, -0.45, 0.0, 0.15), "w"), ("rect", (-0.9, 0.45, 0.9, 0.9), "b"),
+        ],
+    ),
+    "frog": (
+        {"a": "#3fae2a", "b": "#1d6b14", "w": "#ffffff", "k": _DARK},
+        [
+            ("ellipse", (-1.15, 0.2, -0.35, 0.85), "b"), ("ellipse", (0.35, 0.2, 1.15, 0.85), "b"),
+            ("ellipse", (-0.9, -0.4, 0.9, 0.8), "a"), ("ellipse", (-0.8, -0.85, -0.15, -0.2), "a"),
+            ("ellipse", (0.15, -0.85, 0.8, -0.2), "a"), ("ellipse", (-0.65, -0.72, -0.3, -0.37), "w"),
+            ("ellipse", (0.3, -0.72, 0.65, -0.37), "w"), ("ellipse", (-0.53, -0.62, -0.39, -0.46), "k"),
+            ("ellipse", (0.39, -0.62, 0.53, -0.46), "k"), ("rect", (-0.5, 0.24, 0.5, 0.34), "k"),
+        ],
+    ),
+    "drum": (
+        {"a": "#7d2fbf", "b": "#f4e9d2", "y": "#e9c64a", "k": _DARK},
+        [
+            ("poly", (-0.7, -1.1, -0.55, -1.15, 0.1, -0.4, -0.02, -0.34), "k"),
+            ("poly", (0.7, -1.1, 0.55, -1.15, -0.1, -0.4, 0.02, -0.34), "k"),
+            ("ellipse", (-0.9, 0.25, 0.9, 0.95), "a"), ("rect", (-0.9, -0.25, 0.9, 0.6), "a"),
+            ("poly", (-0.9, -0.2, -0.7, -0.2, -0.3, 0.75, -0.5, 0.75), "y"),
+            ("poly", (0.9, -0.2, 0.7, -0.2, 0.3, 0.75, 0.5, 0.75), "y"),
+            ("ellipse", (-0.9, -0.6, 0.9, 0.1), "b"),
+        ],
+    ),
+    "train": (
+        {"a": "#1d8f8a", "b": "#f3d34a", "r": "#c23b22", "k": _DARK},
+        [
+            ("rect", (-1.15, -0.1, 0.55, 0.55), "a"), ("rect", (0.3, -0.75, 1.1, 0.55), "a"),
+            ("rect", (0.2, -0.9, 1.2, -0.7), "r"), ("rect", (0.48, -0.5, 0.9, -0.12), "b"),
+            ("rect", (-0.95, -0.7, -0.65, -0.1), "k"), ("poly", (-1.15, 0.55, -1.4, 0.75, -1.15, 0.75), "r"),
+            ("ellipse", (-1.05, 0.35, -0.55, 0.85), "k"), ("ellipse", (-0.4, 0.35, 0.1, 0.85), "k"),
+            ("ellipse", (0.4, 0.25, 1.0, 0.85), "k"),
+        ],
+    ),
+}
+
+_SKY = {"clear": "#8fcdf5", "rain": "#7b8794", "night": "#10163f", "snow": "#dfe7ee"}
+_GROUND = {"clear": "#86c25a", "rain": "#5f6b58", "night": "#1c2b3a", "snow": "#ffffff"}
+
+
+def _jitter(colour: str, rng: np.random.Generator, amount: float) -> tuple[int, int, int]:
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], float)
+    r, g, b = np.clip(rgb + rng.uniform(-amount, amount, 3), 0, 255).astype(int)
+    return int(r), int(g), int(b)
+
+
+def _background(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int) -> None:
+    """Sky, ground and the light of the sky (sun or moon and stars)."""
+    horizon = px * rng.uniform(0.62, 0.74)
+    draw.rectangle((0, 0, px, px), fill=_jitter(_SKY[scene.ambience], rng, 10))
+    draw.rectangle((0, horizon, px, px), fill=_jitter(_GROUND[scene.ambience], rng, 10))
+    side = px * (rng.uniform(0.1, 0.2) if rng.random() < 0.5 else rng.uniform(0.8, 0.9))
+    top = px * rng.uniform(0.1, 0.16)
+    if scene.ambience == "clear":
+        r = px * 0.09
+        draw.ellipse((side - r, top - r, side + r, top + r), fill="#ffe24a")
+    if scene.ambience == "night":
+        r = px * 0.08
+        draw.ellipse((side - r, top - r, side + r, top + r), fill="#f5f0c8")
+        for x, y in rng.uniform(0, 1, (14, 2)) * (px, horizon):
+            draw.ellipse((x - px * 0.01, y - px * 0.01, x + px * 0.01, y + px * 0.01), fill="#ffffff")
+
+
+def _object(
+    draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int, bounce: float
+) -> None:
+    """The sounding object, lifted by `bounce` (a fraction of its size)."""
+    palette, shapes = _OBJECTS[scene.obj]
+    colours = {key: _jitter(value, rng, 14) for key, value in palette.items()}
+    half = px * (0.19 + 0.19 * scene.size)
+    cx = px * 0.5 + rng.uniform(-1, 1) * px * 0.08
+    cy = px * 0.56 + rng.uniform(-1, 1) * px * 0.05 - bounce * half
+    mirror = -1.0 if rng.random() < 0.5 else 1.0
+    line = max(1, round(px * 0.008))
+    outline = "#d8d8e8" if scene.ambience == "night" else "#1b1716"
+    for kind, unit, key in shapes:
+        xs = [cx + mirror * half * u for u in unit[0::2]]
+        ys = [cy + half * u for u in unit[1::2]]
+        if kind == "poly":
+            draw.polygon(list(zip(xs, ys, strict=True)), fill=colours[key], outline=outline, width=line)
+        else:
+            box = (min(xs), min(ys), max(xs), max(ys))
+            shape = draw.ellipse if kind == "ellipse" else draw.rectangle
+            shape(box, fill=colours[key], outline=outline, width=line)
+
+
+def _weather(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int, time_s: float) -> None:
+    """What falls: rain as slanted streaks, snow as flakes; it moves with time."""
+    if scene.ambience == "rain":
+        for x, y in rng.uniform(0, 1, (26, 2)):
+            y = (y + 1.7 * time_s) % 1.0
+            a = (px * x, px * y)
+            draw.line((*a, a[0] - px * 0.035, a[1] + px * 0.11), fill="#cfe3f5", width=max(1, px // 54))
+    if scene.ambience == "snow":
+        for x, y in rng.uniform(0, 1, (26, 2)):
+            cx, cy, r = px * x, px * ((y + 0.25 * time_s) % 1.0), px * 0.021
+            draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill="#ffffff", outline="#9fb2c4")
+
+
+def _render_medium(image: Image.Image, medium: str) -> Image.Image:
+    """Turns the coloured scene into the medium: a photo as it is, a framed painting, a pencil sketch."""
+    if medium == "photo":
+        return image
+    pixels = np.asarray(image, np.float32) / 255
+    if medium == "painting":
+        warm = np.clip(pixels * np.array([1.08, 0.98, 0.82], np.float32) * 255, 0, 255)
+        framed = Image.fromarray(warm.astype(np.uint8))
+        draw, px = ImageDraw.Draw(framed), image.width
+        draw.rectangle((0, 0, px - 1, px - 1), outline="#8a5a17", width=round(px * 0.07))
+        draw.rectangle((0, 0, px - 1, px - 1), outline="#d9a437", width=round(px * 0.04))
+        return framed
+    grey = image.convert("L")
+    edges = np.asarray(grey.filter(ImageFilter.FIND_EDGES), np.float32) / 255
+    edges[[0, -1], :] = edges[:, [0, -1]] = 0  # the filter marks the border itself
+    tone = np.asarray(grey, np.float32)[..., None] / 255
+    paper = np.array([250, 244, 228], np.float32)
+    tinted = paper * (0.4 + 0.6 * (0.65 * tone + 0.35 * pixels))
+    edges = np.clip(edges * 1.6, 0, 1)[..., None]
+    out = tinted * (1 - edges) + np.array([40, 36, 34], np.float32) * edges
+    return Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
+
+
+def draw_scene(scene: Scene, size_px: int = 128, time_s: float = 0.0, level: float = 0.0) -> Image.Image:
+    """Draws one frame of a scene.
+
+    size_px: edge of the square picture; time_s moves the weather; level in [0, 1] is how loud the object sounds at
+    this instant and lifts it a little. The same scene and time give the same picture. Returns an RGB image.
+    """
+    px = size_px * 2  # drawn at twice the size and halved: anti-aliasing
+    image = Image.new("RGB", (px, px))
+    draw = ImageDraw.Draw(image)
+    layout, things, sky = (np.random.default_rng((scene.seed, i)) for i in range(3))
+    _background(draw, scene, layout, px)
+    _object(draw, scene, things, px, bounce=0.18 * level)
+    _weather(draw, scene, sky, px, time_s)
+    return _render_medium(image.reduce(2), scene.medium)

@@ -1,0 +1,132 @@
+"""The command line: `aai VERB --config FILE [--set a.b=c ...]`. One verb, one module, one config class."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pydantic
+
+from aai.errors import UserError
+from pipelines.settings import VerbConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+VERBS = {
+    "world": "write a toy world of real .mp4 clips with planted defects",
+    "foundation": "train the small CLIP, diffusion model and judge from captioned pictures",
+    "curate": "decode, measure and filter clips -> accepted/ and rejected/ tables",
+    "featurize": "frozen CLIP features and VAE latents -> FeatureTable",
+    "align": "train the audio encoder against the frozen CLIP -> bundle",
+    "adapt": "train the audio adapter through the frozen diffusion model -> bundle",
+    "evaluate": "retrieval and generation quality on held-out clips, with floors and ceilings",
+    "promote": "gate, register and alias a bundle; --rollback moves the alias back",
+    "generate": "sound -> pictures",
+    "edit": "put a sound's object into a given picture",
+    "stylize": "put a sound's ambience onto a given picture",
+    "serve": "serve the promoted bundle over HTTP",
+    "demo": "all of the above on the toy world, ending with a report",
+}
+"""Every command and what it does; the module of the same name in pipelines/ has `CONFIG`, `run` and maybe `add_flags`.
+
+`CONFIG` is a VerbConfig class; `run(config) -> dict` does the work and returns the figures of the summary line;
+`add_flags(parser) -> dict` adds short flags (such as --rollback) and maps each to the setting it stands for.
+"""
+
+
+def module_of(verb: str) -> ModuleType:
+    """The module of a verb. Imported only now: `aai --help` needs neither Ray nor torch."""
+    return importlib.import_module(f"pipelines.{verb}")
+
+
+def settings_help(cls: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
+    """One line per setting: dotted name, default, meaning."""
+    lines = []
+    for name, field in cls.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
+            lines += settings_help(kind, f"{prefix}{name}.")
+            continue
+        default = "(required)" if field.is_required() else f"[{field.get_default(call_default_factory=True)}]"
+        lines.append(f"  {prefix}{name} {default}  {' '.join((field.description or '').split())}".rstrip())
+    return lines
+
+
+def build_parser(verb: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
+    """The parser of one verb, and the settings its short flags stand for."""
+    module = module_of(verb)
+    default = CONFIGS / "demo" / f"{verb}.yaml"
+    parser = argparse.ArgumentParser(
+        prog=f"aai {verb}",
+        description=f"{VERBS[verb]}.\n\n{module.__doc__}",
+        epilog="settings (--set NAME=VALUE):\n" + "\n".join(settings_help(module.CONFIG)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", default=str(default), metavar="FILE", help="YAML settings [configs/demo/%s.yaml]" % verb)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override one setting; repeatable")
+    parser.add_argument("--address", metavar="ADDR", help="Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
+    parser.add_argument("--dry-run", action="store_true", help="check the settings, print the plan, start nothing")
+    flags = module.add_flags(parser) if hasattr(module, "add_flags") else {}
+    return parser, {"address": "cluster.address", **flags}
+
+
+def load_config(verb: str, argv: list[str]) -> tuple[VerbConfig, argparse.Namespace]:
+    """Parses a verb's arguments into its config."""
+    parser, flags = build_parser(verb)
+    args = parser.parse_args(argv)
+    given = {setting: getattr(args, flag) for flag, setting in flags.items()}
+    values = {setting: value for setting, value in given.items() if value is not None and value is not False}
+    return module_of(verb).CONFIG.load(args.config, args.set, values), args
+
+
+def print_plan(verb: str, config: VerbConfig) -> None:
+    """The --dry-run output."""
+    plan = config.plan()
+    print(f"aai {verb}: settings are valid; nothing was started")
+    for title, rows in (("inputs", plan.inputs), ("outputs", plan.outputs), ("resources", plan.resources)):
+        print(f"{title}:")
+        for name, value in rows.items():
+            print(f"  {name:<14} {value}")
+
+
+def usage() -> str:
+    """The top-level help."""
+    rows = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
+    return (
+        "usage: aai VERB [--config FILE] [--set NAME=VALUE ...] [--address ADDR] [--dry-run]\n\n"
+        f"Sound into pictures at cluster scale.\n\n{rows}\n\n"
+        "`aai VERB --help` lists every setting. Without --config a verb uses configs/demo/VERB.yaml.\n"
+        "Start with `aai demo`."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb. Exit code 0, or 2 with one line on a mistake the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        print(f"aai: error: verb={verb}: no such command; one of: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=os.environ.get("AAI_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
+    try:
+        config, args = load_config(verb, rest)
+        if args.dry_run:
+            print_plan(verb, config)
+        else:
+            module_of(verb).run(config)
+    except UserError as error:
+        print(f"aai {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"aai {verb}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

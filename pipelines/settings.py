@@ -1,0 +1,67 @@
+"""Config sections that all commands share."""
+
+from typing import ClassVar, Literal
+
+import pydantic
+
+from aai.config import Config
+
+
+class ClusterConfig(Config):
+    """Where a command runs and how much of the cluster it takes."""
+
+    address: str | None = None
+    """Ray cluster to use: `auto`, HOST:PORT or ray://HOST:PORT; empty starts Ray on this machine."""
+    num_workers: int = pydantic.Field(2, ge=1)
+    """Worker processes of the stage."""
+    cpus_per_worker: float = pydantic.Field(1, gt=0)
+    gpus_per_worker: float = pydantic.Field(0, ge=0)
+    max_failures: int = pydantic.Field(2, ge=0)
+    """How often a failed training worker group is started again from its last checkpoint."""
+
+
+class TrackingConfig(Config):
+    """MLflow: where runs, metrics and registered models go."""
+
+    uri: str = "sqlite:///mlflow.db"
+    """Tracking and registry URI: sqlite:///FILE or http(s)://SERVER."""
+    artifacts: str | None = None
+    """Artifact folder or s3:// prefix of a new experiment; empty = the server's default, or a folder beside sqlite."""
+    experiment: str = "aai"
+    model_name: str = "aai"
+    """Name of the registered model."""
+
+
+class Plan(Config):
+    """What a command would read, write and occupy: printed by --dry-run."""
+
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    resources: dict[str, str]
+
+
+class VerbConfig(Config):
+    """Base of every command's config."""
+
+    summary: ClassVar[str] = ""
+    """One line on what the command does, for `aai --help`."""
+
+    run_dir: str = "runs/demo"
+    """Folder or s3:// prefix of the run; other settings may refer to it as ${run_dir}."""
+    cluster: ClusterConfig = ClusterConfig()
+
+    def plan(self) -> Plan:
+        """What the command would do with these settings, without doing it."""
+        raise TypeError(f"{type(self).__name__} has no plan")
+
+    def resources(self) -> dict[str, str]:
+        """The cluster's share as printed by --dry-run."""
+        c = self.cluster
+        return {
+            "cluster": c.address or "this machine",
+            "workers": f"{c.num_workers} x ({c.cpus_per_worker:g} CPU, {c.gpus_per_worker:g} GPU)",
+        }
+
+
+DType = Literal["float32", "bfloat16", "float16"]
+"""Arithmetic type of frozen models."""
