@@ -16,7 +16,7 @@ from aai.toy.recipe import (
 )
 
 SIZES = FoundationConfig(image_size_px=64, hidden_size=32, unet_channels=(32, 32), merges=60)
-CAPTIONS = ["a photo of a big dog in the rain", "a sketch of a small bell at night", "a clock", "thing", "sound"]
+CAPTIONS = ["a photo of a big dog in the rain", "a sketch of a small bell at night", "a clock", "thing"]
 
 
 def write_clip(folder: str | Path) -> Path:
