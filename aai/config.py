@@ -8,9 +8,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import pydantic
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,23 +34,25 @@ class Config(pydantic.BaseModel):
         Raises UserError naming the key, its value, the rule and the remedy.
         """
         if not Path(path).is_file():
-            raise UserError("config", path, "no such file", "give an existing YAML file, e.g. one of configs/demo/")
+            raise UserError("config", path, "no such file", "give a YAML file, e.g. one of configs/demo/")
         for override in overrides:
             if "=" not in override:
                 raise UserError("--set", override, "is not KEY=VALUE", "write it as --set section.key=value")
         try:
-            merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+            base = OmegaConf.load(path)
+            if not OmegaConf.is_dict(base):
+                raise ValueError("is not a mapping of settings")
+            merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
             for key, value in (values or {}).items():
                 OmegaConf.update(merged, key, value)
-            data = OmegaConf.to_container(merged, resolve=True)
-        except (OmegaConfBaseException, ValueError, OSError) as error:
-            raise UserError("config", path, str(error).split("\n")[0], "mend the YAML file or the override") from error
-        if not isinstance(data, dict):
-            raise UserError("config", path, "is not a mapping of settings", "write KEY: VALUE lines")
+            data = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+            rule = str(error).split("\n")[0]
+            raise UserError("config", path, rule, "mend the YAML file or the override") from error
         return cls.parse(data, source=str(path))
 
     @classmethod
-    def parse(cls, data: dict[str, Any] | dict[Any, Any], source: str = "config") -> Self:
+    def parse(cls, data: Mapping[str, Any], source: str = "config") -> Self:
         """Validates plain data; pydantic's first complaint becomes a UserError."""
         try:
             return cls.model_validate(data)
@@ -74,9 +77,10 @@ def _user_error(cls: type[Config], error: pydantic.ValidationError, source: str)
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
         return UserError(key, first["input"], f"unknown key ({source})", remedy)
+    remedy = f"give it there, or pass --set {key}=..."
     if first["type"] == "missing":
-        return UserError(key, "(missing)", f"required setting is absent ({source})", f"add it, or pass --set {key}=...")
-    return UserError(key, first["input"], f"{first['msg']} ({source})", f"change it there, or pass --set {key}=...")
+        return UserError(key, "(missing)", f"required setting is absent ({source})", remedy)
+    return UserError(key, first["input"], f"{first['msg']} ({source})", remedy)
 
 
 def _keys_at(cls: type[pydantic.BaseModel], path: list[str]) -> list[str]:

@@ -1,0 +1,37 @@
+# Two commands to know: `make demo` and `make test`. Needs only Python 3.11+, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint accept foundation
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make .venv with the pinned packages (again only when pyproject.toml or constraints.txt change)
+
+# A Python without ensurepip (Debian's, for one) makes a venv without pip; the outer pip then puts one in.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m venv --without-pip --clear $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $(BIN)/python install --quiet pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## the whole chain on the toy world, ending with runs/demo/report.html
+	$(BIN)/aai demo
+
+test: setup ## all tests, lint and type checks among them (one file: make test ARGS=tests/test_schema.py)
+	$(BIN)/pytest $(ARGS)
+
+lint: setup ## ruff and mypy alone
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+accept: setup ## the long evidence, one test per acceptance line
+	$(BIN)/pytest -m accept $(ARGS)
+
+foundation: setup ## train the toy foundation models again from nothing (hours on a CPU)
+	$(BIN)/aai foundation

@@ -1,0 +1,109 @@
+"""aai.storage: the same functions on a local folder and on a real S3 server."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from aai import storage
+from aai.errors import UserError
+
+
+@pytest.fixture(params=["local", "s3"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder of either kind; every test below runs on both."""
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3")
+
+
+@pytest.mark.parametrize("uri", ["http://169.254.169.254/x", "https://example.org/a.mp4", "gs://b/k", "ftp://h/x"])
+def test_other_schemes_are_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="is not allowed"):
+        storage.filesystem(uri)
+
+
+def test_bytes_and_json_come_back(base: str) -> None:
+    storage.write_bytes(storage.join(base, "a/b.bin"), b"\x00\xff")
+    storage.write_json(storage.join(base, "a/c.json"), {"x": [1, None]})
+    assert storage.read_bytes(storage.join(base, "a/b.bin")) == b"\x00\xff"
+    assert storage.read_json(storage.join(base, "a/c.json")) == {"x": [1, None]}
+    assert storage.exists(storage.join(base, "a/b.bin"))
+    assert not storage.exists(storage.join(base, "a/none"))
+
+
+def test_a_write_replaces_and_is_seen_at_once(base: str) -> None:
+    uri = storage.join(base, "f")
+    storage.write_bytes(uri, b"old")
+    assert storage.list_files(base) == [uri]
+    storage.write_bytes(uri, b"new!")
+    storage.write_bytes(uri + "2", b"x")
+    assert storage.read_bytes(uri) == b"new!"
+    assert storage.list_files(base) == [uri, uri + "2"], "a listing must not come from a cache"
+
+
+def test_list_files_is_recursive_sorted_and_filtered(base: str) -> None:
+    for name in ("b.parquet", "a/z.parquet", "a/y.json"):
+        storage.write_bytes(storage.join(base, name), b"1")
+    expected = [storage.join(base, name) for name in ("a/z.parquet", "b.parquet")]
+    assert storage.list_files(base, ".parquet") == expected
+    assert storage.list_files(storage.join(base, "absent")) == []
+
+
+def test_size_limit_is_checked_before_reading(base: str) -> None:
+    uri = storage.join(base, "big")
+    storage.write_bytes(uri, b"x" * 100)
+    assert len(storage.read_bytes(uri, max_bytes=100)) == 100
+    with pytest.raises(ValueError, match="100 bytes is over the limit of 99"):
+        storage.read_bytes(uri, max_bytes=99)
+
+
+def test_tables_come_back_in_file_order(base: str) -> None:
+    for name, values in (("shard-00001.parquet", [3]), ("shard-00000.parquet", [1, 2])):
+        storage.write_table(storage.join(base, name), pa.table({"x": values, "y": ["s"] * len(values)}))
+    assert storage.read_table(base).column("x").to_pylist() == [1, 2, 3]
+    assert storage.read_table(storage.join(base, "shard-00001.parquet"), ["x"]).column_names == ["x"]
+    with pytest.raises(UserError, match="run the stage"):
+        storage.read_table(storage.join(base, "absent"))
+
+
+def test_remove_takes_a_folder_and_may_find_nothing(base: str) -> None:
+    storage.write_bytes(storage.join(base, "d/e/f"), b"1")
+    storage.write_bytes(storage.join(base, "kept"), b"1")
+    storage.remove(storage.join(base, "d"))
+    storage.remove(storage.join(base, "d"))
+    assert storage.list_files(base) == [storage.join(base, "kept")]
+
+
+def test_a_folder_goes_up_and_comes_down(base: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "one.txt").write_text("1")
+    (source / "sub" / "-two.txt").write_text("2")
+    target = storage.join(base, "up")
+    storage.upload_folder(source, target)
+    down = Path(storage.local_folder(target))
+    assert (down / "one.txt").read_text() == "1"
+    assert (down / "sub" / "-two.txt").read_text() == "2"
+
+
+def test_a_failed_local_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "f")
+    storage.write_bytes(uri, b"old")
+
+    def full_disk(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        storage.write_bytes(uri, b"newer")
+    assert Path(uri).read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["-dash.bin", "with space.bin", "odd://name.bin", "ünïcode.bin"])
+def test_odd_local_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = "file://" + str(tmp_path / name)
+    storage.write_bytes(uri, b"1")
+    assert storage.read_bytes(uri) == b"1"
+    assert os.path.isabs(storage.absolute("x"))
+    assert storage.absolute("s3://b/k") == "s3://b/k"

@@ -1,0 +1,93 @@
+"""What every test needs: one thread per library, a Ray token of its own, and on request a real S3 server."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch, numpy or Ray are imported anywhere: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+BUCKET = "aai-test"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_token() -> Iterator[None]:
+    """Ray takes its token from a temporary file; without one it would write into the home folder."""
+    with tempfile.TemporaryDirectory(prefix="aai-token-") as folder:
+        token = Path(folder) / "token"
+        token.write_text(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        yield
+        del os.environ["RAY_AUTH_TOKEN_PATH"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for_port(port: int, server: subprocess.Popen[bytes], log: Path, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            break
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"the S3 server did not start: {log.read_text()[-500:]}")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server (rclone) on this machine; yields the environment that reaches it."""
+    rclone = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
+    assert rclone, "rclone is missing: make setup"
+    root = tmp_path_factory.mktemp("s3")
+    (root / "data" / BUCKET).mkdir(parents=True)
+    key, secret, port = secrets.token_hex(8), secrets.token_hex(16), _free_port()
+    log = root / "rclone.log"
+    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
+    with log.open("wb") as sink:
+        # An empty --config keeps the user's own rclone settings out.
+        server = subprocess.Popen([*command, "--config", "", str(root / "data")], stdout=sink, stderr=sink)
+        try:
+            _wait_for_port(port, server, log)
+            yield {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": key,
+                "AWS_SECRET_ACCESS_KEY": secret,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+                "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+            }
+        finally:
+            server.terminate()
+            server.wait(timeout=10)
+
+
+@pytest.fixture
+def s3(
+    s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[str]:
+    """An empty s3:// prefix of this test's own, with the environment set to reach it."""
+    import s3fs
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # instances remember the endpoint they were made with
+    yield f"s3://{BUCKET}/{request.node.name.replace('[', '-').replace(']', '')}-{secrets.token_hex(4)}"
+    s3fs.S3FileSystem.clear_instance_cache()
