@@ -1,0 +1,302 @@
+"""Synthesises the sound of scenes: one voice per object and one bed per ambience, by plain signal processing.
+
+All content lies below 8 kHz, so 16 kHz carries everything. Voices and beds are brought to a fixed level: the
+object's level follows the scene's size, the ambience's does not.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aai.toy.grammar import Scene
+
+Signal = NDArray[np.float64]
+Rng = np.random.Generator
+Voice = Callable[[Rng, Signal, int], Signal]
+"""(random generator, time axis in seconds [S], sample rate in Hz) -> sound of any level [S]."""
+
+OBJECT_DB = (-36.0, -18.0)
+"""rms level of the object at size 0 and at size 1, dB full scale."""
+AMBIENCE_DB = {"clear": -52.0, "rain": -38.0, "night": -38.0, "snow": -37.0}
+"""rms level of each ambience, dB full scale."""
+MAX_CREST = 5.0
+"""Peaks of an object's sound are rounded off above this multiple of its rms, so that loud clicks do not clip."""
+
+
+# ---------------------------------------------------------------- building blocks
+
+
+def _band(rng: Rng, num_samples: int, sample_rate_hz: int, low_hz: float, high_hz: float, tilt: float = 0.0) -> Signal:
+    """Gaussian noise between two frequencies with soft edges; `tilt` is the exponent of its amplitude slope."""
+    spectrum = np.fft.rfft(rng.standard_normal(num_samples))
+    f = np.fft.rfftfreq(num_samples, 1 / sample_rate_hz) + 1e-3
+    below, above = np.square(low_hz / f), np.square(f / high_hz)
+    shape = 1 / ((1 + below * below * below) * (1 + above * above * above))
+    if tilt:
+        shape *= (f / low_hz) ** tilt
+    return np.fft.irfft(spectrum * shape, num_samples)
+
+
+def _harmonics(phase: Signal, amplitudes: Sequence[float] | Signal, decay: Signal | None = None) -> Signal:
+    """Sum of sines at whole multiples of a phase in radians; harmonic k is damped by `decay` ** k.
+
+    Powers of one complex exponential: a multiplication per harmonic instead of a sine.
+    """
+    step = np.exp(1j * phase) if decay is None else decay * np.exp(1j * phase)
+    power, out = np.ones_like(step), np.zeros_like(phase)
+    for amplitude in amplitudes:
+        power *= step
+        out += amplitude * power.imag
+    return out
+
+
+def _phase(frequency_hz: Signal, sample_rate_hz: int) -> Signal:
+    """The running phase of a gliding tone."""
+    return 2 * np.pi * np.cumsum(frequency_hz) / sample_rate_hz
+
+
+def _events(
+    rng: Rng, t: Signal, sample_rate_hz: int, starts_s: Sequence[float], length_s: float,
+    make: Callable[[Rng, Signal, int], Signal],
+) -> Signal:
+    """Adds one sound per start time; `make(rng, time of the event, number of the event)` draws each of them."""
+    out = np.zeros_like(t)
+    for number, start_s in enumerate(starts_s):
+        first = round(start_s * sample_rate_hz)
+        local = t[: max(0, min(round(length_s * sample_rate_hz), len(t) - first))]
+        if len(local):
+            out[first : first + len(local)] += make(rng, local, number)
+    return out
+
+
+def _starts(rng: Rng, t: Signal, sample_rate_hz: int, every_s: float, jitter_s: float) -> list[float]:
+    """Roughly regular start times over the whole clip."""
+    end_s = len(t) / sample_rate_hz
+    grid = np.arange(rng.uniform(0.0, 0.5) * every_s, end_s, every_s)
+    return [max(0.0, s) for s in grid + rng.uniform(-jitter_s, jitter_s, len(grid))]
+
+
+def _swell(t: Signal, length_s: float) -> Signal:
+    """A bell-shaped envelope over an event."""
+    return np.sin(np.pi * np.clip(t / length_s, 0, 1)) ** 0.7
+
+
+# ---------------------------------------------------------------- objects
+
+
+def _dog(rng: Rng, t: Signal, rate: int) -> Signal:
+    """Barks: a falling harsh harmonic tone with breath noise."""
+    pitch = rng.uniform(330, 470)
+
+    def bark(rng: Rng, t: Signal, _: int) -> Signal:
+        phase = _phase(pitch * rng.uniform(0.93, 1.07) * (1.15 - 1.6 * t), rate)
+        tone = _harmonics(phase, (0.6, 1.0, 0.9, 0.6, 0.4, 0.25, 0.15))
+        return (tone + 1.3 * _band(rng, len(t), rate, 500, 2200)) * np.exp(-t / 0.09) * (1 - np.exp(-t / 0.006))
+
+    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.42, 0.6), 0.06), 0.26, bark)
+
+
+def _bell(rng: Rng, t: Signal, rate: int) -> Signal:
+    """Strikes: the inharmonic partials of a church bell, the high ones dying first."""
+    pitch = rng.uniform(480, 680)
+    partials = ((0.5, 0.5), (1.0, 1.0), (1.2, 0.8), (1.5, 0.5), (2.0, 0.9), (2.66, 0.4), (3.01, 0.4), (4.1, 0.25))
+
+    def strike(rng: Rng, t: Signal, _: int) -> Signal:
+        return sum(
+            (
+                a * rng.uniform(0.7, 1.3) * np.exp(-t * (1.2 + 0.9 * m)) * np.sin(2 * np.pi * pitch * m * t)
+                for m, a in partials
+            ),
+            np.zeros_like(t),
+        )
+
+    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.85, 1.15), 0.08), 3.0, strike)
+
+
+def _car(rng: Rng, t: Signal, rate: int) -> Signal:
+    """An engine: many harmonics of a low firing rate that revs up and down, over rolling noise."""
+    revs = rng.uniform(42, 62) * (1 + 0.28 * np.sin(2 * np.pi * rng.uniform(0.35, 0.6) * t + rng.uniform(0, 6.3)))
+    tone = _harmonics(_phase(revs, rate), 1 / np.arange(1, 15) ** 0.6)
+    return (tone + 14 * _band(rng, len(t), rate, 60, 400)) * (revs / revs.max()) ** 2
+
+
+def _bird(rng: Rng, t: Signal, rate: int) -> Signal:
+    """Chirps: short arcs of a nearly pure high tone, in groups."""
+    pitch, rise = rng.uniform(2300, 3000), rng.uniform(400, 900)
+    groups = _starts(rng, t, rate, rng.uniform(0.5, 0.7), 0.08)
+    starts = [g + 0.12 * k for g in groups for k in range(int(rng.integers(2, 5)))]
+
+    def chirp(rng: Rng, t: Signal, _: int) -> Signal:
+        arc = _swell(t, 0.09)
+        return arc * _harmonics(_phase(pitch + rise * arc * rng.uniform(0.7, 1.2), rate), (1.0, 0.12))
+
+    return _events(rng, t, rate, starts, 0.09, chirp)
+
+
+def _clock(rng: Rng, t: Signal, rate: int) -> Signal:
+    """Tick and tock: two short clicks of a small resonant case."""
+    case_hz = rng.uniform(1300, 1800)
+
+    def tick(rng: Rng, t: Signal, number: int) -> Signal:
+        f = case_hz * (1.0 if number % 2 else 1.3) * rng.uniform(0.99, 1.01)
+        ring = np.sin(2 * np.pi * f * t) + 0.6 * np.sin(2 * np.pi * 2.7 * f * t)
+        return np.exp(-t / 0.014) * (ring + 0.7 * rng.standard_normal(len(t)) * np.exp(-t / 0.004))
+
+    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.22, 0.3), 0.008), 0.09, tick)
+
+
+def _guitar(rng: Rng, t: Signal, rate: int) -> Signal:
+    """A plucked arpeggio: harmonics that die faster the higher they are."""
+    root = rng.uniform(150, 210)
+    chord = root * np.array([1.0, 1.26, 1.5, 2.0])
+    order = rng.permutation(8) % 4
+    pluck_at = rng.uniform(0.15, 0.3)
+
+    def pluck(rng: Rng, t: Signal, number: int) -> Signal:
+        k = np.arange(1, 11)
+        phase = 2 * np.pi * chord[order[number % 8]] * rng.uniform(0.997, 1.003) * t
+        body = _harmonics(phase, np.abs(np.sin(np.pi * k * pluck_at)) / k**0.9, decay=np.exp(-0.8 * t))
+        return body * np.exp(-2.2 * t)
+
+    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.26, 0.36), 0.02), 1.0, pluck)
+
+
+def _siren(rng: Rng, t: Signal, rate: int) -> Signal:
+    """A wail: a bright tone that sweeps up and down without a break."""
+    sweep = np.sin(2 * np.pi * rng.uniform(0.8, 1.3) * t + rng.uniform(0, 6.3))
+    frequency = rng.uniform(880, 1020) * 2 ** (0.55 * sweep)
+    return _harmonics(_phase(frequency, rate), (1.0, 0.55, 0.4, 0.2, 0.12)) * (1 + 0.5 * sweep)
+
+
+def _frog(rng: Rng, t: Signal, rate: int) -> Signal:
+    """Croaks: a low voice chopped into pulses, the second half of each croak higher."""
+    pitch, pulses_hz = rng.uniform(190, 260), rng.uniform(32, 44)
+
+    def croak(rng: Rng, t: Signal, _: int) -> Signal:
+        step = np.where(t > 0.16, 1.35, 1.0) * pitch * rng.uniform(0.95, 1.05)
+        tone = _harmonics(_phase(step, rate), (0.5, 0.7, 1.0, 0.8, 0.5, 0.3))
+        return tone * (0.5 + 0.5 * np.sin(2 * np.pi * pulses_hz * t)) ** 3 * _swell(t, 0.34)
+
+    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.55, 0.75), 0.06), 0.34, croak)
+
+
+def _drum(rng: Rng, t: Signal, rate: int) -> Signal:
+    """A beat: a falling low thud and a noisy snare in turn."""
+    thud_hz, snare_gain = rng.uniform(60, 80), rng.uniform(0.7, 1.0)
+
+    def hit(rng: Rng, t: Signal, number: int) -> Signal:
+        if number % 2 == 0:
+            return 1.6 * np.sin(_phase(thud_hz * (1 + 1.8 * np.exp(-t / 0.03)), rate)) * np.exp(-t / 0.1)
+        snare = 1.6 * _band(rng, len(t), rate, 900, 6000) + 0.6 * np.sin(2 * np.pi * 190 * t)
+        return snare_gain * snare * np.exp(-t / 0.06)
+
+    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.24, 0.34), 0.01), 0.3, hit)
+
+
+def _train(rng: Rng, t: Signal, rate: int) -> Signal:
+    """A steam engine: quick low chugs and a whistle of three steady tones."""
+    root, start_s = rng.uniform(520, 640), rng.uniform(0.1, 0.7)
+
+    def chug(rng: Rng, t: Signal, number: int) -> Signal:
+        strength = 1.3 if number % 4 == 0 else 0.9
+        return strength * _band(rng, len(t), rate, 90, 700) * np.exp(-t / 0.05) * (1 - np.exp(-t / 0.01))
+
+    def whistle(rng: Rng, t: Signal, _: int) -> Signal:
+        tones = sum(_harmonics(2 * np.pi * root * m * t, (1.0, 0.4)) for m in (1.0, 1.19, 1.41))
+        return 0.11 * (tones + 1.5 * _band(rng, len(t), rate, 1500, 4000)) * _swell(t, 0.8)
+
+    chugs = _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.13, 0.19), 0.006), 0.14, chug)
+    return chugs + _events(rng, t, rate, [start_s], 0.8, whistle)
+
+
+# ---------------------------------------------------------------- ambiences
+
+
+def _clear(rng: Rng, t: Signal, rate: int) -> Signal:
+    """The noise floor of a recorder outdoors."""
+    return _band(rng, len(t), rate, 80, 7000, tilt=-0.5)
+
+
+def _rain(rng: Rng, t: Signal, rate: int) -> Signal:
+    """Bright steady noise with single drops."""
+    drops = np.zeros(len(t))
+    hits = rng.integers(0, len(t), max(1, round(90 * len(t) / rate)))
+    drops[hits] = rng.uniform(2, 7, len(hits))
+    ring = t[: round(0.004 * rate)]
+    click = np.exp(-ring / 0.0009) * np.sin(2 * np.pi * rng.uniform(3200, 4200) * ring)
+    return _band(rng, len(t), rate, 700, 7200, tilt=0.1) + np.convolve(drops, click)[: len(t)]
+
+
+def _night(rng: Rng, t: Signal, rate: int) -> Signal:
+    """Crickets: bursts of three pulses of a high tone, a second one farther away."""
+    out = 0.04 * _band(rng, len(t), rate, 100, 3000, tilt=-0.5)
+    for gain in (1.0, 0.4):
+        song_hz, every_s, offset = rng.uniform(4200, 5000), rng.uniform(0.26, 0.4), rng.uniform(0, 0.3)
+        inside = (t + offset) % every_s
+        pulses = np.clip(np.sin(2 * np.pi * 22 * inside), 0, 1) * (inside < 3 / 22)
+        out += gain * pulses * np.sin(2 * np.pi * song_hz * t)
+    return out
+
+
+def _snow(rng: Rng, t: Signal, rate: int) -> Signal:
+    """Gusts of dull wind."""
+    gust = 1 + 0.7 * np.sin(2 * np.pi * rng.uniform(0.3, 0.7) * t + rng.uniform(0, 6.3))
+    return _band(rng, len(t), rate, 150, rng.uniform(420, 560)) * gust
+
+
+_VOICES: dict[str, Voice] = {
+    "dog": _dog, "bell": _bell, "car": _car, "bird": _bird, "clock": _clock,
+    "guitar": _guitar, "siren": _siren, "frog": _frog, "drum": _drum, "train": _train,
+}
+_BEDS: dict[str, Voice] = {"clear": _clear, "rain": _rain, "night": _night, "snow": _snow}
+
+
+# ---------------------------------------------------------------- scenes
+
+
+def _to_level(signal: Signal, level_db: float) -> Signal:
+    return signal * (10 ** (level_db / 20) / (np.sqrt(np.mean(signal**2)) + 1e-12))
+
+
+def _time_axis(duration_s: float, sample_rate_hz: int) -> Signal:
+    if duration_s <= 0 or sample_rate_hz < 16000:
+        raise ValueError(f"need duration_s > 0 and sample_rate_hz >= 16000, got {duration_s} and {sample_rate_hz}")
+    return np.arange(round(duration_s * sample_rate_hz)) / sample_rate_hz
+
+
+def object_sound(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -> Signal:
+    """The object alone: [S], rms between `OBJECT_DB` by the scene's size, give or take 1 dB."""
+    t = _time_axis(duration_s, sample_rate_hz)
+    rng = np.random.default_rng((scene.seed, 10))
+    level_db = OBJECT_DB[0] + (OBJECT_DB[1] - OBJECT_DB[0]) * scene.size + rng.uniform(-1, 1)
+    unit = _to_level(_VOICES[scene.obj](rng, t, sample_rate_hz), 0.0)
+    return _to_level(MAX_CREST * np.tanh(unit / MAX_CREST), level_db)
+
+
+def ambience_sound(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -> Signal:
+    """The ambience alone: [S], at its level of `AMBIENCE_DB`."""
+    t = _time_axis(duration_s, sample_rate_hz)
+    rng = np.random.default_rng((scene.seed, 11))
+    return _to_level(_BEDS[scene.ambience](rng, t, sample_rate_hz), AMBIENCE_DB[scene.ambience])
+
+
+def synthesise(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -> NDArray[np.float32]:
+    """The sound of a scene: float32 [S] within [-1, 1]. The same scene gives the same sound.
+
+    sample_rate_hz must be at least 16000 (ValueError): the crickets need it.
+    """
+    mix = object_sound(scene, duration_s, sample_rate_hz) + ambience_sound(scene, duration_s, sample_rate_hz)
+    return (mix * min(1.0, 0.98 / np.abs(mix).max())).astype(np.float32)
+
+
+def level_envelope(audio: NDArray[np.floating], sample_rate_hz: int, times_s: Signal, window_s: float = 0.1) -> Signal:
+    """How loud a sound [S] is around each of the times [F], from 0 (its quietest) to 1 (its loudest)."""
+    power = np.concatenate([[0.0], np.cumsum(np.asarray(audio, np.float64) ** 2)])
+    centres = np.asarray(times_s) * sample_rate_hz
+    half = window_s * sample_rate_hz / 2
+    first = np.clip(centres - half, 0, len(audio) - 1).astype(int)
+    last = np.clip(centres + half, 1, len(audio)).astype(int)
+    rms = np.sqrt((power[last] - power[first]) / np.maximum(last - first, 1))
+    span = rms.max() - rms.min()
+    return (rms - rms.min()) / span if span > 0 else np.zeros_like(rms)

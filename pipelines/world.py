@@ -1,0 +1,94 @@
+"""Writes the toy world: real .mp4 clips with captions and planted defects, all from one seed.
+
+Clips go to OUT/clips with OUT/manifest.csv; --images adds captioned pictures for the foundation recipe under
+OUT/captioned. A world that is already there with the same settings is kept; an interrupted one is written again.
+"""
+
+import argparse
+import logging
+import time
+from typing import Any, ClassVar
+
+import pydantic
+
+from aai import storage
+from aai.errors import UserError
+from aai.toy import world
+from pipelines.settings import Plan, VerbConfig
+
+log = logging.getLogger(__name__)
+
+
+class WorldConfig(VerbConfig):
+    """Settings of `aai world`."""
+
+    summary: ClassVar[str] = "write a toy world of real .mp4 clips with planted defects"
+
+    out: str = "runs/demo/world"
+    """Folder or s3:// prefix of the world."""
+    clips: int = pydantic.Field(2400, ge=0)
+    """Clips to write, planted ones included; 0 writes none."""
+    images: int = pydantic.Field(0, ge=0)
+    """Captioned pictures to write under OUT/captioned."""
+    seed: int = pydantic.Field(1, ge=0)
+    """Everything follows from it."""
+
+    def plan(self) -> Plan:
+        """What the command would do."""
+        outputs = {"world": storage.absolute(self.out), "clips": str(self.clips), "images": str(self.images)}
+        return Plan(inputs={}, outputs=outputs, resources={"processes": str(self.cluster.num_workers)})
+
+
+CONFIG = WorldConfig
+
+
+def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Short flags, each with the setting it stands for."""
+    parser.add_argument("--out", metavar="DIR", help="folder or s3:// prefix of the world")
+    parser.add_argument("--clips", type=int, metavar="N", help="clips to write")
+    parser.add_argument("--images", type=int, metavar="N", help="captioned pictures to write")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of everything")
+    return {"out": "out", "clips": "clips", "images": "images", "seed": "seed"}
+
+
+def _content(config: WorldConfig) -> dict[str, int]:
+    """The settings that decide what the files hold."""
+    return {"version": world.VERSION, "seed": config.seed, "clips": config.clips, "images": config.images}
+
+
+def _state(config: WorldConfig, out: str) -> dict[str, Any]:
+    """What world.json in `out` says; empty for a fresh folder. Raises UserError when something else lies there."""
+    marker = storage.join(out, "world.json")
+    if storage.exists(marker):
+        state: dict[str, Any] = storage.read_json(marker)
+        if state.get("content") == _content(config):
+            return state
+        raise UserError("out", out, f"holds another world ({state.get('content')})", "choose another folder or delete it")
+    if storage.list_files(out):
+        raise UserError("out", out, "is not empty and holds no world", "choose another folder or delete it")
+    return {}
+
+
+def run(config: WorldConfig) -> dict[str, Any]:
+    """Writes the world, or finds it written. Returns clips, defects, oddities, images and seconds."""
+    out = storage.absolute(config.out)
+    state = _state(config, out)
+    if state.get("finished"):
+        log.info("world: kept, %d clips are there with the same settings -> %s", config.clips, config.out)
+        return dict(state["figures"])
+    marker = storage.join(out, "world.json")
+    storage.write_json(marker, {"content": _content(config), "finished": False})
+    start = time.monotonic()
+    figures: dict[str, Any] = {"clips": 0, "defects": 0, "oddities": 0, "images": config.images}
+    if config.clips:
+        figures |= world.write_world(out, config.clips, config.seed, config.cluster.num_workers)
+    if config.images:
+        world.write_images(storage.join(out, "captioned"), config.images, config.seed, config.cluster.num_workers)
+    figures["seconds"] = round(time.monotonic() - start, 1)
+    storage.write_json(marker, {"content": _content(config), "finished": True, "figures": figures})
+    log.info(
+        "world: %d clips (%d planted defects, %d oddities)%s in %.1f s -> %s",
+        figures["clips"], figures["defects"], figures["oddities"],
+        f", {config.images} pictures" if config.images else "", figures["seconds"], config.out,
+    )
+    return figures
