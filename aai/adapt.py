@@ -1,0 +1,170 @@
+"""Adapt (AAI, stage 2): an aligned audio embedding becomes K audio tokens A* that act like ordinary words.
+
+The adapter trains through the frozen text encoder and the frozen UNet, on cached latents: no picture is decoded and
+no foundation weight changes. The paper's architecture and weights are not public; these are our choices.
+
+Shapes: B clips, D CLIP space, K tokens, D_t token embedding, L context, [C, h, w] latents.
+"""
+
+import re
+from typing import Any
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from aai.config import Config
+from aai.encoders.audio import AudioEncoder
+from aai.inject import Injector
+
+
+class AdapterConfig(Config):
+    """The audio adapter's shape."""
+
+    num_tokens: int = pydantic.Field(1, ge=1, le=16)
+    """K: how many words a sound becomes."""
+    hidden_size: int = pydantic.Field(512, ge=8)
+    embed_dim: int = pydantic.Field(128, ge=1)
+    """D of the aligned space; set from the aligner."""
+    token_dim: int = pydantic.Field(128, ge=1)
+    """D_t of the text encoder; set from the diffusion model."""
+
+
+class AdaptLossConfig(Config):
+    """Weights of the adapter's losses; 0 leaves a term out."""
+
+    w_denoise: float = pydantic.Field(1.0, ge=0)
+    """Denoising MSE through the frozen UNet."""
+    w_clip: float = pydantic.Field(0.5, ge=0)
+    """1 - cosine of the prompt's pooled text feature to the clip's image feature."""
+    w_hidden: float = pydantic.Field(1.0, ge=0)
+    """MSE of the prompt's hidden states, from its end of text on, to the caption's."""
+    w_norm: float = pydantic.Field(0.01, ge=0)
+    """Squared relative distance of each token's length from the vocabulary's median."""
+    head_pattern: str = r"^a \w+ of\b"
+    """What a caption says that cannot be heard; it stays text in front of <sound>. No match: `prompt` is used."""
+    prompt: str = "a photo of <sound>"
+
+
+class AudioAdapter(nn.Module):
+    """MLP from the aligned embedding to A*; starts at the vocabulary's median length."""
+
+    def __init__(self, cfg: AdapterConfig, median_norm: float = 1.0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.net = nn.Sequential(
+            nn.Linear(cfg.embed_dim, cfg.hidden_size),
+            nn.GELU(),
+            nn.LayerNorm(cfg.hidden_size),
+            nn.Linear(cfg.hidden_size, cfg.hidden_size),
+            nn.GELU(),
+            nn.LayerNorm(cfg.hidden_size),
+            nn.Linear(cfg.hidden_size, cfg.num_tokens * cfg.token_dim),
+        )
+        self.register_buffer("scale", torch.tensor(median_norm))
+        last = self.net[-1]
+        nn.init.normal_(last.weight, std=(cfg.hidden_size * cfg.token_dim) ** -0.5)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, audio_embed: Tensor) -> Tensor:
+        """audio_embed [B, D], unit norm -> A* [B, K, D_t] in token-embedding space."""
+        out = self.net(audio_embed * audio_embed.shape[-1] ** 0.5)
+        return self.scale * out.view(-1, self.cfg.num_tokens, self.cfg.token_dim)
+
+
+def prompt_of(caption: str, cfg: AdaptLossConfig) -> str:
+    """The training prompt of a caption: its unheard head, then the sound.
+
+    >>> prompt_of("a sketch of a big dog in the rain", AdaptLossConfig())
+    'a sketch of <sound>'
+    """
+    head = re.match(cfg.head_pattern, caption)
+    return f"{head.group()} <sound>" if head else cfg.prompt
+
+
+def denoising_loss(
+    unet: nn.Module, scheduler: Any, latents: Tensor, states: Tensor, timesteps: Tensor, noise: Tensor
+) -> Tensor:
+    """Denoising loss per clip [B] of frozen `unet` (Ho et al. 2020, eq. 14), for epsilon- and v-prediction.
+
+    latents [B, C, h, w] scaled; states [B, L, D_h]; timesteps [B]; noise like latents.
+    """
+    alpha = scheduler.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    predicted = unet(noisy, timesteps, encoder_hidden_states=states).sample
+    kind = scheduler.config.prediction_type
+    target = noise if kind == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+
+
+class AdaptTask(nn.Module):
+    """Adapter + losses; only the adapter has gradients.
+
+    aligner is the trained audio encoder, frozen; text_projection maps the text encoder's pooled state into CLIP space
+    ([D, D_h] linear), or None when the diffusion model's text encoder is not the CLIP's.
+    """
+
+    def __init__(
+        self,
+        adapter: AudioAdapter,
+        aligner: AudioEncoder,
+        pipe: StableDiffusionPipeline,
+        text_projection: nn.Linear | None,
+        cfg: AdaptLossConfig,
+        neutral_word: str = "thing",
+    ) -> None:
+        super().__init__()
+        self.adapter, self.cfg = adapter, cfg
+        self.aligner = aligner.eval().requires_grad_(False)
+        self.unet = pipe.unet.eval().requires_grad_(False)
+        self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
+        self.text_projection = text_projection.requires_grad_(False) if text_projection else None
+        self.scheduler = pipe.scheduler
+        self.injector = Injector(pipe.text_encoder, pipe.tokenizer, neutral_word)
+
+    def train(self, mode: bool = True) -> "AdaptTask":
+        """Only the adapter ever leaves eval mode."""
+        super().train(False)
+        self.adapter.train(mode)
+        return self
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: audio [B, S], latents [B, C, h, w], image_features [B, N, D], caption list[str] -> loss, its terms."""
+        cfg = self.cfg
+        with torch.no_grad():
+            embed = self.aligner(batch["audio"])
+        tokens = self.adapter(embed)
+        states, pooled = self.injector.encode([prompt_of(c, cfg) for c in batch["caption"]], tokens)
+        terms: dict[str, Tensor] = {}
+        if cfg.w_denoise:
+            latents = batch["latents"].float()
+            steps = self.scheduler.config.num_train_timesteps
+            timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
+            noise = torch.randn_like(latents)
+            terms["denoise"] = denoising_loss(self.unet, self.scheduler, latents, states, timesteps, noise).mean()
+        if cfg.w_clip and self.text_projection is not None:
+            target = F.normalize(batch["image_features"].float().mean(1), dim=-1)
+            terms["clip"] = 1 - F.cosine_similarity(self.text_projection(pooled), target).mean()
+        if cfg.w_hidden:
+            terms["hidden"] = self._hidden_distance(states, pooled, batch["caption"])
+        if cfg.w_norm:
+            terms["norm"] = (tokens.norm(dim=-1) / self.injector.median_norm - 1).square().mean()
+        loss = sum((getattr(cfg, f"w_{name}") * term for name, term in terms.items()), torch.zeros((), device=embed.device))
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _hidden_distance(self, states: Tensor, pooled: Tensor, captions: list[str]) -> Tensor:
+        """MSE to the caption's states at its pooled position and over the padding, where both prompts say the same.
+
+        Before its end a prompt of K tokens and a caption of many words stand at different positions.
+        """
+        with torch.no_grad():
+            texts, inverse = sorted(set(captions)), {}
+            for i, text in enumerate(texts):
+                inverse[text] = i
+            rows = torch.tensor([inverse[c] for c in captions], device=states.device)
+            want, want_pooled = self.injector.encode(texts)
+        tail = states.shape[1] // 2
+        distance = F.mse_loss(states[:, tail:], want[rows, tail:]) + F.mse_loss(pooled, want_pooled[rows])
+        return distance

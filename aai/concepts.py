@@ -1,0 +1,59 @@
+"""Concepts: what a picture already says, and moving a sound's embedding along it.
+
+To edit a picture by a sound, only part of what the sound says may enter: its object, not its ambience; to stylize, its
+ambience, not its object. Both live in one embedding, so the other part is moved to what the picture shows, along
+directions given by the frozen CLIP's text features of a small vocabulary. This is our own choice: the paper's editing
+algorithm is not public.
+"""
+
+from typing import Literal
+
+import pydantic
+import torch.nn.functional as F
+from torch import Tensor
+
+from aai.config import Config
+from aai.encoders.clip import FrozenClip
+
+Kind = Literal["heads", "objects", "ambiences"]
+
+
+class Vocabulary(Config):
+    """Words for what pictures show; a bundle carries the vocabulary of its data."""
+
+    heads: tuple[str, ...] = pydantic.Field(("a photo of", "a sketch of", "a painting of"), min_length=1)
+    """Beginnings of a prompt that name the medium."""
+    objects: tuple[str, ...] = pydantic.Field(min_length=2)
+    """Noun phrases of the things that sound."""
+    ambiences: tuple[str, ...] = pydantic.Field(min_length=2)
+    """Phrases of the surroundings, as they follow the object in a caption."""
+    any_object: str = "a thing"
+    """Noun phrase that leaves the object open."""
+
+
+class Concepts:
+    """CLIP text features of a vocabulary: reads embeddings and moves them."""
+
+    def __init__(self, clip: FrozenClip, vocabulary: Vocabulary) -> None:
+        self.clip, self.vocabulary = clip, vocabulary
+        head, thing = vocabulary.heads[0], vocabulary.any_object
+        texts = {
+            "heads": [f"{h} {thing}" for h in vocabulary.heads],
+            "objects": [f"{head} {o}" for o in vocabulary.objects],
+            "ambiences": [f"{head} {thing} {a}" for a in vocabulary.ambiences],
+        }
+        self.features: dict[str, Tensor] = {kind: clip.texts(rows) for kind, rows in texts.items()}
+
+    def read(self, embed: Tensor, kind: Kind, sharpness: float = 50.0) -> Tensor:
+        """Weights [B, n] over the vocabulary (softmax of cosine x sharpness) of embeddings [B, D] in CLIP space."""
+        return (sharpness * F.normalize(embed, dim=-1) @ self.features[kind].T).softmax(-1)
+
+    def move(self, embed: Tensor, kind: Kind, target: Tensor, amount: float = 1.0) -> Tensor:
+        """Moves embeddings [B, D] from what they say of `kind` to `target` weights [B, n]; unit norm again."""
+        step = (target - self.read(embed, kind)) @ self.features[kind]
+        return F.normalize(embed + amount * step, dim=-1)
+
+    def head_of(self, picture: Tensor) -> str:
+        """The prompt head that fits a picture's CLIP feature [1, D] best."""
+        return self.vocabulary.heads[int(self.read(picture, "heads").argmax())]
+

@@ -1,0 +1,200 @@
+"""The painter: a bundle and its frozen diffusion model turn sound into pictures (generate, edit, stylize)."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pydantic
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from aai.adapt import AdapterConfig, AudioAdapter
+from aai.bundle import Bundle, read_bundle
+from aai.concepts import Concepts, Kind, Vocabulary
+from aai.config import Config
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.encoders.clip import FrozenClip
+from aai.errors import UserError
+from aai.foundation import FoundationSpec, load_diffusion
+from aai.inject import Injector, Sound
+
+Sounds = np.ndarray | Mapping[str, np.ndarray]
+"""One 16 kHz mono waveform float32 [S], or several by placeholder name."""
+
+
+DEFAULT_PROMPT = "a photo of <sound>"
+EDIT_STRENGTH = 0.75
+STYLIZE_STRENGTH = 0.6
+
+
+class PaintRequest(Config):
+    """What to paint and how; the bounds protect a service."""
+
+    prompt: str | None = pydantic.Field(None, max_length=500)
+    """Text with <sound> (or the <NAME> of each sound) where the sound belongs; empty = "a photo of <sound>", or for edit
+    and stylize the medium read off the picture."""
+    negative_prompt: str = pydantic.Field("", max_length=500)
+    num_images: int = pydantic.Field(1, ge=1, le=8)
+    steps: int = pydantic.Field(20, ge=1, le=100)
+    """Denoising steps."""
+    guidance_scale: float = pydantic.Field(3.0, ge=0, le=30)
+    seed: int = pydantic.Field(0, ge=0, lt=2**63)
+    """Picture i of a request uses seed + i."""
+    sound_strength: float = pydantic.Field(1.0, ge=0, le=2)
+    """0 ignores the sound, 1 is the sound as learned."""
+    denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
+    """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
+
+
+class Painter:
+    """Frozen diffusion model + aligner + adapter. Not for use from two threads at once (schedulers hold state)."""
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        aligner: AudioEncoder,
+        adapter: AudioAdapter,
+        foundation: FoundationSpec,
+        vocabulary: Vocabulary | None = None,
+        neutral_word: str = "thing",
+    ) -> None:
+        self.pipe, self.aligner, self.adapter = pipe, aligner, adapter
+        self.foundation, self.vocabulary = foundation, vocabulary
+        self.image_pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        self.image_pipe.set_progress_bar_config(disable=True)
+        self.injector = Injector(pipe.text_encoder, pipe.tokenizer, neutral_word)
+        self.device = pipe.unet.device
+
+    @classmethod
+    def load(cls, bundle: Bundle | str | Path, device: str = "cpu", dtype: str = "float32") -> Self:
+        """Loads a bundle (with adapter) and the foundation it names; refuses other foundation weights.
+
+        Raises UserError for a bundle without an adapter.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = read_bundle(str(bundle))
+        adapter_state = bundle.adapter()
+        if bundle.config.adapter is None or adapter_state is None:
+            raise UserError("bundle", bundle.folder, "has no adapter", "run `aai adapt` and use its bundle")
+        bundle.verify_foundation()
+        pipe = load_diffusion(bundle.config.foundation, device, getattr(torch, dtype))
+        aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
+        aligner.load_state_dict(bundle.aligner())
+        adapter = AudioAdapter(AdapterConfig.parse(bundle.config.adapter, "bundle"))
+        adapter.load_state_dict(adapter_state)
+        for part in (aligner, adapter):
+            part.to(device).eval().requires_grad_(False)
+        vocabulary = Vocabulary.parse(bundle.config.vocabulary, "bundle") if bundle.config.vocabulary else None
+        return cls(pipe, aligner, adapter, bundle.config.foundation, vocabulary, bundle.config.neutral_word)
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Sample rate of the waveforms that `hear` takes."""
+        return self.aligner.cfg.sample_rate_hz
+
+    @property
+    def size_px(self) -> int:
+        """Edge of the pictures."""
+        return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
+
+    @torch.no_grad()
+    def listen(self, audio: np.ndarray) -> Tensor:
+        """Waveform float32 [S] at `sample_rate_hz` -> aligned embedding [1, D], unit norm."""
+        if audio.size == 0:
+            raise UserError("audio", "0 seconds", "holds no sound", "give at least a fraction of a second")
+        waveform = torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32)).to(self.device)
+        return self.aligner(waveform[None])
+
+    @torch.no_grad()
+    def hear(self, audio: np.ndarray) -> Tensor:
+        """Waveform float32 [S] -> A* [K, D_t]."""
+        return self.adapter(self.listen(audio))[0]
+
+    @torch.no_grad()
+    def embed(self, sounds: Sounds, prompt: str, strength: float = 1.0) -> Tensor:
+        """Prompt embedding [1, L, D_h] with the sounds at their placeholders."""
+        named = {"sound": sounds} if isinstance(sounds, np.ndarray) else sounds
+        return self.injector.embed(prompt, {name: Sound(self.hear(x), strength) for name, x in named.items()})
+
+    @torch.no_grad()
+    def embed_text(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings [B, L, D_h] of plain text."""
+        return self.injector.encode(prompts)[0]
+
+    def _generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
+        return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    @torch.no_grad()
+    def paint(
+        self,
+        embeds: Tensor,
+        seeds: Sequence[int],
+        request: PaintRequest,
+        images: Sequence[Image.Image] | None = None,
+        denoise_strength: float = 0.7,
+    ) -> list[Image.Image]:
+        """Paints one picture per row of prompt embeddings [B, L, D_h]; picture b starts from `seeds[b]`.
+
+        With `images` each picture starts from the given one, noised by `denoise_strength` (SDEdit, Meng et al. 2022).
+        A picture does not depend on the others of its batch.
+        """
+        negative = self.embed_text([request.negative_prompt]).expand_as(embeds)
+        common = {
+            "prompt_embeds": embeds.to(self.pipe.unet.dtype),
+            "negative_prompt_embeds": negative.to(self.pipe.unet.dtype),
+            "generator": self._generators(seeds),
+            "guidance_scale": request.guidance_scale,
+            "num_inference_steps": request.steps,
+        }
+        pipe = self.pipe if images is None else self.image_pipe
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
+        if images is None:
+            return list(pipe(**common).images)
+        given = [image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC) for image in images]
+        return list(pipe(image=given, strength=denoise_strength, **common).images)
+
+    def generate(self, sounds: Sounds, request: PaintRequest) -> list[Image.Image]:
+        """Pictures of a sound (or several) in the prompt."""
+        embeds = self.embed(sounds, request.prompt or DEFAULT_PROMPT, request.sound_strength)
+        seeds = [request.seed + i for i in range(request.num_images)]
+        return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request)
+
+    def edit(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
+        """Puts the sound's object into a picture and keeps its ambience and medium."""
+        return self._repaint(sound, image, request, keep="ambiences", denoise_strength=EDIT_STRENGTH)
+
+    def stylize(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
+        """Puts the sound's ambience onto a picture and keeps its object and medium."""
+        return self._repaint(sound, image, request, keep="objects", denoise_strength=STYLIZE_STRENGTH)
+
+    def _repaint(
+        self, sound: np.ndarray, image: Image.Image, request: PaintRequest, keep: Kind, denoise_strength: float
+    ) -> list[Image.Image]:
+        embeds = self.embed_for_picture(sound, image, keep, request.prompt, request.sound_strength)
+        seeds = [request.seed + i for i in range(request.num_images)]
+        strength = request.denoise_strength or denoise_strength
+        return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request, [image] * len(seeds), strength)
+
+    @torch.no_grad()
+    def embed_for_picture(
+        self, sound: np.ndarray, image: Image.Image, keep: Kind, prompt: str | None = None, strength: float = 1.0
+    ) -> Tensor:
+        """Prompt embedding [1, L, D_h] of a sound whose say on `keep` is replaced by what the picture shows.
+
+        Without a prompt, the head that names the picture's medium is read off the picture.
+        """
+        picture = self.concepts.clip.images([image])
+        moved = self.concepts.move(self.listen(sound), keep, self.concepts.read(picture, keep))
+        prompt = prompt or f"{self.concepts.head_of(picture)} <sound>"
+        return self.injector.embed(prompt, {"sound": Sound(self.adapter(moved)[0], strength)})
+
+    @cached_property
+    def concepts(self) -> Concepts:
+        """The bundle's vocabulary in the frozen CLIP, loaded when a picture is first read."""
+        if self.vocabulary is None:
+            raise UserError("bundle", "vocabulary", "is absent", "give adapt a `vocabulary` and train a new bundle")
+        return Concepts(FrozenClip(self.foundation, self.device.type), self.vocabulary)

@@ -1,0 +1,103 @@
+"""The judge: a small image classifier that reads object, ambience, medium and size off any picture.
+
+A plain convolutional network trained on drawn scenes only: it shares no weights, data order or architecture with the
+CLIP and the diffusion model whose pictures it grades.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS
+
+SIZE_PX = 64
+HEADS = {"object": OBJECTS, "ambience": AMBIENCES, "medium": MEDIA}
+WEIGHTS = Path(__file__).parent / "weights" / "judge" / "model.safetensors"
+
+
+class Judge(nn.Module):
+    """Five strided convolutions; three classifying heads and one for the size in [0, 1]."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        channels = [3, width, 2 * width, 3 * width, 4 * width]
+        blocks: list[nn.Module] = []
+        for a, b in zip(channels, channels[1:], strict=False):
+            blocks += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+            blocks += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.trunk = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.heads = nn.ModuleDict({k: nn.Linear(4 * channels[-1], len(v)) for k, v in HEADS.items()})
+        self.size = nn.Linear(4 * channels[-1], 1)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """pixels float [B, 3, 64, 64] in [-1, 1] -> logits per head [B, n] and `size` [B]."""
+        x = self.trunk(pixels)
+        return {**{k: head(x) for k, head in self.heads.items()}, "size": self.size(x)[:, 0]}
+
+    @classmethod
+    def load(cls, path: Path = WEIGHTS) -> "Judge":
+        """The committed judge, in eval mode."""
+        judge = cls()
+        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+        return judge.eval().requires_grad_(False)
+
+    def save(self, path: Path) -> None:
+        """Writes fp16 safetensors."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+
+    @torch.no_grad()
+    def read(self, images: Sequence[Image.Image]) -> list[dict[str, str | float]]:
+        """What the judge sees in each picture: object, ambience, medium (words) and size (0 small .. 1 big)."""
+        out: list[dict[str, str | float]] = []
+        for at in range(0, len(images), 256):
+            seen = self(to_tensor(images[at : at + 256]))
+            picks = {k: seen[k].argmax(-1).tolist() for k in HEADS}
+            for i, size in enumerate(seen["size"].tolist()):
+                out.append({**{k: HEADS[k][picks[k][i]] for k in HEADS}, "size": size})
+        return out
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """PIL pictures of any size -> float [B, 3, 64, 64] in [-1, 1]."""
+    edge = (SIZE_PX, SIZE_PX)
+    arrays = [np.asarray(i.convert("RGB").resize(edge, Image.Resampling.BICUBIC), np.float32) for i in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise, blur and gain, so that the judge does not lean on pixel-exact drawing."""
+    if torch.rand((), generator=generator) < 0.5:
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    gain = 1 + 0.15 * torch.randn(len(x), 3, 1, 1, generator=generator)
+    return x * gain + 0.08 * torch.randn(x.shape, generator=generator)
+
+
+def train_judge(
+    pixels: Tensor, labels: dict[str, Tensor], sizes: Tensor, steps: int = 2500, batch_size: int = 64, seed: int = 0
+) -> Judge:
+    """Trains on drawn scenes: pixels uint8 [N, 64, 64, 3], labels int [N] per head, sizes float [N]."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        rows = torch.randint(0, len(pixels), (batch_size,), generator=generator)
+        x = _augment(pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
+        seen = judge(x)
+        loss = F.mse_loss(seen["size"], sizes[rows])
+        for name in HEADS:
+            loss = loss + F.cross_entropy(seen[name], labels[name][rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval().requires_grad_(False)

@@ -1,0 +1,20 @@
+"""Puts a sound's ambience (rain, night, ...) onto a given picture; its object is kept.
+
+    aai stylize --audio rain.wav --image dog.png
+"""
+
+import argparse
+
+from pipelines.paint import RepaintConfig, add_paint_flags, paint
+
+CONFIG = RepaintConfig
+
+
+def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Short flags and the settings they stand for."""
+    return add_paint_flags(parser, with_image=True)
+
+
+def run(config: RepaintConfig) -> dict[str, object]:
+    """Paints and writes PNG files; returns their paths."""
+    return paint("stylize", config)
