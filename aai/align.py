@@ -1,0 +1,115 @@
+"""Stage one, align: the audio encoder learns to land where the frozen CLIP puts the clip's pictures and captions."""
+
+import math
+from typing import Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from aai.config import Config
+from aai.encoders.audio import AudioEncoder
+from aai.losses import gather_with_grad, info_nce
+
+
+class AlignConfig(Config):
+    """Loss and augmentation of the align stage."""
+
+    w_image: float = pydantic.Field(1.0, ge=0)
+    """Weight of the audio-image term."""
+    w_text: float = pydantic.Field(1.0, ge=0)
+    """Weight of the audio-text term; 0 trains from pictures alone."""
+    frames: Literal["random", "mean"] = "random"
+    """Which of a clip's pictures a training step sees: one drawn at random, or the mean of their features."""
+    temperature: float = pydantic.Field(0.07, gt=0)
+    """Where the (learned) temperature of each term begins."""
+    max_logit_scale: float = pydantic.Field(100.0, gt=0)
+    """Ceiling of the inverse temperature."""
+    time_shift: float = pydantic.Field(0.1, ge=0, le=1)
+    """A training sound is rotated in time by up to this share of its length. Its gain is never changed."""
+    mask_share: float = pydantic.Field(0.1, ge=0, lt=1)
+    """Largest share of mel bins, and of frames, that is blanked while training (SpecAugment, arXiv 1904.08779)."""
+
+    @pydantic.model_validator(mode="after")
+    def _some_loss(self) -> "AlignConfig":
+        if self.w_image == 0 and self.w_text == 0:
+            raise ValueError("w_image and w_text are both 0: nothing to learn from")
+        return self
+
+
+class AlignTask(nn.Module):
+    """Audio encoder and loss of the align stage.
+
+    loss = w_image InfoNCE(audio, image) + w_text InfoNCE(audio, text), each term with its own temperature.
+    """
+
+    def __init__(self, encoder: AudioEncoder, config: AlignConfig) -> None:
+        super().__init__()
+        self.encoder, self.config = encoder, config
+        start = torch.tensor(math.log(1 / config.temperature))
+        weights = {"image": config.w_image, "text": config.w_text}
+        self.weights = {term: weight for term, weight in weights.items() if weight > 0}
+        self.log_scale = nn.ParameterDict({term: nn.Parameter(start.clone()) for term in self.weights})
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures of one batch (of this process; negatives come from all processes).
+
+        batch: audio [B, S] in -1..1, image_features [B, K, D] and text_features [B, T, D] of unit norm, caption_id
+        int64 [B] (0 = no caption), clip_hash int64 [B].
+        """
+        audio = gather_with_grad(self.encode(batch["audio"]))
+        caption, clip = gather_with_grad(batch["caption_id"]), gather_with_grad(batch["clip_hash"])
+        same = (clip[:, None] == clip) | ((caption[:, None] == caption) & (caption != 0))
+        total = audio.new_zeros(())
+        report = {}
+        for term, weight in self.weights.items():
+            target = gather_with_grad(self._pick(batch[f"{term}_features"]))
+            # A clip without a caption has no place in the text term.
+            rows = caption != 0 if term == "text" else torch.ones_like(caption, dtype=torch.bool)
+            scale = self.log_scale[term].exp().clamp(max=self.config.max_logit_scale)
+            loss = scale * 0.0
+            if rows.any():
+                loss = info_nce(audio[rows], target[rows], scale, same[rows][:, rows])
+            total = total + weight * loss
+            report[f"loss_{term}"] = loss.detach()
+            report[f"temperature_{term}"] = 1 / scale.detach()
+        return total, report
+
+    def encode(self, waveforms: Tensor) -> Tensor:
+        """Embeddings [B, D] of waveforms [B, S]; augmented while training."""
+        if not self.training:
+            embedding: Tensor = self.encoder(waveforms)
+            return embedding
+        mel = self.encoder.log_mel(rotate(waveforms, self.config.time_shift))
+        return self.encoder.embed_mel(mask(mel, self.config.mask_share))
+
+    def _pick(self, features: Tensor) -> Tensor:
+        """One feature [B, D] of each clip's several [B, K, D]."""
+        if not self.training or self.config.frames == "mean":
+            return nn.functional.normalize(features.mean(dim=1), dim=-1)
+        chosen = torch.randint(features.shape[1], (len(features),), device=features.device)
+        return features[torch.arange(len(features), device=features.device), chosen]
+
+
+def rotate(waveforms: Tensor, share: float) -> Tensor:
+    """Each waveform [B, S] rotated in time by its own random offset of up to `share` of its length either way."""
+    batch, samples = waveforms.shape
+    reach = int(share * samples)
+    shift = torch.randint(-reach, reach + 1, (batch, 1), device=waveforms.device)
+    index = (torch.arange(samples, device=waveforms.device) + shift) % samples
+    return waveforms.gather(1, index)
+
+
+def mask(mel: Tensor, share: float) -> Tensor:
+    """Log-mels [B, T, M] with one random stretch of frames and one of bins set to 0 (the data's mean)."""
+    keep = _stretch(mel.shape[0], mel.shape[1], share, mel.device)[:, :, None]
+    keep = keep & _stretch(mel.shape[0], mel.shape[2], share, mel.device)[:, None, :]
+    return mel * keep
+
+
+def _stretch(batch: int, length: int, share: float, device: torch.device) -> Tensor:
+    """Bool [batch, length], false on one stretch of a random length up to `share` of the whole."""
+    width = torch.rand(batch, 1, device=device) * share * length
+    start = torch.rand(batch, 1, device=device) * (length - width)
+    position = torch.arange(length, device=device)
+    return (position < start) | (position >= start + width)

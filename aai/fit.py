@@ -1,0 +1,245 @@
+"""The one training loop: AdamW with warm-up and cosine decay, on one process or under DistributedDataParallel.
+
+What happens in a step depends only on the weights, the seed and the step's number (random numbers are seeded for each
+step), so a run resumed from a checkpoint takes the steps that the uninterrupted run would have taken.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aai.config import Config
+from aai.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+class FitConfig(Config):
+    """How long and how fast a stage trains."""
+
+    steps: int = pydantic.Field(400, ge=1)
+    batch_size: int = pydantic.Field(128, ge=1)
+    """Clips per step over all workers."""
+    learning_rate: float = pydantic.Field(1e-3, gt=0)
+    weight_decay: float = pydantic.Field(0.05, ge=0)
+    """Of matrices; vectors and scalars (norms, biases, temperatures) are not decayed."""
+    warmup_steps: int = pydantic.Field(20, ge=0)
+    grad_clip: float = pydantic.Field(1.0, gt=0)
+    """Ceiling of the gradient's norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass; weights stay float32."""
+    log_every: int = pydantic.Field(10, ge=1)
+    """Steps between two entries of the history."""
+    eval_every: int = pydantic.Field(0, ge=0)
+    """Steps between two validations; 0 = only at the end."""
+    checkpoint_every: int = pydantic.Field(100, ge=1)
+    """Steps between two checkpoints; the last step always makes one."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds: everything the next step depends on."""
+
+    step: int
+    """Steps done."""
+    weights: dict[str, Tensor]
+    """The trainable parameters by name."""
+    moments: dict[str, Tensor]
+    """AdamW's state, named `KIND/PARAMETER`."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file."""
+        tensors = {f"weights/{name}": value for name, value in self.weights.items()}
+        tensors |= {f"moments/{name}": value for name, value in self.moments.items()}
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"step": json.dumps(self.step)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "State":
+        """Reads what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+        return cls(step, part("weights/"), part("moments/"))
+
+
+def trainable(task: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name; a DistributedDataParallel wrapper does not show."""
+    inner = task.module if isinstance(task, nn.parallel.DistributedDataParallel) else task
+    return {name: p for name, p in inner.named_parameters() if p.requires_grad}
+
+
+def restore_weights(task: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copies trained weights into a task. Raises ValueError when they are not exactly its trainable ones."""
+    params = trainable(task)
+    if params.keys() != weights.keys():
+        raise ValueError(f"weights do not fit the model: {sorted(params.keys() ^ weights.keys())[:5]} are unmatched")
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(weights[name])
+
+
+def fit(
+    task: nn.Module,
+    batches: Callable[[int], Iterator[Batch]],
+    config: FitConfig,
+    on_log: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+    on_checkpoint: Callable[[State], None] = lambda state: None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    resume: State | None = None,
+) -> State:
+    """Trains `task` for `config.steps` steps and returns the final state.
+
+    task: `task(batch) -> (loss, report)`, both of scalars. batches: given the first step's number (from 0), yields the
+    batch of every step from there on. on_log gets the means since the last entry; evaluate's figures come as an entry
+    of their own. Raises FloatingPointError before a step with a non-finite loss or gradient is taken, and ValueError
+    when the batches run out.
+    """
+    params = trainable(task)
+    if not params:
+        raise ValueError("nothing to train: no parameter requires a gradient")
+    device = next(iter(params.values())).device
+    optimizer = _optimizer(params, config)
+    start = 0
+    if resume is not None:
+        start = resume.step
+        restore_weights(task, resume.weights)
+        _restore_moments(optimizer, params, resume.moments)
+    iterator = batches(start)
+    meter = Meter()
+    for step in range(start + 1, config.steps + 1):
+        task.train()
+        batch = next(iterator, None)
+        if batch is None:
+            raise ValueError(f"the data ended before step {step}: batches must go on for {config.steps} steps")
+        rate = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        _seed_step(config.seed, step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss, report = task(_to(batch, device))
+        _check_finite(step, loss, report)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params.values(), config.grad_clip)
+        _check_finite(step, norm, report)
+        optimizer.step()
+        meter.add({"loss": loss, **report, "grad_norm": norm})
+        last = step == config.steps
+        if last or step % config.log_every == 0:
+            on_log(step, {**meter.flush(), "learning_rate": rate})
+        if evaluate and (last or (config.eval_every and step % config.eval_every == 0)):
+            task.eval()
+            with torch.no_grad():
+                on_log(step, evaluate())
+        if last or step % config.checkpoint_every == 0:
+            on_checkpoint(_state(step, params, optimizer))
+    return _state(max(start, config.steps), params, optimizer)
+
+
+def learning_rate(step: int, config: FitConfig) -> float:
+    """The rate of step 1..steps: linear warm-up, then a cosine to 1 % (arXiv 1608.03983)."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Meter:
+    """Running means of scalar tensors, and steps per second, since the last flush."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count, self._since = 0, time.monotonic()
+
+    def add(self, figures: dict[str, Tensor]) -> None:
+        """Takes one step's figures; nothing is copied off the device yet."""
+        self._count += 1
+        for name, value in figures.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
+
+    def flush(self) -> dict[str, float]:
+        """The means and the speed; starts over."""
+        out = {name: float(total) / self._count for name, total in self._sums.items()}
+        out["steps_per_s"] = self._count / max(1e-9, time.monotonic() - self._since)
+        self._reset()
+        return out
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    """A batch with its tensors on a device; what is no tensor (captions) stays."""
+    return {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in batch.items()}
+
+
+def _optimizer(params: dict[str, nn.Parameter], config: FitConfig) -> torch.optim.AdamW:
+    decayed = [p for p in params.values() if p.ndim >= 2]
+    free = [p for p in params.values() if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay,
+    )
+
+
+def _seed_step(seed: int, step: int) -> None:
+    """Seeds torch for one step, differently on each rank (they augment different clips)."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    torch.manual_seed((seed * 1_000_003 + step) * 10_007 + rank)
+
+
+def _check_finite(step: int, value: Tensor, report: dict[str, Tensor]) -> None:
+    if not torch.isfinite(value):
+        figures = ", ".join(f"{name} {float(x):.4g}" for name, x in report.items())
+        raise FloatingPointError(
+            f"loss or gradient is not finite at step {step} ({figures}): lower fit.learning_rate or look at the data"
+        )
+
+
+def _state(step: int, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+    moments = {
+        f"{kind}/{name}": value.detach().clone()
+        for name, param in params.items()
+        for kind, value in optimizer.state[param].items()
+    }
+    return State(step, {name: p.detach().clone() for name, p in params.items()}, moments)
+
+
+def _restore_moments(
+    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], moments: dict[str, Tensor]
+) -> None:
+    for key, value in moments.items():
+        kind, name = key.split("/", 1)
+        param = params[name]
+        # AdamW keeps its step counter on the CPU.
+        optimizer.state[param][kind] = value.clone() if kind == "step" else value.to(param.device)
+
+
+def local_batch_size(config: FitConfig, world_size: int) -> int:
+    """Clips per step of one worker. Raises UserError when the workers cannot share the batch evenly."""
+    if config.batch_size % world_size:
+        raise UserError(
+            "fit.batch_size", config.batch_size, f"is not a multiple of the {world_size} workers",
+            "choose a multiple of cluster.num_workers",
+        )
+    return config.batch_size // world_size
