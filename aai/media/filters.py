@@ -1,0 +1,62 @@
+"""From measured signals to a verdict: the first rule a clip breaks, in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pydantic
+
+from aai.config import Config
+
+
+class FilterConfig(Config):
+    """Thresholds of the filters; every one acts on a signal that the tables keep."""
+
+    min_duration_s: float = pydantic.Field(0.5, ge=0)
+    """Shortest clip (TOO_SHORT)."""
+    max_duration_s: float = pydantic.Field(60.0, gt=0)
+    """Longest clip (TOO_LONG)."""
+    min_size_px: int = pydantic.Field(48, ge=1)
+    """Smallest width and height (TOO_SMALL)."""
+    min_fps: float = pydantic.Field(0.5, ge=0)
+    """Fewest pictures per second (LOW_FPS)."""
+    max_av_gap_s: float = pydantic.Field(1.0, ge=0)
+    """Largest difference of sound and picture length (AV_GAP)."""
+    silent_rms_db: float = pydantic.Field(-60.0, le=0)
+    """A clip below this level, in dB full scale, is SILENT."""
+    max_silent_fraction: float = pydantic.Field(0.95, ge=0, le=1)
+    """Largest share of silent 50 ms windows (SILENT)."""
+    max_clipped_fraction: float = pydantic.Field(0.05, ge=0, le=1)
+    """Largest share of samples at full scale (CLIPPED)."""
+    black_luma: float = pydantic.Field(8.0, ge=0, le=255)
+    """Mean brightness below this, 0..255, is a BLACK_VIDEO."""
+    min_luma_std: float = pydantic.Field(2.0, ge=0)
+    """Brightness that varies less than this within the pictures, 0..255, is a BLANK_VIDEO."""
+    min_motion: float = pydantic.Field(0.25, ge=0)
+    """Mean change between kept frames below this, 0..255, is a FROZEN_VIDEO; 0 lets still pictures pass."""
+
+
+_RULES: tuple[tuple[str, str, str, str, int], ...] = (
+    # code, signal, threshold, unit, sign: +1 the signal must be at least the threshold, -1 at most
+    ("TOO_SHORT", "duration_s", "min_duration_s", "s", +1),
+    ("TOO_LONG", "duration_s", "max_duration_s", "s", -1),
+    ("TOO_SMALL", "width", "min_size_px", "px", +1),
+    ("TOO_SMALL", "height", "min_size_px", "px", +1),
+    ("LOW_FPS", "fps", "min_fps", "frames/s", +1),
+    ("SILENT", "rms_db", "silent_rms_db", "dBFS", +1),
+    ("SILENT", "silent_fraction", "max_silent_fraction", "of the time", -1),
+    ("CLIPPED", "clipped_fraction", "max_clipped_fraction", "of the samples", -1),
+    ("BLACK_VIDEO", "luma_mean", "black_luma", "of 255", +1),
+    ("BLANK_VIDEO", "luma_std", "min_luma_std", "of 255", +1),
+    ("FROZEN_VIDEO", "motion", "min_motion", "of 255", +1),
+    ("AV_GAP", "av_gap_s", "max_av_gap_s", "s", -1),
+)
+
+
+def verdict(signals: Mapping[str, Any], cfg: FilterConfig) -> tuple[str, str] | None:
+    """(code, message) of the first rule that the signals break, or None when the clip is good."""
+    for code, signal, threshold, unit, sign in _RULES:
+        value, limit = float(signals[signal]), float(getattr(cfg, threshold))
+        if not sign * (value - limit) >= 0:  # so that NaN fails
+            word = "below" if sign > 0 else "above"
+            return code, f"{signal} {value:.4g} {unit} is {word} {threshold} {limit:g}"
+    return None

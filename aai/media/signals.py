@@ -1,0 +1,93 @@
+"""What curate measures of a clip: values only. Verdicts are `filters.py`'s, so thresholds can change without decoding."""
+
+from typing import Any
+
+import numpy as np
+from scipy.fft import dctn
+
+from aai.media.decode import DecodedClip
+
+SILENT_WINDOW_DB = -60.0
+"""A 50 ms window below this level (dB full scale) counts as silent."""
+FLOOR_DB = -120.0
+HASH_BYTES = 32
+_HASH_FRAMES = 4  # x 64 bits
+_HASH_BANDS, _HASH_STEPS = 17, 17  # 16 x 16 differences = 256 bits
+_HASH_HZ = (100.0, 3500.0)  # what even an 8 kHz recording keeps
+
+
+def level_db(audio: np.ndarray) -> float:
+    """Root mean square of samples in dB full scale, floored at -120."""
+    if not len(audio):
+        return FLOOR_DB
+    power = float(np.mean(np.square(audio, dtype=np.float64)))
+    return max(FLOOR_DB, float(10 * np.log10(power + 1e-30)))
+
+
+def silent_fraction(audio: np.ndarray, sample_rate_hz: int) -> float:
+    """Share of 50 ms windows below SILENT_WINDOW_DB; a last, shorter window is left out."""
+    size = max(1, sample_rate_hz // 20)
+    windows = audio[: len(audio) // size * size].reshape(-1, size)
+    if not len(windows):
+        return float(level_db(audio) < SILENT_WINDOW_DB)
+    power = np.mean(np.square(windows, dtype=np.float64), axis=1)
+    return float(np.mean(power < 10 ** (SILENT_WINDOW_DB / 10)))
+
+
+def motion(luma: np.ndarray) -> float:
+    """Mean |difference| of successive pictures [N, h, w], 0..255; 0 for a single one."""
+    if len(luma) < 2:
+        return 0.0
+    return float(np.mean(np.abs(np.diff(luma.astype(np.int16), axis=0))))
+
+
+def video_hash(luma: np.ndarray) -> bytes:
+    """256-bit perceptual hash of small grey pictures [N, 32, 32].
+
+    pHash of 4 evenly spaced pictures: the signs of 64 low frequencies of the DCT against their median. It survives
+    re-encoding, scaling and brightness changes.
+    """
+    picks = ((np.arange(_HASH_FRAMES) + 0.5) / _HASH_FRAMES * len(luma)).astype(int)
+    waves = dctn(luma[picks].astype(np.float32), axes=(1, 2), norm="ortho")[:, :9, :9].reshape(_HASH_FRAMES, -1)
+    waves = waves[:, 1:65]  # without the mean brightness
+    bits = waves > np.median(waves, axis=1, keepdims=True)
+    return np.packbits(bits).tobytes()
+
+
+def audio_hash(audio: np.ndarray, sample_rate_hz: int) -> bytes:
+    """256-bit fingerprint of a sound: signs of band-energy differences over time and frequency.
+
+    After Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (ISMIR 2002), on 17 steps over the whole
+    clip and 17 logarithmic bands of 100 to 3500 Hz. Independent of gain; equal for equal content at any sample rate.
+    """
+    size = sample_rate_hz // 20
+    padded = np.pad(audio, (0, max(0, size * _HASH_STEPS - len(audio))))
+    starts = np.linspace(0, len(padded) - size, 8 * _HASH_STEPS).astype(int)
+    windows = padded[starts[:, None] + np.arange(size)] * np.hanning(size).astype(np.float32)
+    power = np.abs(np.fft.rfft(windows, axis=1)) ** 2
+    edges = np.geomspace(*_HASH_HZ, _HASH_BANDS + 1) / (sample_rate_hz / size)
+    cells = np.stack([power[:, int(lo) : max(int(lo) + 1, int(hi))].sum(1) for lo, hi in zip(edges, edges[1:], strict=False)])
+    level = np.log(cells.reshape(_HASH_BANDS, _HASH_STEPS, 8).sum(2) + 1e-12)  # [bands, steps]
+    return np.packbits(np.diff(np.diff(level, axis=0), axis=1) > 0).tobytes()
+
+
+def measure(clip: DecodedClip, sample_rate_hz: int) -> dict[str, Any]:
+    """All SIGNALS columns of `aai/schema.py` for one clip (units in the schema)."""
+    kept = clip.luma[np.searchsorted(clip.luma_pts_s, np.array(clip.frame_pts_s) - 1e-6).clip(0, len(clip.luma) - 1)]
+    return {
+        "duration_s": clip.duration_s,
+        "width": clip.width,
+        "height": clip.height,
+        "fps": clip.fps,
+        "source_sample_rate_hz": clip.source_sample_rate_hz,
+        "channels": clip.channels,
+        "av_gap_s": clip.av_gap_s,
+        "rms_db": level_db(clip.audio),
+        "silent_fraction": silent_fraction(clip.audio, sample_rate_hz),
+        "clipped_fraction": float(np.mean(np.abs(clip.audio) >= 0.999)),
+        "luma_mean": float(kept.mean()),
+        "luma_std": float(kept.std()),
+        "motion": motion(kept),
+        "video_hash": video_hash(clip.luma),
+        "audio_hash": audio_hash(clip.audio, sample_rate_hz),
+    }
