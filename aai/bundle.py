@@ -63,7 +63,7 @@ class Bundle:
 
     @property
     def sha(self) -> str:
-        """Identity by content (16 hex digits): config, weights, foundation, data; not date, metrics or place."""
+        """Identity by content, 16 hex digits: config, weights, foundation, data; not date, metrics, place."""
         content = {key: self.meta.get(key) for key in ("version", "files", "foundation", "data_fingerprint")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -74,9 +74,8 @@ class Bundle:
     def adapter(self) -> dict[str, Tensor]:
         """The audio adapter's state dict, on the CPU. Raises UserError for a bundle that was only aligned."""
         if ADAPTER_FILE not in self.meta["files"]:
-            raise UserError(
-                "bundle", self.folder, f"has no {ADAPTER_FILE}: it was only aligned", "give the bundle of `aai adapt`"
-            )
+            rule = f"has no {ADAPTER_FILE}: it was only aligned"
+            raise UserError("bundle", self.folder, rule, "give the bundle of `aai adapt`")
         return load_file(self.folder / ADAPTER_FILE)
 
     def verify_foundation(self) -> None:
@@ -123,22 +122,22 @@ def write_bundle(
         if local.exists():
             local.rename(old)
         fresh.rename(local)
-    finally:
         shutil.rmtree(old, ignore_errors=True)
+    finally:
         if not on_s3:
             shutil.rmtree(fresh, ignore_errors=True)
     return read_bundle(local)
 
 
 def read_bundle(uri: str | Path) -> Bundle:
-    """Opens a bundle (local folder, or s3:// prefix that is copied here) and checks every file by name and hash.
+    """Opens a bundle (a local folder, or an s3:// prefix, copied here) and checks all files by name and hash.
 
     Raises UserError that names the file, the rule it breaks and the remedy.
     """
     uri = str(uri)
     names = _names(uri)
-    if not names:
-        raise UserError("bundle", uri, "no such bundle", "give the folder written by `aai align` or `aai adapt`")
+    if not names or names == [""]:  # nothing, or a file
+        raise UserError("bundle", uri, "no such bundle folder", "give the folder that `aai adapt` wrote")
     _check_names(uri, names)  # before anything is copied or read
     folder = Path(storage.local_folder(uri))
     meta = _read_meta(uri, folder)
@@ -175,7 +174,7 @@ def _write_files(
 def _save(path: Path, weights: dict[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(path.stem, name, "holds NaN or infinite weights", "train again at a lower learning rate")
+            raise UserError(path.stem, name, "holds NaN or infinite weights", "lower the learning rate")
     # Clones, because safetensors refuses tensors that share memory (tied weights).
     save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.items()}, path)
 
@@ -198,7 +197,7 @@ def _refuse_foreign(uri: str) -> None:
     """A wrong path must not cost anybody their files: only a bundle (or part of one) is replaced."""
     for name in _names(uri):
         if name not in KNOWN:
-            raise UserError("bundle", uri, f"the folder holds {name}, it is not a bundle", "give a new folder")
+            raise UserError("bundle", uri, f"holds {name}: it is not a bundle", "give a new folder")
 
 
 def _check_names(uri: str, names: list[str]) -> None:
@@ -248,7 +247,7 @@ def _check_hashes(uri: str, folder: Path, recorded: dict[str, str]) -> None:
     for name, expected in recorded.items():
         if (found := _sha256(folder / name)) != expected:
             rule = f"{name} has SHA-256 {found[:16]}.., {META_FILE} says {expected[:16]}.."
-            raise UserError("bundle", uri, rule, "it was changed or damaged: copy it or write the bundle again")
+            raise UserError("bundle", uri, rule, "it was changed or damaged: copy or write it again")
 
 
 def _sha256(path: Path) -> str:
