@@ -151,7 +151,9 @@ class AdaptTask(nn.Module):
             terms["hidden"] = self._hidden_distance(states, pooled, batch["caption"])
         if cfg.w_norm:
             terms["norm"] = (tokens.norm(dim=-1) / self.injector.median_norm - 1).square().mean()
-        loss = sum((getattr(cfg, f"w_{name}") * term for name, term in terms.items()), torch.zeros((), device=embed.device))
+        loss = embed.new_zeros(())
+        for name, term in terms.items():
+            loss = loss + getattr(cfg, f"w_{name}") * term
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _hidden_distance(self, states: Tensor, pooled: Tensor, captions: list[str]) -> Tensor:
@@ -159,12 +161,9 @@ class AdaptTask(nn.Module):
 
         Before its end a prompt of K tokens and a caption of many words stand at different positions.
         """
+        texts = sorted(set(captions))
+        rows = torch.tensor([texts.index(caption) for caption in captions], device=states.device)
         with torch.no_grad():
-            texts, inverse = sorted(set(captions)), {}
-            for i, text in enumerate(texts):
-                inverse[text] = i
-            rows = torch.tensor([inverse[c] for c in captions], device=states.device)
             want, want_pooled = self.injector.encode(texts)
         tail = states.shape[1] // 2
-        distance = F.mse_loss(states[:, tail:], want[rows, tail:]) + F.mse_loss(pooled, want_pooled[rows])
-        return distance
+        return F.mse_loss(states[:, tail:], want[rows, tail:]) + F.mse_loss(pooled, want_pooled[rows])

@@ -2,11 +2,14 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
+import transformers
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from aai.config import Config
@@ -42,7 +45,11 @@ def _locate(model_id: str, revision: str | None, setting: str) -> tuple[str, dic
     return model_id, {"revision": revision}
 
 
-def _load(setting: str, model_id: str, load: Any) -> Any:
+def _load(setting: str, model_id: str, load: Callable[[], Any]) -> Any:
+    """Loads without the libraries' bars and notices (a tower of a whole CLIP is loaded with parts left over)."""
+    for library in (transformers.utils.logging, diffusers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     try:
         return load()
     except (OSError, ValueError, KeyError) as error:
@@ -74,7 +81,7 @@ def load_diffusion(
         "diffusion",
         spec.diffusion,
         lambda: StableDiffusionPipeline.from_pretrained(
-            where, torch_dtype=dtype, safety_checker=None, feature_extractor=None,
+            where, dtype=dtype, low_cpu_mem_usage=False, safety_checker=None, feature_extractor=None,
             requires_safety_checker=False, use_safetensors=True, **kwargs,
         ),
     )
@@ -83,6 +90,25 @@ def load_diffusion(
     for part in (pipe.vae, pipe.unet, pipe.text_encoder):
         part.eval().requires_grad_(False)
     return pipe
+
+
+def load_vae(
+    spec: FoundationSpec, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[AutoencoderKL, int]:
+    """The frozen VAE of the diffusion model alone, and the edge in pixels of the pictures it was trained on."""
+    where, kwargs = _locate(spec.diffusion, spec.diffusion_revision, "diffusion")
+    vae = _load(
+        "diffusion",
+        spec.diffusion,
+        lambda: AutoencoderKL.from_pretrained(
+            where, subfolder="vae", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, **kwargs
+        ),
+    )
+    unet = _load(
+        "diffusion", spec.diffusion, lambda: UNet2DConditionModel.load_config(where, subfolder="unet", **kwargs)
+    )
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.to(device).eval().requires_grad_(False), int(unet["sample_size"]) * factor
 
 
 def identity(spec: FoundationSpec) -> dict[str, str]:

@@ -49,8 +49,12 @@ class Injector:
 
     def __init__(self, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, neutral_word: str = "thing") -> None:
         self.text_encoder, self.tokenizer, self.neutral_word = text_encoder, tokenizer, neutral_word
-        self.embedding: torch.nn.Embedding = text_encoder.get_input_embeddings()
         self.neutral_ids: list[int] = tokenizer(neutral_word, add_special_tokens=False).input_ids
+
+    @property
+    def embedding(self) -> torch.nn.Embedding:
+        """The token embedding; asked for anew, since loading a textual inversion replaces it."""
+        return self.text_encoder.get_input_embeddings()
 
     @property
     def neutral(self) -> Tensor:

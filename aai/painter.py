@@ -27,8 +27,8 @@ Sounds = np.ndarray | Mapping[str, np.ndarray]
 
 
 DEFAULT_PROMPT = "a photo of <sound>"
-EDIT_STRENGTH = 0.75
-STYLIZE_STRENGTH = 0.6
+REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.75), "stylize": ("objects", 0.6)}
+"""Per verb: what of the given picture stays, and how much of it is painted anew by default."""
 
 
 class PaintRequest(Config):
@@ -94,7 +94,7 @@ class Painter:
     @property
     def sample_rate_hz(self) -> int:
         """Sample rate of the waveforms that `hear` takes."""
-        return self.aligner.cfg.sample_rate_hz
+        return self.aligner.config.sample_rate_hz
 
     @property
     def size_px(self) -> int:
@@ -165,32 +165,40 @@ class Painter:
 
     def edit(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
         """Puts the sound's object into a picture and keeps its ambience and medium."""
-        return self._repaint(sound, image, request, keep="ambiences", denoise_strength=EDIT_STRENGTH)
+        return self._repaint("edit", sound, image, request)
 
     def stylize(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
         """Puts the sound's ambience onto a picture and keeps its object and medium."""
-        return self._repaint(sound, image, request, keep="objects", denoise_strength=STYLIZE_STRENGTH)
+        return self._repaint("stylize", sound, image, request)
 
-    def _repaint(
-        self, sound: np.ndarray, image: Image.Image, request: PaintRequest, keep: Kind, denoise_strength: float
-    ) -> list[Image.Image]:
-        embeds = self.embed_for_picture(sound, image, keep, request.prompt, request.sound_strength)
+    def _repaint(self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
+        embeds, strength = self.embed_repaint(verb, [sound], [image], request.prompt, request.sound_strength)
         seeds = [request.seed + i for i in range(request.num_images)]
-        strength = request.denoise_strength or denoise_strength
+        strength = request.denoise_strength or strength
         return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request, [image] * len(seeds), strength)
 
     @torch.no_grad()
-    def embed_for_picture(
-        self, sound: np.ndarray, image: Image.Image, keep: Kind, prompt: str | None = None, strength: float = 1.0
-    ) -> Tensor:
-        """Prompt embedding [1, L, D_h] of a sound whose say on `keep` is replaced by what the picture shows.
+    def embed_repaint(
+        self,
+        verb: str,
+        sounds: Sequence[np.ndarray],
+        images: Sequence[Image.Image],
+        prompt: str | None = None,
+        sound_strength: float = 1.0,
+    ) -> tuple[Tensor, float]:
+        """Prompt embeddings [B, L, D_h] that repaint pictures by sounds, and the denoise strength that suits.
 
-        Without a prompt, the head that names the picture's medium is read off the picture.
+        `edit` lets the sound's object in, `stylize` its ambience: what the sound says of the other is replaced by what
+        the picture shows. Without a prompt, the head that names the medium is read off each picture.
         """
-        picture = self.concepts.clip.images([image])
-        moved = self.concepts.move(self.listen(sound), keep, self.concepts.read(picture, keep))
-        prompt = prompt or f"{self.concepts.head_of(picture)} <sound>"
-        return self.injector.embed(prompt, {"sound": Sound(self.adapter(moved)[0], strength)})
+        keep, strength = REPAINT[verb]
+        rows = []
+        for sound, picture in zip(sounds, self.concepts.clip.images(list(images)), strict=True):
+            shown = picture[None].to(self.device)
+            moved = self.concepts.move(self.listen(sound), keep, self.concepts.read(shown, keep))
+            text = prompt or f"{self.concepts.head_of(shown)} <sound>"
+            rows.append(self.injector.embed(text, {"sound": Sound(self.adapter(moved)[0], sound_strength)}))
+        return torch.cat(rows), strength
 
     @cached_property
     def concepts(self) -> Concepts:

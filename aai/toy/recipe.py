@@ -249,7 +249,8 @@ def build_unet(cfg: FoundationConfig) -> UNet2DConditionModel:
 def noise_scheduler() -> DPMSolverMultistepScheduler:
     """Stable Diffusion's noise schedule with v-prediction (Salimans & Ho 2022, arXiv 2202.00512)."""
     return DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        steps_offset=1,
     )
 
 
@@ -354,7 +355,7 @@ def train_diffusion(cfg: FoundationConfig, pixels: Tensor, captions: list[str], 
     tokenizer = CLIPTokenizer.from_pretrained(clip_dir)
     text_encoder = CLIPTextModel.from_pretrained(clip_dir, dtype=torch.float32).eval()
     if (out / "vae" / "config.json").exists():
-        vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
+        vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float32).eval()
     else:
         vae = train_vae(cfg, pixels)
         vae.save_pretrained(out / "vae")

@@ -1,0 +1,49 @@
+"""Grades pictures: what a judge reads off them against what was asked for, and CLIP-based scores.
+
+AIC, AIS and IIS follow the definitions of SonicDiffusion's evaluation (Biner et al. 2024, arXiv 2405.00878).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Reading = Mapping[str, Any]
+"""What was read off one picture: object, ambience, medium (words) and size."""
+
+
+def accuracy(read: Sequence[Reading], truth: Sequence[Reading], attribute: str) -> float:
+    """Share of pictures whose attribute is read as the truth says."""
+    return float(np.mean([r[attribute] == t[attribute] for r, t in zip(read, truth, strict=True)]))
+
+
+def kept(read: Sequence[Reading], truth: Sequence[Reading], attributes: Sequence[str]) -> float:
+    """Share of pictures in which every one of the attributes is as in the given picture."""
+    rows = zip(read, truth, strict=True)
+    return float(np.mean([all(r[a] == t[a] for a in attributes) for r, t in rows]))
+
+
+def similarity_rank(query: Tensor, own: Tensor, others: Tensor) -> float:
+    """Mean over rows of the share of `others` [M, D] less similar to the query [N, D] than its own partner [N, D].
+
+    Chance is 0.5. With audio as others this is AIS, with ground-truth pictures IIS.
+    """
+    true = (query * own).sum(-1, keepdim=True)
+    return float(((query @ others.T) < true).float().mean())
+
+
+def zero_shot(images: Tensor, classes: Tensor, labels: Sequence[int]) -> float:
+    """AIC: share of picture features [N, D] whose nearest class text feature [C, D] is the sound's label."""
+    return float(((images @ classes.T).argmax(-1) == torch.tensor(labels)).float().mean())
+
+
+def clip_mmd(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:
+    """CLIP-MMD (Jayasumana et al. 2024, arXiv 2401.09603) between unit features [N, D] and [M, D], x 1000."""
+    gamma = 1 / (2 * sigma**2)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return torch.exp(-gamma * torch.cdist(x, y).square()).mean()
+
+    return float(1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)))
