@@ -37,6 +37,8 @@ class AdaptLossConfig(Config):
 
     w_denoise: float = pydantic.Field(1.0, ge=0)
     """Denoising MSE through the frozen UNet."""
+    denoise_rows: int = pydantic.Field(0, ge=0)
+    """Clips of a worker's batch that take the denoising term, the costly one; 0 = all."""
     w_clip: float = pydantic.Field(0.5, ge=0)
     """1 - cosine of the prompt's pooled text feature to the clip's image feature."""
     w_hidden: float = pydantic.Field(1.0, ge=0)
@@ -46,6 +48,12 @@ class AdaptLossConfig(Config):
     head_pattern: str = r"^a \w+ of\b"
     """What a caption says that cannot be heard; it stays text in front of <sound>. No match: `prompt` is used."""
     prompt: str = "a photo of <sound>"
+
+    @pydantic.model_validator(mode="after")
+    def _some_loss(self) -> "AdaptLossConfig":
+        if not (self.w_denoise or self.w_clip or self.w_hidden):
+            raise ValueError("w_denoise, w_clip and w_hidden are all 0: nothing to learn from")
+        return self
 
 
 class AudioAdapter(nn.Module):
@@ -139,11 +147,11 @@ class AdaptTask(nn.Module):
         states, pooled = self.injector.encode([prompt_of(c, cfg) for c in batch["caption"]], tokens)
         terms: dict[str, Tensor] = {}
         if cfg.w_denoise:
-            latents = batch["latents"].float()
+            latents = batch["latents"][: cfg.denoise_rows or None].float()
             steps = self.scheduler.config.num_train_timesteps
             timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
             noise = torch.randn_like(latents)
-            terms["denoise"] = denoising_loss(self.unet, self.scheduler, latents, states, timesteps, noise).mean()
+            terms["denoise"] = denoising_loss(self.unet, self.scheduler, latents, states[: len(latents)], timesteps, noise).mean()
         if cfg.w_clip and self.text_projection is not None:
             target = F.normalize(batch["image_features"].float().mean(1), dim=-1)
             terms["clip"] = 1 - F.cosine_similarity(self.text_projection(pooled), target).mean()

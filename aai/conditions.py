@@ -17,7 +17,7 @@ from torch import Tensor
 from aai.encoders.clip import FrozenClip
 from aai.painter import DEFAULT_PROMPT, Painter
 
-CONDITIONS = ("sound", "ceiling", "nearest_caption", "closed_form", "shuffled_audio", "random_token", "sketch")
+CONDITIONS = ("caption", "sound", "ceiling", "nearest_caption", "closed_form", "shuffled_audio", "random_token", "sketch")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Conditions:
     @torch.no_grad()
     def embed(self, condition: str, clips: Sequence[TestClip]) -> Tensor:
         """Prompt embeddings [B, L, D_h] of clips under a condition of CONDITIONS."""
+        if condition == "caption":
+            return self.painter.embed_text([clip.caption for clip in clips])
         if condition == "ceiling":
             return self.painter.embed_text([self._with_head(clip.caption) for clip in clips])
         if condition == "random_token":
@@ -93,7 +95,7 @@ class Conditions:
         end of text on.
         """
         projection = self.clip.model.text_projection.weight.float().cpu()  # [D, D_h]
-        states, pooled = self.painter.injector.encode(self.captions[:512])
+        _, pooled = self.painter.injector.encode(self.captions[:512])
         features = pooled.cpu().float() @ projection.T
         length = features.norm(dim=-1).mean()
         offset = (heard - self.audio_mean).cpu() * length

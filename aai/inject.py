@@ -62,6 +62,11 @@ class Injector:
         return self.embedding.weight[self.neutral_ids].detach().mean(0)
 
     @property
+    def token_dim(self) -> int:
+        """D_t."""
+        return int(self.embedding.weight.shape[1])
+
+    @property
     def median_norm(self) -> float:
         """Median length of the vocabulary's embeddings: how long an ordinary word is."""
         return float(self.embedding.weight.detach().float().norm(dim=-1).median())

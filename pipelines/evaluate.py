@@ -5,6 +5,7 @@ has its own seed, so the figures do not depend on how many actors there are. All
 """
 
 import argparse
+import io
 import logging
 import time
 from typing import Any
@@ -14,15 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pydantic
 import torch
+from PIL import Image
 
 from aai import grading, metrics, storage
 from aai.bundle import Bundle, read_bundle
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
+from aai.foundation import TOY_WEIGHTS
 from aai.media.audio import decode_flac
 from aai.painter import PaintRequest
 from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS
+from aai.toy.judge import Judge
 from pipelines import tracking
 from pipelines.picture_cases import PictureWorker, loudness_cases, make_cases
 from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
@@ -45,10 +49,12 @@ class EvaluateConfig(VerbConfig):
     max_clips: int = pydantic.Field(2000, ge=10)
     """Size of the retrieval gallery at most; clips are taken in order of clip_id."""
     pictures: dict[str, int] = {
-        "sound": 400, "ceiling": 400, "nearest_caption": 200, "closed_form": 200, "shuffled_audio": 400,
+        "caption": 300, "sound": 400, "ceiling": 400, "nearest_caption": 200, "closed_form": 200, "shuffled_audio": 400,
         "random_token": 400, "sketch": 200, "edit": 150, "stylize": 150,
     }
-    """Pictures per condition."""
+    """Pictures per condition (see docs/evaluation.md)."""
+    max_frames: int = pydantic.Field(1200, ge=1)
+    """Held-out frames that the judge and the CLIP are themselves graded on."""
     cases_per_shard: int = pydantic.Field(25, ge=1)
     request: PaintRequest = PaintRequest(steps=12)
     device: str = "cpu"
@@ -88,8 +94,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     test, train = load_clips(config)
     retrieval = evaluate_retrieval(config, bundle, test, train)
     generation, samples = evaluate_pictures(config, test, train)
+    foundation = grade_foundation(config, bundle, test) | generation.pop("caption")
     result = {
-        **stamp, "retrieval": retrieval, "generation": generation, "samples": samples,
+        **stamp, "foundation": foundation, "retrieval": retrieval, "generation": generation, "samples": samples,
         "seconds": time.perf_counter() - start,
     }
     storage.write_json(done, result)
@@ -218,6 +225,11 @@ def grade(painted: pa.Table, test: pa.Table, bundle: Bundle) -> dict[str, Any]:
     for name, seen in by_condition.items():
         if name == "loudness":
             continue
+        if name == "caption":
+            said = [truth[row["row"]] for row in seen]
+            figures[name] = {f"caption_{a}": grading.accuracy(seen, said, a) for a in ("object", "ambience", "medium")}
+            figures[name]["caption_pictures"] = len(seen)
+            continue
         heard = [truth[row["row"]] for row in seen]
         figures[name] = {a: grading.accuracy(seen, heard, a) for a in ("object", "ambience")} | {"pictures": len(seen)}
     if "sketch" in by_condition:
@@ -234,6 +246,25 @@ def grade(painted: pa.Table, test: pa.Table, bundle: Bundle) -> dict[str, Any]:
     figures["loudness_size_spearman"] = metrics.spearman(np.array(loudness), np.array([row["size"] for row in sound]))
     figures["clip"] = clip_scores(by_condition, test, bundle)
     return figures
+
+
+def grade_foundation(config: EvaluateConfig, bundle: Bundle, test: pa.Table) -> dict[str, Any]:
+    """The judge and the CLIP on held-out frames with known truth, and the size of the toy world's weights."""
+    frames = storage.read_table(config.clips, ["clip_id", "frames", "labels"])
+    frames = frames.filter(pc.is_in(frames["clip_id"], test["clip_id"]))
+    rows = [(data, labels) for row in frames.to_pylist() for data, labels in ((f, row["labels"]) for f in row["frames"])]
+    rows = rows[:: max(1, len(rows) // config.max_frames)]
+    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data, _ in rows]
+    truth = [labels[0] for _, labels in rows]
+    read = [seen["object"] for seen in Judge.load().read(pictures)]
+    clip = FrozenClip(bundle.config.foundation)
+    classes = clip.texts([f"a photo of a {name}" for name in OBJECTS])
+    return {
+        "frames": len(rows),
+        "judge_object": float(np.mean([a == b for a, b in zip(read, truth, strict=True)])),
+        "clip_object": grading.zero_shot(clip.images(pictures), classes, [OBJECTS.index(name) for name in truth]),
+        "weights_mb": sum(file.stat().st_size for file in TOY_WEIGHTS.rglob("*.safetensors")) / 1e6,
+    }
 
 
 def rms_db(audio: np.ndarray) -> float:

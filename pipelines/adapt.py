@@ -1,0 +1,203 @@
+"""Trains the audio adapter: an aligned sound becomes words A* for the frozen diffusion model.
+
+Reads a FeatureTable and the bundle of `aai align`, trains with Ray Train through the frozen text encoder and UNet, and
+writes OUT/bundle (aligner and adapter), OUT/history.jsonl and, last, OUT/adapt.json. The same command goes on after a kill.
+"""
+
+import argparse
+import hashlib
+import logging
+import time
+from typing import Any, ClassVar
+
+import pydantic
+import torch
+from torch import nn
+
+from aai import storage
+from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
+from aai.bundle import Bundle, read_bundle, write_bundle
+from aai.concepts import Vocabulary
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.features import FeatureManifest, FeatureReader, load_split
+from aai.fit import FitConfig, State, local_batch_size, restore_weights
+from aai.foundation import load_clip, load_diffusion
+from aai.inject import Injector
+from pipelines import tracking, training
+from pipelines.align import check_foundation, up_to_date
+from pipelines.settings import Plan, TrackingConfig, VerbConfig
+
+log = logging.getLogger(__name__)
+
+RESULT = "adapt.json"
+COLUMNS = ("audio", "image_features", "latents")
+
+
+class AdaptConfig(VerbConfig):
+    """The adapt stage."""
+
+    summary: ClassVar[str] = "train the audio adapter through the frozen diffusion model -> bundle"
+
+    features: str
+    """Folder or s3:// prefix of the FeatureTable."""
+    bundle: str
+    """The bundle of `aai align`; it names the foundation."""
+    out: str
+    """Folder or s3:// prefix for the new bundle, the history and adapt.json."""
+    adapter: AdapterConfig = AdapterConfig()
+    """embed_dim and token_dim are taken from the bundle and the diffusion model."""
+    loss: AdaptLossConfig = AdaptLossConfig()
+    fit: FitConfig = FitConfig()
+    vocabulary: Vocabulary | None = None
+    """Words for what pictures show; edit and stylize need it."""
+    neutral_word: str = "thing"
+    """The word that stands in a prompt where a sound has no say."""
+    tracking: TrackingConfig = TrackingConfig()
+    max_val_clips: int = pydantic.Field(128, ge=2)
+    """Validation takes at most this many clips of the val split."""
+    cache_mb: int = pydantic.Field(1024, ge=1)
+    """Memory of each worker for decoded clips."""
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        return Plan(
+            inputs={"features": self.features, "bundle": self.bundle},
+            outputs={"bundle": storage.join(self.out, "bundle"), "figures": storage.join(self.out, RESULT)},
+            resources=self.resources(),
+        )
+
+    def content_digest(self, fingerprint: str, parent: str) -> str:
+        """Of everything that determines the weights: settings, number of workers, the data and the aligned bundle."""
+        settings = {
+            **self.model_dump(mode="json", include={"adapter", "loss", "fit", "vocabulary", "neutral_word"}),
+            "workers": self.cluster.num_workers,
+            "data": fingerprint,
+            "parent": parent,
+        }
+        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+
+CONFIG = AdaptConfig
+
+
+def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Short flags and the settings they stand for."""
+    parser.add_argument("--features", help="FeatureTable folder")
+    parser.add_argument("--bundle", help="bundle of `aai align`")
+    parser.add_argument("--out", help="folder for the bundle and figures")
+    parser.add_argument("--workers", type=int, help="training workers")
+    return {"features": "features", "bundle": "bundle", "out": "out", "workers": "cluster.num_workers"}
+
+
+def run(config: AdaptConfig) -> dict[str, Any]:
+    """Trains and writes the bundle; returns what adapt.json holds."""
+    begin = time.monotonic()
+    places = {name: storage.absolute(getattr(config, name)) for name in ("features", "bundle", "out")}
+    config = config.model_copy(update=places)
+    manifest = FeatureManifest.read(config.features)
+    parent = read_bundle(config.bundle)
+    check_foundation(parent.config.foundation, manifest)
+    local_batch_size(config.fit, config.cluster.num_workers)
+    digest = config.content_digest(manifest.fingerprint, parent.sha)
+    if (found := up_to_date(storage.join(config.out, RESULT), digest, "adapt")) is not None:
+        return found
+    settings = {"config": config.model_dump(mode="json")}
+    params = {"fingerprint": manifest.fingerprint, "parent": parent.sha, **settings["config"]}
+    with tracking.run(config.tracking, "adapt", params, {"digest": digest}) as run_:
+        state = training.train("adapt", adapt_worker, settings, config.cluster, config.out, digest, config.fit.steps)
+        entries = training.history(config.out)
+        for entry in entries:
+            run_.log_metrics({k: v for k, v in entry.items() if k != "step"}, step=int(entry["step"]))
+        metrics = {k: v for k, v in entries[-1].items() if k != "step"}
+        bundle = _write(config, parent, state, manifest, metrics)
+        result = {
+            "digest": digest,
+            "seconds": round(time.monotonic() - begin, 1),
+            "steps": state.step,
+            "workers": config.cluster.num_workers,
+            "metrics": metrics,
+            "data_fingerprint": manifest.fingerprint,
+            "bundle": storage.join(config.out, "bundle"),
+            "sha": bundle.sha,
+        }
+        storage.write_json(storage.join(config.out, RESULT), result)
+        storage.remove(training.checkpoints(config.out))
+    shown = " ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    log.info("adapt: %d steps in %.0f s, %s -> %s", state.step, result["seconds"], shown, result["bundle"])
+    return result
+
+
+def adapt_worker(session: training.Session, settings: dict[str, Any]) -> None:
+    """Trains on one worker; rank 0 validates."""
+    config = AdaptConfig.parse(settings["config"])
+    bundle = read_bundle(config.bundle)
+    torch.manual_seed(config.fit.seed)
+    task = build_task(config, bundle)
+    samples = task.aligner.config.clip_samples
+    reader = FeatureReader(
+        config.features, "train", local_batch_size(config.fit, session.world_size), samples,
+        session.rank, session.world_size, config.fit.seed, COLUMNS, config.cache_mb << 20,
+    )
+    evaluate = None
+    if reader.manifest.rows.get("val", 0) > 1:
+        held_out = load_split(config.features, "val", samples, COLUMNS, config.max_val_clips) if session.rank == 0 else {}
+        evaluate = lambda: validate(task, held_out)  # noqa: E731
+    session.fit(task, reader.batches, config.fit, evaluate)
+
+
+@torch.no_grad()
+def validate(task: AdaptTask, held_out: dict[str, Any]) -> dict[str, float]:
+    """The loss and its terms on held-out clips, with the same noise every time."""
+    device = next(task.adapter.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in held_out.items()}
+        loss, terms = task(batch)
+    return {"val_loss": float(loss), **{f"val_{name}": float(value) for name, value in terms.items()}}
+
+
+def build_task(config: AdaptConfig, bundle: Bundle) -> AdaptTask:
+    """The adapter with everything frozen around it."""
+    spec = bundle.config.foundation
+    pipe = load_diffusion(spec)
+    injector = Injector(pipe.text_encoder, pipe.tokenizer, config.neutral_word)
+    aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
+    aligner.load_state_dict(bundle.aligner())
+    adapter = AudioAdapter(adapter_config(config, bundle, injector.token_dim), injector.median_norm)
+    return AdaptTask(adapter, aligner, pipe, _text_projection(bundle, pipe.text_encoder), config.loss, config.neutral_word)
+
+
+def adapter_config(config: AdaptConfig, bundle: Bundle, token_dim: int) -> AdapterConfig:
+    """The adapter's settings with the dimensions that only the foundation knows."""
+    dims = {"embed_dim": int(bundle.config.encoder["embed_dim"]), "token_dim": token_dim}
+    return config.adapter.model_copy(update=dims)
+
+
+def _text_projection(bundle: Bundle, text_encoder: nn.Module) -> nn.Linear | None:
+    """CLIP's projection of a pooled text state; None when the diffusion model's text encoder is not this CLIP's."""
+    clip, _, _ = load_clip(bundle.config.foundation)
+    ours = clip.text_model.get_input_embeddings().weight
+    theirs = text_encoder.get_input_embeddings().weight
+    same = ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-3)
+    if not same:
+        log.warning("adapt: the diffusion model's text encoder is not the CLIP's; the clip term is left out")
+    return clip.text_projection if same else None
+
+
+def _write(
+    config: AdaptConfig, parent: Bundle, state: State, manifest: FeatureManifest, metrics: dict[str, float]
+) -> Bundle:
+    """Puts the trained weights into a fresh adapter and writes aligner and adapter as one bundle."""
+    task = build_task(config, parent)
+    restore_weights(task, state.weights)
+    bundle = parent.config.model_copy(
+        update={
+            "adapter": task.adapter.cfg.model_dump(mode="json"),
+            "vocabulary": config.vocabulary.model_dump(mode="json") if config.vocabulary else None,
+            "neutral_word": config.neutral_word,
+        }
+    )
+    meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": [parent.sha]}
+    return write_bundle(
+        storage.join(config.out, "bundle"), bundle, parent.aligner(), task.adapter.state_dict(), meta
+    )

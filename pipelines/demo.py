@@ -1,0 +1,157 @@
+"""Everything on the toy world, on this machine: from clips to a promoted bundle, pictures and a report.
+
+    aai demo                       # runs/demo, about ten minutes on two cores
+    aai demo --out runs/mine
+
+Runs the same commands as a cluster would, with configs/demo/*.yaml: world, curate, featurize, align, adapt, evaluate,
+promote, generate. What is finished is kept, so the command can be run again after any interruption. Ends with
+OUT/report.html and OUT/summary.json.
+"""
+
+import argparse
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pyarrow.compute as pc
+
+from aai import storage
+from aai.media.audio import decode_flac, write_wav
+from aai.schema import VERSION
+from aai.toy.scoring import score_defects
+from pipelines import cluster, report
+from pipelines.__main__ import load_config, module_of
+from pipelines.settings import Plan, VerbConfig
+
+log = logging.getLogger(__name__)
+
+STAGES = ("world", "curate", "featurize", "align", "adapt", "evaluate", "promote")
+EXAMPLES = 4
+"""Held-out sounds that the last step paints."""
+
+
+class DemoConfig(VerbConfig):
+    """Settings of `aai demo`; those of its stages are in configs/demo/."""
+
+    summary: ClassVar[str] = "all of the above on the toy world, ending with a report"
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        outputs = {name: storage.join(self.run_dir, f"{name}") for name in ("report.html", "summary.json", *STAGES)}
+        return Plan(inputs={}, outputs=outputs, resources=self.resources())
+
+
+CONFIG = DemoConfig
+
+
+def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Short flags and the settings they stand for."""
+    parser.add_argument("--out", metavar="DIR", help="folder of the run [runs/demo]")
+    return {"out": "run_dir"}
+
+
+def run(config: DemoConfig) -> dict[str, Any]:
+    """Runs all stages and writes report and summary; returns the summary."""
+    seconds: dict[str, float] = {}
+    results: dict[str, dict[str, Any]] = {}
+    address = ["--address", config.cluster.address] if config.cluster.address else []
+    begin = time.monotonic()
+    with peak_memory() as peak:
+        cluster.connect(config.cluster, config.run_dir)
+        for number, verb in enumerate(STAGES, 1):
+            log.info("\n[%d/%d] %s", number, len(STAGES) + 1, verb)
+            start = time.monotonic()
+            settings, _ = load_config(verb, [*address, "--set", f"run_dir={config.run_dir}"])
+            results[verb] = module_of(verb).run(settings)
+            seconds[verb] = round(time.monotonic() - start, 1)
+        log.info("\n[%d/%d] generate", len(STAGES) + 1, len(STAGES) + 1)
+        start = time.monotonic()
+        results["generate"] = generate_examples(config.run_dir)
+        seconds["generate"] = round(time.monotonic() - start, 1)
+        cluster.shutdown()
+    seconds["total"] = round(time.monotonic() - begin, 1)
+    summary = summarise(config.run_dir, results, seconds, round(peak[0] / 1e9, 2))
+    storage.write_json(storage.join(config.run_dir, "summary.json"), summary)
+    page = report.write_report(config.run_dir, summary)
+    log.info(
+        "\ndemo: finished in %.0f s, peak memory %.1f GB; open %s\n      figures in %s",
+        seconds["total"], summary["peak_rss_gb"], page, storage.join(config.run_dir, "summary.json"),
+    )
+    return summary
+
+
+@contextmanager
+def peak_memory(interval_s: float = 0.5) -> Iterator[list[float]]:
+    """While the body runs, the largest resident memory in bytes of this process and all below it, in a list of one.
+
+    Shared pages are counted once for each process: the sum is an upper bound.
+    """
+    peak, stop, own = [0.0], threading.Event(), psutil.Process()
+
+    def resident(process: psutil.Process) -> int:
+        try:
+            return int(process.memory_info().rss)
+        except psutil.NoSuchProcess:
+            return 0
+
+    def watch() -> None:
+        while not stop.wait(interval_s):
+            peak[0] = max(peak[0], sum(resident(p) for p in [own, *own.children(recursive=True)]))
+
+    thread = threading.Thread(target=watch, name="peak-memory", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def generate_examples(run_dir: str) -> dict[str, Any]:
+    """Paints, edits and stylizes by a few held-out sounds through the registered champion, with the public verbs."""
+    accepted = storage.read_table(storage.join(run_dir, "curated", "accepted"), ["clip_id", "split", "labels", "audio", "frames"])
+    test = accepted.filter(pc.field("split") == "test").sort_by("clip_id").slice(0, 200).to_pylist()
+    chosen = list({row["labels"][0]: row for row in reversed(test)}.values())[:EXAMPLES]
+    files: list[str] = []
+    for i, row in enumerate(chosen):
+        name = f"{i}_{'_'.join(row['labels'])}"
+        sound = storage.join(run_dir, "pictures", f"{name}.wav")
+        picture = storage.join(run_dir, "pictures", f"{name}_given.png")
+        write_wav(sound, decode_flac(row["audio"]))
+        storage.write_bytes(picture, chosen[(i + 1) % len(chosen)]["frames"][0])
+        for verb in ("generate", "edit", "stylize"):
+            image = [] if verb == "generate" else ["--image", picture]
+            settings, _ = load_config(verb, ["--audio", sound, *image, "--set", f"run_dir={run_dir}"])
+            files += module_of(verb).run(settings)["files"]
+    return {"files": files}
+
+
+def summarise(
+    run_dir: str, results: dict[str, dict[str, Any]], seconds: dict[str, float], peak_rss_gb: float
+) -> dict[str, Any]:
+    """Every figure of the run (summary.json)."""
+    scores = score_defects(storage.join(run_dir, "world", "defects.json"), storage.join(run_dir, "curated"))
+    curate, evaluate, promote = results["curate"], results["evaluate"], results["promote"]
+    return {
+        "version": VERSION,
+        "seconds": seconds,
+        "peak_rss_gb": peak_rss_gb,
+        "curate": {
+            **{key: curate[key] for key in ("rows_in", "accepted", "rejected", "by_code")},
+            "defect_recall": scores["recall"],
+            "defect_precision": scores["precision"],
+            "defects": scores,
+        },
+        "foundation": evaluate["foundation"],
+        "align": results["align"]["metrics"],
+        "adapt": results["adapt"]["metrics"],
+        "retrieval": evaluate["retrieval"],
+        "generation": evaluate["generation"],
+        "registry": {key: promote[key] for key in ("name", "version", "alias")},
+        "pictures": [Path(file).name for file in results["generate"]["files"]],
+    }

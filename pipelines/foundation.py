@@ -1,0 +1,140 @@
+"""Trains the small foundation models: a CLIP, a latent diffusion model around its text tower, and the judge.
+
+Reads any manifest of captioned pictures or clips (uri, caption); where there is none yet, the toy world draws one. The
+judge always trains on the toy world's own scenes. Each model goes to OUT/NAME in Hugging Face layout (fp16
+safetensors); a model that is already there is kept. The committed weights in aai/toy/weights were made by this recipe.
+"""
+
+import argparse
+import io
+import logging
+import time
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pydantic
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from aai import storage
+from aai.errors import UserError
+from aai.media.decode import ClipError, DecodeConfig, decode_clip
+from aai.toy import recipe, world
+from aai.toy.draw import draw_scene
+from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS, random_scene
+from aai.toy.judge import SIZE_PX, train_judge
+from pipelines.manifest import read_manifest
+from pipelines.settings import Plan, VerbConfig
+
+log = logging.getLogger(__name__)
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class FoundationVerbConfig(VerbConfig):
+    """Settings of `aai foundation`."""
+
+    summary: ClassVar[str] = "train the small CLIP, diffusion model and judge from captioned pictures"
+
+    manifest: str = "${run_dir}/captioned/manifest.csv"
+    """Captioned pictures or clips; written by the toy world when absent."""
+    out: str = "${run_dir}/weights"
+    """Local folder of the models."""
+    images: int = pydantic.Field(24000, ge=100)
+    """Pictures to draw when the manifest is absent."""
+    judge_images: int = pydantic.Field(12000, ge=100)
+    judge_steps: int = pydantic.Field(2000, ge=1)
+    seed: int = pydantic.Field(7, ge=0)
+    """Of the drawn pictures."""
+    models: tuple[Literal["clip", "diffusion", "judge"], ...] = ("clip", "diffusion", "judge")
+    recipe: recipe.FoundationConfig = recipe.FoundationConfig()
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        outputs = {name: storage.join(self.out, name) for name in self.models}
+        return Plan(inputs={"manifest": self.manifest}, outputs=outputs, resources={"device": "this machine's CPU or GPU"})
+
+
+CONFIG = FoundationVerbConfig
+
+
+def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Short flags and the settings they stand for."""
+    parser.add_argument("--manifest", metavar="FILE", help="captioned pictures or clips")
+    parser.add_argument("--out", metavar="DIR", help="folder of the models")
+    return {"manifest": "manifest", "out": "out"}
+
+
+def run(config: FoundationVerbConfig) -> dict[str, Any]:
+    """Trains what is not there yet; returns the seconds each model took."""
+    if not storage.exists(config.manifest):
+        folder = config.manifest.rsplit("/", 1)[0]
+        log.info("foundation: no manifest at %s; the toy world draws %d pictures", config.manifest, config.images)
+        world.write_images(folder, config.images, config.seed)
+    out = Path(storage.absolute(config.out))
+    seconds: dict[str, Any] = {}
+    pixels, captions = load_pictures(config.manifest, config.recipe.image_size_px)
+    for name in config.models:
+        if (out / name / "finished").exists():
+            log.info("foundation: %s is there -> %s", name, out / name)
+            continue
+        start = time.monotonic()
+        if name == "clip":
+            recipe.train_clip(config.recipe, pixels, captions, out / "clip")
+        elif name == "diffusion":
+            recipe.train_diffusion(config.recipe, pixels, captions, out / "clip", out / "diffusion")
+        else:
+            train_judge(*draw_labelled(config.judge_images, config.seed + 1), config.judge_steps).save(
+                out / "judge" / "model.safetensors"
+            )
+        seconds[name] = round(time.monotonic() - start, 1)
+        (out / name / "finished").touch()
+    size_mb = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
+    log.info("foundation: %s in %s s, %.1f MB -> %s", ", ".join(config.models), seconds, size_mb, out)
+    return {"seconds": seconds, "weights_mb": size_mb}
+
+
+def load_pictures(manifest: str, size_px: int) -> tuple[Tensor, list[str]]:
+    """All captioned pictures of a manifest as uint8 [N, size, size, 3], and their captions.
+
+    A clip gives its middle frame. Raises UserError when one cannot be read.
+    """
+    rows = [row for row in read_manifest(manifest) if row["caption"]]
+    if not rows:
+        raise UserError("manifest", manifest, "has no captions", "add a caption column")
+    pixels = np.empty((len(rows), size_px, size_px, 3), np.uint8)
+    for i, row in enumerate(tqdm(rows, desc="pictures", unit="pic", mininterval=1.0)):
+        try:
+            picture = _picture(row, size_px)
+        except (OSError, ClipError) as error:
+            raise UserError("manifest", row["uri"], f"cannot be read ({error})", "remove the row") from error
+        pixels[i] = np.asarray(picture.resize((size_px, size_px), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels), [row["caption"] for row in rows]
+
+
+def _picture(row: dict[str, Any], size_px: int) -> Image.Image:
+    data = storage.read_bytes(row["uri"])
+    if row["uri"].lower().endswith(PICTURES):
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    clip = decode_clip(data, row["start_s"], row["end_s"], DecodeConfig(num_frames=1, frame_size_px=size_px))
+    return Image.fromarray(clip.frames[0])
+
+
+def draw_labelled(count: int, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Drawn scenes for the judge: uint8 [N, 64, 64, 3], labels int [N] per head, sizes float [N]."""
+    pixels = np.empty((count, SIZE_PX, SIZE_PX, 3), np.uint8)
+    scenes = []
+    rng = np.random.default_rng(seed)
+    for i in tqdm(range(count), desc="judge scenes", unit="pic", mininterval=1.0):
+        scenes.append(random_scene(rng))
+        picture = draw_scene(scenes[-1], 128, time_s=float(rng.uniform(0, 10)), level=float(rng.random()))
+        pixels[i] = np.asarray(picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC))
+    labels = {
+        "object": torch.tensor([OBJECTS.index(scene.obj) for scene in scenes]),
+        "ambience": torch.tensor([AMBIENCES.index(scene.ambience) for scene in scenes]),
+        "medium": torch.tensor([MEDIA.index(scene.medium) for scene in scenes]),
+    }
+    return torch.from_numpy(pixels), labels, torch.tensor([scene.size for scene in scenes], dtype=torch.float32)
