@@ -21,7 +21,7 @@ CONDITIONS = ("caption", "sound", "ceiling", "nearest_caption", "closed_form", "
 
 
 @dataclass(frozen=True)
-class TestClip:
+class HeldOutClip:
     """What painting a held-out clip needs: its sound float32 [S] (`shuffled_audio`: another clip's) and caption."""
 
     audio: np.ndarray
@@ -58,7 +58,7 @@ class Conditions:
         return re.sub(self.head_pattern, head, caption)
 
     @torch.no_grad()
-    def embed(self, condition: str, clips: Sequence[TestClip]) -> Tensor:
+    def embed(self, condition: str, clips: Sequence[HeldOutClip]) -> Tensor:
         """Prompt embeddings [B, L, D_h] of clips under a condition of CONDITIONS."""
         if condition == "caption":
             return self.painter.embed_text([clip.caption for clip in clips])

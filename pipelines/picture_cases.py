@@ -13,7 +13,7 @@ from PIL import Image
 
 from aai import storage
 from aai.bundle import read_bundle
-from aai.conditions import Conditions, TestClip
+from aai.conditions import Conditions, HeldOutClip
 from aai.encoders.clip import FrozenClip
 from aai.media.audio import decode_flac
 from aai.painter import Painter, PaintRequest
@@ -99,7 +99,7 @@ class PictureWorker:
             embeds, strength = self.painter.embed_repaint(condition, heard, images)
         else:
             rows = [self.clips[case["row"]] for case in cases]
-            tests = [TestClip(a, r["caption"], c["seed"]) for a, r, c in zip(heard, rows, cases, strict=True)]
+            tests = [HeldOutClip(a, r["caption"], c["seed"]) for a, r, c in zip(heard, rows, cases, strict=True)]
             embeds = self.conditions.embed("sound" if condition == "loudness" else condition, tests)
         pictures = self.painter.paint(embeds, [c["seed"] for c in cases], self.request, images, strength)
         self._write(shard["out"], cases, pictures)
