@@ -1,0 +1,39 @@
+"""How `mlflow.pyfunc.load_model("models:/NAME@champion")` opens a registered bundle.
+
+MLflow is told this module's name and the bundle folder (`loader_module`, `data_path`), so nothing is pickled. The
+table it takes has one row per sound: `audio` (bytes of a sound file) and optionally `prompt` and `seed`.
+"""
+
+import io
+from typing import Any
+
+import pandas as pd
+
+from aai.media.decode import decode_audio
+from aai.painter import Painter, PaintRequest
+
+MAX_AUDIO_S, MAX_AUDIO_BYTES = 60, 32 * 2**20
+
+
+class PainterModel:
+    """A Painter behind MLflow's `predict`."""
+
+    def __init__(self, painter: Painter) -> None:
+        self.painter = painter
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[bytes]:
+        """One PNG file per row. Raises ClipError for sound that cannot be read, UserError for a wrong prompt."""
+        return [self._paint(row) for row in model_input.to_dict("records")]
+
+    def _paint(self, row: dict[Any, Any]) -> bytes:
+        sound = decode_audio(row["audio"], MAX_AUDIO_S, MAX_AUDIO_BYTES, self.painter.sample_rate_hz)
+        given = {name: row[name] for name in ("prompt", "seed") if not pd.isna(row.get(name))}
+        picture = self.painter.generate(sound, PaintRequest.parse(given, source="the row"))[0]
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def _load_pyfunc(data_path: str) -> PainterModel:
+    """MLflow calls this with the bundle folder."""
+    return PainterModel(Painter.load(data_path))
