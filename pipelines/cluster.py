@@ -1,11 +1,14 @@
 """Connects to Ray: the cluster at an address, or a small quiet one on this machine."""
 
+import contextlib
 import logging
 import os
 import secrets
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from aai.errors import UserError
 from pipelines.settings import ClusterConfig
@@ -17,7 +20,6 @@ OBJECT_STORE_BYTES = 512 * 2**20
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "error",
     "RAY_DEDUP_LOGS": "1",
 }
 
@@ -67,7 +69,9 @@ def connect(cluster: ClusterConfig, log_dir: str | None = None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).split("\n")[0][:200]
             raise UserError(
-                "cluster.address", cluster.address, f"no Ray cluster to connect to ({reason})",
+                "cluster.address",
+                cluster.address,
+                f"no Ray cluster to connect to ({reason})",
                 "start one, mend the address, or leave it empty for this machine",
             ) from error
         return
@@ -81,6 +85,27 @@ def connect(cluster: ClusterConfig, log_dir: str | None = None) -> None:
         **options,
     )
     _link_logs(log_dir, context.address_info["session_dir"])
+
+
+@contextlib.contextmanager
+def native_stderr_held() -> Iterator[TextIO]:
+    """Holds back what Ray's C++ core writes past Python to the terminal; shows it only when the block fails.
+
+    Yields the terminal, for a progress line.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with os.fdopen(saved, "w") as terminal, tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield terminal
+        except BaseException:
+            held.seek(0)
+            terminal.write(held.read().decode(errors="replace"))
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
 
 
 def shutdown() -> None:

@@ -120,11 +120,15 @@ def measure_clip(row: Row, cfg: DecodeConfig) -> dict[str, Any]:
         record["clip_id"] = clip_id(record["content_hash"], row["start_s"], row["end_s"])
         clip = decode_clip(data, row["start_s"], row["end_s"], cfg)
         signals = measure(clip, cfg.sample_rate_hz)
-        return record | signals | {
-            "audio": encode_flac(clip.audio, cfg.sample_rate_hz),
-            "frames": [_jpeg(frame) for frame in clip.frames],
-            "frame_pts_s": clip.frame_pts_s,
-        }
+        return (
+            record
+            | signals
+            | {
+                "audio": encode_flac(clip.audio, cfg.sample_rate_hz),
+                "frames": [_jpeg(frame) for frame in clip.frames],
+                "frame_pts_s": clip.frame_pts_s,
+            }
+        )
     except ClipError as error:
         failure = error
     except Exception as error:  # one clip must not end the job; max_reject_ratio stops a systematic fault
@@ -186,9 +190,10 @@ def _shards(rows: Sequence[Row], rows_per_shard: int) -> list[Shard]:
 
 
 def _judge(out: str, shards: Sequence[Shard], config: CurateConfig) -> dict[int, tuple[str, str, str]]:
-    """{row number: (stage, code, message)} of measured clips that filters or duplicates drop. Reads no media."""
+    """{row number: (stage, code, message)} of measured clips that filters or duplicates drop."""
     columns = ["clip_id", "uri", "split", "code", *(field.name for field in SIGNALS)]
-    rows = [row for s in shards for row in storage.read_table(_file(out, "_measured", s), columns).to_pylist()]
+    files = [_file(out, "_measured", shard) for shard in shards]  # their small columns only
+    rows = [row for file in files for row in storage.read_table(file, columns).to_pylist()]
     drop: dict[int, tuple[str, str, str]] = {}
     good = []
     for number, row in enumerate(rows):
@@ -218,9 +223,9 @@ def _finished(out: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         before = storage.read_json(started)
         for name, what in (("digest", "settings"), ("input", "input")):
             if before.get(name) != settings[name]:
-                raise UserError("out", out, f"holds tables made with other {what}", "choose another out, or delete it")
+                raise UserError("out", out, f"holds tables of other {what}", "choose another, or delete it")
     elif storage.list_files(out):
-        raise UserError("out", out, "is not empty and was not written by curate", "choose another out, or delete it")
+        raise UserError("out", out, "is not empty, nor written by curate", "choose another, or delete it")
     else:
         storage.write_json(started, settings)
     return storage.read_json(result) if storage.exists(result) else None
@@ -257,24 +262,25 @@ def run(config: CurateConfig) -> dict[str, Any]:
     rows = read_manifest(config.manifest, config.media_root, config.default_split)
     out = storage.absolute(config.out)
     settings = {"version": VERSION, "digest": config.content_digest(), "input": fingerprint(rows)}
-    if result := _finished(out, settings):
-        log.info("curate: up to date: %s", _summary(result, config.out))
+    if earlier := _finished(out, settings):
+        log.info("curate: up to date: %s", _summary(earlier, config.out))
         storage.remove(storage.join(out, "_measured"))
-        return dict(result)
+        return earlier
     shards = _shards(rows, config.rows_per_shard)
     cluster, logs = config.cluster, os.path.dirname(out)
-    decode = config.decode.model_dump()
-    run_shards(
-        "curate", shards, MeasureWorker, {"out": out, "decode": decode}, cluster, _done(out, "_measured"), logs
-    )
+    measure_args = {"out": out, "decode": config.decode.model_dump()}
+    run_shards("curate", shards, MeasureWorker, measure_args, cluster, _done(out, "_measured"), logs)
     judged = _split_drops(shards, _judge(out, shards, config))
     # accepted/ is written after rejected/: when it is there, both are.
-    run_shards("curate: split", judged, JudgeWorker, {"out": out}, cluster, _done(out, "accepted"), logs)
-    result = settings | _totals(out, len(rows)) | {"seconds": round(time.monotonic() - started, 1)}
+    done = _done(out, "accepted")
+    run_shards("curate: split", judged, JudgeWorker, {"out": out}, cluster, done, logs, stateful=False)
+    result: dict[str, Any] = settings | _totals(out, len(rows)) | {"seconds": round(time.monotonic() - started, 1)}
     ratio = result["rejected"] / len(rows)
     if ratio > config.max_reject_ratio:
         raise UserError(
-            "max_reject_ratio", config.max_reject_ratio, f"{ratio:.0%} of the rows were rejected ({result['by_code']})",
+            "max_reject_ratio",
+            config.max_reject_ratio,
+            f"{ratio:.0%} of the rows were rejected ({result['by_code']})",
             f"read the reasons in {config.out}/rejected, mend the input, or raise it",
         )
     storage.write_json(storage.join(out, "curate.json"), result)

@@ -1,4 +1,4 @@
-"""Manifests: which clips there are. A CSV or Parquet table, a VGGSound CSV with its folder, or a folder of media."""
+"""Manifests: which clips there are. A CSV or Parquet table, a VGGSound CSV, or a folder of media."""
 
 import csv
 import hashlib
@@ -30,13 +30,13 @@ Row = dict[str, Any]
 def read_manifest(manifest: str, media_root: str | None = None, default_split: str = "train") -> list[Row]:
     """The clips of a manifest, in its order, with absolute URIs.
 
-    manifest: a CSV or Parquet file with `uri` and maybe `start_s, end_s, caption, labels, split`; a folder or prefix
-    of media files; or, with `media_root` (the folder of the videos), a VGGSound CSV: youtube id, start second, label,
-    split, without a header. Relative URIs count from the manifest's folder.
+    manifest: a CSV or Parquet file with `uri` and maybe `start_s, end_s, caption, labels, split`; a folder or
+    prefix of media files; or, with `media_root` (the folder of the videos), a VGGSound CSV: youtube id, start
+    second, label, split, without a header. Relative URIs count from the manifest's folder.
     Raises UserError for a missing or empty manifest, a missing column or a wrong value.
     """
     if not storage.exists(manifest):
-        raise UserError("manifest", manifest, "does not exist", "give a CSV or Parquet file, or a folder of media")
+        raise UserError("manifest", manifest, "does not exist", "give a CSV, a Parquet file or a folder")
     if manifest.endswith(".parquet"):
         rows = _from_parquet(manifest)
     elif manifest.endswith((".csv", ".tsv", ".txt")):
@@ -66,8 +66,10 @@ def _check_columns(manifest: str, found: Iterable[str]) -> None:
     for column in MANIFEST_REQUIRED:
         if column not in found:
             raise UserError(
-                "manifest", manifest, f"has no column {column!r} (found: {', '.join(found) or 'none'})",
-                f"name the columns {', '.join((*MANIFEST_REQUIRED, *MANIFEST_OPTIONAL))}; only uri is required",
+                "manifest",
+                manifest,
+                f"has no column {column!r} (found: {', '.join(found) or 'none'})",
+                f"columns are {', '.join((*MANIFEST_REQUIRED, *MANIFEST_OPTIONAL))}; only uri is required",
             )
 
 
@@ -75,7 +77,7 @@ def _from_parquet(manifest: str) -> list[Row]:
     try:
         table = pq.read_table(io.BytesIO(storage.read_bytes(manifest)))
     except pa.ArrowInvalid as error:
-        raise UserError("manifest", manifest, f"is not Parquet ({error})", "give a Parquet or CSV file") from error
+        raise UserError("manifest", manifest, f"is not Parquet ({error})", "write it anew") from error
     _check_columns(manifest, table.column_names)
     return list(table.to_pylist())
 
@@ -102,11 +104,11 @@ def _from_vggsound(manifest: str, media_root: str) -> list[Row]:
             # ID_000517.mp4 counts seconds, ID_517000_527000.mp4 milliseconds.
             videos[match["id"], int(match["start"]) // (1000 if match["end"] else 1)] = uri
     if not videos:
-        raise UserError("media_root", media_root, "holds no files named ID_START.mp4", "give the folder of the videos")
+        raise UserError("media_root", media_root, "holds no files named ID_START.mp4", "give the videos' folder")
     rows = []
     for line in csv.reader(_text(manifest)):
         if len(line) != 4 or not line[1].strip().isdigit():
-            raise UserError("manifest", manifest, f"is no VGGSound CSV (line {line})", "give id,start,label,split lines")
+            raise UserError("manifest", manifest, f"is no VGGSound CSV (line {line})", "give id,start,label,split")
         video_id, start_s, label, split = (cell.strip() for cell in line)
         known = videos.get((video_id, int(start_s)))
         uri = known or storage.join(media_root, f"{video_id}_{int(start_s):06d}.mp4")
@@ -117,7 +119,7 @@ def _from_vggsound(manifest: str, media_root: str) -> list[Row]:
 def _from_folder(folder: str) -> list[Row]:
     uris = [uri for uri in storage.list_files(folder) if uri.lower().endswith(MEDIA_SUFFIXES)]
     if not uris:
-        raise UserError("manifest", folder, "holds no media files", f"give a folder with {', '.join(MEDIA_SUFFIXES)}")
+        raise UserError("manifest", folder, "holds no media files", f"give {', '.join(MEDIA_SUFFIXES)}")
     return [{"uri": uri, "caption": "", "labels": [uri.rsplit("/", 2)[-2]]} for uri in uris]
 
 
@@ -129,7 +131,8 @@ def _clean(row: Row, manifest: str, number: int, default_split: str) -> Row:
         is_table = manifest.endswith((".csv", ".tsv", ".txt", ".parquet"))
         uri = storage.join(os.path.dirname(manifest) if is_table else manifest, uri)
     if "://" in uri and (scheme := uri.split("://", 1)[0]) not in storage.SCHEMES:
-        raise UserError("manifest", manifest, f"row {number}: scheme {scheme!r} is not allowed", "use file:// or s3://")
+        rule = f"row {number}: scheme {scheme!r} is not allowed"
+        raise UserError("manifest", manifest, rule, "use a path, file:// or s3://")
     labels = row.get("labels") or []
     if isinstance(labels, str):
         labels = [label.strip() for label in labels.split(";") if label.strip()]
@@ -149,5 +152,6 @@ def _seconds(value: object, column: str, manifest: str, number: int) -> float | 
     try:
         seconds = float(str(value))
     except ValueError as error:
-        raise UserError("manifest", manifest, f"row {number}: {column} is {value!r}", "give seconds") from error
+        rule = f"row {number}: {column} is {value!r}"
+        raise UserError("manifest", manifest, rule, "give seconds") from error
     return None if math.isnan(seconds) else seconds  # pandas writes NaN for an empty cell

@@ -1,8 +1,8 @@
 """Work in shards: one engine for every stage that reads rows and writes tables.
 
-A shard is a small dict of names and numbers. A worker does all the work of one shard and writes its outputs itself,
-under names that the shard determines, so a finished shard is never made again and a re-run after a kill goes on.
-Ray Data spreads the shards over a pool of actors.
+A shard is a small dict of names and numbers. A worker does all the work of one shard and writes its outputs
+itself, under names that the shard determines, so a finished shard is never made again and a re-run after a kill
+goes on. Ray Data spreads the shards over a pool of actors.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from pipelines.cluster import connect
+from pipelines.cluster import connect, native_stderr_held
 from pipelines.settings import ClusterConfig
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ Result = dict[str, Any]
 class Worker(Protocol):
     """What runs in an actor: made once per process, called once per shard.
 
-    It handles bad rows itself; whatever it raises ends the job. The result needs `rows`, and may have `rejected`.
+    It handles bad rows itself; whatever it raises ends the job. The result needs `rows`, and may hold `rejected`.
     """
 
     def __call__(self, shard: Shard) -> Result:
@@ -39,6 +39,10 @@ class _Actor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         return {"result": [json.dumps(self.worker(json.loads(text))) for text in batch["shard"]]}
+
+
+def _once(batch: dict[str, Any], worker_cls: Callable[..., Worker], worker_args: Mapping[str, Any]) -> Any:
+    return _Actor(worker_cls, worker_args)(batch)
 
 
 def _quiet_ray_data() -> None:
@@ -62,11 +66,13 @@ def run_shards(
     cluster: ClusterConfig,
     done: Callable[[Shard], bool],
     log_dir: str | None = None,
+    stateful: bool = True,
 ) -> list[Result]:
     """Runs every shard that is not `done`, and returns the results of those that ran, in any order.
 
-    name: of the progress line; shards: JSON values, with `rows` (how many) for the progress line; worker_cls and its
-    keyword arguments must be importable on every node. Raises the worker's own error when a shard fails.
+    name: of the progress line; shards: JSON values, with `rows` (how many) for the progress line; worker_cls and
+    its keyword arguments must be importable on every node. stateful: keep one worker per process; False makes a
+    worker for each shard and saves the start of the processes. Raises the worker's own error when a shard fails.
     """
     todo = [shard for shard in shards if not done(shard)]
     rows, skipped = sum(int(s["rows"]) for s in todo), len(shards) - len(todo)
@@ -79,19 +85,21 @@ def run_shards(
 
     _quiet_ray_data()
     workers = min(cluster.num_workers, len(todo))
+    resources = {"batch_size": 1, "num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
     results: list[Result] = []
-    dataset = ray.data.from_items(
-        [{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo)
-    ).map_batches(
-        _Actor,
-        fn_constructor_kwargs={"worker_cls": worker_cls, "worker_args": dict(worker_args)},
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=cluster.gpus_per_worker,
-    )
+    dataset = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo))
+    arguments: dict[str, Any] = {"worker_cls": worker_cls, "worker_args": dict(worker_args)}
+    if stateful:
+        pool = ray.data.ActorPoolStrategy(size=workers)
+        dataset = dataset.map_batches(_Actor, fn_constructor_kwargs=arguments, compute=pool, **resources)
+    else:
+        pool = ray.data.TaskPoolStrategy(size=workers)
+        dataset = dataset.map_batches(_once, fn_kwargs=arguments, compute=pool, **resources)
     try:
-        with tqdm(total=rows, desc=name, unit="clip", mininterval=1.0) as bar:
+        with (
+            native_stderr_held() as terminal,
+            tqdm(total=rows, desc=name, unit="clip", mininterval=1.0, file=terminal) as bar,
+        ):
             for row in dataset.iter_rows():
                 result = json.loads(row["result"])
                 results.append(result)

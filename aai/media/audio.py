@@ -1,6 +1,7 @@
 """Sound as bytes: 16-bit FLAC for the tables, WAV for people. Mono, float32 in [-1, 1] in memory."""
 
 import io
+from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +20,7 @@ def _encode(
 ) -> bytes:
     sink = io.BytesIO()
     with av.open(sink, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=sample_rate_hz, options=options, layout="mono", format="s16")
+        stream: Any = out.add_stream(codec, rate=sample_rate_hz, options=options, layout="mono", format="s16")
         frame = av.AudioFrame.from_ndarray(_to_int16(audio), format="s16", layout="mono")
         frame.sample_rate = sample_rate_hz
         for packet in [*stream.encode(frame), *stream.encode(None)]:
@@ -37,7 +38,7 @@ def encode_flac(audio: np.ndarray, sample_rate_hz: int) -> bytes:
 
 def decode_flac(data: bytes) -> np.ndarray:
     """The samples of `encode_flac`, float32 [S]; the rate is the table's (16 kHz)."""
-    with av.open(io.BytesIO(data), format="flac") as container:
+    with av.open(io.BytesIO(data), "r", format="flac") as container:
         parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
     return np.concatenate(parts).astype(np.float32) / _FULL_SCALE
 

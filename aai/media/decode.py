@@ -1,8 +1,8 @@
-"""Clips from bytes: every limit is checked while decoding, so that a hostile file costs no more than a good one.
+"""Clips from bytes: every limit is checked while decoding, so that a hostile file costs what a good one costs.
 
-The video is decoded once and in order (seeking to each frame is slower), frames are chosen by time, never by index,
-and sound and picture share one origin: the earlier of the two streams' starts. Variable frame rates and non-zero
-start times are therefore right by construction.
+The video is decoded once and in order (seeking to each frame is slower), frames are chosen by time, never by
+index, and sound and picture share one origin: the earlier of the two streams' starts. Variable frame rates and
+non-zero start times are therefore right by construction.
 """
 
 import io
@@ -15,13 +15,12 @@ import av
 import numpy as np
 import pydantic
 from av.container import InputContainer
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from aai.config import Config
 
-FORMATS = (
-    "mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,aiff,au,caf,mp3,flac,ogg,aac,amr"  # no playlists
-)
+FORMATS = "mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,aiff,au,caf,mp3,flac,ogg,aac,amr"
+"""Containers that are opened. Playlists are not among them: those name other files."""
 LUMA_PX = 32
 _MAX_RAW_RATE_HZ = 192_000  # samples per second and channel; a forged rate must not stretch the limits
 
@@ -64,7 +63,7 @@ class DecodeConfig(Config):
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """One clip: sound, K frames, and what was read off the streams. Times are relative to the clip's start."""
+    """One clip: sound, K frames, and what was read off the streams. Times count from the clip's start."""
 
     audio: np.ndarray  # float32 [S], mono
     frames: np.ndarray  # uint8 [K, h, w, 3], RGB
@@ -132,7 +131,7 @@ class _Sound:
             raise ClipError("TOO_LONG", f"sound is longer than the limit of {self.max_duration_s:g} s")
 
     def finish(self) -> np.ndarray:
-        """The samples [S] from start_s on: the lead is cut, or filled with silence where sound starts later."""
+        """The samples [S] from start_s on: a lead is cut, a late start is filled with silence."""
         if self.first_s is None:
             return np.zeros(0, np.float32)
         self._take(self.resampler.resample(None))
@@ -149,7 +148,8 @@ class _Pictures:
 
     def __init__(self, start_s: float, end_s: float, targets_s: np.ndarray, cfg: DecodeConfig) -> None:
         self.start_s, self.end_s, self.targets_s, self.cfg = start_s, end_s, targets_s, cfg
-        self.reformatter = av.video.reformatter.VideoReformatter()
+        # Each keeps the set-up of its last conversion; one for both would set up anew for every frame.
+        self.small, self.large = VideoReformatter(), VideoReformatter()
         self.luma: list[np.ndarray] = []
         self.luma_pts_s: list[float] = []
         self.kept: list[np.ndarray] = []
@@ -171,24 +171,31 @@ class _Pictures:
         length_s = float((frame.duration or 0) * frame.time_base) if frame.time_base else 0.0
         self.last_end_s = time_s + length_s
         if self.last_end_s > self.start_s or not length_s:
-            gray = self.reformatter.reformat(frame, LUMA_PX, LUMA_PX, "gray", interpolation=Interpolation.AREA)
-            self.luma.append(gray.to_ndarray())
+            self.luma.append(self._convert(self.small, frame, LUMA_PX, LUMA_PX, "gray"))
             self.luma_pts_s.append(time_s - self.start_s)
         return True
 
     def _keep_shown(self, until_s: float) -> None:
-        """Keeps the frame on show for every target before `until_s`; before the first frame, the first frame."""
-        while self.shown and len(self.kept) < len(self.targets_s) and self.targets_s[len(self.kept)] < until_s:
+        """Keeps the frame on show for every target before `until_s`; before the first frame, the first one."""
+        while self.shown and len(self.kept) < len(self.targets_s):
+            if self.targets_s[len(self.kept)] >= until_s:
+                break
             frame, time_s = self.shown
             self.kept.append(self._scaled(frame))
             self.kept_pts_s.append(time_s - self.start_s)
 
+    @staticmethod
+    def _convert(reformatter: VideoReformatter, frame: Any, width: int, height: int, pixels: str) -> np.ndarray:
+        # One thread: pictures are small, and a pool of threads per clip costs more than it brings.
+        area = Interpolation.AREA
+        return reformatter.reformat(frame, width, height, pixels, interpolation=area, threads=1).to_ndarray()
+
     def _scaled(self, frame: Any) -> np.ndarray:
         scale = self.cfg.frame_size_px / min(frame.width, frame.height)
         width, height = round(frame.width * scale), round(frame.height * scale)
-        rgb = self.reformatter.reformat(frame, width, height, "rgb24", interpolation=Interpolation.AREA)
+        rgb = self._convert(self.large, frame, width, height, "rgb24")
         quarter_turns = round(frame.rotation / 90) % 4  # phones store pictures lying on their side
-        return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), quarter_turns))
+        return np.ascontiguousarray(np.rot90(rgb, quarter_turns))
 
     def finish(self) -> None:
         """Ends the stream: the last frame stays on show."""
@@ -196,12 +203,14 @@ class _Pictures:
 
 
 def _open(data: bytes, max_bytes: int, max_streams: int) -> InputContainer:
+    """Opens a file in memory; the caller closes it."""
     if not data:
         raise ClipError("EMPTY_FILE", "file of 0 bytes")
     if len(data) > max_bytes:
         raise ClipError("TOO_LARGE", f"file of {len(data)} bytes is over the limit of {max_bytes}")
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     try:
-        container = av.open(io.BytesIO(data), options={"format_whitelist": FORMATS, "protocol_whitelist": "none"})
+        container = av.open(io.BytesIO(data), "r", options=options)
     except (av.FFmpegError, ValueError) as error:
         raise ClipError("UNREADABLE", f"not a media file that can be opened ({_reason(error)})") from error
     if len(container.streams) > max_streams:
@@ -239,9 +248,11 @@ def _start_s(stream: Any) -> float:
     return float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
 
 
-def _packets(container: InputContainer, streams: list[Any], cfg: DecodeConfig, clock: _Deadline) -> Iterator[Any]:
+def _frames(
+    container: InputContainer, streams: list[Any], cfg: DecodeConfig, clock: _Deadline
+) -> Iterator[tuple[Any, Any]]:
     """Decoded (stream, frame) pairs in file order; a few corrupt packets are skipped, more are an error."""
-    total = bad = 0
+    total, bad, reason = 0, 0, ""
     try:
         for packet in container.demux(*streams):
             clock.check()
@@ -275,30 +286,30 @@ def _check_whole(stream: Any, origin_s: float, end_s: float, read_until_s: float
     promised_s = min(_start_s(stream) + float(stream.duration * stream.time_base) - origin_s, end_s)
     if promised_s - read_until_s > max(0.25, 0.1 * promised_s):
         raise ClipError(
-            "UNREADABLE", f"{stream.type} breaks off at {read_until_s:.2f} s of the declared {promised_s:.2f} s"
+            "UNREADABLE", f"{stream.type} breaks off at {read_until_s:.2f} s of {promised_s:.2f} s declared"
         )
 
 
 def _decode_once(
     data: bytes, start_s: float, end_s: float, length_s: float | None, cfg: DecodeConfig, clock: _Deadline
 ) -> tuple[DecodedClip, float]:
-    """One pass over the file. `length_s`: length of the clip if known. Returns the clip and the length assumed."""
+    """One pass over the file. `length_s`: of the clip, if known. Returns the clip and the length assumed."""
     with _open(data, cfg.max_bytes, cfg.max_streams) as container:
         video, audio = _video_stream(container, cfg), _audio_stream(container)
         origin_s = min(_start_s(video), _start_s(audio))
         declared_s = _declared_s(container, origin_s)
         if declared_s and start_s >= declared_s:
-            raise ClipError("OUT_OF_RANGE", f"start_s={start_s:g} is past the file's end at {declared_s:.2f} s")
+            raise ClipError("OUT_OF_RANGE", f"start_s={start_s:g} is past the end at {declared_s:.2f} s")
         assumed_s = length_s or max(0.0, min(end_s, declared_s) - start_s)
         if assumed_s > cfg.max_duration_s:
-            raise ClipError("TOO_LONG", f"clip of {assumed_s:.1f} s is over the limit of {cfg.max_duration_s:g} s")
+            raise ClipError("TOO_LONG", f"{assumed_s:.1f} s are over the limit of {cfg.max_duration_s:g} s")
         targets_s = start_s + (np.arange(cfg.num_frames) + 0.5) / cfg.num_frames * assumed_s
         pictures = _Pictures(start_s, end_s, targets_s if assumed_s else np.zeros(0), cfg)
         sound = _Sound(cfg.sample_rate_hz, start_s, end_s, cfg.max_duration_s)
         if start_s > 1:
             container.seek(int((start_s + origin_s) * av.time_base), backward=True)
         running = {video.index: True, audio.index: True}
-        for stream, frame in _packets(container, [video, audio], cfg, clock):
+        for stream, frame in _frames(container, [video, audio], cfg, clock):
             if frame.pts is None:  # no place in time
                 continue
             taker = pictures if stream.index == video.index else sound
@@ -340,8 +351,8 @@ def _clip(pictures: _Pictures, sound: _Sound, samples: np.ndarray, video: Any, e
 def decode_clip(data: bytes, start_s: float | None, end_s: float | None, cfg: DecodeConfig) -> DecodedClip:
     """Decodes the part [start_s, end_s) of a media file held in memory (None: from its start, to its end).
 
-    K frames: the frame on show at each of K times (k + 0.5) / K of the clip. Raises ClipError with one of the codes
-    EMPTY_FILE, UNREADABLE, NO_VIDEO, NO_AUDIO, OUT_OF_RANGE, TOO_LONG, TOO_LARGE, TIMEOUT.
+    K frames: the frame on show at each of K times (k + 0.5) / K of the clip. Raises ClipError with one of the
+    codes EMPTY_FILE, UNREADABLE, NO_VIDEO, NO_AUDIO, OUT_OF_RANGE, TOO_LONG, TOO_LARGE, TIMEOUT.
     """
     start, end = start_s or 0.0, float("inf") if end_s is None else end_s
     if start < 0 or end <= start:
@@ -356,7 +367,10 @@ def decode_clip(data: bytes, start_s: float | None, end_s: float | None, cfg: De
 def decode_audio(
     data: bytes, max_duration_s: float, max_bytes: int, sample_rate_hz: int = 16_000, timeout_s: float = 30
 ) -> np.ndarray:
-    """Any sound file (or the sound of a video) as mono float32 [S]. Raises ClipError, EMPTY_AUDIO for 0 seconds."""
+    """Any sound file (or the sound of a video) as mono float32 [S].
+
+    Raises ClipError: EMPTY_AUDIO for 0 seconds, else a code of `decode_clip`.
+    """
     cfg = DecodeConfig(max_duration_s=max_duration_s, max_bytes=max_bytes, timeout_s=timeout_s)
     with _open(data, max_bytes, cfg.max_streams) as container:
         stream = _audio_stream(container)
@@ -364,7 +378,7 @@ def decode_audio(
             raise ClipError("TOO_LONG", f"sound is longer than the limit of {max_duration_s:g} s")
         sound = _Sound(sample_rate_hz, 0.0, float("inf"), max_duration_s)
         first_s: float | None = None
-        for _, frame in _packets(container, [stream], cfg, _Deadline(timeout_s)):
+        for _, frame in _frames(container, [stream], cfg, _Deadline(timeout_s)):
             time_s = float(frame.time or 0.0)
             first_s = time_s if first_s is None else first_s
             sound.add(frame, time_s - first_s)

@@ -20,7 +20,7 @@ class DuplicateConfig(Config):
     enabled: bool = True
     """Look for duplicates at all."""
     max_video_bits: int = pydantic.Field(24, ge=0, le=2 * _BANDS - 1)
-    """Largest Hamming distance of the 256-bit video hashes (at most 31: that is what the search guarantees)."""
+    """Largest Hamming distance of the 256-bit video hashes (the search is exact up to 31)."""
     max_audio_bits: int = pydantic.Field(64, ge=0, le=128)
     """Largest Hamming distance of the 256-bit audio hashes; unrelated sounds differ in about 128."""
 
@@ -37,7 +37,7 @@ def hamming(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _candidates(words: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Index pairs that share one of 16 bands of 16 bits up to one bit.
 
-    By the pigeonhole principle every pair with up to 31 differing bits is among them, without comparing all pairs.
+    By the pigeonhole principle every pair with up to 31 differing bits is among them.
     """
     bands = words.view(np.uint16).reshape(len(words), _BANDS)
     for band in range(_BANDS):
@@ -50,7 +50,7 @@ def _candidates(words: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _expand(order: np.ndarray, first: np.ndarray, last: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The pairs (order[i], order[j]) with first[i] <= j < last[i] and i < j, in chunks of bounded memory."""
+    """The pairs (order[i], order[j]) with first[i] <= j < last[i] and i < j, in chunks of memory."""
     first = np.maximum(first, np.arange(len(order)) + 1)
     counts = np.maximum(last - first, 0)
     chunk = np.cumsum(counts) // 2_000_000
@@ -75,10 +75,10 @@ def _near_pairs(rows: Sequence[Mapping[str, Any]], cfg: DuplicateConfig) -> set[
 def find_duplicates(rows: Sequence[Mapping[str, Any]], cfg: DuplicateConfig) -> dict[int, tuple[str, str]]:
     """Which rows to drop: {row index: (code, message naming the kept clip)}.
 
-    rows: `clip_id, uri, split, video_hash, audio_hash` of clips that passed the filters. Codes: EXACT_DUPLICATE (same
-    clip_id, that is same bytes and window), NEAR_DUPLICATE, CROSS_SPLIT_DUPLICATE (the kept one is of another split).
-    Test is kept before val before train; within a split the first by clip_id, then by row. Only clips that resemble
-    a *kept* clip are dropped: chains of resemblance do not eat a whole data set.
+    rows: `clip_id, uri, split, video_hash, audio_hash` of clips that passed the filters. Codes: EXACT_DUPLICATE
+    (same clip_id, that is same bytes and window), NEAR_DUPLICATE, CROSS_SPLIT_DUPLICATE (the kept one is of
+    another split). Test is kept before val before train; within a split the first by clip_id, then by row. Only
+    clips that resemble a *kept* clip are dropped: chains of resemblance do not eat a whole data set.
     """
     if not cfg.enabled or len(rows) < 2:
         return {}

@@ -1,5 +1,6 @@
-"""What curate measures of a clip: values only. Verdicts are `filters.py`'s, so thresholds can change without decoding."""
+"""What curate measures of a clip: values, never verdicts; those are `filters.py`'s."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,12 @@ def motion(luma: np.ndarray) -> float:
 def video_hash(luma: np.ndarray) -> bytes:
     """256-bit perceptual hash of small grey pictures [N, 32, 32].
 
-    pHash of 4 evenly spaced pictures: the signs of 64 low frequencies of the DCT against their median. It survives
+    pHash of 4 evenly spaced pictures: which of 64 low frequencies of the DCT lie above their median. It survives
     re-encoding, scaling and brightness changes.
     """
     picks = ((np.arange(_HASH_FRAMES) + 0.5) / _HASH_FRAMES * len(luma)).astype(int)
-    waves = dctn(luma[picks].astype(np.float32), axes=(1, 2), norm="ortho")[:, :9, :9].reshape(_HASH_FRAMES, -1)
-    waves = waves[:, 1:65]  # without the mean brightness
+    waves = dctn(luma[picks].astype(np.float32), axes=(1, 2), norm="ortho")[:, :9, :9]
+    waves = waves.reshape(_HASH_FRAMES, -1)[:, 1:65]  # without the mean brightness
     bits = waves > np.median(waves, axis=1, keepdims=True)
     return np.packbits(bits).tobytes()
 
@@ -57,8 +58,8 @@ def video_hash(luma: np.ndarray) -> bytes:
 def audio_hash(audio: np.ndarray, sample_rate_hz: int) -> bytes:
     """256-bit fingerprint of a sound: signs of band-energy differences over time and frequency.
 
-    After Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (ISMIR 2002), on 17 steps over the whole
-    clip and 17 logarithmic bands of 100 to 3500 Hz. Independent of gain; equal for equal content at any sample rate.
+    After Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System" (ISMIR 2002), on 17 steps over the
+    whole clip and 17 logarithmic bands of 100 to 3500 Hz. Independent of gain.
     """
     size = sample_rate_hz // 20
     padded = np.pad(audio, (0, max(0, size * _HASH_STEPS - len(audio))))
@@ -66,14 +67,16 @@ def audio_hash(audio: np.ndarray, sample_rate_hz: int) -> bytes:
     windows = padded[starts[:, None] + np.arange(size)] * np.hanning(size).astype(np.float32)
     power = np.abs(np.fft.rfft(windows, axis=1)) ** 2
     edges = np.geomspace(*_HASH_HZ, _HASH_BANDS + 1) / (sample_rate_hz / size)
-    cells = np.stack([power[:, int(lo) : max(int(lo) + 1, int(hi))].sum(1) for lo, hi in zip(edges, edges[1:], strict=False)])
+    spans = [(int(low), max(int(low) + 1, int(high))) for low, high in pairwise(edges)]
+    cells = np.stack([power[:, low:high].sum(axis=1) for low, high in spans])
     level = np.log(cells.reshape(_HASH_BANDS, _HASH_STEPS, 8).sum(2) + 1e-12)  # [bands, steps]
     return np.packbits(np.diff(np.diff(level, axis=0), axis=1) > 0).tobytes()
 
 
 def measure(clip: DecodedClip, sample_rate_hz: int) -> dict[str, Any]:
     """All SIGNALS columns of `aai/schema.py` for one clip (units in the schema)."""
-    kept = clip.luma[np.searchsorted(clip.luma_pts_s, np.array(clip.frame_pts_s) - 1e-6).clip(0, len(clip.luma) - 1)]
+    shown = np.searchsorted(clip.luma_pts_s, np.array(clip.frame_pts_s) - 1e-6)
+    kept = clip.luma[shown.clip(0, len(clip.luma) - 1)]
     return {
         "duration_s": clip.duration_s,
         "width": clip.width,
