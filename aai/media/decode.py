@@ -105,7 +105,8 @@ class _Sound:
     channels: int = 0
 
     def __post_init__(self) -> None:
-        self.resampler = av.AudioResampler("fltp", "mono", self.sample_rate_hz)
+        # To integers, because only then are channels averaged to full scale at most; to floats they are summed.
+        self.resampler = av.AudioResampler("s32p", "mono", self.sample_rate_hz)
 
     def add(self, frame: Any, time_s: float) -> bool:
         """Takes one decoded frame at its time; False when the window is over."""
@@ -125,7 +126,7 @@ class _Sound:
 
     def _take(self, frames: list[Any]) -> None:
         for out in frames:
-            self.parts.append(out.to_ndarray().reshape(-1))
+            self.parts.append(out.to_ndarray().reshape(-1).astype(np.float32) / np.float32(2**31))
             self.length += out.samples
         if self.length > (self.max_duration_s + 1) * self.sample_rate_hz:
             raise ClipError("TOO_LONG", f"sound is longer than the limit of {self.max_duration_s:g} s")

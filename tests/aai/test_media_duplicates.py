@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from aai.errors import UserError
+from aai.media.duplicates import DuplicateConfig, find_duplicates
+
+RNG = np.random.default_rng(0)
+CFG = DuplicateConfig()
+
+
+def row(name: str, split: str = "train", video: bytes | None = None, audio: bytes | None = None) -> dict[str, object]:
+    return {
+        "clip_id": name, "uri": f"/{name}.mp4", "split": split,
+        "video_hash": video or RNG.bytes(32), "audio_hash": audio or RNG.bytes(32),
+    }  # fmt: skip
+
+
+def flip(value: bytes, count: int) -> bytes:
+    bits = np.unpackbits(np.frombuffer(value, np.uint8))
+    bits[RNG.choice(256, count, replace=False)] ^= 1
+    return np.packbits(bits).tobytes()
+
+
+def copy(of: dict[str, object], name: str, video_bits: int, audio_bits: int, split: str = "train") -> dict[str, object]:
+    return row(name, split, flip(of["video_hash"], video_bits), flip(of["audio_hash"], audio_bits))  # type: ignore[arg-type]
+
+
+def test_every_near_pair_within_the_limits_is_found_and_no_other() -> None:
+    rows = [row(f"a{i:04d}") for i in range(400)]
+    near = [copy(rows[i], f"b{i:04d}", i % 25, i % 65) for i in range(200)]
+    far = [copy(rows[i], f"c{i:04d}", 25 + i % 40, 0) for i in range(200, 300)]
+    other_sound = [copy(rows[i], f"d{i:04d}", 0, 65 + i % 60) for i in range(300, 400)]
+    dropped = find_duplicates([*rows, *near, *far, *other_sound], CFG)
+    assert sorted(dropped) == list(range(400, 600))
+    assert {code for code, _ in dropped.values()} == {"NEAR_DUPLICATE"}
+    assert "/a0007.mp4" in dropped[407][1]
+
+
+def test_held_out_splits_win() -> None:
+    train = row("a")
+    rows = [train, copy(train, "z", 2, 5, "test"), copy(train, "m", 2, 5, "val"), row("q")]
+    assert {i: code for i, (code, _) in find_duplicates(rows, CFG).items()} == {
+        0: "CROSS_SPLIT_DUPLICATE", 2: "CROSS_SPLIT_DUPLICATE",
+    }  # fmt: skip
+
+
+def test_equal_ids_are_exact_duplicates_and_the_first_stays() -> None:
+    first = row("same")
+    rows = [row("x"), first, dict(first, uri="/copy.mp4"), dict(first, uri="/held.mp4", split="test")]
+    dropped = find_duplicates(rows, CFG)
+    assert {i: code for i, (code, _) in dropped.items()} == {
+        1: "CROSS_SPLIT_DUPLICATE", 2: "CROSS_SPLIT_DUPLICATE",
+    }  # fmt: skip
+    assert find_duplicates(rows[:3], CFG)[2][0] == "EXACT_DUPLICATE"
+
+
+def test_a_chain_loses_only_what_resembles_a_kept_clip() -> None:
+    a = row("a")
+    b = copy(a, "b", 20, 0)
+    c = dict(copy(b, "c", 20, 0))
+    distance = sum((x ^ y).bit_count() for x, y in zip(a["video_hash"], c["video_hash"], strict=True))  # type: ignore[call-overload]
+    assert distance > CFG.max_video_bits
+    assert sorted(find_duplicates([a, b, c], CFG)) == [1]
+
+
+def test_order_of_rows_does_not_matter() -> None:
+    rows = [row(f"a{i}") for i in range(50)]
+    rows += [copy(rows[i], f"b{i}", 3, 9, "test" if i % 2 else "train") for i in range(50)]
+    shuffled = [rows[i] for i in RNG.permutation(100)]
+    names = [{data[i]["clip_id"] for i in find_duplicates(data, CFG)} for data in (rows, shuffled)]
+    assert names[0] == names[1]
+    assert len(names[0]) == 50
+
+
+def test_settings() -> None:
+    first = row("a")
+    assert find_duplicates([first, first], DuplicateConfig(enabled=False)) == {}
+    assert find_duplicates([], CFG) == {}
+    with pytest.raises(UserError, match="max_video_bits"):
+        DuplicateConfig.parse({"max_video_bits": 32})

@@ -1,0 +1,70 @@
+"""Small real clips, written with PyAV, whose every frame and sample says when it is."""
+
+import io
+import tempfile
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def frame_value(time_s: float) -> int:
+    """Brightness that tells the time of a frame: 20 at 0 s, 35 more for each second."""
+    return round(20 + 35 * time_s)
+
+
+def make_clip(
+    times_s: Sequence[float] | None = None,
+    duration_s: float = 2.0,
+    sample_rate_hz: int = 44_100,
+    layout: str = "stereo",
+    start_s: float = 0.0,
+    size: tuple[int, int] = (96, 64),
+    has_audio: bool = True,
+    has_video: bool = True,
+) -> bytes:
+    """An .mp4: frames of brightness `frame_value(t)`, and a tone that starts in the middle of the clip."""
+    times_s = [i / 10 for i in range(round(duration_s * 10))] if times_s is None else times_s
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp4") as out:
+        if has_video:  # both streams must exist before the first packet
+            video = out.add_stream("libx264", rate=10, options={"preset": "ultrafast", "crf": "12"})
+            video.width, video.height, video.pix_fmt = *size, "yuv420p"
+            video.codec_context.time_base = Fraction(1, 1000)
+        audio = out.add_stream("aac", rate=sample_rate_hz, layout=layout) if has_audio else None
+        if has_video:
+            for t in times_s:
+                pixels = np.full((size[1], size[0], 3), frame_value(t), np.uint8)
+                pixels[: size[1] // 4, : size[0] // 4] = 255
+                frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+                frame.time_base, frame.pts = Fraction(1, 1000), round((start_s + t) * 1000)
+                out.mux(video.encode(frame))
+            out.mux(video.encode(None))
+        if audio is not None:
+            samples = np.tile(tone(duration_s, sample_rate_hz), (audio.layout.nb_channels, 1))
+            sound = av.AudioFrame.from_ndarray(samples, "fltp", layout)
+            sound.sample_rate, sound.time_base = sample_rate_hz, Fraction(1, sample_rate_hz)
+            sound.pts = round(start_s * sample_rate_hz)
+            out.mux(audio.encode(sound))
+            out.mux(audio.encode(None))
+    return sink.getvalue()
+
+
+def index_first(data: bytes) -> bytes:
+    """The same .mp4 with its index in front of the content, as for streaming."""
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        with av.open(io.BytesIO(data)) as given, av.open(file.name, "w", options={"movflags": "faststart"}) as out:
+            streams = {stream.index: out.add_stream_from_template(stream) for stream in given.streams}
+            for packet in given.demux():
+                if packet.dts is not None:
+                    packet.stream = streams[packet.stream.index]
+                    out.mux(packet)
+        return Path(file.name).read_bytes()
+
+
+def tone(duration_s: float, sample_rate_hz: int) -> np.ndarray:
+    """Silence, then from the middle on a tone of 440 Hz at -9 dB: float32 [S]."""
+    t = np.arange(round(duration_s * sample_rate_hz)) / sample_rate_hz
+    return (0.5 * np.sin(2 * np.pi * 440 * t) * (t >= duration_s / 2)).astype(np.float32)
