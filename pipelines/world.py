@@ -1,7 +1,7 @@
 """Writes the toy world: real .mp4 clips with captions and planted defects, all from one seed.
 
 Clips go to OUT/clips with OUT/manifest.csv; --images adds captioned pictures for the foundation recipe under
-OUT/captioned. A world that is already there with the same settings is kept; an interrupted one is written again.
+OUT/captioned. A world that is there already with the same settings is kept; an unfinished one is made again.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from aai.toy import world
 from pipelines.settings import Plan, VerbConfig
 
 log = logging.getLogger(__name__)
+
+REMEDY = "choose another folder or delete it"
 
 
 class WorldConfig(VerbConfig):
@@ -57,15 +59,15 @@ def _content(config: WorldConfig) -> dict[str, int]:
 
 
 def _state(config: WorldConfig, out: str) -> dict[str, Any]:
-    """What world.json in `out` says; empty for a fresh folder. Raises UserError when something else lies there."""
+    """What world.json in `out` says; empty for a fresh folder. Raises UserError for foreign files there."""
     marker = storage.join(out, "world.json")
     if storage.exists(marker):
         state: dict[str, Any] = storage.read_json(marker)
         if state.get("content") == _content(config):
             return state
-        raise UserError("out", out, f"holds another world ({state.get('content')})", "choose another folder or delete it")
+        raise UserError("out", out, f"holds another world ({state.get('content')})", REMEDY)
     if storage.list_files(out):
-        raise UserError("out", out, "is not empty and holds no world", "choose another folder or delete it")
+        raise UserError("out", out, "is not empty and holds no world", REMEDY)
     return {}
 
 
@@ -78,12 +80,12 @@ def run(config: WorldConfig) -> dict[str, Any]:
         return dict(state["figures"])
     marker = storage.join(out, "world.json")
     storage.write_json(marker, {"content": _content(config), "finished": False})
-    start = time.monotonic()
+    start, workers = time.monotonic(), config.cluster.num_workers
     figures: dict[str, Any] = {"clips": 0, "defects": 0, "oddities": 0, "images": config.images}
     if config.clips:
-        figures |= world.write_world(out, config.clips, config.seed, config.cluster.num_workers)
+        figures.update(world.write_world(out, config.clips, config.seed, workers))
     if config.images:
-        world.write_images(storage.join(out, "captioned"), config.images, config.seed, config.cluster.num_workers)
+        world.write_images(storage.join(out, "captioned"), config.images, config.seed, workers)
     figures["seconds"] = round(time.monotonic() - start, 1)
     storage.write_json(marker, {"content": _content(config), "finished": True, "figures": figures})
     log.info(

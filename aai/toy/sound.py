@@ -21,14 +21,16 @@ OBJECT_DB = (-36.0, -18.0)
 AMBIENCE_DB = {"clear": -52.0, "rain": -38.0, "night": -38.0, "snow": -37.0}
 """rms level of each ambience, dB full scale."""
 MAX_CREST = 5.0
-"""Peaks of an object's sound are rounded off above this multiple of its rms, so that loud clicks do not clip."""
+"""An object's peaks are rounded off above this multiple of its rms, so that loud clicks do not clip."""
 
 
 # ---------------------------------------------------------------- building blocks
 
 
-def _band(rng: Rng, num_samples: int, sample_rate_hz: int, low_hz: float, high_hz: float, tilt: float = 0.0) -> Signal:
-    """Gaussian noise between two frequencies with soft edges; `tilt` is the exponent of its amplitude slope."""
+def _band(
+    rng: Rng, num_samples: int, sample_rate_hz: int, low_hz: float, high_hz: float, tilt: float = 0.0
+) -> Signal:
+    """Gaussian noise between two frequencies with soft edges; its amplitude goes as frequency ** tilt."""
     spectrum = np.fft.rfft(rng.standard_normal(num_samples))
     f = np.fft.rfftfreq(num_samples, 1 / sample_rate_hz) + 1e-3
     below, above = np.square(low_hz / f), np.square(f / high_hz)
@@ -60,7 +62,7 @@ def _events(
     rng: Rng, t: Signal, sample_rate_hz: int, starts_s: Sequence[float], length_s: float,
     make: Callable[[Rng, Signal, int], Signal],
 ) -> Signal:
-    """Adds one sound per start time; `make(rng, time of the event, number of the event)` draws each of them."""
+    """Adds one sound per start time, each made by `make(rng, time of the event, its number)`."""
     out = np.zeros_like(t)
     for number, start_s in enumerate(starts_s):
         first = round(start_s * sample_rate_hz)
@@ -92,7 +94,8 @@ def _dog(rng: Rng, t: Signal, rate: int) -> Signal:
     def bark(rng: Rng, t: Signal, _: int) -> Signal:
         phase = _phase(pitch * rng.uniform(0.93, 1.07) * (1.15 - 1.6 * t), rate)
         tone = _harmonics(phase, (0.6, 1.0, 0.9, 0.6, 0.4, 0.25, 0.15))
-        return (tone + 1.3 * _band(rng, len(t), rate, 500, 2200)) * np.exp(-t / 0.09) * (1 - np.exp(-t / 0.006))
+        breath = 1.3 * _band(rng, len(t), rate, 500, 2200)
+        return (tone + breath) * np.exp(-t / 0.09) * (1 - np.exp(-t / 0.006))
 
     return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.42, 0.6), 0.06), 0.26, bark)
 
@@ -100,13 +103,14 @@ def _dog(rng: Rng, t: Signal, rate: int) -> Signal:
 def _bell(rng: Rng, t: Signal, rate: int) -> Signal:
     """Strikes: the inharmonic partials of a church bell, the high ones dying first."""
     pitch = rng.uniform(480, 680)
-    partials = ((0.5, 0.5), (1.0, 1.0), (1.2, 0.8), (1.5, 0.5), (2.0, 0.9), (2.66, 0.4), (3.01, 0.4), (4.1, 0.25))
+    multiples = (0.5, 1.0, 1.2, 1.5, 2.0, 2.66, 3.01, 4.1)
+    amplitudes = (0.5, 1.0, 0.8, 0.5, 0.9, 0.4, 0.4, 0.25)
 
     def strike(rng: Rng, t: Signal, _: int) -> Signal:
         return sum(
             (
                 a * rng.uniform(0.7, 1.3) * np.exp(-t * (1.2 + 0.9 * m)) * np.sin(2 * np.pi * pitch * m * t)
-                for m, a in partials
+                for m, a in zip(multiples, amplitudes, strict=True)
             ),
             np.zeros_like(t),
         )
@@ -116,7 +120,8 @@ def _bell(rng: Rng, t: Signal, rate: int) -> Signal:
 
 def _car(rng: Rng, t: Signal, rate: int) -> Signal:
     """An engine: many harmonics of a low firing rate that revs up and down, over rolling noise."""
-    revs = rng.uniform(42, 62) * (1 + 0.28 * np.sin(2 * np.pi * rng.uniform(0.35, 0.6) * t + rng.uniform(0, 6.3)))
+    pedal = np.sin(2 * np.pi * rng.uniform(0.35, 0.6) * t + rng.uniform(0, 6.3))
+    revs = rng.uniform(42, 62) * (1 + 0.28 * pedal)
     tone = _harmonics(_phase(revs, rate), 1 / np.arange(1, 15) ** 0.6)
     return (tone + 14 * _band(rng, len(t), rate, 60, 400)) * (revs / revs.max()) ** 2
 
@@ -261,7 +266,7 @@ def _to_level(signal: Signal, level_db: float) -> Signal:
 
 def _time_axis(duration_s: float, sample_rate_hz: int) -> Signal:
     if duration_s <= 0 or sample_rate_hz < 16000:
-        raise ValueError(f"need duration_s > 0 and sample_rate_hz >= 16000, got {duration_s} and {sample_rate_hz}")
+        raise ValueError(f"need {duration_s=} > 0 and {sample_rate_hz=} >= 16000")
     return np.arange(round(duration_s * sample_rate_hz)) / sample_rate_hz
 
 
@@ -290,7 +295,9 @@ def synthesise(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -> 
     return (mix * min(1.0, 0.98 / np.abs(mix).max())).astype(np.float32)
 
 
-def level_envelope(audio: NDArray[np.floating], sample_rate_hz: int, times_s: Signal, window_s: float = 0.1) -> Signal:
+def level_envelope(
+    audio: NDArray[np.floating], sample_rate_hz: int, times_s: Signal, window_s: float = 0.1
+) -> Signal:
     """How loud a sound [S] is around each of the times [F], from 0 (its quietest) to 1 (its loudest)."""
     power = np.concatenate([[0.0], np.cumsum(np.asarray(audio, np.float64) ** 2)])
     centres = np.asarray(times_s) * sample_rate_hz
