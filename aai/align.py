@@ -1,8 +1,9 @@
 """Stage one, align: the audio encoder learns to land where the frozen CLIP puts the clip's pictures and captions."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pydantic
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder
 from aai.losses import gather_with_grad, info_nce
+from aai.metrics import retrieval
 
 
 class AlignConfig(Config):
@@ -113,3 +115,36 @@ def _stretch(batch: int, length: int, share: float, device: torch.device) -> Ten
     start = torch.rand(batch, 1, device=device) * (length - width)
     position = torch.arange(length, device=device)
     return (position < start) | (position >= start + width)
+
+
+@torch.no_grad()
+def embed(encoder: AudioEncoder, waveforms: Tensor, batch_size: int = 128) -> Tensor:
+    """Embeddings [N, D] on the CPU of waveforms [N, S] in -1..1, in eval mode."""
+    was_training = encoder.training
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    parts = [encoder(part.to(device)).float().cpu() for part in waveforms.split(batch_size)]
+    encoder.train(was_training)
+    return torch.cat(parts)
+
+
+def validate(encoder: AudioEncoder, clips: dict[str, Any]) -> dict[str, float]:
+    """Retrieval on held-out clips as `aai.features.load_split` returns them.
+
+    a2v_r1, a2t_r1: the own picture, or an equal caption, comes first. label0_r1, label1_r1, ...: the first picture
+    shares the clip's label at that position, for positions whose labels repeat.
+    """
+    audio = embed(encoder, clips["audio"]).numpy()
+    images = nn.functional.normalize(clips["image_features"].mean(dim=1), dim=-1).numpy()
+    texts = nn.functional.normalize(clips["text_features"].mean(dim=1), dim=-1).numpy()
+    captions = clips["caption_id"].numpy()
+    out = {
+        "a2v_r1": retrieval(audio, images, draws=0)["r1"],
+        "a2t_r1": retrieval(audio, texts, captions, captions, draws=0)["r1"],
+    }
+    depth = min((len(labels) for labels in clips["labels"]), default=0)
+    for position in range(depth):
+        keys = np.array([labels[position] for labels in clips["labels"]])
+        if len(set(keys)) <= len(keys) / 2:
+            out[f"label{position}_r1"] = retrieval(audio, images, keys, keys, draws=0)["r1"]
+    return out

@@ -30,7 +30,7 @@ class FeatureManifest(Config):
     """What stands beside a FeatureTable: how it was made and the shapes of its flattened columns."""
 
     version: int = VERSION
-    digest: str
+    settings_digest: str
     """Of everything that determines the content; every file of the table carries it."""
     foundation: dict[str, str]
     """Ids and revisions (or hashes) of the frozen models."""
@@ -93,7 +93,7 @@ def _open(file: str, manifest: FeatureManifest) -> pq.ParquetFile:
     fs, path = storage.filesystem(file)
     table = pq.ParquetFile(path, filesystem=fs)
     found = (table.schema_arrow.metadata or {}).get(METADATA_KEY, b"").decode()
-    if found != manifest.digest:
+    if found != manifest.settings_digest:
         raise UserError(
             "features", file, f"was made with other settings ({found or 'unknown'}) than its manifest says",
             "run `aai featurize` into an empty folder",

@@ -136,11 +136,10 @@ def fit(
         _seed_step(config.seed, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss, report = task(_to(batch, device))
-        _check_finite(step, loss, report)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(params.values(), config.grad_clip)
-        _check_finite(step, norm, report)
+        _check_finite(step, loss, norm, report)
         optimizer.step()
         meter.add({"loss": loss, **report, "grad_norm": norm})
         last = step == config.steps
@@ -208,11 +207,12 @@ def _seed_step(seed: int, step: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 10_007 + rank)
 
 
-def _check_finite(step: int, value: Tensor, report: dict[str, Tensor]) -> None:
-    if not torch.isfinite(value):
-        figures = ", ".join(f"{name} {float(x):.4g}" for name, x in report.items())
+def _check_finite(step: int, loss: Tensor, norm: Tensor, report: dict[str, Tensor]) -> None:
+    """Looked at after the backward pass, where all ranks share one gradient and so stop together."""
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        figures = ", ".join(f"{name} {float(x):.4g}" for name, x in {"loss": loss, **report}.items())
         raise FloatingPointError(
-            f"loss or gradient is not finite at step {step} ({figures}): lower fit.learning_rate or look at the data"
+            f"loss or gradient is not finite at step {step} ({figures}); lower fit.learning_rate or look at the data"
         )
 
 

@@ -1,10 +1,17 @@
-"""Small foundation models with random weights, saved as ordinary Hugging Face folders."""
+"""Small foundation models with random weights as ordinary Hugging Face folders, and a small ClipTable."""
 
+import io
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
 from transformers import ASTConfig, ASTModel, CLIPTextModel, CLIPTokenizer
 
+from aai import schema, storage
+from aai.media.audio import encode_flac
+from aai.toy.draw import draw_scene
+from aai.toy.grammar import full_caption, random_scene
 from aai.toy.recipe import (
     FoundationConfig,
     build_clip,
@@ -14,6 +21,7 @@ from aai.toy.recipe import (
     image_processor,
     save_pipeline,
 )
+from aai.toy.sound import synthesise
 
 SIZES = FoundationConfig(image_size_px=64, hidden_size=32, unet_channels=(32, 32), merges=60)
 CAPTIONS = ["a photo of a big dog in the rain", "a sketch of a small bell at night", "a clock", "thing"]
@@ -47,3 +55,28 @@ def write_ast(folder: str | Path) -> Path:
     )
     ASTModel(config).save_pretrained(folder)
     return Path(folder)
+
+
+def write_clip_table(folder: str | Path, num_shards: int = 2, rows_per_shard: int = 8, num_frames: int = 2) -> Path:
+    """A ClipTable of toy scenes as curate's accepted/ holds them; every fourth clip is of the val split."""
+    rng = np.random.default_rng(0)
+    for shard in range(num_shards):
+        rows = [_clip_row(rng, f"{shard}-{i}", "val" if i % 4 == 3 else "train", num_frames) for i in range(rows_per_shard)]
+        table = pa.Table.from_pylist(rows, schema=schema.CLIP_TABLE)
+        storage.write_table(f"{folder}/shard-{shard:05d}.parquet", table)
+    return Path(folder)
+
+
+def _clip_row(rng: np.random.Generator, name: str, split: str, num_frames: int) -> dict[str, object]:
+    scene = random_scene(rng)
+    frames = []
+    for i in range(num_frames):
+        sink = io.BytesIO()
+        draw_scene(scene, 64, time_s=0.5 * i).save(sink, "JPEG", quality=92)
+        frames.append(sink.getvalue())
+    return {
+        "clip_id": f"clip-{name}", "content_hash": f"hash-{name}", "uri": f"clips/{name}.mp4",
+        "caption": full_caption(scene), "labels": scene.labels, "split": split, "duration_s": 2.0,
+        "audio": encode_flac(synthesise(scene, 2.0), 16_000), "frames": frames,
+        "frame_pts_s": [0.5 * i for i in range(num_frames)],
+    }

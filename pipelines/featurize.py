@@ -1,0 +1,282 @@
+"""Frozen features of every accepted clip: CLIP features of its pictures and captions, VAE latents of one picture.
+
+Each shard of curate's accepted/ becomes one Parquet file; manifest.json is written last and names the models, shapes and
+settings. A re-run after a kill goes on where it stopped; a run with nothing to do says so.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+import torch
+from PIL import Image
+
+from aai import schema, storage
+from aai.encoders.clip import FrozenClip
+from aai.errors import UserError
+from aai.features import MANIFEST, METADATA_KEY, FeatureManifest
+from aai.features import VERSION as FEATURES_VERSION
+from aai.foundation import FoundationSpec, identity, load_vae
+from pipelines.settings import DType, Plan, VerbConfig
+from pipelines.shards import run_shards
+
+log = logging.getLogger(__name__)
+
+SHAPES_KEY = b"aai.shapes"
+"""Where each Parquet file carries what the manifest is made of, as JSON."""
+SAMPLE_RATE_HZ = 16_000
+
+
+class FeaturizeConfig(VerbConfig):
+    """What to featurize, with which frozen models."""
+
+    summary: ClassVar[str] = "frozen CLIP features and VAE latents -> FeatureTable"
+
+    input: str
+    """Folder or s3:// prefix of a ClipTable (curate's accepted/)."""
+    out: str
+    """Folder or s3:// prefix of the FeatureTable."""
+    foundation: FoundationSpec = FoundationSpec()
+    prompts: list[str] = pydantic.Field(["{caption}"], min_length=1)
+    """Texts made of a caption; each becomes a text feature."""
+    latent_frame: int | None = pydantic.Field(None, ge=0)
+    """Which picture of a clip the latents are of, from 0; empty = the middle one."""
+    dtype: DType = "float32"
+    """Arithmetic of the frozen models; features are stored in float16."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU when cluster.gpus_per_worker is not 0."""
+    batch_size: int = pydantic.Field(64, ge=1)
+    """Pictures or texts per forward pass."""
+
+    def plan(self) -> Plan:
+        return Plan(inputs={"clips": self.input}, outputs={"features": self.out}, resources=self.resources())
+
+    @pydantic.model_validator(mode="after")
+    def _templates(self) -> "FeaturizeConfig":
+        for prompt in self.prompts:
+            if "{caption}" not in prompt:
+                raise ValueError(f"prompt {prompt!r} does not contain {{caption}}")
+        return self
+
+    def content_digest(self) -> str:
+        """Of everything that determines a row's content: not where, or how fast, it is made."""
+        settings = {
+            "version": [FEATURES_VERSION, schema.VERSION],
+            "foundation": identity(self.foundation),
+            "prompts": self.prompts,
+            "latent_frame": self.latent_frame,
+            "dtype": self.dtype,
+        }
+        return _hash(settings)
+
+
+CONFIG = FeaturizeConfig
+
+
+def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Short flags and the settings they stand for."""
+    parser.add_argument("--input", help="ClipTable folder (curate's accepted/)")
+    parser.add_argument("--out", help="FeatureTable folder")
+    return {"input": "input", "out": "out"}
+
+
+class FeaturizeWorker:
+    """Holds the frozen models; turns one shard of clips into one Parquet file of features."""
+
+    def __init__(self, config: dict[str, Any], digest: str) -> None:
+        self.config, self.digest = FeaturizeConfig.parse(config), digest
+        c = self.config
+        dtype = getattr(torch, c.dtype)
+        on_gpu = c.device == "cuda" or (c.device == "auto" and c.cluster.gpus_per_worker > 0)
+        self.device = "cuda" if on_gpu else "cpu"
+        if not on_gpu:
+            torch.set_num_threads(max(1, int(c.cluster.cpus_per_worker)))
+        self.dtype = dtype
+        self.clip = FrozenClip(c.foundation, self.device, dtype, c.batch_size)
+        self.vae, self.edge_px = load_vae(c.foundation, self.device, dtype)
+        self.texts: dict[str, np.ndarray] = {}
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        names = [*schema.feature_table(1, 1, 1, 1, 1).names]
+        kept = [n for n in names if n not in ("image_features", "text_features", "latents")]
+        clips = storage.read_table(shard["input"], columns=[*kept, "frames"])
+        frames = [[_decode(data) for data in row] for row in clips["frames"].to_pylist()]
+        num_frames = _equal_count(shard["input"], frames)
+        chosen = num_frames // 2 if self.config.latent_frame is None else self.config.latent_frame
+        if chosen >= num_frames:
+            raise UserError("latent_frame", chosen, f"clips have {num_frames} pictures", "choose a smaller one")
+        images = self.clip.images([f for row in frames for f in row]).numpy()
+        texts = np.stack([self.text_features(caption) for caption in clips["caption"].to_pylist()])
+        latents = self.latents([row[chosen] for row in frames])
+        shapes = {
+            "input": shard["fingerprint"], "num_frames": num_frames, "image_dim": self.clip.dim,
+            "num_texts": texts.shape[1], "text_dim": texts.shape[2], "latent_shape": latents.shape[1:],
+            "latent_frame": chosen, "processor": self.clip.describe()["processor"],
+            "splits": Counter(clips["split"].to_pylist()),
+        }
+        features = {
+            "image_features": images.reshape(len(frames), -1),
+            "text_features": texts.reshape(len(frames), -1),
+            "latents": latents.reshape(len(frames), -1),
+        }
+        out_schema = schema.feature_table(
+            num_frames, self.clip.dim, texts.shape[1], texts.shape[2], features["latents"].shape[1]
+        ).with_metadata({METADATA_KEY: self.digest.encode(), SHAPES_KEY: json.dumps(shapes).encode()})
+        columns = [_fixed_list(features[n]) if n in features else clips[n] for n in out_schema.names]
+        storage.write_table(shard["output"], pa.table(columns, schema=out_schema))
+        return {"rows": len(frames)}
+
+    def text_features(self, caption: str) -> np.ndarray:
+        """[T, D] of a caption in each template; captions repeat, so each is embedded once."""
+        if caption not in self.texts:
+            filled = [prompt.replace("{caption}", caption) for prompt in self.config.prompts]
+            self.texts[caption] = self.clip.texts(filled).numpy()
+        return self.texts[caption]
+
+    @torch.inference_mode()
+    def latents(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """[N, C, h, w]: posterior means times the scaling factor, as the UNet expects them."""
+        parts = []
+        for start in range(0, len(pictures), self.config.batch_size):
+            batch = [_square(picture, self.edge_px) for picture in pictures[start : start + self.config.batch_size]]
+            pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+            parts.append((posterior.mean * self.vae.config.scaling_factor).float().cpu())
+        return torch.cat(parts).numpy()
+
+
+def _decode(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _square(picture: Image.Image, edge_px: int) -> np.ndarray:
+    """uint8 [edge, edge, 3]: shorter side scaled, middle cut out, as CLIP's preprocessing frames it."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(picture.resize((edge_px, edge_px), Image.Resampling.BICUBIC, box=box))
+
+
+def _equal_count(file: str, frames: list[list[Image.Image]]) -> int:
+    counts = {len(row) for row in frames}
+    if len(counts) != 1 or 0 in counts:
+        raise UserError("input", file, f"clips have {sorted(counts)} pictures, not equally many", "curate them again")
+    return counts.pop()
+
+
+def _fixed_list(values: np.ndarray) -> pa.Array:
+    """float [N, D] as fixed_size_list<float16>[D]. Raises ValueError for what float16 cannot hold."""
+    half = values.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError("a feature is not finite in float16")
+    return pa.FixedSizeListArray.from_arrays(pa.array(half.reshape(-1)), values.shape[1])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _footer(uri: str) -> dict[bytes, bytes]:
+    fs, path = storage.filesystem(uri)
+    return dict(pq.read_schema(path, filesystem=fs).metadata or {})
+
+
+def list_shards(config: FeaturizeConfig) -> list[dict[str, Any]]:
+    """One shard for each file of the input that has rows. Raises UserError when there is none."""
+    shards = []
+    for file in storage.list_files(config.input, ".parquet"):
+        table = storage.read_table(file, columns=["clip_id", "caption", "split"])
+        if table.num_rows:
+            fs, path = storage.filesystem(file)
+            name = file.rsplit("/", 1)[1]
+            fingerprint = _hash([name, fs.size(path), table.to_pylist()])
+            output = storage.join(config.out, name)
+            shards.append({"input": file, "output": output, "rows": table.num_rows, "fingerprint": fingerprint})
+    if not shards:
+        raise UserError("input", config.input, "holds no clips", "run `aai curate` first, or give its accepted/ folder")
+    return shards
+
+
+def run(config: FeaturizeConfig) -> dict[str, Any]:
+    """Featurizes all shards; returns the manifest's figures."""
+    begin = time.monotonic()
+    config = config.model_copy(
+        update={"input": storage.absolute(config.input), "out": storage.absolute(config.out)}
+    )
+    digest, shards = config.content_digest(), list_shards(config)
+    input_fingerprint = _hash([shard["fingerprint"] for shard in shards])
+    if (found := up_to_date(config, digest, input_fingerprint)) is not None:
+        log.info("featurize: up to date -> %s", config.out)
+        return figures(found)
+    storage.remove(storage.join(config.out, MANIFEST))
+    wanted = {shard["output"] for shard in shards}
+    for file in storage.list_files(config.out, ".parquet"):
+        if storage.absolute(file) not in wanted:
+            storage.remove(file)
+    args = {"config": config.model_dump(mode="json"), "digest": digest}
+    run_shards("featurize", shards, FeaturizeWorker, args, config.cluster, lambda shard: _done(shard, digest), config.out)
+    manifest = _manifest(config, shards, digest, input_fingerprint, time.monotonic() - begin)
+    storage.write_json(storage.join(config.out, MANIFEST), manifest.model_dump(mode="json"))
+    rows = sum(manifest.rows.values())
+    log.info("featurize: %d clips in %.0f s -> %s", rows, manifest.seconds, config.out)
+    return figures(manifest)
+
+
+def figures(manifest: FeatureManifest) -> dict[str, Any]:
+    """What the summary line shows."""
+    return {"rows": manifest.rows, "seconds": manifest.seconds, "fingerprint": manifest.fingerprint}
+
+
+def up_to_date(config: FeaturizeConfig, digest: str, input_fingerprint: str) -> FeatureManifest | None:
+    """The finished table, if it is of these settings and clips. Raises UserError when the settings were others."""
+    digests = {_footer(file).get(METADATA_KEY, b"").decode() for file in storage.list_files(config.out, ".parquet")}
+    if digests - {digest}:
+        raise UserError("out", config.out, "holds a table made with other settings", "give another folder, or delete it")
+    if not digests or not storage.exists(storage.join(config.out, MANIFEST)):
+        return None
+    manifest = FeatureManifest.read(config.out)
+    return manifest if (manifest.settings_digest, manifest.input_fingerprint) == (digest, input_fingerprint) else None
+
+
+def _done(shard: dict[str, Any], digest: str) -> bool:
+    """Whether a shard's output is there, with these settings and of these very clips."""
+    if not storage.exists(shard["output"]):
+        return False
+    metadata = _footer(shard["output"])
+    made_of = json.loads(metadata.get(SHAPES_KEY, b"{}")).get("input")
+    return metadata.get(METADATA_KEY, b"").decode() == digest and made_of == shard["fingerprint"]
+
+
+def _manifest(
+    config: FeaturizeConfig, shards: list[dict[str, Any]], digest: str, input_fingerprint: str, seconds: float
+) -> FeatureManifest:
+    """The manifest, from what the finished files carry. Raises UserError when their shapes differ."""
+    found = [json.loads(_footer(shard["output"])[SHAPES_KEY]) for shard in shards]
+    rows: Counter[str] = Counter()
+    for shapes in found:
+        rows.update(shapes.pop("splits"))
+        del shapes["input"]
+    if any(shapes != found[0] for shapes in found):
+        raise UserError("input", config.input, "clips differ in their number of pictures", "curate them with one setting")
+    return FeatureManifest(
+        **found[0],
+        settings_digest=digest,
+        foundation=identity(config.foundation),
+        dtype=config.dtype,
+        sample_rate_hz=SAMPLE_RATE_HZ,
+        prompts=config.prompts,
+        rows=dict(rows),
+        input_fingerprint=input_fingerprint,
+        fingerprint=_hash([digest, input_fingerprint]),
+        seconds=round(seconds, 1),
+    )
