@@ -1,0 +1,137 @@
+"""Every shipped config loads, plans without starting anything, and covers what the documentation names."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aai.foundation import FoundationSpec
+from pipelines.__main__ import CONFIGS, VERBS, main, module_of, settings_help
+
+ROOT = CONFIGS.parent
+REAL = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "demo")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CLUSTER_VERBS = [
+    "curate", "featurize", "align", "adapt", "evaluate", "promote", "generate", "edit", "stylize", "serve",
+]  # fmt: skip
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SETTING = re.compile(r"--set\s+([a-z_][\w.]*)=")
+COMMAND = re.compile(r"\baai ([a-z]+)((?:[^`\n]|\\\n)*)")
+
+
+def label(path: Path) -> str:
+    """COMMAND/FILE."""
+    return f"{path.parent.name}/{path.name}"
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in place of the bucket, with one VGGSound row: `aai curate --dry-run` counts the manifest."""
+    videos = tmp_path / "data" / "vggsound"
+    videos.mkdir(parents=True)
+    (videos.parent / "vggsound.csv").write_text("abcdefghijk,30,dog barking,train\n")
+    (videos / "abcdefghijk_000030.mp4").touch()
+    monkeypatch.setenv("AAI_BUCKET", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files_in(folder: Path) -> set[str]:
+    """Names of everything in a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_every_stage_has_a_config_for_real_weights() -> None:
+    assert sorted({path.parent.name for path in REAL}) == sorted(CLUSTER_VERBS)
+
+
+def test_files_are_named_by_data_model_and_hardware() -> None:
+    assert [label(path) for path in REAL if not re.fullmatch(r"\w+_\w+_(cpu|gpu)\d+", path.stem)] == []
+    assert [label(path) for path in REAL if path.parent.name not in VERBS] == []
+
+
+@pytest.mark.parametrize("path", REAL, ids=label)
+def test_config_loads_and_plans_and_starts_nothing(
+    path: Path, bucket: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_in(bucket)
+    code = main([path.parent.name, "--config", str(path), "--dry-run"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert err == ""
+    assert [part for part in ("inputs:", "outputs:", "resources:") if part not in out] == []
+    assert files_in(bucket) == before
+
+
+@pytest.mark.parametrize("path", REAL, ids=label)
+def test_paths_follow_the_bucket(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AAI_BUCKET", "s3://elsewhere/x")
+    config = module_of(path.parent.name).CONFIG.load(path)
+    assert config.run_dir == "s3://elsewhere/x/runs/vggsound_vitl14"
+    monkeypatch.delenv("AAI_BUCKET")
+    assert module_of(path.parent.name).CONFIG.load(path).run_dir.startswith("s3://my-bucket/aai/")
+
+
+@pytest.mark.parametrize("path", REAL, ids=label)
+def test_hub_ids_are_pinned_to_commits(path: Path) -> None:
+    config = module_of(path.parent.name).CONFIG.load(path)
+    foundation = getattr(config, "foundation", None)
+    if isinstance(foundation, FoundationSpec):
+        assert COMMIT.fullmatch(foundation.clip_revision or "")
+        assert COMMIT.fullmatch(foundation.diffusion_revision or "")
+    encoder = getattr(config, "encoder", None)
+    if encoder is not None and encoder.pretrained:
+        assert COMMIT.fullmatch(encoder.revision or "")
+
+
+def test_stages_hand_on_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one stage writes, the next one reads; featurize and align stand on the same foundation."""
+    monkeypatch.setenv("AAI_BUCKET", "s3://b")
+    configs = {path.parent.name: module_of(path.parent.name).CONFIG.load(path) for path in REAL}
+    curate, featurize, align = configs["curate"], configs["featurize"], configs["align"]
+    adapt, evaluate = configs["adapt"], configs["evaluate"]
+    assert featurize.input == evaluate.clips == f"{curate.out}/accepted"
+    assert align.features == adapt.features == evaluate.features == featurize.out
+    assert adapt.bundle == f"{align.out}/bundle"
+    assert evaluate.bundle == f"{adapt.out}/bundle"
+    assert align.foundation == featurize.foundation
+    assert len({config.run_dir for config in configs.values()}) == 1
+    models = {config.tracking.model_name for config in configs.values() if hasattr(config, "tracking")}
+    assert len(models) == 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_settings_that_exist(verb: str) -> None:
+    """Each dotted name of --help leads to a field, and each field has a line."""
+    cls = module_of(verb).CONFIG
+    for line in settings_help(cls):
+        place = cls
+        for part in line.split()[0].split("."):
+            assert part in place.model_fields, line
+            place = place.model_fields[part].annotation
+
+
+def known_settings(verb: str) -> Callable[[str], bool]:
+    """Whether a dotted name is a setting of a verb, or lies inside one that --help shows as a whole."""
+    names = {line.split()[0] for line in settings_help(module_of(verb).CONFIG)}
+    return lambda name: any(name == known or name.startswith(f"{known}.") for known in names)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documented_commands_configs_and_settings_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for verb, rest in COMMAND.findall(text):
+        assert verb in VERBS, f"`aai {verb}` in {path.name}"
+        known = known_settings(verb)
+        assert [name for name in SETTING.findall(rest) if not known(name)] == []
+    named = re.findall(r"configs/[\w/]+\.yaml", text)
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_document_check_sees_a_wrong_setting() -> None:
+    verb, rest = COMMAND.findall("`aai curate --set decode.num_frame=3`")[0]
+    assert SETTING.findall(rest) == ["decode.num_frame"]
+    assert not known_settings(verb)("decode.num_frame")
+    assert known_settings(verb)("decode.num_frames")

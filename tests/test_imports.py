@@ -1,0 +1,81 @@
+"""Importing does no work: no Ray, no files, no threads, no network; aai needs neither Ray nor MLflow."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PREPARE = """
+import os, sys, threading
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"ray", "mlflow", "pipelines"}:
+            raise ImportError("blocked: " + name)
+block = Block()
+sys.meta_path.insert(0, block)
+watching = False
+def watch(event, args):
+    if not watching:
+        return
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if writes or event in ("socket.connect", "subprocess.Popen", "os.mkdir"):
+        print("did", event, args, file=sys.stderr)
+        os._exit(3)
+sys.addaudithook(watch)
+"""
+# What third-party libraries do when they are imported is theirs: they come first, unwatched.
+THIRD_PARTY = "import torch, torchaudio, diffusers, transformers, s3fs, scipy.signal, pyarrow.parquet\n"
+CLUSTER = "import ray, ray.data, ray.train.torch, ray.serve, mlflow, fastapi\n"
+WATCH = "watching, threads = True, threading.active_count()\n"
+CHECK = "assert threading.active_count() == threads, threading.enumerate()\nwatching = False\n"
+UNBLOCK = "sys.meta_path.remove(block)\n"
+AFTER = "assert not ray.is_initialized()\nassert os.listdir('.') == [], os.listdir('.')\n"
+
+
+def modules(package: str) -> list[str]:
+    """Dotted names of every module of a package."""
+    names = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def run_python(code: str, cwd: Path) -> None:
+    """Runs code in a fresh process with this checkout on its path, in an empty folder."""
+    home = cwd.parent / "home"
+    home.mkdir()
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "MPLCONFIGDIR": str(home),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_importing_does_no_work_and_aai_needs_no_cluster(tmp_path: Path) -> None:
+    """One process for both checks: loading torch takes longer than everything else here."""
+    empty = tmp_path / "cwd"
+    empty.mkdir()
+    aai = "".join(f"import {name}\n" for name in modules("aai"))
+    pipelines = "".join(f"import {name}\n" for name in modules("pipelines"))
+    alone = PREPARE + THIRD_PARTY + WATCH + aai + CHECK
+    run_python(alone + UNBLOCK + CLUSTER + WATCH + pipelines + CHECK + AFTER, empty)
+
+
+def test_help_needs_no_heavy_library(tmp_path: Path) -> None:
+    empty = tmp_path / "cwd"
+    empty.mkdir()
+    code = (
+        "import sys\nfrom pipelines.__main__ import main\nassert main(['--help']) == 0\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    run_python(code, empty)
