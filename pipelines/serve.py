@@ -1,0 +1,311 @@
+"""Serves a bundle over HTTP with Ray Serve: a page, POST /v1/generate|edit|stylize, /healthz and /docs.
+
+Two deployments: the Gateway checks and decodes uploads and always answers; Painters hold the model, one
+request at a time each. Between them stands a bounded queue: what does not fit is refused with 429 and Retry-After.
+"""
+
+import argparse
+import asyncio
+import io
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
+import numpy as np
+import pydantic
+import ray
+import torch
+from PIL import Image
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import BackpressureConfig, HTTPOptions, RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from aai import storage
+from aai.bundle import read_bundle
+from aai.encoders.audio import AudioEncoderConfig
+from aai.errors import UserError
+from aai.painter import Painter, PaintRequest
+from pipelines import tracking
+from pipelines.cluster import connect
+from pipelines.settings import ClusterConfig, DType, Plan, TrackingConfig, VerbConfig
+from pipelines.web import Health, Limits, ServedModel, Verb, build_http, busy
+
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "AAI_API_KEY"
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+APP = "aai"
+
+
+class ServeConfig(VerbConfig):
+    """What is served, where, and how much it may take. `cluster.num_workers` is the number of painters."""
+
+    summary: ClassVar[str] = "serve the promoted bundle over HTTP"
+
+    cluster: ClusterConfig = ClusterConfig(num_workers=1)
+    bundle: str = "models:/aai@champion"
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder. An alias is read once, at the start."""
+    tracking: TrackingConfig = TrackingConfig()
+    host: str = "127.0.0.1"
+    """Address to listen on; any other than loopback needs the environment variable AAI_API_KEY."""
+    port: int = pydantic.Field(8000, ge=1, le=65535)
+    max_queued_requests: int = pydantic.Field(8, ge=1)
+    """Requests that may wait for a painter; one more is refused with 429."""
+    limits: Limits = Limits()
+    dtype: DType = "float32"
+    """Arithmetic of the diffusion model; on a GPU bfloat16 halves its memory."""
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        key = "required" if api_key() or self.host not in LOOPBACK_HOSTS else "not required on loopback"
+        return Plan(
+            inputs={"bundle": self.bundle, "registry": self.tracking.uri},
+            outputs={"service": self.url(), "API key": key},
+            resources={**self.resources(), "queue": f"{self.max_queued_requests} requests"},
+        )
+
+    def url(self) -> str:
+        """Where the service answers."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+
+CONFIG = ServeConfig
+
+
+def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Short flags and the settings they stand for."""
+    parser.add_argument("--host", help="address to listen on [127.0.0.1]")
+    parser.add_argument("--port", type=int, help="port to listen on [8000]")
+    parser.add_argument("--bundle", metavar="URI", help="models:/NAME@ALIAS or a bundle folder")
+    return {"host": "host", "port": "port", "bundle": "bundle"}
+
+
+def api_key() -> str | None:
+    """The service's key from the environment; never a setting, so that no config or log can hold it."""
+    return os.environ.get(KEY_VARIABLE) or None
+
+
+class PainterReplica:
+    """One model on one device. Paints in a thread of its own: health checks are answered meanwhile."""
+
+    def __init__(
+        self, bundle: str, registry: dict[str, Any], sha: str, device: str, dtype: str, stuck_s: float
+    ) -> None:
+        found = read_bundle(tracking.resolve_bundle(bundle, TrackingConfig.parse(registry)))
+        if found.sha != sha:
+            raise UserError("bundle", bundle, f"holds {found.sha}, the service was started for {sha}", "deploy again")
+        self._painter = Painter.load(found, device, dtype)
+        # One thread: diffusers' schedulers hold state. A request cancelled while it waits here never starts.
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._stuck_s, self._started_s, self._broken = stuck_s, 0.0, ""
+
+    async def paint(
+        self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest
+    ) -> list[bytes]:
+        """Audio float32 [S] and maybe RGB pixels uint8 [H, W, 3] -> PNG files."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._paint, verb, audio, pixels, request)
+
+    def _paint(self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest) -> list[bytes]:
+        self._started_s = time.monotonic()
+        try:
+            if verb == "generate" or pixels is None:
+                images = self._painter.generate(audio, request)
+            else:
+                images = getattr(self._painter, verb)(audio, Image.fromarray(pixels), request)
+        except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
+            self._broken = str(error)
+            raise
+        finally:
+            self._started_s = 0.0
+        return [_png(image) for image in images]
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises: after a CUDA error, or when a painting never ends."""
+        if self._broken:
+            raise RuntimeError(f"the device failed: {self._broken}")
+        if self._started_s and time.monotonic() - self._started_s > self._stuck_s:
+            raise RuntimeError(f"one request has been painting for more than {self._stuck_s:g} s")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Gateway:
+    """The HTTP side. It takes no model and no GPU, and keeps answering while painters are busy or away."""
+
+    def __init__(
+        self, painters: DeploymentHandle, model: dict[str, Any], limits: dict[str, Any], need_key: bool
+    ) -> None:
+        self._painters, self.model = painters, ServedModel.parse(model)
+        self._limits = Limits.parse(limits)
+        self._in_flight, self._replicas, self._asked_s = 0, 0, -1.0
+        if need_key and not api_key():
+            remedy = "set it in the environment of the cluster's processes, e.g. from a secret"
+            raise UserError(KEY_VARIABLE, "(missing)", "the service needs an API key", remedy)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The HTTP application, built where it runs."""
+        return build_http(self, self._limits, api_key())
+
+    async def paint(
+        self, verb: Verb, audio: np.ndarray, image: Image.Image | None, request: PaintRequest
+    ) -> list[bytes]:
+        """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
+        retry_s = self._limits.retry_after_s
+        response = self._painters.paint.remote(verb, audio, None if image is None else np.asarray(image), request)
+        self._in_flight += 1
+        try:
+            return list(await response)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            raise busy(429, "queue_full", "all painters are busy and the queue is full", retry_s) from error
+        except (DeploymentUnavailableError, RayActorError) as error:
+            logger.warning("painter lost: %s", error)
+            raise busy(503, "no_painter", "the painter went away; try again", retry_s) from error
+        except UserError as error:
+            raise getattr(error, "cause", error) from None  # Ray wraps what another process raised
+        finally:
+            self._in_flight -= 1
+
+    async def health(self) -> Health:
+        """See Backend. The controller is asked at most once a second."""
+        if time.monotonic() - self._asked_s > 1:
+            self._replicas = await asyncio.to_thread(_running_painters)
+            self._asked_s = time.monotonic()
+        painting = min(self._in_flight, self._replicas)
+        return Health(replicas=self._replicas, queue_depth=self._in_flight - painting, painting=painting)
+
+
+def _running_painters() -> int:
+    application = serve.status().applications.get(serve.get_replica_context().app_name)
+    painters = application.deployments.get("Painter") if application else None
+    return painters.replica_states.get("RUNNING", 0) if painters else 0
+
+
+def pin(config: ServeConfig) -> tuple[str, ServedModel]:
+    """The bundle as a URI that cannot move, and what it is: an alias becomes the version it names now.
+
+    Raises UserError when there is no such model, version or alias, or no whole bundle with an adapter.
+    """
+    uri, name, version, alias = tracking.pin_bundle(config.bundle, config.tracking)
+    bundle = read_bundle(tracking.resolve_bundle(uri, config.tracking))
+    if bundle.config.adapter is None:
+        raise UserError("bundle", config.bundle, "has no adapter", "serve the bundle of `aai adapt`")
+    if not name:
+        uri = storage.absolute(uri)
+        name, version = uri.rstrip("/").rsplit("/", 1)[-1], bundle.sha
+    encoder = AudioEncoderConfig.parse(bundle.config.encoder, "bundle")
+    rate_hz = encoder.sample_rate_hz
+    return uri, ServedModel(name=name, version=version, alias=alias, sha=bundle.sha, sample_rate_hz=rate_hz)
+
+
+def _registry(config: ServeConfig) -> dict[str, Any]:
+    """The registry's settings as they hold in any folder of this machine."""
+    cfg = config.tracking
+    if cfg.uri.startswith("sqlite:///"):
+        cfg = cfg.model_copy(update={"uri": f"sqlite:///{storage.absolute(cfg.uri.removeprefix('sqlite:///'))}"})
+    return cfg.model_dump()
+
+
+def application(config: ServeConfig, uri: str, model: ServedModel, need_key: bool) -> serve.Application:
+    """The two deployments, bound."""
+    cluster, limits = config.cluster, config.limits
+    full = BackpressureConfig(status_code=429, retry_after_s=limits.retry_after_s)
+    painter = serve.deployment(
+        name="Painter",
+        num_replicas=cluster.num_workers,
+        max_ongoing_requests=1,
+        max_queued_requests=config.max_queued_requests,
+        backpressure_config=full,
+        request_router_config=RequestRouterConfig(max_backoff_s=0.1),
+        ray_actor_options={"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker},
+        health_check_period_s=5,
+        max_constructor_retry_count=3,
+    )(PainterReplica)
+    gateway = serve.deployment(
+        name="Gateway",
+        num_replicas=1,  # one, because the bound of the queue holds for each Gateway
+        max_ongoing_requests=256,
+        max_queued_requests=256,
+        backpressure_config=full,
+        ray_actor_options={"num_cpus": 0},
+        max_constructor_retry_count=3,
+    )(serve.ingress()(Gateway))
+    device = "cuda" if cluster.gpus_per_worker else "cpu"
+    painters = painter.bind(uri, _registry(config), model.sha, device, config.dtype, 2 * limits.request_timeout_s)
+    return gateway.bind(painters, model.model_dump(), limits.model_dump(), need_key)
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """What a Serve config or a RayService names as `import_path: pipelines.serve:build_app`.
+
+    args: the settings of ServeConfig, or {"config": FILE, ...} to load a file first. The address is then
+    not ours to choose, so AAI_API_KEY must be set in the environment of the cluster's processes.
+    """
+    settings = dict(args)
+    file = settings.pop("config", None)
+    config = ServeConfig.load(file, values=settings) if file else ServeConfig.parse(settings, "args")
+    return application(config, *pin(config), need_key=True)
+
+
+def check_address(config: ServeConfig) -> None:
+    """Raises UserError when the address needs a key that is not there, or the port is taken."""
+    if config.host not in LOOPBACK_HOSTS and not api_key():
+        rule = f"others can reach the service, and {KEY_VARIABLE} is not set"
+        raise UserError("host", config.host, rule, f"set {KEY_VARIABLE}, or serve on 127.0.0.1")
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                "port", config.port, f"cannot listen on {config.host} ({error.strerror})", "pass --port"
+            ) from error
+
+
+def start(config: ServeConfig, uri: str, model: ServedModel) -> None:
+    """Deploys a pinned bundle on the Ray that is connected and returns when the service answers."""
+    # Our own deadline comes first: the proxy's only ends what hangs beyond it.
+    options = HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.limits.request_timeout_s + 10)
+    serve.start(http_options=options)
+    need_key = bool(api_key()) or config.host not in LOOPBACK_HOSTS
+    serve.run(application(config, uri, model, need_key), name=APP, route_prefix="/")
+
+
+def run(config: ServeConfig) -> dict[str, Any]:
+    """Serves until Ctrl-C or SIGTERM, then lets running requests end and shuts down."""
+    if not config.cluster.address:
+        check_address(config)
+    uri, model = pin(config)
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    connect(config.cluster)
+    try:
+        start(config, uri, model)
+        print(f"aai serve: {config.url()} serves {model.label()} (bundle {model.sha}); Ctrl-C stops", flush=True)
+        while not stopped.wait(0.5):
+            pass
+    except KeyboardInterrupt:
+        logger.info("aai serve: stopping")
+    finally:
+        if config.cluster.address:
+            serve.delete(APP)
+        else:
+            serve.shutdown()
+        ray.shutdown()
+    return {}

@@ -1,0 +1,336 @@
+"""The HTTP face of the painter: limits, key, forms and answers. It knows FastAPI, not Ray."""
+
+import asyncio
+import base64
+import hmac
+import io
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import pydantic
+from fastapi import FastAPI, Form, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from PIL import Image, ImageOps
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from aai.config import Config
+from aai.errors import UserError
+from aai.media.decode import ClipError, decode_audio
+from aai.painter import PaintRequest
+
+logger = logging.getLogger(__name__)
+
+Verb = Literal["generate", "edit", "stylize"]
+STATIC = Path(__file__).parent / "static"
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+MULTIPART = Form(media_type="multipart/form-data")
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+    "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "image/png for one picture, for more JSON {seed, model, bundle, images: [base64]}. "
+        "Headers X-AAI-Model, X-AAI-Bundle, X-AAI-Seed.",
+        "content": {"image/png": {}, "application/json": {}},
+    },
+    401: {"description": "Key missing or wrong"},
+    413: {"description": "Request body over the limit"},
+    422: {"description": "A field, the sound or the picture is not usable; the message says why"},
+    429: {"description": "Queue full; Retry-After says when to come back"},
+    503: {"description": "No painter, or no picture in time; Retry-After says when to come back"},
+}
+
+
+class Limits(Config):
+    """What one request may cost."""
+
+    max_upload_bytes: int = pydantic.Field(16 * 2**20, gt=0)
+    """Largest request body; counted while it streams in."""
+    max_audio_s: float = pydantic.Field(30, gt=0)
+    """Longest sound."""
+    max_image_pixels: int = pydantic.Field(4096 * 4096, gt=0)
+    """Largest width x height of a given picture; checked before it is decoded."""
+    request_timeout_s: float = pydantic.Field(120, gt=0)
+    """Longest time from the first byte to the answer: upload, queue and painting together."""
+    retry_after_s: int = pydantic.Field(2, ge=1)
+    """What the Retry-After header of a 429 or 503 answer says."""
+
+
+class ServedModel(Config):
+    """What the service paints with: shown by /healthz and in the headers of every picture."""
+
+    name: str
+    version: str
+    alias: str = ""
+    sha: str
+    """Content identity of the bundle."""
+    sample_rate_hz: int = 16_000
+    """Rate at which uploads are decoded."""
+
+    def label(self) -> str:
+        """`NAME/VERSION@ALIAS` for the X-AAI-Model header."""
+        return f"{self.name}/{self.version}" + (f"@{self.alias}" if self.alias else "")
+
+
+class Health(Config):
+    """State of the painters."""
+
+    replicas: int
+    """Painters that can paint."""
+    queue_depth: int
+    """Requests that wait for a painter."""
+    painting: int
+    """Requests that are being painted."""
+
+
+class Backend(Protocol):
+    """What paints: the Serve deployment, seen from the HTTP side."""
+
+    model: ServedModel
+
+    async def paint(
+        self, verb: Verb, audio: np.ndarray, image: Image.Image | None, request: PaintRequest
+    ) -> list[bytes]:
+        """PNG files. Raises ApiError 429 when the queue is full, UserError for a bad request."""
+
+    async def health(self) -> Health:
+        """Fresh figures; never waits for a picture."""
+
+
+class ApiError(HTTPException):
+    """An answer that is not a picture: status, stable code, and a sentence that says what to do."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(status, message, headers)
+        self.code = code
+
+    def response(self) -> JSONResponse:
+        """The JSON body {"error": {"code", "message"}}."""
+        body = {"error": {"code": self.code, "message": self.detail}}
+        return JSONResponse(body, self.status_code, dict(self.headers or {}))
+
+
+def busy(status: int, code: str, message: str, retry_after_s: int) -> ApiError:
+    """An error that a later try may not meet."""
+    return ApiError(status, code, message, {"Retry-After": str(retry_after_s)})
+
+
+class GenerateForm(PaintRequest):
+    """A sound and how to paint it."""
+
+    audio: UploadFile
+    """Sound file: WAV, FLAC, MP3, OGG, M4A, WebM, or the sound of a video."""
+
+    def request(self) -> PaintRequest:
+        """The settings without the files."""
+        return PaintRequest(**{name: getattr(self, name) for name in PaintRequest.model_fields})
+
+
+class RepaintForm(GenerateForm):
+    """A sound, a picture, and how to paint it anew."""
+
+    image: UploadFile
+    """Picture: PNG, JPEG or WebP."""
+
+
+class Gate:
+    """ASGI middleware around everything: key, Host, body size, one deadline per request, security headers.
+
+    key: what `X-API-Key` or `Authorization: Bearer` must hold for /v1; None leaves /v1 open, but then only to
+    requests that name this machine as loopback, so that no web page can reach it by DNS rebinding.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, key: str | None) -> None:
+        self._app, self._limits, self._key = app, limits, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def answer(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        deadline = asyncio.timeout(self._limits.request_timeout_s)
+        try:
+            self._admit(scope)
+            async with deadline:
+                await self._app(scope, self._counted(receive), answer)
+        except (ApiError, TimeoutError) as error:
+            if started or not (isinstance(error, ApiError) or deadline.expired()):
+                raise
+            refusal = error if isinstance(error, ApiError) else self._too_late()
+            await refusal.response()(scope, receive, answer)
+
+    def _too_late(self) -> ApiError:
+        limit_s = self._limits.request_timeout_s
+        return busy(503, "timeout", f"no picture within {limit_s:g} s; try again", self._limits.retry_after_s)
+
+    def _admit(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        if self._key is None:
+            host = headers.get("host", "")
+            name = host if host.endswith("]") else host.rsplit(":", 1)[0]
+            if name not in LOOPBACK:
+                raise ApiError(403, "forbidden_host", "without an API key only localhost is served")
+        elif scope["path"].startswith("/v1/"):
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            given = headers.get("x-api-key") or (token if scheme.lower() == "bearer" else "")
+            if not hmac.compare_digest(given.encode(), self._key.encode()):
+                rule = "give the service's key in the header X-API-Key or Authorization: Bearer"
+                raise ApiError(401, "unauthorized", rule, {"WWW-Authenticate": "Bearer"})
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._limits.max_upload_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> ApiError:
+        rule = f"the request is over the limit of {self._limits.max_upload_bytes} bytes"
+        return ApiError(413, "upload_too_large", rule, {"Connection": "close"})
+
+    def _counted(self, receive: Receive) -> Receive:
+        total = 0
+
+        async def counted() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self._limits.max_upload_bytes:
+                raise self._too_large()
+            return message
+
+        return counted
+
+
+def read_audio(data: bytes, limits: Limits, sample_rate_hz: int) -> np.ndarray:
+    """An uploaded sound file -> mono float32 [S]. Raises ApiError 422 with the decoder's reason."""
+    try:
+        return decode_audio(data, limits.max_audio_s, limits.max_upload_bytes, sample_rate_hz)
+    except ClipError as error:
+        raise ApiError(422, error.code.lower(), f"audio: {error.message}") from error
+
+
+def read_image(data: bytes, limits: Limits) -> Image.Image:
+    """An uploaded PNG, JPEG or WebP -> upright RGB. Its size is checked before any pixel is decoded."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > limits.max_image_pixels:
+            rule = f"{image.width}x{image.height} px is over the limit of {limits.max_image_pixels} px"
+            raise ApiError(422, "image_too_large", f"image: {rule}")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        rule = "image: not a PNG, JPEG or WebP picture that can be decoded"
+        raise ApiError(422, "image_unreadable", rule) from error
+
+
+def build_http(backend: Backend, limits: Limits, key: str | None) -> ASGIApp:
+    """The whole HTTP application around a backend: page, docs, /healthz and /v1."""
+    app = FastAPI(title="AAI on Ray", version="1", docs_url=None, redoc_url=None)
+    _add_errors(app)
+    _add_pages(app, backend)
+    _add_verbs(app, backend, limits)
+    return Gate(app, limits, key)
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Every refusal has the same JSON body."""
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        if not isinstance(error, ApiError):
+            error = ApiError(error.status_code, f"http_{error.status_code}", str(error.detail))
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        return ApiError(422, "invalid_field", f"{field}: {first['msg']}").response()
+
+    @app.exception_handler(UserError)
+    async def unusable(request: Request, error: UserError) -> Response:
+        return ApiError(422, "invalid_request", f"{error.setting}: {error.rule}; {error.remedy}").response()
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:  # it is raised again, and so logged
+        return ApiError(500, "internal", "the painter failed; the reason is in the service's log").response()
+
+
+def _add_pages(app: FastAPI, backend: Backend) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(STATIC / "docs.html")
+
+    app.mount("/static", StaticFiles(directory=STATIC))
+
+    @app.get("/healthz", summary="Model and queue; 503 while no painter is ready")
+    async def healthz() -> JSONResponse:
+        health = await backend.health()
+        model = backend.model.model_dump(include={"name", "version", "alias"})
+        ready = health.replicas > 0
+        status = "ready" if ready else "not ready"
+        body: dict[str, Any] = {"status": status, "model": model, "bundle": backend.model.sha}
+        body |= health.model_dump()
+        return JSONResponse(body, 200 if ready else 503, {"Cache-Control": "no-store"})
+
+
+def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
+    decoding = asyncio.Semaphore(2)  # decoded pictures and sounds are large; waiting uploads are not
+
+    async def decoded(read: Callable[..., Any], file: UploadFile, *args: Any) -> Any:
+        data = await file.read()
+        async with decoding:
+            return await asyncio.to_thread(read, data, *args)
+
+    async def answer(verb: Verb, form: GenerateForm) -> Response:
+        audio = await decoded(read_audio, form.audio, limits, backend.model.sample_rate_hz)
+        image = await decoded(read_image, form.image, limits) if isinstance(form, RepaintForm) else None
+        return _pictures(await backend.paint(verb, audio, image, form.request()), form.seed, backend.model)
+
+    options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}
+
+    @app.post("/v1/generate", summary="Paint a sound", **options)
+    async def generate(form: Annotated[GenerateForm, MULTIPART]) -> Response:
+        return await answer("generate", form)
+
+    @app.post("/v1/edit", summary="Put the sound's object into a picture", **options)
+    async def edit(form: Annotated[RepaintForm, MULTIPART]) -> Response:
+        return await answer("edit", form)
+
+    @app.post("/v1/stylize", summary="Put the sound's ambience onto a picture", **options)
+    async def stylize(form: Annotated[RepaintForm, MULTIPART]) -> Response:
+        return await answer("stylize", form)
+
+
+def _pictures(files: Sequence[bytes], seed: int, model: ServedModel) -> Response:
+    """One picture as image/png, several as JSON with base64 PNGs."""
+    shown = {"seed": seed, "model": model.label(), "bundle": model.sha}
+    headers = {"X-AAI-Model": model.label(), "X-AAI-Bundle": model.sha, "X-AAI-Seed": str(seed)}
+    headers["Cache-Control"] = "no-store"
+    if len(files) == 1:
+        return Response(files[0], media_type="image/png", headers=headers)
+    images = [base64.b64encode(file).decode() for file in files]
+    return JSONResponse({**shown, "images": images}, headers=headers)

@@ -1,0 +1,253 @@
+"""The service as a user starts it: `aai serve` on a tiny registered bundle, asked over real HTTP."""
+
+import asyncio
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aai.adapt import AdapterConfig, AudioAdapter
+from aai.bundle import BundleConfig, write_bundle
+from aai.concepts import Vocabulary
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.errors import UserError
+from aai.foundation import FoundationSpec
+from aai.media.decode import decode_audio
+from aai.painter import Painter, PaintRequest
+from pipelines import tracking
+from pipelines.__main__ import main
+from pipelines.serve import ServeConfig, build_app, check_address
+from pipelines.settings import TrackingConfig
+from tests.pipelines.test_web import png, wav
+from tests.tiny import SIZES, write_clip, write_diffusion
+
+KEY = "a-key-for-tests"
+HEADERS = {"X-API-Key": KEY}
+SLOW = {"steps": "100", "num_images": "8"}
+QUICK = {"steps": "1"}
+
+
+def write_tiny_bundle(folder: Path) -> Path:
+    """A bundle of random weights on random foundation models."""
+    clip = write_clip(folder / "clip")
+    foundation = FoundationSpec(clip=str(clip), diffusion=str(write_diffusion(folder / "diffusion", clip)))
+    dim = SIZES.hidden_size
+    encoder = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, embed_dim=dim, clip_s=1)
+    adapter = AdapterConfig(hidden_size=32, embed_dim=dim, token_dim=dim)
+    vocabulary = Vocabulary(objects=("dog", "bell"), ambiences=("in the rain", "at night"))
+    torch.manual_seed(3)
+    config = BundleConfig(
+        foundation=foundation,
+        encoder=encoder.model_dump(),
+        adapter=adapter.model_dump(),
+        vocabulary=vocabulary.model_dump(mode="json"),
+    )
+    weights = AudioEncoder(encoder).state_dict(), AudioAdapter(adapter).state_dict()
+    write_bundle(folder / "bundle", config, *weights, {"data_fingerprint": "d", "metrics": {}, "parents": []})
+    return folder / "bundle"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running `aai serve`."""
+
+    url: str
+    bundle: Path
+    ready_line: str
+
+    def post(self, verb: str, data: dict[str, str], image: bytes | None = None) -> httpx.Response:
+        """One request with a short tone."""
+        files = {"audio": wav()} | ({"image": image} if image else {})
+        return httpx.post(f"{self.url}/v1/{verb}", files=files, data=data, headers=HEADERS, timeout=120)
+
+    def health(self) -> dict[str, object]:
+        """What /healthz says; it must not wait for a picture."""
+        return dict(httpx.get(f"{self.url}/healthz", timeout=20).json())
+
+    def wait_until(self, **figures: int) -> None:
+        """Waits until /healthz shows these figures."""
+        end_s = time.monotonic() + 60
+        while any(self.health()[name] != value for name, value in figures.items()):
+            assert time.monotonic() < end_s, f"{figures} was not reached: {self.health()}"
+            time.sleep(0.05)
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("serve")
+    bundle = write_tiny_bundle(folder)
+    registry = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", model_name="tiny")
+    tracking.set_alias(registry, "champion", tracking.register(registry, bundle, {}, {}))
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, port=free_port())
+    (folder / "serve.yaml").write_text(config.to_yaml())
+    environment = os.environ | {"AAI_API_KEY": KEY, "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "serve", "--config", str(folder / "serve.yaml")],
+            stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+        )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, (folder / "log").read_text()[-3000:]
+        yield Service(config.url(), bundle, line)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, "Ctrl-C must end the service cleanly"
+        assert KEY not in (folder / "log").read_text() + line
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_ready_line_names_url_model_and_version(service: Service) -> None:
+    assert service.url in service.ready_line
+    assert "tiny/1@champion" in service.ready_line
+    health = service.health()
+    assert health["model"] == {"name": "tiny", "version": "1", "alias": "champion"}
+    assert (health["status"], health["replicas"], health["queue_depth"]) == ("ready", 1, 0)
+
+
+def test_pictures_are_those_of_the_python_call(service: Service) -> None:
+    painter = Painter.load(service.bundle)
+    sound = decode_audio(wav(), 30, 10**6)
+    given = Image.open(io.BytesIO(png(90, 70)))
+    for verb in ("generate", "edit", "stylize"):
+        request = PaintRequest(seed=11, steps=4, guidance_scale=2)
+        arguments = (sound, request) if verb == "generate" else (sound, given, request)
+        expected = getattr(painter, verb)(*arguments)[0]
+        image = None if verb == "generate" else png(90, 70)
+        response = service.post(verb, {"seed": "11", "steps": "4", "guidance_scale": "2"}, image)
+        assert response.status_code == 200, response.text
+        assert response.headers["x-aai-model"] == "tiny/1@champion"
+        assert response.headers["x-aai-bundle"] == service.health()["bundle"]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(response.content))), np.asarray(expected)), verb
+
+
+def test_a_mistake_found_by_the_painter_is_a_422(service: Service) -> None:
+    response = service.post("generate", {**QUICK, "prompt": "a photo of <elsewhere>"})
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_request")
+    assert "Traceback" not in response.text
+
+
+def test_without_the_key_nothing_is_painted(service: Service) -> None:
+    response = httpx.post(f"{service.url}/v1/generate", files={"audio": wav()}, timeout=20)
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
+
+
+def test_a_huge_upload_is_refused_while_it_streams(service: Service) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="audio"; filename="a"\r\n\r\n'
+        for _ in range(400):
+            yield bytes(100_000)
+
+    async def ask() -> httpx.Response:
+        headers = {**HEADERS, "content-type": "multipart/form-data; boundary=b"}
+        async with httpx.AsyncClient(timeout=60) as client:
+            return await client.post(f"{service.url}/v1/generate", content=endless(), headers=headers)
+
+    response = asyncio.run(ask())
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "upload_too_large")
+
+
+async def crowd(service: Service, size: int) -> tuple[list[httpx.Response], int]:
+    """Many requests at once, and the deepest queue seen meanwhile."""
+    deepest = 0
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def one(seed: int) -> httpx.Response:
+            data = {"steps": "10", "seed": str(seed)}
+            files = {"audio": wav()}
+            return await client.post(f"{service.url}/v1/generate", files=files, data=data, headers=HEADERS)
+
+        posts = asyncio.gather(*(one(seed) for seed in range(size)))
+        while not posts.done():
+            health = await client.get(f"{service.url}/healthz")
+            deepest = max(deepest, health.json()["queue_depth"])
+            await asyncio.sleep(0.1)
+        return await posts, deepest
+
+
+def test_a_crowd_is_served_or_told_to_come_back(service: Service) -> None:
+    responses, deepest = asyncio.run(crowd(service, 50))
+    counts = Counter(response.status_code for response in responses)
+    assert set(counts) == {200, 429}, counts
+    assert counts[200] >= 8
+    assert deepest <= 8
+    refused = [response for response in responses if response.status_code == 429]
+    assert all(int(response.headers["retry-after"]) >= 1 for response in refused)
+    assert all(response.json()["error"]["code"] == "queue_full" for response in refused)
+    pictures = {response.content for response in responses if response.status_code == 200}
+    assert len(pictures) == counts[200], "each request has its own picture"
+
+
+def test_a_request_whose_client_left_is_taken_out_of_the_queue(service: Service) -> None:
+    async def leave() -> None:
+        async with httpx.AsyncClient(timeout=120) as client:
+
+            async def post() -> None:
+                data, files = SLOW, {"audio": wav()}
+                await client.post(f"{service.url}/v1/generate", files=files, data=data, headers=HEADERS)
+
+            blocker = asyncio.create_task(post())
+            await asyncio.to_thread(service.wait_until, painting=1)
+            waiting = asyncio.create_task(post())
+            await asyncio.to_thread(service.wait_until, queue_depth=1)
+            assert (await client.get(service.url)).status_code == 200
+            waiting.cancel()
+            await asyncio.to_thread(service.wait_until, painting=1, queue_depth=0)
+            assert not blocker.done()
+            await blocker
+
+    asyncio.run(leave())
+    assert service.post("generate", QUICK).status_code == 200
+
+
+def test_a_foreign_address_needs_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("AAI_API_KEY", raising=False)
+    assert main(["serve", "--host", "0.0.0.0"]) == 2
+    assert "AAI_API_KEY is not set" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"port={port}: cannot listen"):
+            check_address(ServeConfig(port=port))
+
+
+def test_dry_run_says_what_would_be_served(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--bundle", "somewhere", "--port", "8123", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "http://127.0.0.1:8123" in printed
+    assert "somewhere" in printed
+
+
+def test_build_app_takes_settings_or_a_file(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text(f"bundle: {service.bundle}\n")
+    assert build_app({"bundle": str(service.bundle)}).__class__.__name__ == "Application"
+    assert build_app({"config": str(tmp_path / "serve.yaml"), "port": 9000})
+    with pytest.raises(UserError, match="did you mean 'bundle'"):
+        build_app({"bundel": "x"})
