@@ -76,6 +76,8 @@ def connect(cluster: ClusterConfig, log_dir: str | None = None) -> None:
             ) from error
         return
     _ensure_token()
+    # Ray's default of 15 would let its workers starve beside anything else that runs here.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     needed = int(cluster.num_workers * cluster.cpus_per_worker + 0.999)
     context = ray.init(
         address="local",

@@ -106,6 +106,7 @@ class _Sound:
 
     def __post_init__(self) -> None:
         # To integers, because only then are channels averaged to full scale at most; to floats they are summed.
+        self.waiting = av.AudioFifo()
         self.resampler = av.AudioResampler("s32p", "mono", self.sample_rate_hz)
 
     def add(self, frame: Any, time_s: float) -> bool:
@@ -121,7 +122,12 @@ class _Sound:
         if self.raw > (self.max_duration_s + 1) * _MAX_RAW_RATE_HZ:
             raise ClipError("TOO_LONG", f"more than {self.raw} samples of sound")
         frame.pts = None  # samples are laid end to end; the first one's time places them all
-        self._take(self.resampler.resample(frame))
+        try:
+            self.waiting.write(frame)
+        except ValueError as error:
+            raise ClipError("UNREADABLE", "rate or layout of the sound changes midway") from error
+        if self.waiting.samples >= frame.sample_rate:  # frames are short: one call for a second of them
+            self._take(self.resampler.resample(self.waiting.read()))
         return True
 
     def _take(self, frames: list[Any]) -> None:
@@ -135,6 +141,8 @@ class _Sound:
         """The samples [S] from start_s on: a lead is cut, a late start is filled with silence."""
         if self.first_s is None:
             return np.zeros(0, np.float32)
+        if self.waiting.samples:
+            self._take(self.resampler.resample(self.waiting.read()))
         self._take(self.resampler.resample(None))
         audio = np.concatenate([*self.parts, np.zeros(0, np.float32)])
         offset = round((self.first_s - self.start_s) * self.sample_rate_hz)

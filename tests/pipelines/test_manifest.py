@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aai.errors import UserError
+from pipelines.manifest import fingerprint, read_manifest
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_csv(tmp_path: Path) -> None:
+    manifest = write(
+        tmp_path / "m.csv",
+        "uri,start_s,end_s,caption,labels,split\n"
+        '-a b ♪.mp4,,,"a dog, barking",dog;rain,test\n'
+        "/abs/c.mp4,1.5,3,,,\n"
+        "s3://bucket/d.mp4,,,,,val\n",
+    )
+    first, second, third = read_manifest(manifest)
+    assert first == {
+        "uri": f"{tmp_path}/-a b ♪.mp4", "start_s": None, "end_s": None,
+        "caption": "a dog, barking", "labels": ["dog", "rain"], "split": "test",
+    }  # fmt: skip
+    assert (second["uri"], second["start_s"], second["end_s"]) == ("/abs/c.mp4", 1.5, 3.0)
+    assert (second["split"], second["labels"], second["caption"]) == ("train", [], "")
+    assert (third["uri"], third["split"]) == ("s3://bucket/d.mp4", "val")
+
+
+def test_parquet_with_lists_and_nan(tmp_path: Path) -> None:
+    table = pa.table({"uri": ["a.mp4"], "labels": [["dog", "rain"]], "start_s": [float("nan")]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    row = read_manifest(str(tmp_path / "m.parquet"))[0]
+    assert (row["uri"], row["labels"], row["start_s"]) == (f"{tmp_path}/a.mp4", ["dog", "rain"], None)
+
+
+def test_folder(tmp_path: Path) -> None:
+    for name in ("dog/b.mp4", "dog/-a.MP4", "cat/c.wav", "cat/notes.txt"):
+        write(tmp_path / name, "x")
+    rows = read_manifest(str(tmp_path))
+    assert [(row["uri"].removeprefix(str(tmp_path)), row["labels"]) for row in rows] == [
+        ("/cat/c.wav", ["cat"]), ("/dog/-a.MP4", ["dog"]), ("/dog/b.mp4", ["dog"]),
+    ]  # fmt: skip
+
+
+def test_vggsound(tmp_path: Path) -> None:
+    manifest = write(
+        tmp_path / "vggsound.csv",
+        '-_gaZzFfzDQ,517,"church bell ringing, loud",test\nabcdefghij_,30,dog barking,train\nmissing____,7,cat,train\n',
+    )
+    for name in ("-_gaZzFfzDQ_517000_527000.mp4", "abcdefghij__000030.mp4", "readme.md"):
+        write(tmp_path / "videos" / name, "x")
+    rows = read_manifest(manifest, media_root=str(tmp_path / "videos"))
+    assert [row["uri"].rsplit("/", 1)[1] for row in rows] == [
+        "-_gaZzFfzDQ_517000_527000.mp4", "abcdefghij__000030.mp4", "missing_____000007.mp4",
+    ]  # fmt: skip
+    assert rows[0]["labels"] == ["church bell ringing, loud"]
+    assert [row["split"] for row in rows] == ["test", "train", "train"]
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    bad = {
+        "path,caption\na.mp4,x\n": r"no column 'uri' \(found: path, caption\)",
+        "uri\n": "names no clips",
+        "": "no column 'uri'",
+        "uri,start_s\na.mp4,soon\n": "row 1: start_s is 'soon'",
+        "uri,caption\n ,x\n": "row 1 has an empty uri",
+        "uri\nhttp://host/a.mp4\n": "scheme 'http' is not allowed",
+    }
+    for number, (text, message) in enumerate(bad.items()):
+        manifest = write(tmp_path / f"{number}.csv", text)
+        with pytest.raises(UserError, match=message) as caught:
+            read_manifest(manifest)
+        assert manifest in str(caught.value)
+    with pytest.raises(UserError, match="does not exist"):
+        read_manifest(str(tmp_path / "none.csv"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no media files"):
+        read_manifest(str(tmp_path / "empty"))
+
+
+def test_fingerprint_sees_rows_and_changed_files(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", "x")
+    manifest = write(tmp_path / "m.csv", "uri\na.mp4\n")
+    before = fingerprint(read_manifest(manifest))
+    assert fingerprint(read_manifest(manifest)) == before
+    write(tmp_path / "a.mp4", "other")
+    assert fingerprint(read_manifest(manifest)) != before

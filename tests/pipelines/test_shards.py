@@ -1,0 +1,84 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.cluster import connect, shutdown
+from pipelines.settings import ClusterConfig
+from pipelines.shards import run_shards
+
+CLUSTER = ClusterConfig(num_workers=2)
+
+
+def make_worker() -> type:
+    """A worker class that travels by value: Ray's processes cannot import test files."""
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            self.folder, self.calls = folder, 0
+
+        def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+            import os
+
+            if shard.get("bad"):
+                raise ArithmeticError(f"shard {shard['name']} is bad")
+            self.calls += 1
+            with open(f"{self.folder}/{shard['name']}", "a") as file:
+                file.write(f"{shard['value']}\n")
+            return {"rows": shard["rows"], "rejected": 1, "name": shard["name"], "pid": os.getpid()}
+
+    return Writer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    connect(CLUSTER)
+    yield
+    shutdown()
+
+
+def shards(count: int) -> list[dict[str, Any]]:
+    return [{"name": f"s{i}", "rows": 10, "value": None if i % 2 else "♪"} for i in range(count)]
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+def test_each_shard_runs_once_and_finished_ones_never(tmp_path: Path, stateful: bool) -> None:
+    (tmp_path / "s1").write_text("kept\n")
+
+    def run() -> list[dict[str, Any]]:
+        return run_shards(
+            "test", shards(5), make_worker(), {"folder": str(tmp_path)}, CLUSTER,
+            done=lambda shard: (tmp_path / shard["name"]).exists(), stateful=stateful,
+        )  # fmt: skip
+
+    results = run()
+    assert sorted(result["name"] for result in results) == ["s0", "s2", "s3", "s4"]
+    assert (tmp_path / "s1").read_text() == "kept\n"
+    assert [(tmp_path / f"s{i}").read_text() for i in (0, 2, 3, 4)] == ["♪\n", "♪\n", "None\n", "♪\n"]
+    assert run() == []
+
+
+def test_the_workers_error_ends_the_job_and_a_second_run_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    todo = shards(4)
+    todo[2]["bad"] = True
+
+    def run() -> list[dict[str, Any]]:
+        return run_shards(
+            "test", todo, make_worker(), {"folder": str(tmp_path)}, CLUSTER,
+            done=lambda shard: (tmp_path / shard["name"]).exists(),
+        )  # fmt: skip
+
+    with pytest.raises(ArithmeticError, match="shard s2 is bad"):
+        run()
+    del todo[2]["bad"]
+    capfd.readouterr()
+    run()
+    assert all((tmp_path / f"s{i}").read_text().count("\n") == 1 for i in range(4))
+    shown = capfd.readouterr().err
+    assert "test: 100%" in shown
+    assert "rejected=" in shown
+    assert "core_worker" not in shown
+    assert "Actor" not in shown
