@@ -86,6 +86,8 @@ def _user_error(cls: type[Config], error: pydantic.ValidationError, source: str)
 def _keys_at(cls: type[pydantic.BaseModel], path: list[str]) -> list[str]:
     """The field names of the (nested) model at a path; empty when the path leaves the models."""
     for part in path:
+        if part.isdigit():  # a place in a list
+            continue
         field = cls.model_fields.get(part)
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)]

@@ -5,11 +5,11 @@ with `mlflow.pyfunc.load_model` and holds no pickle. Aliases: `candidate`, `cham
 """
 
 import contextlib
+import fcntl
 import functools
 import http.client
 import json
 import logging
-import math
 import os
 import re
 import sqlite3
@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 from aai import storage
 from aai.bundle import read_bundle
 from aai.errors import UserError
+from pipelines.figures import flatten, numbers
 from pipelines.settings import TrackingConfig
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ def _mlflow() -> ModuleType:
 
 def _client(cfg: TrackingConfig) -> "MlflowClient":
     """A client of the tracking server and registry. Raises UserError when it cannot be reached."""
+    lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if cfg.uri.startswith("sqlite:///"):
-        uri = f"sqlite:///{_database(cfg)}?timeout=30"  # seconds to wait for another process's lock
+        file = _database(cfg)
+        uri, lock = f"sqlite:///{file}?timeout=30", _lock(file)  # seconds to wait for another process's write
     elif cfg.uri.startswith(("http://", "https://")):
         uri = _server(cfg.uri)
     else:
@@ -75,7 +78,16 @@ def _client(cfg: TrackingConfig) -> "MlflowClient":
     # Loading a registered model goes through MLflow's global settings: they must name the client's store.
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    return _attempt(cfg, mlflow.MlflowClient, tracking_uri=uri, registry_uri=uri)
+    with lock:
+        return _attempt(cfg, mlflow.MlflowClient, tracking_uri=uri, registry_uri=uri)
+
+
+@contextlib.contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """One process at a time: MLflow makes its tables step by step, and two at once fail half-way."""
+    with file.with_name(f".{file.name}.lock").open("w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        yield
 
 
 def _database(cfg: TrackingConfig) -> Path:
@@ -147,23 +159,6 @@ def _experiment(client: "MlflowClient", cfg: TrackingConfig) -> str:
     where = storage.absolute(where) if where else None
     made = _unless("RESOURCE_ALREADY_EXISTS", client.create_experiment, cfg.experiment, where)
     return str(made or client.get_experiment_by_name(cfg.experiment).experiment_id)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level with dotted names; lists stay as they are."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
-def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of nested figures by dotted name; lists, texts, booleans and NaN are left out."""
-    flat = {k: v for k, v in flatten(values).items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {k: float(v) for k, v in flat.items() if math.isfinite(v)}
 
 
 @dataclass(frozen=True)
@@ -266,13 +261,13 @@ def register(
     if version is None:
         with run(cfg, "register", {"bundle": str(bundle_folder)}, {SHA_TAG: bundle.sha}) as opened:
             opened.log_metrics(metrics)
-            source = _log_model(opened, bundle.folder)
+            model_id = _log_model(opened, bundle.folder)
             exists = "RESOURCE_ALREADY_EXISTS"
             _attempt(cfg, _unless, exists, client.create_registered_model, cfg.model_name)
             # The tag is part of the creation: a version without it cannot be left behind by a kill.
             made = _attempt(
-                cfg, client.create_model_version, cfg.model_name, source, opened.run_id,
-                tags={SHA_TAG: bundle.sha}, await_creation_for=60,
+                cfg, client.create_model_version, cfg.model_name, f"models:/{model_id}", opened.run_id,
+                tags={SHA_TAG: bundle.sha}, await_creation_for=60, model_id=model_id,
             )
             version = int(made.version)
     set_version_tags(cfg, version, {**tags, "metrics": numbers(metrics)})
@@ -280,7 +275,7 @@ def register(
 
 
 def _log_model(opened: Run, folder: Path) -> str:
-    """Stores the bundle as an MLflow model of the run; returns the model's URI."""
+    """Stores the bundle as an MLflow model of the run; returns the model's id."""
     mlflow = _mlflow()
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
@@ -293,7 +288,7 @@ def _log_model(opened: Run, folder: Path) -> str:
             name="bundle", loader_module="pipelines.pyfunc_model", data_path=str(folder), signature=signature,
             pip_requirements=["aai"],
         )
-    return str(info.model_uri)
+    return str(info.model_id)
 
 
 def find_version(cfg: TrackingConfig, sha: str) -> int | None:
@@ -313,8 +308,7 @@ def set_version_tags(cfg: TrackingConfig, version: int, tags: Mapping[str, Any])
     """Writes tags on a registered version; structures become JSON."""
     client = _client(cfg)
     for key, value in tags.items():
-        text = _text(value)[:100_000]
-        _attempt(cfg, client.set_model_version_tag, cfg.model_name, str(version), key, text)
+        _attempt(cfg, client.set_model_version_tag, cfg.model_name, str(version), key, _text(value)[:100_000])
 
 
 def version_tags(cfg: TrackingConfig, version: int) -> dict[str, str]:

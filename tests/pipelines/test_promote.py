@@ -1,0 +1,263 @@
+"""Promotion: gates fail closed, aliases move in order, every attempt is on record."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from aai.bundle import Bundle, read_bundle
+from aai.errors import UserError
+from pipelines import promote, tracking
+from pipelines.__main__ import CONFIGS, main
+from pipelines.promote import Gate, PromoteConfig, check_gate
+from pipelines.settings import TrackingConfig
+from tests.pipelines.test_tracking import make_bundle
+
+GOOD: dict[str, Any] = {
+    "retrieval": {"overlap": 0, "batch_invariance_max_abs": 1e-6, "same_object_r1": 0.9, "a2v": {"ci95": [0.1, 0.2]}},
+    "generation": {
+        "sound": {"object": 0.8, "ambience": 0.8},
+        "ceiling": {"object": 0.95, "ambience": 0.95},
+        "random_token": {"object": 0.1},
+    },
+    "data_fingerprint": "d",
+}
+
+
+def changed(figures: dict[str, Any]) -> dict[str, Any]:
+    """GOOD with some figures changed (None removes one); "__" stands for the dot of their names."""
+    evaluation: dict[str, Any] = json.loads(json.dumps(GOOD))
+    for name, value in figures.items():
+        *path, last = name.split("__")
+        place = evaluation
+        for part in path:
+            place = place[part]
+        place[last] = value
+        if value is None:
+            del place[last]
+    return evaluation
+
+
+class Workshop:
+    """A run folder with bundles, their evaluations and a registry."""
+
+    def __init__(self, folder: Path, store: Path) -> None:
+        self.folder = folder
+        shutil.copy(store, folder / "mlflow.db")
+        self.cfg = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="promotions", model_name="aai-demo")
+
+    def bundle(self, seed: int, **figures: Any) -> Bundle:
+        """A bundle and its evaluation, see `changed`."""
+        made = make_bundle(self.folder / str(seed), seed)
+        evaluation = changed(figures) | {"bundle": made.sha}
+        (self.folder / str(seed) / "evaluate.json").write_text(json.dumps(evaluation))
+        return made
+
+    def config(self, seed: int, **settings: Any) -> PromoteConfig:
+        """The demo's gates on one of the bundles."""
+        places = {
+            "run_dir": str(self.folder), "bundle": str(self.folder / str(seed) / "bundle"),
+            "evaluation": str(self.folder / str(seed) / "evaluate.json"), "out": str(self.folder / "promote"),
+            "tracking": self.cfg.model_dump(),
+        }
+        return PromoteConfig.load(CONFIGS / "demo" / "promote.yaml", values=places | settings)
+
+    def promote(self, seed: int, **settings: Any) -> dict[str, Any]:
+        """Runs the verb."""
+        return promote.run(self.config(seed, **settings))
+
+    def aliases(self) -> dict[str, int]:
+        """All aliases now."""
+        return tracking.aliases(self.cfg)
+
+    def audits(self) -> list[Run]:
+        """The audit runs, oldest first."""
+        client = MlflowClient(self.cfg.uri)
+        experiment = client.get_experiment_by_name("promotions")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+        return [run for run in runs if run.info.run_name == "promotion"]
+
+
+@pytest.fixture
+def shop(tmp_path: Path, empty_store: Path) -> Workshop:
+    return Workshop(tmp_path, empty_store)
+
+
+def test_the_demo_config_is_valid_and_its_plan_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["promote", "--dry-run", "--rollback"]) == 0
+    assert "champion <-> previous" in capsys.readouterr().out
+    config = PromoteConfig.load(CONFIGS / "demo" / "promote.yaml", ["run_dir=/x"])
+    assert (config.bundle, config.evaluation) == ("/x/adapt/bundle", "/x/evaluate/evaluate.json")
+    assert (config.tracking.uri, config.out) == ("sqlite:////x/mlflow.db", "/x/promote")
+    assert len(config.gates) == 6
+
+
+def test_promotes_and_tells(shop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+    made = shop.bundle(1)
+    with caplog.at_level(logging.INFO):
+        result = shop.promote(1, reason="first one")
+    assert shop.aliases() == {"candidate": 1, "champion": 1}
+    expected = {"name": "aai-demo", "version": 1, "alias": "champion", "previous": None, "passed": True}
+    assert expected.items() <= result.items()
+    assert json.loads((shop.folder / "promote" / "promote.json").read_text()) == result
+    assert [gate["passed"] for gate in result["gates"]] == [True] * 6
+    assert "promote: aai-demo version 1 is champion (was unset); 6 of 6 gates passed" in caplog.text
+    assert ">= 0.75 x generation.ceiling.ambience (0.95)  pass" in caplog.text
+    tags = tracking.version_tags(shop.cfg, 1)
+    assert (tags["bundle_sha"], tags["data_fingerprint"], tags["reason"]) == (made.sha, "d1", "first one")
+    assert json.loads(tags["metrics"])["generation.sound.object"] == 0.8
+    assert len(json.loads(tags["gates"])) == 6
+    assert tags["by"]
+    assert tags["at"].startswith("20")
+    (audit,) = shop.audits()
+    assert (audit.data.tags["outcome"], audit.data.tags["version"], audit.data.tags["was"]) == ("promoted", "1", "0")
+    assert audit.data.metrics["retrieval.same_object_r1"] == 0.9
+    assert read_bundle(tracking.resolve_bundle("models:/aai-demo@champion", shop.cfg)).sha == made.sha
+
+
+def test_second_champion_rollback_and_forward_again(shop: Workshop) -> None:
+    shop.bundle(1), shop.bundle(2)
+    shop.promote(1)
+    with pytest.raises(UserError, match=r"no version to go back to.*champion \(version 1\)"):
+        shop.promote(1, rollback=True)
+    assert shop.promote(2)["previous"] == 1
+    assert shop.aliases() == {"candidate": 2, "champion": 2, "previous": 1}
+    back = shop.promote(1, rollback=True, reason="too loud")
+    assert (back["champion"], back["previous"], back["reason"]) == (1, 2, "too loud")
+    assert shop.aliases() == {"candidate": 2, "champion": 1, "previous": 2}
+    shop.promote(1, rollback=True)
+    assert shop.aliases() == {"candidate": 2, "champion": 2, "previous": 1}
+    outcomes = [audit.data.tags["outcome"] for audit in shop.audits()]
+    assert outcomes == ["promoted", "promoted", "rolled back", "rolled back"]
+
+
+def test_the_same_bundle_is_not_registered_twice(shop: Workshop) -> None:
+    shop.bundle(1), shop.bundle(2)
+    shop.promote(1)
+    assert shop.promote(1)["previous"] is None  # the champion is never its own predecessor
+    shop.promote(2)
+    assert shop.promote(1)["version"] == 1
+    assert shop.aliases() == {"candidate": 1, "champion": 1, "previous": 2}
+
+
+@pytest.mark.parametrize(
+    ("figures", "failed"),
+    [
+        ({}, {}),
+        ({"retrieval__overlap": 1}, {"retrieval.overlap": 1}),
+        ({"retrieval__overlap": None}, {"retrieval.overlap": None}),
+        ({"retrieval__same_object_r1": float("nan")}, {"retrieval.same_object_r1": None}),
+        ({"retrieval__same_object_r1": True}, {"retrieval.same_object_r1": None}),
+        ({"retrieval__same_object_r1": "0.9"}, {"retrieval.same_object_r1": None}),
+        ({"generation__ceiling__object": None}, {"generation.sound.object": 0.8}),
+        ({"generation__sound": {}}, {"generation.sound.object": None, "generation.sound.ambience": None}),
+        ({"generation__sound__object": 0.75}, {"generation.sound.object": 0.75}),
+        ({"generation__random_token__object": 0.21}, {"generation.random_token.object": 0.21}),
+    ],
+)
+def test_gates_of_the_demo(figures: dict[str, Any], failed: dict[str, float | None]) -> None:
+    config = PromoteConfig.load(CONFIGS / "demo" / "promote.yaml")
+    verdicts = [check_gate(gate, changed(figures)) for gate in config.gates]
+    assert {verdict.gate: verdict.value for verdict in verdicts if not verdict.passed} == failed
+
+
+def test_a_failed_gate_keeps_the_champion(shop: Workshop) -> None:
+    shop.bundle(1)
+    shop.promote(1)
+    shop.bundle(2, retrieval__overlap=None, generation__sound__object=0.1)
+    with pytest.raises(UserError, match=r"^retrieval\.overlap=missing: must be <= 0, 4 of 6 gates passed") as error:
+        shop.promote(2)
+    assert "champion stays version 1" in str(error.value)
+    assert shop.aliases() == {"candidate": 2, "champion": 1}
+    result = json.loads((shop.folder / "promote" / "promote.json").read_text())
+    assert (result["passed"], result["alias"], result["champion"]) == (False, "candidate", 1)
+    assert [audit.data.tags["outcome"] for audit in shop.audits()] == ["promoted", "refused"]
+    assert tracking.version_tags(shop.cfg, 2)["gates_passed"] == "false"
+
+
+def test_command_line_exit_codes(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    shop.bundle(1)
+    shop.bundle(2, retrieval__overlap=3)
+    config = shop.folder / "promote.yaml"
+    for seed, code in ((1, 0), (2, 2)):
+        config.write_text(shop.config(seed).to_yaml())
+        assert main(["promote", "--config", str(config), "--reason", "test"]) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith("aai promote: error: retrieval.overlap=3: must be <= 0")
+    assert shop.aliases()["champion"] == 1
+    assert tracking.version_tags(shop.cfg, 1)["reason"] == "test"
+
+
+def test_not_worse_than_champion(shop: Workshop) -> None:
+    shop.bundle(1)
+    rules = {"not_worse_than_champion": {"generation.sound.object": 0.02}}
+    shop.promote(1, **rules)  # there is no champion yet
+    shop.bundle(2, generation__sound__object=0.77)
+    with pytest.raises(UserError, match=r"sound\.object=0\.77: must be >= champion's 0\.8 - 0\.02"):
+        shop.promote(2, **rules)
+    shop.bundle(3, generation__sound__object=0.79)
+    assert shop.promote(3, **rules)["champion"] == 3
+    with pytest.raises(UserError, match=r"^retrieval\.unheard_of=missing: must be >= champion's \(missing\)"):
+        shop.promote(2, not_worse_than_champion={"retrieval.unheard_of": 1.0})
+
+
+def test_compare_and_set(shop: Workshop) -> None:
+    shop.bundle(1), shop.bundle(2)
+    shop.promote(1, expected_current=0)
+    for settings in ({"expected_current": 0}, {"expected_current": 7}, {"expected_current": 7, "rollback": True}):
+        with pytest.raises(UserError, match="champion is version 1 now: somebody else moved it"):
+            shop.promote(2, **settings)
+    assert shop.aliases() == {"candidate": 1, "champion": 1}
+    assert shop.promote(2, expected_current=1)["champion"] == 2
+
+
+def test_evaluations_that_do_not_count(shop: Workshop) -> None:
+    shop.bundle(1), shop.bundle(2)
+    other = str(shop.folder / "2" / "evaluate.json")
+    with pytest.raises(UserError, match=r"is about bundle .*, this is bundle .*; run `aai evaluate` on this bundle"):
+        shop.promote(1, evaluation=other)
+    with pytest.raises(UserError, match="no such file"):
+        shop.promote(1, evaluation=str(shop.folder / "absent.json"))
+    for text, rule in (("{", "is not JSON"), ("[]", "is not a JSON object"), ("{}", "is about bundle None")):
+        (shop.folder / "1" / "evaluate.json").write_text(text)
+        with pytest.raises(UserError, match=rule):
+            shop.promote(1)
+    assert shop.aliases() == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"gates": []}, "at least 1 item"),
+        ({"gates": [{"metric": "a"}]}, "a gate needs min, max, or min_ratio_of with ratio"),
+        ({"gates": [{"metric": "a", "min_ratio_of": "b"}]}, "come together"),
+        ({"gates": [{"metric": "a", "minn": 1}]}, "did you mean 'min'"),
+        ({"alias": "previous"}, "has another meaning"),
+        ({"alias": "v3"}, "cannot be one"),
+        ({"not_worse_than_champion": {"a": -1}}, "greater than or equal to 0"),
+        ({"bundle": "absent"}, "no such bundle"),
+        ({"tracking.uri": "http://127.0.0.1:9"}, "no tracking server answers"),
+    ],
+)
+def test_wrong_settings_are_one_line(shop: Workshop, settings: dict[str, Any], complaint: str) -> None:
+    shop.bundle(1)
+    with pytest.raises(UserError, match=complaint) as error:
+        shop.promote(1, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_gate_bounds_are_inclusive() -> None:
+    figures = {"a": {"x": 0.5}, "b": 0.25}
+    assert check_gate(Gate(metric="a.x", min=0.5, max=0.5), figures).passed
+    assert not check_gate(Gate(metric="a.x", min=0.6), figures).passed
+    assert not check_gate(Gate(metric="a.x", max=0.4), figures).passed
+    assert check_gate(Gate(metric="a.x", min_ratio_of="b", ratio=2), figures).passed
+    assert not check_gate(Gate(metric="a.x", min_ratio_of="b", ratio=2.1), figures).passed
+    assert not check_gate(Gate(metric="a.x", min_ratio_of="b", ratio=1, max=0.4), figures).passed
+    assert not check_gate(Gate(metric="a", min=0), figures).passed
+    assert not check_gate(Gate(metric="a.x.y", min=0), figures).passed
