@@ -22,10 +22,11 @@ from tqdm import tqdm
 from aai import storage
 from aai.errors import UserError
 from aai.media.decode import ClipError, DecodeConfig, decode_clip
-from aai.toy import recipe, world
+from aai.toy import world
 from aai.toy.draw import draw_scene
 from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS, random_scene
 from aai.toy.judge import SIZE_PX, train_judge
+from aai.toy.recipe import FoundationConfig, train_clip, train_diffusion
 from pipelines.manifest import read_manifest
 from pipelines.settings import Plan, VerbConfig
 
@@ -50,7 +51,7 @@ class FoundationVerbConfig(VerbConfig):
     seed: int = pydantic.Field(7, ge=0)
     """Of the drawn pictures."""
     models: tuple[Literal["clip", "diffusion", "judge"], ...] = ("clip", "diffusion", "judge")
-    recipe: recipe.FoundationConfig = recipe.FoundationConfig()
+    recipe: FoundationConfig = FoundationConfig()
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -83,9 +84,9 @@ def run(config: FoundationVerbConfig) -> dict[str, Any]:
             continue
         start = time.monotonic()
         if name == "clip":
-            recipe.train_clip(config.recipe, pixels, captions, out / "clip")
+            train_clip(config.recipe, pixels, captions, out / "clip")
         elif name == "diffusion":
-            recipe.train_diffusion(config.recipe, pixels, captions, out / "clip", out / "diffusion")
+            train_diffusion(config.recipe, pixels, captions, out / "clip", out / "diffusion")
         else:
             train_judge(*draw_labelled(config.judge_images, config.seed + 1), config.judge_steps).save(
                 out / "judge" / "model.safetensors"
