@@ -126,7 +126,7 @@ def test_documented_commands_configs_and_settings_exist(path: Path) -> None:
         assert verb in VERBS, f"`aai {verb}` in {path.name}"
         known = known_settings(verb)
         assert [name for name in SETTING.findall(rest) if not known(name)] == []
-    named = re.findall(r"configs/[\w/]+\.yaml", text)
+    named = re.findall(r"configs/[a-z\d_/]+\.yaml", text)
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 

@@ -26,7 +26,7 @@ sys.addaudithook(watch)
 """
 # What third-party libraries do when they are imported is theirs: they come first, unwatched.
 THIRD_PARTY = "import torch, torchaudio, diffusers, transformers, s3fs, scipy.signal, pyarrow.parquet\n"
-CLUSTER = "import ray, ray.data, ray.train.torch, ray.serve, mlflow, fastapi\n"
+CLUSTER = "import ray, ray.data, ray.train.torch, ray.serve, mlflow, fastapi, matplotlib.pyplot, jinja2\n"
 WATCH = "watching, threads = True, threading.active_count()\n"
 CHECK = "assert threading.active_count() == threads, threading.enumerate()\nwatching = False\n"
 UNBLOCK = "sys.meta_path.remove(block)\n"
