@@ -349,24 +349,17 @@ def write_world(
         pass
     rows = [[c.uri, "", "", full_caption(c.scene), ";".join(c.scene.labels), c.split] for c in clips]
     _write_csv(storage.join(out, "manifest.csv"), rows)
-    names = {c.name: c.uri for c in clips}
-    storage.write_json(
-        storage.join(out, "defects.json"),
-        [
-            {
-                "uri": c.uri,
-                "kind": c.kind,
-                "expect": "reject" if KINDS[c.kind].code else "accept",
-                "code": KINDS[c.kind].code,
-                "pair": names[c.pair] if c.pair else None,
-            }
-            for c in clips
-            if c.kind != "plain"
-        ],
-    )
+    planted = [_defect(c) for c in clips if c.kind != "plain"]
+    storage.write_json(storage.join(out, "defects.json"), planted)
     storage.write_json(storage.join(out, "scenes.json"), {c.uri: asdict(c.scene) for c in clips})
-    count = Counter("plain" if c.kind == "plain" else KINDS[c.kind].code is not None for c in clips)
-    return {"clips": len(clips), "defects": count[True], "oddities": count[False]}
+    count = Counter(entry["expect"] for entry in planted)
+    return {"clips": len(clips), "defects": count["reject"], "oddities": count["accept"]}
+
+
+def _defect(clip: Clip) -> dict[str, str | None]:
+    code, pair = KINDS[clip.kind].code, f"clips/{clip.pair}" if clip.pair else None
+    expect = "reject" if code else "accept"
+    return {"uri": clip.uri, "kind": clip.kind, "expect": expect, "code": code, "pair": pair}
 
 
 def _write_csv(uri: str, rows: Sequence[Sequence[str]]) -> None:
