@@ -247,9 +247,7 @@ def render_clip(clip: Clip) -> bytes:
             _encode_video(container, video, clip, times)
         if audio is not None:
             _encode_audio(container, audio, clip)
-    data = buffer.getvalue()
-    if clip.kind == "cut_media":
-        data = index_first(data)
+    data = index_first(buffer.getvalue()) if clip.kind == "cut_media" else buffer.getvalue()
     if clip.kind in ("cut_index", "cut_media"):
         return data[: len(data) * (35 + clip.scene.seed % 25) // 100]
     return data
