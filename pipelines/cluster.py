@@ -101,7 +101,9 @@ def native_stderr_held() -> Iterator[TextIO]:
         os.dup2(held.fileno(), 2)
         try:
             yield terminal
-        except BaseException:
+        except UserError:  # needs no more words than its own
+            raise
+        except Exception:
             held.seek(0)
             terminal.write(held.read().decode(errors="replace"))
             raise

@@ -7,11 +7,14 @@ goes on. Ray Data spreads the shards over a pool of actors.
 
 import json
 import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from aai.errors import UserError
 from pipelines.cluster import connect, native_stderr_held
 from pipelines.settings import ClusterConfig
 
@@ -32,17 +35,43 @@ class Worker(Protocol):
 
 
 class _Actor:
-    """Ray Data's side of a worker: shards and results travel as JSON text, a type that cannot drift."""
+    """Ray Data's side of a worker: shards, results and errors travel as JSON text, a type that cannot drift.
+
+    Ray would hand an error on as text of its own; this way a UserError is still one in the driver. The worker is
+    made on the first shard, so that an error in making it takes the same way.
+    """
 
     def __init__(self, worker_cls: Callable[..., Worker], worker_args: Mapping[str, Any]) -> None:
-        self.worker = worker_cls(**worker_args)
+        self.make = partial(worker_cls, **worker_args)
+        self.worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self.worker(json.loads(text))) for text in batch["shard"]]}
+        return {"result": [json.dumps(self.work(json.loads(text))) for text in batch["shard"]]}
+
+    def work(self, shard: Shard) -> Result:
+        """The worker's result, or `user_error` or `error`."""
+        try:
+            self.worker = self.worker or self.make()
+            return self.worker(shard)
+        except UserError as error:
+            return {"user_error": [str(arg) for arg in error.args]}
+        except Exception:
+            return {"error": traceback.format_exc(), "shard": str(shard.get("name") or shard.get("output"))}
 
 
 def _once(batch: dict[str, Any], worker_cls: Callable[..., Worker], worker_args: Mapping[str, Any]) -> Any:
     return _Actor(worker_cls, worker_args)(batch)
+
+
+def _check(name: str, result: Result) -> Result:
+    """Raises what a worker raised."""
+    if "user_error" in result:
+        raise UserError(*result["user_error"])
+    if "error" in result:
+        log.error("%s", result["error"].rstrip())
+        last = result["error"].rstrip().split("\n")[-1]
+        raise RuntimeError(f"{name}: {result['shard']} failed: {last}")
+    return result
 
 
 def _quiet_ray_data() -> None:
@@ -72,7 +101,8 @@ def run_shards(
 
     name: of the progress line; shards: JSON values, with `rows` (how many) for the progress line; worker_cls and
     its keyword arguments must be importable on every node. stateful: keep one worker per process; False makes a
-    worker for each shard and saves the start of the processes. Raises the worker's own error when a shard fails.
+    worker for each shard and saves the start of the processes. A worker's UserError is raised as it is, any
+    other error of a worker as a RuntimeError with its last line.
     """
     todo = [shard for shard in shards if not done(shard)]
     rows, skipped = sum(int(s["rows"]) for s in todo), len(shards) - len(todo)
@@ -81,39 +111,40 @@ def run_shards(
     if not todo:
         return []
     connect(cluster, log_dir)
-    import ray
-
-    _quiet_ray_data()
-    workers = min(cluster.num_workers, len(todo))
-    resources = {"batch_size": 1, "num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
     results: list[Result] = []
-    dataset = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo))
-    arguments: dict[str, Any] = {"worker_cls": worker_cls, "worker_args": dict(worker_args)}
-    if stateful:
-        pool = ray.data.ActorPoolStrategy(size=workers)
-        dataset = dataset.map_batches(_Actor, fn_constructor_kwargs=arguments, compute=pool, **resources)
-    else:
-        pool = ray.data.TaskPoolStrategy(size=workers)
-        dataset = dataset.map_batches(_once, fn_kwargs=arguments, compute=pool, **resources)
-    try:
-        with (
-            native_stderr_held() as terminal,
-            tqdm(total=rows, desc=name, unit="clip", mininterval=1.0, file=terminal) as bar,
-        ):
-            for row in dataset.iter_rows():
-                result = json.loads(row["result"])
-                results.append(result)
-                bar.set_postfix(rejected=sum(r.get("rejected", 0) for r in results), refresh=False)
-                bar.update(int(result["rows"]))
-    except ray.exceptions.RayTaskError as error:
-        raise _root_cause(error) from error
+    rejected = 0
+    with (
+        native_stderr_held() as terminal,
+        tqdm(total=rows, desc=name, unit="clip", mininterval=1.0, file=terminal) as bar,
+    ):
+        for row in _dataset(todo, worker_cls, worker_args, cluster, stateful).iter_rows():
+            result = _check(name, json.loads(row["result"]))
+            results.append(result)
+            rejected += int(result.get("rejected", 0))
+            bar.set_postfix(rejected=rejected, refresh=False)
+            bar.update(int(result["rows"]))
     if len(results) != len(todo):
         raise RuntimeError(f"{name}: {len(results)} results for {len(todo)} shards")
     return results
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """The worker's own exception, without Ray's wrapping."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
-    return error
+def _dataset(
+    todo: Sequence[Shard],
+    worker_cls: Callable[..., Worker],
+    worker_args: Mapping[str, Any],
+    cluster: ClusterConfig,
+    stateful: bool,
+) -> Any:
+    """The Ray dataset of results: one block, one task and one batch per shard."""
+    import ray
+
+    _quiet_ray_data()
+    resources = {"batch_size": 1, "num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
+    arguments: dict[str, Any] = {"worker_cls": worker_cls, "worker_args": dict(worker_args)}
+    workers = min(cluster.num_workers, len(todo))
+    dataset = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo))
+    if stateful:
+        pool = ray.data.ActorPoolStrategy(size=workers)
+        return dataset.map_batches(_Actor, fn_constructor_kwargs=arguments, compute=pool, **resources)
+    tasks = ray.data.TaskPoolStrategy(size=workers)
+    return dataset.map_batches(_once, fn_kwargs=arguments, compute=tasks, **resources)

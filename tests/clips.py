@@ -55,7 +55,7 @@ def make_clip(
 def index_first(data: bytes) -> bytes:
     """The same .mp4 with its index in front of the content, as for streaming."""
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-        with av.open(io.BytesIO(data)) as given, av.open(file.name, "w", options={"movflags": "faststart"}) as out:
+        with av.open(io.BytesIO(data), "r") as given, av.open(file.name, "w", options={"movflags": "faststart"}) as out:
             streams = {stream.index: out.add_stream_from_template(stream) for stream in given.streams}
             for packet in given.demux():
                 if packet.dts is not None:

@@ -106,7 +106,14 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_tables(tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_read_is_a_row_with_a_reason(tmp_path: Path) -> None:
-    row = {"uri": str(tmp_path / "none.mp4"), "start_s": None, "end_s": None, "caption": "", "labels": [], "split": "t"}
+    row: dict[str, Any] = {
+        "uri": str(tmp_path / "none.mp4"),
+        "start_s": None,
+        "end_s": None,
+        "caption": "",
+        "labels": [],
+        "split": "t",
+    }
     cfg = CurateConfig(manifest="m", out="o").decode
     missing = measure_clip(row, cfg)
     assert (missing["stage"], missing["code"], missing["transient"]) == ("read", "MISSING_FILE", False)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from aai.errors import UserError
 from pipelines.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
 from pipelines.shards import run_shards
@@ -21,6 +22,8 @@ def make_worker() -> type:
         def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
             import os
 
+            if shard.get("mistake"):
+                raise UserError("clips", 3, "is wrong", "mend it")
             if shard.get("bad"):
                 raise ArithmeticError(f"shard {shard['name']} is bad")
             self.calls += 1
@@ -71,9 +74,12 @@ def test_the_workers_error_ends_the_job_and_a_second_run_goes_on(
             done=lambda shard: (tmp_path / shard["name"]).exists(),
         )  # fmt: skip
 
-    with pytest.raises(ArithmeticError, match="shard s2 is bad"):
+    with pytest.raises(RuntimeError, match="test: s2 failed: ArithmeticError: shard s2 is bad"):
         run()
-    del todo[2]["bad"]
+    todo[2] |= {"bad": False, "mistake": True}
+    with pytest.raises(UserError, match="clips=3: is wrong; mend it"):
+        run()
+    todo[2]["mistake"] = False
     capfd.readouterr()
     run()
     assert all((tmp_path / f"s{i}").read_text().count("\n") == 1 for i in range(4))
