@@ -32,7 +32,7 @@ function operation(method, path, about, schemas) {
       return [name, rule(field), usual, field.description || ""];
     })));
     const files = required.map((name) => `-F ${name}=@${name === "image" ? "photo.png" : "dog.wav"}`).join(" ");
-    section.append(make("pre", `curl ${files} -F seed=7 -o out.png ${new URL(path.slice(1), document.baseURI)}`));
+    section.append(make("pre", `curl -H "X-API-Key: $AAI_API_KEY" ${files} -F seed=7 -o out.png ${new URL(path.slice(1), document.baseURI)}`));
   }
   section.append(table(["status", "answer"], Object.entries(about.responses).map(([code, r]) => [code, r.description])));
   return section;
