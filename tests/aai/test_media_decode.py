@@ -79,13 +79,13 @@ def test_window_is_a_part_of_the_whole() -> None:
 
 def test_file_without_a_declared_length_is_spread_evenly_too() -> None:
     source, sink = io.BytesIO(make_clip()), io.BytesIO()
-    with av.open(source) as given, av.open(sink, "w", format="matroska", options={"live": "1"}) as out:
+    with av.open(source, "r") as given, av.open(sink, "w", format="matroska", options={"live": "1"}) as out:
         streams = {s.index: out.add_stream_from_template(s) for s in given.streams}
         for packet in given.demux():
             if packet.dts is not None:
                 packet.stream = streams[packet.stream.index]
                 out.mux(packet)
-    with av.open(io.BytesIO(sink.getvalue())) as check:
+    with av.open(io.BytesIO(sink.getvalue()), "r") as check:
         assert check.duration is None
     clip = decode_clip(sink.getvalue(), None, None, CFG)
     assert clip.frame_pts_s == pytest.approx([0.2, 0.7, 1.2, 1.7], abs=0.06)
