@@ -122,8 +122,8 @@ def generate_examples(run_dir: str) -> dict[str, Any]:
         name = f"{i}_{'_'.join(row['labels'])}"
         sound = storage.join(run_dir, "pictures", f"{name}.wav")
         picture = storage.join(run_dir, "pictures", f"{name}_given.png")
-        write_wav(sound, decode_flac(row["audio"]))
         storage.write_bytes(picture, chosen[(i + 1) % len(chosen)]["frames"][0])
+        write_wav(sound, decode_flac(row["audio"]), 16_000)
         for verb in ("generate", "edit", "stylize"):
             image = [] if verb == "generate" else ["--image", picture]
             settings, _ = load_config(verb, ["--audio", sound, *image, "--set", f"run_dir={run_dir}"])
