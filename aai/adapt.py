@@ -151,7 +151,9 @@ class AdaptTask(nn.Module):
             steps = self.scheduler.config.num_train_timesteps
             timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
             noise = torch.randn_like(latents)
-            terms["denoise"] = denoising_loss(self.unet, self.scheduler, latents, states[: len(latents)], timesteps, noise).mean()
+            terms["denoise"] = denoising_loss(
+                self.unet, self.scheduler, latents, states[: len(latents)], timesteps, noise
+            ).mean()
         if cfg.w_clip and self.text_projection is not None:
             target = F.normalize(batch["image_features"].float().mean(1), dim=-1)
             terms["clip"] = 1 - F.cosine_similarity(self.text_projection(pooled), target).mean()

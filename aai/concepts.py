@@ -56,4 +56,3 @@ class Concepts:
     def head_of(self, picture: Tensor) -> str:
         """The prompt head that fits a picture's CLIP feature [1, D] best."""
         return self.vocabulary.heads[int(self.read(picture, "heads").argmax())]
-

@@ -17,7 +17,16 @@ from torch import Tensor
 from aai.encoders.clip import FrozenClip
 from aai.painter import DEFAULT_PROMPT, Painter
 
-CONDITIONS = ("caption", "sound", "ceiling", "nearest_caption", "closed_form", "shuffled_audio", "random_token", "sketch")
+CONDITIONS = (
+    "caption",
+    "sound",
+    "ceiling",
+    "nearest_caption",
+    "closed_form",
+    "shuffled_audio",
+    "random_token",
+    "sketch",
+)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,7 @@ class Config(pydantic.BaseModel):
     )
 
     @classmethod
-    def load(
-        cls, path: str | Path, overrides: Sequence[str] = (), values: Mapping[str, object] | None = None
-    ) -> Self:
+    def load(cls, path: str | Path, overrides: Sequence[str] = (), values: Mapping[str, object] | None = None) -> Self:
         """Reads a YAML file and applies dotted overrides (`train.batch_size=8`), then `values` as they are.
 
         Raises UserError naming the key, its value, the rule and the remedy.

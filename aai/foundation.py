@@ -37,7 +37,9 @@ def _locate(model_id: str, revision: str | None, setting: str) -> tuple[str, dic
     if os.path.isdir(model_id):
         return model_id, {"local_files_only": True}
     if model_id.startswith(("/", ".", "s3://")) or model_id.count("/") != 1:
-        raise UserError(f"foundation.{setting}", model_id, "is neither a folder nor a hub id", "give an existing folder")
+        raise UserError(
+            f"foundation.{setting}", model_id, "is neither a folder nor a hub id", "give an existing folder"
+        )
     if not revision:
         raise UserError(
             f"foundation.{setting}_revision", "(missing)", f"hub id {model_id} is not pinned", "give its commit hash"
@@ -81,8 +83,14 @@ def load_diffusion(
         "diffusion",
         spec.diffusion,
         lambda: StableDiffusionPipeline.from_pretrained(
-            where, dtype=dtype, low_cpu_mem_usage=False, safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False, use_safetensors=True, **kwargs,
+            where,
+            dtype=dtype,
+            low_cpu_mem_usage=False,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            use_safetensors=True,
+            **kwargs,
         ),
     )
     pipe.to(device)

@@ -81,7 +81,9 @@ class Injector:
         names = PLACEHOLDER.findall(prompt)
         for name in lengths:
             if name not in names:
-                raise UserError("prompt", repr(prompt), f"has no placeholder <{name}>", f"write <{name}> where the sound belongs")
+                raise UserError(
+                    "prompt", repr(prompt), f"has no placeholder <{name}>", f"write <{name}> where the sound belongs"
+                )
         ids: list[int] = [self.tokenizer.bos_token_id]
         positions: dict[str, list[int]] = {}
         for i, part in enumerate(PLACEHOLDER.split(prompt)):
@@ -90,12 +92,16 @@ class Injector:
                 continue
             if part not in lengths:
                 known = ", ".join(f"<{name}>" for name in lengths) or "none"
-                raise UserError("prompt", repr(prompt), f"placeholder <{part}> has no sound (given: {known})", "remove it")
+                raise UserError(
+                    "prompt", repr(prompt), f"placeholder <{part}> has no sound (given: {known})", "remove it"
+                )
             at = list(range(len(ids), len(ids) + lengths[part]))
             positions.setdefault(part, []).extend(at)
             ids += [self.neutral_ids[0]] * lengths[part]
         if any(p >= limit - 1 for at in positions.values() for p in at):
-            raise UserError("prompt", f"{len(ids) + 1} tokens", f"a sound falls off the {limit} tokens", "shorten the prompt")
+            raise UserError(
+                "prompt", f"{len(ids) + 1} tokens", f"a sound falls off the {limit} tokens", "shorten the prompt"
+            )
         ids = [*ids[: limit - 1], self.tokenizer.eos_token_id]
         end = len(ids) - 1
         return Slots(ids + [self.tokenizer.pad_token_id] * (limit - len(ids)), positions, end)
@@ -113,7 +119,9 @@ class Injector:
         finally:
             handle.remove()
 
-    def encode(self, prompts: Sequence[str], tokens: Tensor | None = None, name: str = "sound") -> tuple[Tensor, Tensor]:
+    def encode(
+        self, prompts: Sequence[str], tokens: Tensor | None = None, name: str = "sound"
+    ) -> tuple[Tensor, Tensor]:
         """Encodes a batch in which each prompt has one sound; gradients flow to `tokens`.
 
         tokens: [B, K, D_t], or None for plain prompts -> hidden states [B, L, D_h] (the pipeline's prompt embeddings)
@@ -140,7 +148,9 @@ class Injector:
         """Prompt embedding [1, L, D_h] of one prompt with several sounds, each at its own strength."""
         for name, sound in sounds.items():
             if f"<{name}>" not in prompt:
-                raise UserError("prompt", repr(prompt), f"has no placeholder <{name}>", f"write <{name}> where the sound belongs")
+                raise UserError(
+                    "prompt", repr(prompt), f"has no placeholder <{name}>", f"write <{name}> where the sound belongs"
+                )
             if sound.strength == 0:
                 prompt = prompt.replace(f"<{name}>", self.neutral_word)
         heard = {name: sound for name, sound in sounds.items() if sound.strength != 0}

@@ -35,8 +35,8 @@ class PaintRequest(Config):
     """What to paint and how; the bounds protect a service."""
 
     prompt: str | None = pydantic.Field(None, max_length=500)
-    """Text with <sound> (or the <NAME> of each sound) where the sound belongs; empty = "a photo of <sound>", or for edit
-    and stylize the medium read off the picture."""
+    """Text with <sound> (or the <NAME> of each sound) where the sound belongs; empty = "a photo of <sound>"; edit and
+    stylize read the medium off the picture instead."""
     negative_prompt: str = pydantic.Field("", max_length=500)
     num_images: int = pydantic.Field(1, ge=1, le=8)
     steps: int = pydantic.Field(20, ge=1, le=100)
@@ -154,7 +154,9 @@ class Painter:
         pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
         if images is None:
             return list(pipe(**common).images)
-        given = [image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC) for image in images]
+        given = [
+            image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC) for image in images
+        ]
         return list(pipe(image=given, strength=denoise_strength, **common).images)
 
     def generate(self, sounds: Sounds, request: PaintRequest) -> list[Image.Image]:

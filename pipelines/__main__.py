@@ -64,8 +64,12 @@ def build_parser(verb: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
         epilog="settings (--set NAME=VALUE):\n" + "\n".join(settings_help(module.CONFIG)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", default=str(default), metavar="FILE", help="YAML settings [configs/demo/%s.yaml]" % verb)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override one setting; repeatable")
+    parser.add_argument(
+        "--config", default=str(default), metavar="FILE", help=f"YAML settings [configs/demo/{verb}.yaml]"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="override one setting; repeatable"
+    )
     parser.add_argument("--address", metavar="ADDR", help="Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
     parser.add_argument("--dry-run", action="store_true", help="check the settings, print the plan, start nothing")
     flags = module.add_flags(parser) if hasattr(module, "add_flags") else {}

@@ -1,7 +1,8 @@
 """Trains the audio adapter: an aligned sound becomes words A* for the frozen diffusion model.
 
 Reads a FeatureTable and the bundle of `aai align`, trains with Ray Train through the frozen text encoder and UNet, and
-writes OUT/bundle (aligner and adapter), OUT/history.jsonl and, last, OUT/adapt.json. The same command goes on after a kill.
+writes OUT/bundle (aligner and adapter), OUT/history.jsonl and, last, OUT/adapt.json. The same command goes on after a
+kill.
 """
 
 import argparse
@@ -135,12 +136,21 @@ def adapt_worker(session: training.Session, settings: dict[str, Any]) -> None:
     task = build_task(config, bundle)
     samples = task.aligner.config.clip_samples
     reader = FeatureReader(
-        config.features, "train", local_batch_size(config.fit, session.world_size), samples,
-        session.rank, session.world_size, config.fit.seed, COLUMNS, config.cache_mb << 20,
+        config.features,
+        "train",
+        local_batch_size(config.fit, session.world_size),
+        samples,
+        session.rank,
+        session.world_size,
+        config.fit.seed,
+        COLUMNS,
+        config.cache_mb << 20,
     )
     evaluate = None
     if reader.manifest.rows.get("val", 0) > 1:
-        held_out = load_split(config.features, "val", samples, COLUMNS, config.max_val_clips) if session.rank == 0 else {}
+        held_out = (
+            load_split(config.features, "val", samples, COLUMNS, config.max_val_clips) if session.rank == 0 else {}
+        )
         evaluate = lambda: validate(task, held_out)  # noqa: E731
     session.fit(task, reader.batches, config.fit, evaluate)
 
@@ -164,7 +174,9 @@ def build_task(config: AdaptConfig, bundle: Bundle) -> AdaptTask:
     aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
     aligner.load_state_dict(bundle.aligner())
     adapter = AudioAdapter(adapter_config(config, bundle, injector.token_dim), injector.median_norm)
-    return AdaptTask(adapter, aligner, pipe, _text_projection(bundle, pipe.text_encoder), config.loss, config.neutral_word)
+    return AdaptTask(
+        adapter, aligner, pipe, _text_projection(bundle, pipe.text_encoder), config.loss, config.neutral_word
+    )
 
 
 def adapter_config(config: AdaptConfig, bundle: Bundle, token_dim: int) -> AdapterConfig:
@@ -198,6 +210,4 @@ def _write(
         }
     )
     meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": [parent.sha]}
-    return write_bundle(
-        storage.join(config.out, "bundle"), bundle, parent.aligner(), task.adapter.state_dict(), meta
-    )
+    return write_bundle(storage.join(config.out, "bundle"), bundle, parent.aligner(), task.adapter.state_dict(), meta)

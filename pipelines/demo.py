@@ -31,7 +31,7 @@ from pipelines.settings import Plan, VerbConfig
 log = logging.getLogger(__name__)
 
 STAGES = ("world", "curate", "featurize", "align", "adapt", "evaluate", "promote")
-EXAMPLES = 4
+EXAMPLES = 2
 """Held-out sounds that the last step paints."""
 
 
@@ -39,6 +39,9 @@ class DemoConfig(VerbConfig):
     """Settings of `aai demo`; those of its stages are in configs/demo/."""
 
     summary: ClassVar[str] = "all of the above on the toy world, ending with a report"
+
+    overrides: dict[str, tuple[str, ...]] = {}
+    """Settings of single stages, as for their --set: {world: [clips=300], align: [fit.steps=50]}."""
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -66,7 +69,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
         for number, verb in enumerate(STAGES, 1):
             log.info("\n[%d/%d] %s", number, len(STAGES) + 1, verb)
             start = time.monotonic()
-            settings, _ = load_config(verb, [*address, "--set", f"run_dir={config.run_dir}"])
+            settings, _ = load_config(verb, [*address, *stage_settings(config, verb)])
             results[verb] = module_of(verb).run(settings)
             seconds[verb] = round(time.monotonic() - start, 1)
         log.info("\n[%d/%d] generate", len(STAGES) + 1, len(STAGES) + 1)
@@ -80,9 +83,18 @@ def run(config: DemoConfig) -> dict[str, Any]:
     page = report.write_report(config.run_dir, summary)
     log.info(
         "\ndemo: finished in %.0f s, peak memory %.1f GB; open %s\n      figures in %s",
-        seconds["total"], summary["peak_rss_gb"], page, storage.join(config.run_dir, "summary.json"),
+        seconds["total"],
+        summary["peak_rss_gb"],
+        page,
+        storage.join(config.run_dir, "summary.json"),
     )
     return summary
+
+
+def stage_settings(config: DemoConfig, verb: str) -> list[str]:
+    """The --set arguments of a stage."""
+    chosen = [f"run_dir={config.run_dir}", *config.overrides.get(verb, ())]
+    return [word for setting in chosen for word in ("--set", setting)]
 
 
 @contextmanager
@@ -114,12 +126,14 @@ def peak_memory(interval_s: float = 0.5) -> Iterator[list[float]]:
 
 def generate_examples(run_dir: str) -> dict[str, Any]:
     """Paints, edits and stylizes by a few held-out sounds through the registered champion, with the public verbs."""
-    accepted = storage.read_table(storage.join(run_dir, "curated", "accepted"), ["clip_id", "split", "labels", "audio", "frames"])
+    accepted = storage.read_table(
+        storage.join(run_dir, "curated", "accepted"), ["clip_id", "split", "labels", "audio", "frames"]
+    )
     test = accepted.filter(pc.field("split") == "test").sort_by("clip_id").slice(0, 200).to_pylist()
     chosen = list({row["labels"][0]: row for row in reversed(test)}.values())[:EXAMPLES]
     files: list[str] = []
     for i, row in enumerate(chosen):
-        name = f"{i}_{'_'.join(row['labels'])}"
+        name = f"sound{i}"
         sound = storage.join(run_dir, "pictures", f"{name}.wav")
         picture = storage.join(run_dir, "pictures", f"{name}_given.png")
         storage.write_bytes(picture, chosen[(i + 1) % len(chosen)]["frames"][0])

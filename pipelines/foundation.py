@@ -56,7 +56,9 @@ class FoundationVerbConfig(VerbConfig):
     def plan(self) -> Plan:
         """See VerbConfig."""
         outputs = {name: storage.join(self.out, name) for name in self.models}
-        return Plan(inputs={"manifest": self.manifest}, outputs=outputs, resources={"device": "this machine's CPU or GPU"})
+        return Plan(
+            inputs={"manifest": self.manifest}, outputs=outputs, resources={"device": "this machine's CPU or GPU"}
+        )
 
 
 CONFIG = FoundationVerbConfig

@@ -106,7 +106,9 @@ def load_picture(uri: str | None, limits: InputLimits) -> Image.Image:
             raise UserError("image", path, f"{size} is over {limits.max_pixels} pixels", "scale it down")
         return image.convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
-        raise UserError("image", path, f"is not a readable picture ({error})", "give a PNG, JPEG or WebP file") from error
+        raise UserError(
+            "image", path, f"is not a readable picture ({error})", "give a PNG, JPEG or WebP file"
+        ) from error
 
 
 def _read(setting: str, uri: str | None, max_bytes: int) -> bytes:

@@ -76,12 +76,14 @@ def loudness_cases(rows: list[int], gains_db: list[float], first: int) -> list[C
 class PictureWorker:
     """Paints one shard of cases and reads the pictures (see pipelines.shards.Worker)."""
 
-    def __init__(self, bundle: str, clips: str, train: str, request: dict[str, Any], device: str, dtype: str) -> None:
+    def __init__(
+        self, bundle: str, clips: str, train: str, request: dict[str, Any], device: str, dtype: str, judged: bool
+    ) -> None:
         """bundle: folder; clips: Parquet file of the test clips (audio, frame, caption); train: of training samples."""
         self.bundle = read_bundle(bundle)
         self.painter = Painter.load(self.bundle, device, dtype)
         self.clip = FrozenClip(self.bundle.config.foundation, device)
-        self.judge = Judge.load()
+        self.judge = Judge.load() if judged else None
         self.request = PaintRequest.parse(request, "evaluate.request")
         self.clips = storage.read_table(clips).to_pylist()
         samples = storage.read_table(train).to_pylist()
@@ -114,8 +116,9 @@ class PictureWorker:
 
     def _write(self, out: str, cases: list[Case], pictures: list[Image.Image]) -> None:
         features = self.clip.images(pictures).tolist()
+        readings = self.judge.read(pictures) if self.judge else [{}] * len(pictures)
         rows = []
-        for case, picture, seen, feature in zip(cases, pictures, self.judge.read(pictures), features, strict=True):
+        for case, picture, seen, feature in zip(cases, pictures, readings, features, strict=True):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
             rows.append({**case, **seen, "clip_feature": feature, "png": buffer.getvalue()})

@@ -47,9 +47,7 @@ class Scene:
         return [self.obj, self.ambience, self.medium, self.size_name]
 
 
-def caption(
-    obj: str | None = None, ambience: str | None = None, medium: str = "photo", size: str | None = None
-) -> str:
+def caption(obj: str | None = None, ambience: str | None = None, medium: str = "photo", size: str | None = None) -> str:
     """The caption of a scene; an attribute left as None is not spoken of.
 
     >>> caption("dog", "rain", "sketch", "big")

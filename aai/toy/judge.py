@@ -5,6 +5,7 @@ CLIP and the diffusion model whose pictures it grades.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ class Judge(nn.Module):
         super().__init__()
         channels = [3, width, 2 * width, 3 * width, 4 * width]
         blocks: list[nn.Module] = []
-        for a, b in zip(channels, channels[1:], strict=False):
+        for a, b in pairwise(channels):
             blocks += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
             blocks += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
         self.trunk = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten())

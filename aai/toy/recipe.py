@@ -9,6 +9,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def build_tokenizer(captions: list[str], merges: int, max_length: int) -> CLIPTo
     for _ in range(merges):
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in spelled.items():
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in pairwise(parts):
                 pairs[pair] += words[word]
         if not pairs:
             break
@@ -249,7 +250,10 @@ def build_unet(cfg: FoundationConfig) -> UNet2DConditionModel:
 def noise_scheduler() -> DPMSolverMultistepScheduler:
     """Stable Diffusion's noise schedule with v-prediction (Salimans & Ho 2022, arXiv 2202.00512)."""
     return DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
         steps_offset=1,
     )
 
@@ -294,8 +298,13 @@ def encode_captions(model: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[
 
 
 def train_unet(
-    cfg: FoundationConfig, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
-    pixels: Tensor, captions: list[str], on_progress: Callable[[UNet2DConditionModel], None] | None = None,
+    cfg: FoundationConfig,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    pixels: Tensor,
+    captions: list[str],
+    on_progress: Callable[[UNet2DConditionModel], None] | None = None,
 ) -> UNet2DConditionModel:
     """Trains the UNet on cached latents and caption states; a tenth of the captions is dropped for guidance.
 
@@ -339,8 +348,14 @@ def save_pipeline(
 ) -> None:
     """Writes a diffusers Stable Diffusion folder in fp16."""
     pipe = StableDiffusionPipeline(
-        vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=noise_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        unet=unet,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=noise_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(out)
@@ -360,7 +375,12 @@ def train_diffusion(cfg: FoundationConfig, pixels: Tensor, captions: list[str], 
         vae = train_vae(cfg, pixels)
         vae.save_pretrained(out / "vae")
     unet = train_unet(
-        cfg, vae, text_encoder, tokenizer, pixels, captions,
+        cfg,
+        vae,
+        text_encoder,
+        tokenizer,
+        pixels,
+        captions,
         on_progress=lambda current: save_pipeline(out, vae, current, text_encoder, tokenizer),
     )
     save_pipeline(out, vae, unet, text_encoder, tokenizer)
