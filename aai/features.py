@@ -153,8 +153,8 @@ def load_split(
 ) -> dict[str, Any]:
     """All rows of a split in table order (the first `max_rows`), for evaluation.
 
-    Tensors: audio float32 [N, S], image_features [N, K, D], text_features [N, T, D], latents [N, C, h, w] (as chosen by
-    `columns`), caption_id and clip_hash int64 [N]. Lists: clip_id, content_hash, uri, caption, labels. Empty without rows.
+    Tensors: audio float32 [N, S], image_features [N, K, D], text_features [N, T, D], latents [N, C, h, w] (as chosen
+    by `columns`), caption_id and clip_hash int64 [N]. Lists: clip_id, content_hash, uri, caption, labels.
     """
     manifest = FeatureManifest.read(uri)
     plain = ["clip_id", "content_hash", "uri", "caption", "labels"]
@@ -248,8 +248,8 @@ class FeatureReader:
     def batches(self, first_step: int = 0) -> Iterator[dict[str, Any]]:
         """The batch of every step from `first_step` on (from 0), without end.
 
-        Tensors audio float32 [B, S], image_features [B, K, D], text_features [B, T, D], latents [B, C, h, w] (as chosen by
-        `columns`), caption_id and clip_hash int64 [B], and caption, a list of B texts.
+        Tensors audio float32 [B, S], image_features [B, K, D], text_features [B, T, D], latents [B, C, h, w] (as
+        chosen by `columns`), caption_id and clip_hash int64 [B], and caption, a list of B texts.
         """
         epoch, step = divmod(first_step, self.steps_per_epoch)
         while True:

@@ -18,9 +18,9 @@ def first_hit_ranks(
 ) -> np.ndarray:
     """Rank (1 = best) of each query's most similar match in the gallery; int [N].
 
-    queries [N, D] and gallery [M, D] of unit norm; an item matches a query when their keys are equal. A tie with a wrong
-    item counts against the query, so that collapsed or duplicated embeddings gain nothing. Raises ValueError for a
-    query without a match. Memory: chunk x M.
+    queries [N, D] and gallery [M, D] of unit norm; an item matches a query when their keys are equal. A tie with a
+    wrong item counts against the query, so that collapsed or duplicated embeddings gain nothing. Raises ValueError
+    for a query without a match. Memory: chunk x M.
     """
     queries, gallery = np.asarray(queries, np.float32), np.asarray(gallery, np.float32)
     query_keys, gallery_keys = np.asarray(query_keys), np.asarray(gallery_keys)
@@ -48,7 +48,8 @@ def retrieval(
     """Recall@k, median rank, 95 % interval of recall@1, chance and gallery size.
 
     queries [N, D], gallery [M, D] of unit norm. Without keys, query i matches gallery item i alone. `chance` is what a
-    random ranking reaches at recall@1. draws: of the bootstrap, 0 leaves `ci95` out. See `first_hit_ranks` for ties and errors.
+    random ranking reaches at recall@1. draws: of the bootstrap, 0 leaves `ci95` out. See `first_hit_ranks` for ties
+    and errors.
     """
     query_keys = np.arange(len(queries)) if query_keys is None else np.asarray(query_keys)
     gallery_keys = np.arange(len(gallery)) if gallery_keys is None else np.asarray(gallery_keys)

@@ -1,7 +1,7 @@
 """Trains the audio encoder so that a sound lands where the frozen CLIP puts its pictures and captions.
 
-Reads a FeatureTable, trains with Ray Train on `cluster.num_workers` workers, validates by retrieval on the val split, and
-writes OUT/bundle, OUT/history.jsonl and, last, OUT/align.json. The same command goes on after a kill.
+Reads a FeatureTable, trains with Ray Train on `cluster.num_workers` workers, validates by retrieval on the val split,
+and writes OUT/bundle, OUT/history.jsonl and, last, OUT/align.json. The same command goes on after a kill.
 """
 
 import argparse
@@ -54,6 +54,7 @@ class AlignVerbConfig(VerbConfig):
     """Memory of each worker for decoded clips."""
 
     def plan(self) -> Plan:
+        """See VerbConfig."""
         return Plan(
             inputs={"features": self.features},
             outputs={"bundle": storage.join(self.out, "bundle"), "figures": storage.join(self.out, RESULT)},

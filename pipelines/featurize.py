@@ -1,7 +1,7 @@
 """Frozen features of every accepted clip: CLIP features of its pictures and captions, VAE latents of one picture.
 
-Each shard of curate's accepted/ becomes one Parquet file; manifest.json is written last and names the models, shapes and
-settings. A re-run after a kill goes on where it stopped; a run with nothing to do says so.
+Each shard of curate's accepted/ becomes one Parquet file; manifest.json is written last and names the models, shapes
+and settings. A re-run after a kill goes on where it stopped; a run with nothing to do says so.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -59,6 +60,7 @@ class FeaturizeConfig(VerbConfig):
     """Pictures or texts per forward pass."""
 
     def plan(self) -> Plan:
+        """See VerbConfig."""
         return Plan(inputs={"clips": self.input}, outputs={"features": self.out}, resources=self.resources())
 
     @pydantic.model_validator(mode="after")
@@ -107,6 +109,7 @@ class FeaturizeWorker:
         self.texts: dict[str, np.ndarray] = {}
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        """Reads one file of clips and writes its features; returns {"rows"}."""
         names = [*schema.feature_table(1, 1, 1, 1, 1).names]
         kept = [n for n in names if n not in ("image_features", "text_features", "latents")]
         clips = storage.read_table(shard["input"], columns=[*kept, "frames"])
@@ -224,7 +227,7 @@ def run(config: FeaturizeConfig) -> dict[str, Any]:
         if storage.absolute(file) not in wanted:
             storage.remove(file)
     args = {"config": config.model_dump(mode="json"), "digest": digest}
-    run_shards("featurize", shards, FeaturizeWorker, args, config.cluster, lambda shard: _done(shard, digest), config.out)
+    run_shards("featurize", shards, FeaturizeWorker, args, config.cluster, partial(_done, digest=digest), config.out)
     manifest = _manifest(config, shards, digest, input_fingerprint, time.monotonic() - begin)
     storage.write_json(storage.join(config.out, MANIFEST), manifest.model_dump(mode="json"))
     rows = sum(manifest.rows.values())
@@ -241,7 +244,8 @@ def up_to_date(config: FeaturizeConfig, digest: str, input_fingerprint: str) -> 
     """The finished table, if it is of these settings and clips. Raises UserError when the settings were others."""
     digests = {_footer(file).get(METADATA_KEY, b"").decode() for file in storage.list_files(config.out, ".parquet")}
     if digests - {digest}:
-        raise UserError("out", config.out, "holds a table made with other settings", "give another folder, or delete it")
+        rule = "holds a table made with other settings"
+        raise UserError("out", config.out, rule, "give another folder, or delete it")
     if not digests or not storage.exists(storage.join(config.out, MANIFEST)):
         return None
     manifest = FeatureManifest.read(config.out)
@@ -267,7 +271,8 @@ def _manifest(
         rows.update(shapes.pop("splits"))
         del shapes["input"]
     if any(shapes != found[0] for shapes in found):
-        raise UserError("input", config.input, "clips differ in their number of pictures", "curate them with one setting")
+        rule = "clips differ in their number of pictures"
+        raise UserError("input", config.input, rule, "curate them with one setting")
     return FeatureManifest(
         **found[0],
         settings_digest=digest,

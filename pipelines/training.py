@@ -110,9 +110,10 @@ def train(
 ) -> State:
     """Runs `worker_fn(session, settings)` on all workers and returns the final state.
 
-    name: of the progress line. worker_fn: importable on every node; it must call `session.fit`. out: local folder (shared
-    by all nodes) or s3:// prefix; history.jsonl there gets every entry, also of earlier, interrupted calls. on_log is called
-    on the driver, in another thread. Raises the workers' own UserError or FloatingPointError, else RuntimeError.
+    name: of the progress line. worker_fn: importable on every node; it must call `session.fit`. out: local folder
+    (shared by all nodes) or s3:// prefix; history.jsonl there gets every entry, also of earlier, interrupted calls.
+    on_log is called on the driver, in another thread. Raises the workers' own UserError or FloatingPointError, else
+    RuntimeError.
     """
     connect(cluster, out)
     board: Any = ray.remote(num_cpus=0)(Board).remote()

@@ -61,7 +61,8 @@ def write_clip_table(folder: str | Path, num_shards: int = 2, rows_per_shard: in
     """A ClipTable of toy scenes as curate's accepted/ holds them; every fourth clip is of the val split."""
     rng = np.random.default_rng(0)
     for shard in range(num_shards):
-        rows = [_clip_row(rng, f"{shard}-{i}", "val" if i % 4 == 3 else "train", num_frames) for i in range(rows_per_shard)]
+        splits = ["val" if i % 4 == 3 else "train" for i in range(rows_per_shard)]
+        rows = [_clip_row(rng, f"{shard}-{i}", split, num_frames) for i, split in enumerate(splits)]
         table = pa.Table.from_pylist(rows, schema=schema.CLIP_TABLE)
         storage.write_table(f"{folder}/shard-{shard:05d}.parquet", table)
     return Path(folder)

@@ -4,6 +4,7 @@ Every clip is padded or cut to the same length and normalised by constants of th
 carries meaning), so that an embedding depends on its clip alone, never on the batch.
 """
 
+import os
 from typing import Any, Literal
 
 import pydantic
@@ -198,8 +199,10 @@ def _build_backbone(config: AudioEncoderConfig) -> tuple[nn.Module, int, int]:
 
 def _pretrained(kind: Any, config: AudioEncoderConfig) -> Any:
     where = str(config.pretrained)
+    if not os.path.isdir(where) and not config.revision:
+        raise UserError("encoder.revision", "(missing)", f"hub id {where} is not pinned", "give its commit hash")
     try:
-        return kind.from_pretrained(where, revision=config.revision or "main", dtype=torch.float32, use_safetensors=True)
+        return kind.from_pretrained(where, revision=config.revision, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(

@@ -1,0 +1,78 @@
+"""featurize and align on real Ray with two workers, on a table of 48 toy clips and random small models."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aai.align import embed, validate
+from aai.bundle import read_bundle
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.errors import UserError
+from aai.features import FeatureManifest, load_split
+from pipelines import align, featurize, training
+from pipelines.align import AlignVerbConfig
+from pipelines.cluster import connect, shutdown
+from pipelines.settings import ClusterConfig
+from tests.tiny import write_clip, write_clip_table, write_diffusion
+
+ENCODER = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_mel_bins": 32, "head_size": 32}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("align")
+    clip = write_clip(root / "clip")
+    foundation = {"clip": str(clip), "diffusion": str(write_diffusion(root / "diffusion", clip))}
+    clips = str(write_clip_table(root / "accepted", 3, 16))
+    connect(ClusterConfig())
+    table = {"input": clips, "out": str(root / "features"), "foundation": foundation}
+    featurize.run(featurize.FeaturizeConfig.parse(table))
+    yield {
+        "features": str(root / "features"), "out": str(root / "align"), "foundation": foundation, "encoder": ENCODER,
+        "fit": {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 4, "warmup_steps": 1},
+        "tracking": {"uri": f"sqlite:///{root}/mlflow.db"},
+    }
+    shutdown()
+
+
+def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
+    config = AlignVerbConfig.parse(settings)
+    result = align.run(config)
+    assert result["steps"] == 6
+    assert {"val_a2v_r1", "val_a2t_r1"} <= result["metrics"].keys()
+    history = training.history(config.out)
+    assert [(e["step"], "loss" in e) for e in history] == [(2, True), (4, True), (4, False), (6, True), (6, False)]
+    assert not Path(training.checkpoints(config.out)).exists()
+
+    bundle = read_bundle(result["bundle"])
+    manifest = FeatureManifest.read(config.features)
+    assert bundle.meta["data_fingerprint"] == manifest.fingerprint
+    encoder_config = AudioEncoderConfig.parse(bundle.config.encoder)
+    assert encoder_config.embed_dim == 32
+    assert encoder_config.mel_mean != 0
+    encoder = AudioEncoder(encoder_config)
+    encoder.load_state_dict(bundle.aligner())
+    val = load_split(config.features, "val", encoder_config.clip_samples)
+    assert validate(encoder, val)["a2v_r1"] == pytest.approx(result["metrics"]["val_a2v_r1"])
+    torch.manual_seed(config.fit.seed)
+    assert not torch.allclose(embed(encoder, val["audio"]), embed(AudioEncoder(encoder_config), val["audio"]))
+
+    assert align.run(config) == result  # nothing to do
+    with pytest.raises(UserError, match="other settings or data"):
+        align.run(AlignVerbConfig.parse({**settings, "loss": {"w_text": 0}}))
+
+
+def test_mistakes_are_found_before_anything_starts(settings: dict[str, Any], tmp_path: Path) -> None:
+    fresh = {**settings, "out": str(tmp_path / "out")}
+    for wrong, message in (
+        ({"fit": {"batch_size": 7}}, "multiple of the 2 workers"),
+        ({"features": str(tmp_path)}, "no finished FeatureTable"),
+        ({"encoder": {"sample_rate_hz": 48_000}}, "hold 16000 Hz"),
+        ({"foundation": {"clip": str(tmp_path), "diffusion": str(tmp_path)}}, "features were made with"),
+    ):
+        with pytest.raises(UserError, match=message):
+            align.run(AlignVerbConfig.parse({**fresh, **wrong}))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,134 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from PIL import Image
+
+from aai import schema, storage
+from aai.encoders.clip import FrozenClip
+from aai.errors import UserError
+from aai.features import FeatureManifest
+from aai.foundation import load_diffusion
+from pipelines import featurize
+from pipelines.featurize import FeaturizeConfig, FeaturizeWorker
+from tests.tiny import write_clip, write_clip_table, write_diffusion
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("featurize")
+    clip = write_clip(root / "clip")
+    foundation = {"clip": str(clip), "diffusion": str(write_diffusion(root / "diffusion", clip))}
+    return {"input": str(write_clip_table(root / "accepted", 2, 4)), "foundation": foundation}
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards run in this process, one after the other; the engine has its own tests."""
+
+    def in_process(name: str, shards: Any, cls: Any, args: Any, cluster: Any, done: Any, log_dir: Any) -> list[Any]:
+        worker = cls(**args)
+        in_process.ran = [s["output"].rsplit("/", 1)[1] for s in shards if not done(s)]  # type: ignore[attr-defined]
+        return [worker(shard) for shard in shards if not done(shard)]
+
+    monkeypatch.setattr(featurize, "run_shards", in_process)
+
+
+def ran() -> list[str]:
+    return featurize.run_shards.ran  # type: ignore[attr-defined]
+
+
+def test_the_table_holds_the_models_own_features(inputs: dict[str, Any], tmp_path: Path) -> None:
+    config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path), "prompts": ["{caption}", "the sound of {caption}"]})
+    figures = featurize.run(config)
+    assert figures["rows"] == {"train": 6, "val": 2}
+    manifest = FeatureManifest.read(str(tmp_path))
+    assert (manifest.num_frames, manifest.image_dim, manifest.num_texts, manifest.text_dim) == (2, 32, 2, 32)
+    assert manifest.latent_shape == (8, 8, 8)
+    assert manifest.latent_frame == 1
+    assert manifest.processor == "CLIPImageProcessorPil"
+    clips, table = storage.read_table(config.input), storage.read_table(str(tmp_path))
+    assert table.schema.equals(schema.feature_table(2, 32, 2, 32, 512))
+    for name in ("clip_id", "caption", "split", "audio", "labels"):
+        assert table[name].to_pylist() == clips[name].to_pylist()
+
+    frames = [Image.open(io.BytesIO(data)) for data in clips["frames"][5].as_py()]
+    clip = FrozenClip(config.foundation)
+    images = np.array(table["image_features"][5].as_py()).reshape(2, 32)
+    np.testing.assert_allclose(images, clip.images(frames), atol=1e-3)
+    caption = clips["caption"][5].as_py()
+    texts = np.array(table["text_features"][5].as_py()).reshape(2, 32)
+    np.testing.assert_allclose(texts, clip.texts([caption, f"the sound of {caption}"]), atol=1e-3)
+
+    vae = load_diffusion(config.foundation).vae
+    pixels = torch.from_numpy(np.array(frames[1])).permute(2, 0, 1)[None] / 127.5 - 1
+    expected = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    latents = np.array(table["latents"][5].as_py()).reshape(8, 8, 8)
+    np.testing.assert_allclose(latents, expected[0].numpy(), atol=1e-2, rtol=1e-2)
+
+
+def test_a_second_run_does_nothing_and_a_lost_shard_alone_is_made_again(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path)})
+    first = featurize.run(config)
+    before = {file: (tmp_path / file).read_bytes() for file in ("shard-00000.parquet", "shard-00001.parquet")}
+    assert ran() == list(before)
+    featurize.run_shards.ran = ["none"]  # type: ignore[attr-defined]
+    assert featurize.run(config) == first
+    assert ran() == ["none"]
+    (tmp_path / "shard-00001.parquet").unlink()
+    (tmp_path / "manifest.json").unlink()
+    again = featurize.run(config)
+    assert ran() == ["shard-00001.parquet"]
+    assert again["fingerprint"] == first["fingerprint"]
+    assert {file: (tmp_path / file).read_bytes() for file in before} == before
+
+
+def test_changed_clips_are_made_again_and_lost_ones_go(inputs: dict[str, Any], tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    write_clip_table(clips, 2, 4)
+    config = FeaturizeConfig.parse({**inputs, "input": str(clips), "out": str(tmp_path / "out")})
+    first = featurize.run(config)
+    table = pq.read_table(clips / "shard-00000.parquet")
+    storage.write_table(str(clips / "shard-00000.parquet"), table.slice(0, 3))
+    (clips / "shard-00001.parquet").unlink()
+    second = featurize.run(config)
+    assert ran() == ["shard-00000.parquet"]
+    assert second["rows"] == {"train": 3}
+    assert second["fingerprint"] != first["fingerprint"]
+    assert [f.name for f in (tmp_path / "out").glob("*.parquet")] == ["shard-00000.parquet"]
+
+
+def test_other_settings_do_not_mix_into_a_table(inputs: dict[str, Any], tmp_path: Path) -> None:
+    featurize.run(FeaturizeConfig.parse({**inputs, "out": str(tmp_path)}))
+    with pytest.raises(UserError, match="other settings"):
+        featurize.run(FeaturizeConfig.parse({**inputs, "out": str(tmp_path), "prompts": ["hear {caption}"]}))
+    faster = FeaturizeConfig.parse({**inputs, "out": str(tmp_path), "batch_size": 3})
+    assert faster.content_digest() == FeaturizeConfig.parse({**inputs, "out": "elsewhere"}).content_digest()
+
+
+def test_mistakes_are_user_errors(inputs: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no clips"):
+        featurize.run(FeaturizeConfig.parse({**inputs, "input": str(tmp_path / "none"), "out": str(tmp_path)}))
+    with pytest.raises(UserError, match="does not contain"):
+        FeaturizeConfig.parse({**inputs, "out": "x", "prompts": ["sound"]})
+    config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path), "latent_frame": 2})
+    with pytest.raises(UserError, match="clips have 2 pictures"):
+        featurize.run(config)
+
+
+def test_a_worker_keeps_to_its_cpus(inputs: dict[str, Any], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path), "cluster": {"cpus_per_worker": 1}})
+        FeaturizeWorker(config.model_dump(mode="json"), "d")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert not ray.is_initialized()
