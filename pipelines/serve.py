@@ -142,13 +142,16 @@ def _png(image: Image.Image) -> bytes:
 
 
 class Gateway:
-    """The HTTP side. It takes no model and no GPU, and keeps answering while painters are busy or away."""
+    """The HTTP side. It takes no model and no GPU, and keeps answering while painters are busy or away.
+
+    capacity: requests that may be painted or wait, together. Serve's own bound is checked only later, in the router.
+    """
 
     def __init__(
-        self, painters: DeploymentHandle, model: dict[str, Any], limits: dict[str, Any], need_key: bool
+        self, painters: DeploymentHandle, model: dict[str, Any], limits: dict[str, Any], capacity: int, need_key: bool
     ) -> None:
-        self._painters, self.model = painters, ServedModel.parse(model)
-        self._limits = Limits.parse(limits)
+        self._painters, self._capacity = painters, capacity
+        self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
         self._in_flight, self._replicas, self._asked_s = 0, 0, -1.0
         if need_key and not api_key():
             remedy = "set it in the environment of the cluster's processes, e.g. from a secret"
@@ -163,6 +166,9 @@ class Gateway:
     ) -> list[bytes]:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
         retry_s = self._limits.retry_after_s
+        full = busy(429, "queue_full", "all painters are busy and the queue is full", retry_s)
+        if self._in_flight >= self._capacity:
+            raise full
         response = self._painters.paint.remote(verb, audio, None if image is None else np.asarray(image), request)
         self._in_flight += 1
         try:
@@ -171,7 +177,7 @@ class Gateway:
             response.cancel()
             raise
         except BackPressureError as error:
-            raise busy(429, "queue_full", "all painters are busy and the queue is full", retry_s) from error
+            raise full from error
         except (DeploymentUnavailableError, RayActorError) as error:
             logger.warning("painter lost: %s", error)
             raise busy(503, "no_painter", "the painter went away; try again", retry_s) from error
@@ -246,7 +252,8 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     )(serve.ingress()(Gateway))
     device = "cuda" if cluster.gpus_per_worker else "cpu"
     painters = painter.bind(uri, _registry(config), model.sha, device, config.dtype, 2 * limits.request_timeout_s)
-    return gateway.bind(painters, model.model_dump(), limits.model_dump(), need_key)
+    capacity = cluster.num_workers + config.max_queued_requests
+    return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, need_key)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
