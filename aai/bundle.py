@@ -27,7 +27,10 @@ from aai.foundation import FoundationSpec, identity
 
 VERSION = 1
 CONFIG_FILE, ALIGNER_FILE, ADAPTER_FILE, META_FILE = (
-    "config.yaml", "aligner.safetensors", "adapter.safetensors", "meta.json",
+    "config.yaml",
+    "aligner.safetensors",
+    "adapter.safetensors",
+    "meta.json",
 )
 HASHED = (CONFIG_FILE, ALIGNER_FILE, ADAPTER_FILE)
 REQUIRED = (CONFIG_FILE, ALIGNER_FILE, META_FILE)
@@ -84,7 +87,9 @@ class Bundle:
         for key, recorded in self.meta["foundation"].items():
             if found.get(key) != recorded:
                 raise UserError(
-                    f"foundation.{key}", found.get(key), f"the bundle was trained on {recorded}",
+                    f"foundation.{key}",
+                    found.get(key),
+                    f"the bundle was trained on {recorded}",
                     "put the recorded weights there, or train the bundle again",
                 )
 
@@ -162,7 +167,10 @@ def _write_files(
     if adapter is not None:
         _save(folder / ADAPTER_FILE, adapter)
     sealed = {
-        "data_fingerprint": "", "metrics": {}, "parents": [], **meta,
+        "data_fingerprint": "",
+        "metrics": {},
+        "parents": [],
+        **meta,
         "version": VERSION,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "foundation": identity(config.foundation),

@@ -69,7 +69,9 @@ class FeatureManifest(Config):
         data = storage.read_json(where)
         if data.get("version") != VERSION:
             raise UserError(
-                "features", uri, f"has version {data.get('version')}, this program reads version {VERSION}",
+                "features",
+                uri,
+                f"has version {data.get('version')}, this program reads version {VERSION}",
                 "run `aai featurize` again into another folder",
             )
         return cls.parse(data, source=where)
@@ -95,7 +97,9 @@ def _open(file: str, manifest: FeatureManifest) -> pq.ParquetFile:
     found = (table.schema_arrow.metadata or {}).get(METADATA_KEY, b"").decode()
     if found != manifest.settings_digest:
         raise UserError(
-            "features", file, f"was made with other settings ({found or 'unknown'}) than its manifest says",
+            "features",
+            file,
+            f"was made with other settings ({found or 'unknown'}) than its manifest says",
             "run `aai featurize` into an empty folder",
         )
     return table
@@ -109,9 +113,7 @@ def shard_files(uri: str, manifest: FeatureManifest) -> list[str]:
     return files
 
 
-def _arrays(
-    table: pa.Table, manifest: FeatureManifest, clip_samples: int, columns: Sequence[str]
-) -> dict[str, Any]:
+def _arrays(table: pa.Table, manifest: FeatureManifest, clip_samples: int, columns: Sequence[str]) -> dict[str, Any]:
     """Columns as arrays: audio int16 [N, S], features float16 [N, *shape]; hashes, captions and ids always."""
     captions = table["caption"].to_pylist()
     out: dict[str, Any] = {
@@ -205,7 +207,9 @@ class FeatureReader:
         self.steps_per_epoch = self.num_rows // (batch_size * world_size)
         if self.steps_per_epoch == 0:
             raise UserError(
-                "fit.batch_size", batch_size * world_size, f"is more than the {self.num_rows} rows of split {split!r}",
+                "fit.batch_size",
+                batch_size * world_size,
+                f"is more than the {self.num_rows} rows of split {split!r}",
                 "lower it, or featurize more clips",
             )
         self._cache: OrderedDict[int, dict[str, Any]] = OrderedDict()

@@ -197,7 +197,9 @@ def _optimizer(params: dict[str, nn.Parameter], config: FitConfig) -> torch.opti
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay,
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=config.weight_decay,
     )
 
 
@@ -239,7 +241,9 @@ def local_batch_size(config: FitConfig, world_size: int) -> int:
     """Clips per step of one worker. Raises UserError when the workers cannot share the batch evenly."""
     if config.batch_size % world_size:
         raise UserError(
-            "fit.batch_size", config.batch_size, f"is not a multiple of the {world_size} workers",
+            "fit.batch_size",
+            config.batch_size,
+            f"is not a multiple of the {world_size} workers",
             "choose a multiple of cluster.num_workers",
         )
     return config.batch_size // world_size

@@ -27,7 +27,7 @@ Sounds = np.ndarray | Mapping[str, np.ndarray]
 
 
 DEFAULT_PROMPT = "a photo of <sound>"
-REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.75), "stylize": ("objects", 0.6)}
+REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.8), "stylize": ("objects", 0.8)}
 """Per verb: what of the given picture stays, and how much of it is painted anew by default."""
 
 

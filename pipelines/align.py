@@ -125,8 +125,15 @@ def align_worker(session: training.Session, settings: dict[str, Any]) -> None:
     config = AlignVerbConfig.parse(settings["config"])
     encoder = AudioEncoderConfig.parse(settings["encoder"])
     reader = FeatureReader(
-        config.features, "train", local_batch_size(config.fit, session.world_size), encoder.clip_samples,
-        session.rank, session.world_size, config.fit.seed, COLUMNS, config.cache_mb << 20,
+        config.features,
+        "train",
+        local_batch_size(config.fit, session.world_size),
+        encoder.clip_samples,
+        session.rank,
+        session.world_size,
+        config.fit.seed,
+        COLUMNS,
+        config.cache_mb << 20,
     )
     torch.manual_seed(config.fit.seed)
     task = AlignTask(AudioEncoder(encoder), config.loss)
@@ -146,7 +153,9 @@ def measured(config: AlignVerbConfig, manifest: FeatureManifest) -> AudioEncoder
     encoder = config.encoder
     if encoder.sample_rate_hz != manifest.sample_rate_hz:
         raise UserError(
-            "encoder.sample_rate_hz", encoder.sample_rate_hz, f"the features hold {manifest.sample_rate_hz} Hz",
+            "encoder.sample_rate_hz",
+            encoder.sample_rate_hz,
+            f"the features hold {manifest.sample_rate_hz} Hz",
             f"set it to {manifest.sample_rate_hz}",
         )
     clips = load_split(config.features, "train", encoder.clip_samples, ("audio",), STATISTICS_CLIPS)
@@ -162,7 +171,8 @@ def check_foundation(spec: FoundationSpec, manifest: FeatureManifest) -> None:
     for key in ("clip_revision", "diffusion_revision"):
         if found[key] != manifest.foundation[key]:
             raise UserError(
-                f"foundation.{key.removesuffix('_revision')}", found[key],
+                f"foundation.{key.removesuffix('_revision')}",
+                found[key],
                 f"the features were made with {manifest.foundation[key]}",
                 "set the foundation that `aai featurize` used, or featurize again",
             )
@@ -180,7 +190,10 @@ def up_to_date(result: str, digest: str, verb: str) -> dict[str, Any] | None:
 
 
 def _write(
-    config: AlignVerbConfig, encoder: AudioEncoderConfig, state: State, manifest: FeatureManifest,
+    config: AlignVerbConfig,
+    encoder: AudioEncoderConfig,
+    state: State,
+    manifest: FeatureManifest,
     metrics: dict[str, float],
 ) -> None:
     """Puts the trained weights into a fresh encoder and writes the bundle."""

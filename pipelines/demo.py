@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import psutil
 import pyarrow.compute as pc
+import pydantic
 
 from aai import storage
 from aai.media.audio import decode_flac, write_wav
@@ -40,7 +41,7 @@ class DemoConfig(VerbConfig):
 
     summary: ClassVar[str] = "all of the above on the toy world, ending with a report"
 
-    overrides: dict[str, tuple[str, ...]] = {}
+    overrides: dict[str, tuple[str, ...]] = pydantic.Field(default_factory=dict)
     """Settings of single stages, as for their --set: {world: [clips=300], align: [fit.steps=50]}."""
 
     def plan(self) -> Plan:

@@ -59,7 +59,7 @@ class EvaluateConfig(VerbConfig):
     pictures: dict[str, int] = PICTURES
     """Pictures per condition (see docs/evaluation.md)."""
     judge: Literal["toy", "none"] = "toy"
-    """Who reads the pictures beside the CLIP: the toy world's judge (labels object, ambience, medium, size), or nobody."""
+    """Who reads the pictures beside the CLIP: the toy world's judge (object, ambience, medium, size), or nobody."""
     max_frames: int = pydantic.Field(1200, ge=1)
     """Held-out frames that the judge and the CLIP are themselves graded on."""
     cases_per_shard: int = pydantic.Field(25, ge=1)

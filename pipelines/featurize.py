@@ -122,9 +122,14 @@ class FeaturizeWorker:
         texts = np.stack([self.text_features(caption) for caption in clips["caption"].to_pylist()])
         latents = self.latents([row[chosen] for row in frames])
         shapes = {
-            "input": shard["fingerprint"], "num_frames": num_frames, "image_dim": self.clip.dim,
-            "num_texts": texts.shape[1], "text_dim": texts.shape[2], "latent_shape": latents.shape[1:],
-            "latent_frame": chosen, "processor": self.clip.describe()["processor"],
+            "input": shard["fingerprint"],
+            "num_frames": num_frames,
+            "image_dim": self.clip.dim,
+            "num_texts": texts.shape[1],
+            "text_dim": texts.shape[2],
+            "latent_shape": latents.shape[1:],
+            "latent_frame": chosen,
+            "processor": self.clip.describe()["processor"],
             "splits": Counter(clips["split"].to_pylist()),
         }
         features = {
@@ -213,9 +218,7 @@ def list_shards(config: FeaturizeConfig) -> list[dict[str, Any]]:
 def run(config: FeaturizeConfig) -> dict[str, Any]:
     """Featurizes all shards; returns the manifest's figures."""
     begin = time.monotonic()
-    config = config.model_copy(
-        update={"input": storage.absolute(config.input), "out": storage.absolute(config.out)}
-    )
+    config = config.model_copy(update={"input": storage.absolute(config.input), "out": storage.absolute(config.out)})
     digest, shards = config.content_digest(), list_shards(config)
     input_fingerprint = _hash([shard["fingerprint"] for shard in shards])
     if (found := up_to_date(config, digest, input_fingerprint)) is not None:

@@ -1,7 +1,7 @@
 """Sound -> pictures.
 
-    aai generate --audio dog.wav
-    aai generate --audio dog.wav --prompt "a sketch of <sound>" --num-images 4
+aai generate --audio dog.wav
+aai generate --audio dog.wav --prompt "a sketch of <sound>" --num-images 4
 """
 
 import argparse

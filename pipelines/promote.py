@@ -97,8 +97,11 @@ class PromoteConfig(VerbConfig):
         moves = f"{self.alias} <-> {PREVIOUS}" if self.rollback else f"{self.alias} after {len(self.gates)} gates"
         return Plan(
             inputs=inputs,
-            outputs={"registry": f"{self.tracking.model_name} in {self.tracking.uri}", "alias": moves,
-                     "result": storage.join(self.out, RESULT)},
+            outputs={
+                "registry": f"{self.tracking.model_name} in {self.tracking.uri}",
+                "alias": moves,
+                "result": storage.join(self.out, RESULT),
+            },
             resources={"cluster": "none, this process"},
         )
 
@@ -140,9 +143,16 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
             _check_current(config)  # again: registering takes time
             previous = _move(config, version, current)
         result = {
-            "name": cfg.model_name, "version": version, "alias": config.alias if passed else CANDIDATE,
-            "champion": version if passed else current, "was": current, "previous": previous, "passed": passed,
-            "bundle": bundle.sha, "gates": [verdict.model_dump() for verdict in verdicts], **_signature(config),
+            "name": cfg.model_name,
+            "version": version,
+            "alias": config.alias if passed else CANDIDATE,
+            "champion": version if passed else current,
+            "was": current,
+            "previous": previous,
+            "passed": passed,
+            "bundle": bundle.sha,
+            "gates": [verdict.model_dump() for verdict in verdicts],
+            **_signature(config),
         }
         tracking.set_version_tags(cfg, version, {"gates": result["gates"], "gates_passed": str(passed).lower()})
         _record(config, audit, result, "promoted" if passed else "refused")
@@ -171,8 +181,15 @@ def rollback(config: PromoteConfig) -> dict[str, Any]:
         tracking.set_alias(cfg, config.alias, back)
         tracking.set_alias(cfg, PREVIOUS, current)
         result = {
-            "name": cfg.model_name, "version": back, "alias": config.alias, "champion": back, "was": current,
-            "previous": current, "passed": True, "gates": [], **_signature(config),
+            "name": cfg.model_name,
+            "version": back,
+            "alias": config.alias,
+            "champion": back,
+            "was": current,
+            "previous": current,
+            "passed": True,
+            "gates": [],
+            **_signature(config),
         }
         _record(config, audit, result, "rolled back")
     log.info("promote: rolled back, %s version %d is %s (was %d)", cfg.model_name, back, config.alias, current)

@@ -57,8 +57,8 @@ def spectrogram(audio: np.ndarray, config: AudioEncoderConfig, width_px: int = 2
     mel = log_mel(torch.from_numpy(audio)[None])[0].numpy().T[::-1]  # [M, T]
     low, high = np.percentile(mel, [5, 99.5])
     shade = np.clip((mel - low) / max(1e-6, float(high - low)), 0, 1)
-    pixels = (matplotlib.colormaps["magma"](shade)[..., :3] * 255).astype(np.uint8)
-    image = Image.fromarray(pixels).resize((width_px, height_px), Image.Resampling.BICUBIC).quantize(64)
+    image = Image.fromarray((shade * 255).astype(np.uint8)).resize((width_px, height_px), Image.Resampling.BICUBIC)
+    image.putpalette((matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).astype(np.uint8).tobytes())
     sink = io.BytesIO()
     image.save(sink, "PNG", optimize=True)
     return data_uri(sink.getvalue(), "image/png")

@@ -266,8 +266,14 @@ def register(
             _attempt(cfg, _unless, exists, client.create_registered_model, cfg.model_name)
             # The tag is part of the creation: a version without it cannot be left behind by a kill.
             made = _attempt(
-                cfg, client.create_model_version, cfg.model_name, f"models:/{model_id}", opened.run_id,
-                tags={SHA_TAG: bundle.sha}, await_creation_for=60, model_id=model_id,
+                cfg,
+                client.create_model_version,
+                cfg.model_name,
+                f"models:/{model_id}",
+                opened.run_id,
+                tags={SHA_TAG: bundle.sha},
+                await_creation_for=60,
+                model_id=model_id,
             )
             version = int(made.version)
     set_version_tags(cfg, version, {**tags, "metrics": numbers(metrics)})
@@ -285,7 +291,10 @@ def _log_model(opened: Run, folder: Path) -> str:
     with warnings.catch_warnings(), mlflow.start_run(run_id=opened.run_id):
         warnings.filterwarnings("ignore", message=".*input example.*")  # the signature says it all
         info = mlflow.pyfunc.log_model(
-            name="bundle", loader_module="pipelines.pyfunc_model", data_path=str(folder), signature=signature,
+            name="bundle",
+            loader_module="pipelines.pyfunc_model",
+            data_path=str(folder),
+            signature=signature,
             pip_requirements=["aai"],
         )
     return str(info.model_id)

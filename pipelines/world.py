@@ -90,7 +90,11 @@ def run(config: WorldConfig) -> dict[str, Any]:
     storage.write_json(marker, {"content": _content(config), "finished": True, "figures": figures})
     log.info(
         "world: %d clips (%d planted defects, %d oddities)%s in %.1f s -> %s",
-        figures["clips"], figures["defects"], figures["oddities"],
-        f", {config.images} pictures" if config.images else "", figures["seconds"], config.out,
+        figures["clips"],
+        figures["defects"],
+        figures["oddities"],
+        f", {config.images} pictures" if config.images else "",
+        figures["seconds"],
+        config.out,
     )
     return figures

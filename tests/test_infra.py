@@ -191,9 +191,7 @@ def test_containers_run_as_an_ordinary_user_with_bounded_memory(path: Path, docu
 
 def test_settings_and_secrets_that_pods_refer_to_are_documented() -> None:
     text = (ROOT / "docs" / "clusters.md").read_text()
-    keys = {
-        node["secretKeyRef"]["key"] for _, document in ALL for node in walk(document) if "secretKeyRef" in node
-    }
+    keys = {node["secretKeyRef"]["key"] for _, document in ALL for node in walk(document) if "secretKeyRef" in node}
     assert [key for key in sorted(keys) if key not in text] == []
     maps = {node["configMapRef"]["name"] for _, doc in ALL for node in walk(doc) if "configMapRef" in node}
     assert maps == {document["metadata"]["name"] for _, document in ALL if document["kind"] == "ConfigMap"}

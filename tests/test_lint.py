@@ -9,9 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def check(*command: str) -> None:
     """Runs a checker of this environment over the checkout."""
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=500
-    )
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 

@@ -50,8 +50,15 @@ def write_ast(folder: str | Path) -> Path:
     """A random ASTModel (16 mel bins, 100 frames)."""
     torch.manual_seed(2)
     config = ASTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=8,
-        frequency_stride=8, time_stride=8, max_length=100, num_mel_bins=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        patch_size=8,
+        frequency_stride=8,
+        time_stride=8,
+        max_length=100,
+        num_mel_bins=16,
     )
     ASTModel(config).save_pretrained(folder)
     return Path(folder)
@@ -76,8 +83,14 @@ def _clip_row(rng: np.random.Generator, name: str, split: str, num_frames: int) 
         draw_scene(scene, 64, time_s=0.5 * i).save(sink, "JPEG", quality=92)
         frames.append(sink.getvalue())
     return {
-        "clip_id": f"clip-{name}", "content_hash": f"hash-{name}", "uri": f"clips/{name}.mp4",
-        "caption": full_caption(scene), "labels": scene.labels, "split": split, "duration_s": 2.0,
-        "audio": encode_flac(synthesise(scene, 2.0), 16_000), "frames": frames,
+        "clip_id": f"clip-{name}",
+        "content_hash": f"hash-{name}",
+        "uri": f"clips/{name}.mp4",
+        "caption": full_caption(scene),
+        "labels": scene.labels,
+        "split": split,
+        "duration_s": 2.0,
+        "audio": encode_flac(synthesise(scene, 2.0), 16_000),
+        "frames": frames,
         "frame_pts_s": [0.5 * i for i in range(num_frames)],
     }

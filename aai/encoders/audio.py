@@ -131,7 +131,9 @@ class AudioEncoder(nn.Module):
         self.backbone, width, num_frames = _build_backbone(config)
         if config.num_frames > num_frames:
             raise UserError(
-                "encoder.clip_s", config.clip_s, f"is longer than {config.pretrained} takes",
+                "encoder.clip_s",
+                config.clip_s,
+                f"is longer than {config.pretrained} takes",
                 f"set it to {num_frames * config.hop_samples / config.sample_rate_hz:g} or less",
             )
         self.mel = LogMel(config, num_frames)
@@ -190,9 +192,15 @@ def _build_backbone(config: AudioEncoderConfig) -> tuple[nn.Module, int, int]:
         _check_bins(config, ast.config.num_mel_bins)
         return ast, ast.config.hidden_size, ast.config.max_length
     sizes = ASTConfig(
-        hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        intermediate_size=4 * config.hidden_size, patch_size=config.patch_size, frequency_stride=config.stride,
-        time_stride=config.stride, max_length=config.num_frames, num_mel_bins=config.num_mel_bins,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=4 * config.hidden_size,
+        patch_size=config.patch_size,
+        frequency_stride=config.stride,
+        time_stride=config.stride,
+        max_length=config.num_frames,
+        num_mel_bins=config.num_mel_bins,
     )
     return ASTModel(sizes), config.hidden_size, config.num_frames
 
@@ -213,7 +221,9 @@ def _pretrained(kind: Any, config: AudioEncoderConfig) -> Any:
 def _check_bins(config: AudioEncoderConfig, expected: int) -> None:
     if config.num_mel_bins != expected:
         raise UserError(
-            "encoder.num_mel_bins", config.num_mel_bins, f"{config.pretrained} was trained with {expected}",
+            "encoder.num_mel_bins",
+            config.num_mel_bins,
+            f"{config.pretrained} was trained with {expected}",
             f"set encoder.num_mel_bins={expected}",
         )
 

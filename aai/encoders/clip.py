@@ -44,9 +44,7 @@ class FrozenClip:
         for start in range(0, len(texts), self.batch_size):
             chosen = list(texts[start : start + self.batch_size])
             tokens = self.tokenizer(chosen, padding=True, truncation=True, return_tensors="pt").to(self.device)
-            output = self.model.get_text_features(
-                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-            )
+            output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
             parts.append(_unit(output.pooler_output))
         return torch.cat(parts)
 

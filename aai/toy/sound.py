@@ -27,9 +27,7 @@ MAX_CREST = 5.0
 # ---------------------------------------------------------------- building blocks
 
 
-def _band(
-    rng: Rng, num_samples: int, sample_rate_hz: int, low_hz: float, high_hz: float, tilt: float = 0.0
-) -> Signal:
+def _band(rng: Rng, num_samples: int, sample_rate_hz: int, low_hz: float, high_hz: float, tilt: float = 0.0) -> Signal:
     """Gaussian noise between two frequencies with soft edges; its amplitude goes as frequency ** tilt."""
     spectrum = np.fft.rfft(rng.standard_normal(num_samples))
     f = np.fft.rfftfreq(num_samples, 1 / sample_rate_hz) + 1e-3
@@ -59,7 +57,11 @@ def _phase(frequency_hz: Signal, sample_rate_hz: int) -> Signal:
 
 
 def _events(
-    rng: Rng, t: Signal, sample_rate_hz: int, starts_s: Sequence[float], length_s: float,
+    rng: Rng,
+    t: Signal,
+    sample_rate_hz: int,
+    starts_s: Sequence[float],
+    length_s: float,
     make: Callable[[Rng, Signal, int], Signal],
 ) -> Signal:
     """Adds one sound per start time, each made by `make(rng, time of the event, its number)`."""
@@ -251,8 +253,16 @@ def _snow(rng: Rng, t: Signal, rate: int) -> Signal:
 
 
 _VOICES: dict[str, Voice] = {
-    "dog": _dog, "bell": _bell, "car": _car, "bird": _bird, "clock": _clock,
-    "guitar": _guitar, "siren": _siren, "frog": _frog, "drum": _drum, "train": _train,
+    "dog": _dog,
+    "bell": _bell,
+    "car": _car,
+    "bird": _bird,
+    "clock": _clock,
+    "guitar": _guitar,
+    "siren": _siren,
+    "frog": _frog,
+    "drum": _drum,
+    "train": _train,
 }
 _BEDS: dict[str, Voice] = {"clear": _clear, "rain": _rain, "night": _night, "snow": _snow}
 
@@ -295,9 +305,7 @@ def synthesise(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -> 
     return (mix * min(1.0, 0.98 / np.abs(mix).max())).astype(np.float32)
 
 
-def level_envelope(
-    audio: NDArray[np.floating], sample_rate_hz: int, times_s: Signal, window_s: float = 0.1
-) -> Signal:
+def level_envelope(audio: NDArray[np.floating], sample_rate_hz: int, times_s: Signal, window_s: float = 0.1) -> Signal:
     """How loud a sound [S] is around each of the times [F], from 0 (its quietest) to 1 (its loudest)."""
     power = np.concatenate([[0.0], np.cumsum(np.asarray(audio, np.float64) ** 2)])
     centres = np.asarray(times_s) * sample_rate_hz

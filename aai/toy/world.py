@@ -143,8 +143,13 @@ def _plain(index: int, seed: int) -> Clip:
     )
     rate, layout = SOUND_FORMATS[rng.integers(len(SOUND_FORMATS))]
     return Clip(
-        name=f"clip_{index:06d}.mp4", scene=scene, sound=scene, split=_split(f"{seed}:{index}"),
-        sample_rate_hz=rate, layout=layout, quality=int(rng.integers(20, 27)),
+        name=f"clip_{index:06d}.mp4",
+        scene=scene,
+        sound=scene,
+        split=_split(f"{seed}:{index}"),
+        sample_rate_hz=rate,
+        layout=layout,
+        quality=int(rng.integers(20, 27)),
     )
 
 
@@ -331,9 +336,7 @@ def _each(work: partial[None], items: Sequence[object], num_workers: int) -> Ite
         yield from pool.map(work, items, chunksize=8)
 
 
-def write_world(
-    out: str, num_clips: int, seed: int = 0, num_workers: int = 2, progress: bool = True
-) -> dict[str, int]:
+def write_world(out: str, num_clips: int, seed: int = 0, num_workers: int = 2, progress: bool = True) -> dict[str, int]:
     """Writes clips/*.mp4, manifest.csv, defects.json and scenes.json under `out` (a folder or s3:// prefix).
 
     manifest.csv: uri (relative to its folder), start_s, end_s, caption, labels, split; the labels are
@@ -384,9 +387,7 @@ def _image_scene(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
     return replace(_plain(index, seed).scene, seed=int(rng.integers(2**31))), rng
 
 
-def write_images(
-    out: str, num_images: int, seed: int = 0, num_workers: int = 2, progress: bool = True
-) -> None:
+def write_images(out: str, num_images: int, seed: int = 0, num_workers: int = 2, progress: bool = True) -> None:
     """Writes images/*.jpg (128 px) and manifest.csv with captions that leave some attributes open."""
     done = _each(partial(_write_image, out, seed), range(num_images), num_workers)
     for _ in tqdm(done, total=num_images, desc="images", unit="image", disable=not progress, mininterval=1.0):

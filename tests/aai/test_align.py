@@ -110,8 +110,11 @@ def test_validate_scores_a_perfect_encoder() -> None:
     audio = make_batch(8)["audio"]
     target = embed(encoder, audio, batch_size=3)[:, None]
     clips = {
-        "audio": audio, "image_features": target, "text_features": target,
-        "caption_id": torch.arange(8), "labels": [["dog" if i % 2 else "bell", str(i)] for i in range(8)],
+        "audio": audio,
+        "image_features": target,
+        "text_features": target,
+        "caption_id": torch.arange(8),
+        "labels": [["dog" if i % 2 else "bell", str(i)] for i in range(8)],
     }
     assert validate(encoder, clips) == {"a2v_r1": 1.0, "a2t_r1": 1.0, "label0_r1": 1.0}
     clips["image_features"] = target.roll(1, 0)

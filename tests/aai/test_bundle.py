@@ -57,7 +57,10 @@ def refusal(uri: str | Path) -> str:
 def test_round_trip(bundle: Bundle) -> None:
     found = read_bundle(bundle.folder)
     assert sorted(os.listdir(found.folder)) == [
-        "adapter.safetensors", "aligner.safetensors", "config.yaml", "meta.json",
+        "adapter.safetensors",
+        "aligner.safetensors",
+        "config.yaml",
+        "meta.json",
     ]
     assert found.config == read_bundle(str(bundle.folder)).config
     assert found.config.encoder == {"backbone": "ast", "dims": [32, 64]}

@@ -31,8 +31,15 @@ def encoder_of(backbone: str, tmp_path: Path) -> AudioEncoder:
         WhisperModel(config).save_pretrained(folder)
     else:
         config = ClapAudioConfig(
-            num_mel_bins=16, spec_size=64, window_size=4, depths=[1, 1], num_attention_heads=[2, 2],
-            hidden_size=64, patch_embeds_hidden_size=32, num_classes=2, enable_fusion=False,
+            num_mel_bins=16,
+            spec_size=64,
+            window_size=4,
+            depths=[1, 1],
+            num_attention_heads=[2, 2],
+            hidden_size=64,
+            patch_embeds_hidden_size=32,
+            num_classes=2,
+            enable_fusion=False,
         )
         ClapAudioModel(config).save_pretrained(folder)
     return AudioEncoder(AudioEncoderConfig(backbone=backbone, **settings)).eval()

@@ -22,9 +22,17 @@ def row(number: int, split: str) -> dict[str, Any]:
     """Every feature of a row is its number, so that a row is known by its features."""
     audio = np.full(SAMPLES // 2 if number % 2 else SAMPLES, number / 1024, np.float32)
     return {
-        "clip_id": f"c{number}", "content_hash": f"h{number}", "uri": f"{number}.mp4", "caption": f"word {number % 3}",
-        "labels": ["dog"], "split": split, "duration_s": 1.0, "audio": encode_flac(audio, 16_000),
-        "image_features": [float(number)] * 6, "text_features": [float(number)] * 3, "latents": [float(number)] * 8,
+        "clip_id": f"c{number}",
+        "content_hash": f"h{number}",
+        "uri": f"{number}.mp4",
+        "caption": f"word {number % 3}",
+        "labels": ["dog"],
+        "split": split,
+        "duration_s": 1.0,
+        "audio": encode_flac(audio, 16_000),
+        "image_features": [float(number)] * 6,
+        "text_features": [float(number)] * 3,
+        "latents": [float(number)] * 8,
     }
 
 
@@ -36,9 +44,21 @@ def write(folder: Path, shards: int = 3, rows: int = 10, digest: str = "d") -> s
         data = [row(n := next(number), "val" if n % 3 == 2 else "train") for _ in range(rows)]
         storage.write_table(f"{folder}/shard-{shard:05d}.parquet", pa.Table.from_pylist(data, schema=out), 5)
     manifest = {
-        "settings_digest": digest, "foundation": {}, "processor": "P", "dtype": "float32", "sample_rate_hz": 16_000,
-        "prompts": ["{caption}"], "num_frames": 2, "image_dim": 3, "num_texts": 1, "text_dim": 3,
-        "latent_shape": [2, 2, 2], "latent_frame": 1, "rows": {}, "input_fingerprint": "i", "fingerprint": "f",
+        "settings_digest": digest,
+        "foundation": {},
+        "processor": "P",
+        "dtype": "float32",
+        "sample_rate_hz": 16_000,
+        "prompts": ["{caption}"],
+        "num_frames": 2,
+        "image_dim": 3,
+        "num_texts": 1,
+        "text_dim": 3,
+        "latent_shape": [2, 2, 2],
+        "latent_frame": 1,
+        "rows": {},
+        "input_fingerprint": "i",
+        "fingerprint": "f",
         "seconds": 1.0,
     }
     storage.write_json(f"{folder}/manifest.json", FeatureManifest.parse(manifest).model_dump(mode="json"))
@@ -54,8 +74,12 @@ def test_a_batch_holds_what_the_table_holds(tmp_path: Path) -> None:
     batch = next(reader.batches())
     shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     assert shapes == {
-        "audio": (4, SAMPLES), "image_features": (4, 2, 3), "text_features": (4, 1, 3), "latents": (4, 2, 2, 2),
-        "caption_id": (4,), "clip_hash": (4,),
+        "audio": (4, SAMPLES),
+        "image_features": (4, 2, 3),
+        "text_features": (4, 1, 3),
+        "latents": (4, 2, 2, 2),
+        "caption_id": (4,),
+        "clip_hash": (4,),
     }
     for i, number in enumerate(numbers(batch)):
         assert batch["caption"][i] == f"word {number % 3}"

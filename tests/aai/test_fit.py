@@ -95,8 +95,13 @@ def test_evaluation_runs_in_eval_mode_and_at_the_end() -> None:
         seen.append((task.training, torch.is_grad_enabled()))
         return {"val": 1.0}
 
-    fit(task, batches, CONFIG.model_copy(update={"eval_every": 40}), lambda s, f: entries.append((s, f)),
-        evaluate=evaluate)
+    fit(
+        task,
+        batches,
+        CONFIG.model_copy(update={"eval_every": 40}),
+        lambda s, f: entries.append((s, f)),
+        evaluate=evaluate,
+    )
     assert seen == [(False, False)] * 2
     assert [step for step, figures in entries if "val" in figures] == [40, 60]
 

@@ -88,9 +88,7 @@ def test_bad_prompts_are_refused(injector: Injector, prompt: str, rule: str) -> 
         injector.embed(prompt, {"sound": Sound(tokens(injector))})
 
 
-def test_exported_token_is_read_by_diffusers(
-    pipe: StableDiffusionPipeline, injector: Injector, tmp_path: Path
-) -> None:
+def test_exported_token_is_read_by_diffusers(pipe: StableDiffusionPipeline, injector: Injector, tmp_path: Path) -> None:
     sound = tokens(injector, 2)
     ours = injector.embed("a photo of <sound>", {"sound": Sound(sound)})
     export_textual_inversion(sound, str(tmp_path / "sound.safetensors"))

@@ -216,7 +216,8 @@ def test_written_tables_agree(tmp_path: Path) -> None:
     assert rows.keys() == scenes.keys()
     assert all((tmp_path / uri).is_file() for uri in rows)
     assert Counter(d["expect"] for d in defects.values()) == {
-        "reject": figures["defects"], "accept": figures["oddities"],
+        "reject": figures["defects"],
+        "accept": figures["oddities"],
     }
     for uri, row in rows.items():
         obj, ambience, medium, size = row["labels"].split(";")

@@ -41,7 +41,14 @@ def run_chain(base: str, tracking: str, address: str | None) -> None:
     curate.run(settings(curate.CONFIG, "curate", base, address, rows_per_shard=25))
     featurize.run(settings(featurize.CONFIG, "featurize", base, address))
     align.run(
-        settings(align.CONFIG, "align", base, address, **{"fit.steps": 3, "fit.batch_size": 16, "fit.eval_every": 0}, **mlflow)
+        settings(
+            align.CONFIG,
+            "align",
+            base,
+            address,
+            **{"fit.steps": 3, "fit.batch_size": 16, "fit.eval_every": 0},
+            **mlflow,
+        )
     )
 
 
@@ -64,4 +71,7 @@ def test_a12_s3_and_two_nodes_give_the_tables_of_a_local_run(two_nodes: str, s3:
         assert ours.num_rows > 0
         assert ours.equals(theirs), name
     assert len(table(local, "curated/accepted")) + len(table(local, "curated/rejected")) == CLIPS
-    assert read_bundle(storage.join(s3, "align/bundle")).aligner().keys() == read_bundle(f"{local}/align/bundle").aligner().keys()
+    assert (
+        read_bundle(storage.join(s3, "align/bundle")).aligner().keys()
+        == read_bundle(f"{local}/align/bundle").aligner().keys()
+    )

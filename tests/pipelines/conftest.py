@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def python(code: str, *args: str) -> "subprocess.Popen[str]":
     """Starts a fresh Python process in the checkout."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *args], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", textwrap.dedent(code), *args],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 

@@ -31,7 +31,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
     table = {"input": clips, "out": str(root / "features"), "foundation": foundation}
     featurize.run(featurize.FeaturizeConfig.parse(table))
     yield {
-        "features": str(root / "features"), "out": str(root / "align"), "foundation": foundation, "encoder": ENCODER,
+        "features": str(root / "features"),
+        "out": str(root / "align"),
+        "foundation": foundation,
+        "encoder": ENCODER,
         "fit": {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 4, "warmup_steps": 1},
         "tracking": {"uri": f"sqlite:///{root}/mlflow.db"},
     }

@@ -72,9 +72,7 @@ def test_the_table_holds_the_models_own_features(inputs: dict[str, Any], tmp_pat
     np.testing.assert_allclose(latents, expected[0].numpy(), atol=1e-2, rtol=1e-2)
 
 
-def test_a_second_run_does_nothing_and_a_lost_shard_alone_is_made_again(
-    inputs: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_second_run_does_nothing_and_a_lost_shard_alone_is_made_again(inputs: dict[str, Any], tmp_path: Path) -> None:
     config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path)})
     first = featurize.run(config)
     before = {file: (tmp_path / file).read_bytes() for file in ("shard-00000.parquet", "shard-00001.parquet")}

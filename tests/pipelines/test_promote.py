@@ -61,8 +61,10 @@ class Workshop:
     def config(self, seed: int, **settings: Any) -> PromoteConfig:
         """The demo's gates on one of the bundles."""
         places = {
-            "run_dir": str(self.folder), "bundle": str(self.folder / str(seed) / "bundle"),
-            "evaluation": str(self.folder / str(seed) / "evaluate.json"), "out": str(self.folder / "promote"),
+            "run_dir": str(self.folder),
+            "bundle": str(self.folder / str(seed) / "bundle"),
+            "evaluation": str(self.folder / str(seed) / "evaluate.json"),
+            "out": str(self.folder / "promote"),
             "tracking": self.cfg.model_dump(),
         }
         return PromoteConfig.load(CONFIGS / "demo" / "promote.yaml", values=places | settings)

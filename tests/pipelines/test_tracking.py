@@ -227,8 +227,20 @@ def test_a_tracking_server_stores_and_returns_bundles(cfg: TrackingConfig, tmp_p
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", cfg.uri, "--host", "127.0.0.1",
-        "--port", str(port), "--workers", "1", "--artifacts-destination", str(tmp_path / "served"),
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        cfg.uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--artifacts-destination",
+        str(tmp_path / "served"),
     ]
     remote = TrackingConfig(uri=f"http://127.0.0.1:{port}", experiment="remote", model_name="toy")
     with (tmp_path / "server.log").open("wb") as sink:

@@ -61,8 +61,13 @@ class Echo:
 
 
 def ask(
-    method: str, path: str, backend: Echo | None = None, key: str | None = None, limits: Limits = LIMITS,
-    base: str = "http://localhost", **request: object,
+    method: str,
+    path: str,
+    backend: Echo | None = None,
+    key: str | None = None,
+    limits: Limits = LIMITS,
+    base: str = "http://localhost",
+    **request: object,
 ) -> httpx.Response:
     """One request to a fresh application around a backend."""
 
