@@ -27,7 +27,7 @@ from aai import fit as loop
 from aai import storage
 from aai.errors import UserError
 from aai.fit import FitConfig, State
-from pipelines.cluster import connect
+from pipelines.cluster import connect, native_stderr_held
 from pipelines.settings import ClusterConfig
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,10 @@ def _follow(
     """While the body runs: one progress line, history.jsonl, and `on_log` for every entry."""
     entries = {_key(entry): entry for entry in history(out)}
     stop = threading.Event()
-    with tqdm(total=steps, desc=name, unit="step", mininterval=1.0) as bar:
+    with (
+        native_stderr_held() as terminal,
+        tqdm(total=steps, desc=name, unit="step", mininterval=1.0, file=terminal) as bar,
+    ):
 
         def poll() -> None:
             taken = ray.get(board.take.remote())
