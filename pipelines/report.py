@@ -42,7 +42,7 @@ def write_report(run_dir: str, summary: Mapping[str, Any]) -> str:
 def render(run: Run) -> str:
     """The page as HTML."""
     parts = {key: _part(run, key, title, build) for key, (title, build) in SECTIONS.items()}
-    return environment().get_template("report.html.jinja").render(parts=parts, run_dir=run.run_dir)
+    return environment().get_template("report.html.jinja").render(parts=parts, run_dir=run.run_dir).lstrip()
 
 
 def _part(run: Run, key: str, title: str, build: Callable[[Run], Row]) -> Row:

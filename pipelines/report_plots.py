@@ -78,7 +78,9 @@ def lines(
         figure, axes = _axes(x_label, y_label)
         for name, points in series.items():
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, label=name, marker="o" if dots else None, markersize=4)
+            axes.plot(
+                x, y, label=name.removeprefix("val_").replace("_", " "), marker="o" if dots else None, markersize=4
+            )
         if log_y:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -86,7 +88,7 @@ def lines(
         if floor_zero:
             axes.set_ylim(bottom=0)
         if len(series) > 1:
-            axes.legend()
+            figure.legend(loc="outside upper left", ncols=3, handlelength=1.2)
         return _svg(figure, title)
 
 

@@ -69,14 +69,22 @@ def _gates(run: Run) -> Row | None:
     return {"passed": sum(v["passed"] for v in verdicts), "rows": verdicts} if verdicts else None
 
 
-def _picture(row: Row, truth: str | None, attribute: str = "object", note: str = "") -> Row:
+def _picture(row: Row, truth: str, attribute: str = "object", note: str = "") -> Row:
     """A painted picture with the judge's reading, held against what `attribute` should be."""
+    if row["object"] is None:
+        return {
+            "src": thumbnail(row["png"]),
+            "ok": None,
+            "read": "no judge",
+            "title": f"asked for: {truth}",
+            "note": note,
+        }
     read = f"{row['object']}, {row['ambience']}, {row['medium']}, size {row['size']:.2f}"
     return {
         "src": thumbnail(row["png"]),
-        "ok": None if truth is None else row[attribute] == truth,
+        "ok": row[attribute] == truth,
         "read": row[attribute],
-        "title": f"the judge reads: {read}" + (f"; asked for: {truth}" if truth else "") + f"; seed {row['seed']}",
+        "title": f"the judge reads: {read}; asked for: {truth}; seed {row['seed']}",
         "note": note,
     }
 
@@ -118,7 +126,7 @@ def _hero_cell(run: Run, condition: str, name: str, row: int) -> Row | None:
         notes.append(f"hears: {run.clips[picture['audio_row']]['labels'][0]}")
     cell = _picture(picture, name, note=", ".join(notes))
     beside = picture["medium" if condition == "sketch" else "ambience"]
-    return {**cell, "read": f"{picture['object']}, {beside}"}
+    return {**cell, "read": f"{picture['object']}, {beside}"} if beside else cell
 
 
 def loudness(run: Run) -> Row:
@@ -220,7 +228,7 @@ def _curves(run: Run, stage: str) -> dict[str, list[Any]]:
         for name in entry.keys() - {"step"}:
             groups.setdefault(_group(name), {}).setdefault(name, []).append((entry["step"], entry[name]))
     plots: dict[str, list[Any]] = {"main": [], "more": []}
-    for title in sorted(groups, key=lambda title: (title not in MAIN_PLOTS, title)):
+    for title in [*(t for t in MAIN_PLOTS if t in groups), *sorted(groups.keys() - MAIN_PLOTS)]:
         group = dict(sorted(groups[title].items()))
         values = [y for points in group.values() for _, y in points]
         wide = min(values) > 0 and max(values) / min(values) > 30
@@ -284,15 +292,16 @@ def _rejected(run: Run) -> list[Row]:
     by_code: dict[str, list[Row]] = {}
     for row in rows:
         by_code.setdefault(row["code"], []).append(row)
+    within = storage.absolute(run.run_dir) + "/"
     share = min(4, max(1, SHEET // len(by_code)))
     codes = sorted(by_code, key=lambda code: -len(by_code[code]))
-    shown = {code: [_reject(row) for row in by_code[code][:share]] for code in codes}
+    shown = {code: [_reject(row, within) for row in by_code[code][:share]] for code in codes}
     return [{"code": code, "count": len(by_code[code]), "clips": clips} for code, clips in shown.items()]
 
 
-def _reject(row: Row) -> Row:
+def _reject(row: Row, within: str) -> Row:
     src = thumbnail(row["thumbnail"]) if row["thumbnail"] else None
-    return {"src": src, "message": row["message"], "file": row["uri"].rsplit("/", 1)[-1]}
+    return {"src": src, "message": row["message"].replace(within, ""), "file": row["uri"].rsplit("/", 1)[-1]}
 
 
 def stages(run: Run) -> Row:
