@@ -30,15 +30,15 @@ LOUDNESS_GAINS_DB = [-18.0, -12.0, -6.0, 0.0, 6.0]
 
 PICTURES = {
     "caption": 300,
-    "sound": 400,
-    "ceiling": 400,
-    "nearest_caption": 200,
-    "closed_form": 200,
-    "shuffled_audio": 400,
-    "random_token": 400,
+    "sound": 320,
+    "ceiling": 320,
+    "nearest_caption": 100,
+    "closed_form": 100,
+    "shuffled_audio": 300,
+    "random_token": 300,
     "sketch": 300,
-    "edit": 150,
-    "stylize": 150,
+    "edit": 120,
+    "stylize": 120,
 }
 
 
@@ -63,7 +63,7 @@ class EvaluateConfig(VerbConfig):
     max_frames: int = pydantic.Field(1200, ge=1)
     """Held-out frames that the judge and the CLIP are themselves graded on."""
     cases_per_shard: int = pydantic.Field(25, ge=1)
-    request: PaintRequest = PaintRequest(steps=12)
+    request: PaintRequest = PaintRequest(steps=10)
     device: str = "cpu"
     dtype: DType = "float32"
     tracking: TrackingConfig = TrackingConfig()

@@ -247,10 +247,14 @@ def test_a_substitute_says_that_it_is_one(run: tuple[Path, dict[str, Any]], page
     there = Run(str(run[0]), run[1])
     there.samples["objects"] = {"dog": 0}
     there.pictures["sound"] = [p for p in there.painted("sound") if p["row"] != 0]
+    there.pictures["ceiling"] = [{**p, "object": None, "ambience": None} for p in there.painted("ceiling")]
     del there.pictures["sketch"]
     again = report.render(there)
     assert "another clip" in cells(again, "sound")[0]
-    assert "another clip" not in page
+    assert "another clip" not in cells(page, "sound")[0]
+    assert cells(again, "sketch") == []
+    assert "no judge" in cells(again, "ceiling")[0]
+    assert 'class="pic"' in cells(again, "ceiling")[0]
     assert "not painted" in again
     assert f"hears: {there.clips[there.pictures['shuffled_audio'][0]['audio_row']]['labels'][0]}" in page
 
