@@ -99,17 +99,18 @@ def stage_settings(config: DemoConfig, verb: str) -> list[str]:
 
 
 @contextmanager
-def peak_memory(interval_s: float = 0.5) -> Iterator[list[float]]:
+def peak_memory(interval_s: float = 1.0) -> Iterator[list[float]]:
     """While the body runs, the largest resident memory in bytes of this process and all below it, in a list of one.
 
-    Shared pages are counted once for each process: the sum is an upper bound.
+    A page that several processes share is divided among them (PSS), so that it counts once.
     """
     peak, stop, own = [0.0], threading.Event(), psutil.Process()
 
     def resident(process: psutil.Process) -> int:
         try:
-            return int(process.memory_info().rss)
-        except psutil.NoSuchProcess:
+            full = process.memory_full_info()
+            return int(getattr(full, "pss", full.rss))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             return 0
 
     def watch() -> None:

