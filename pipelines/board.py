@@ -1,4 +1,4 @@
-"""Where training's rank 0 posts its figures and the driver reads them. Imports nothing, so its process starts at once."""
+"""Where rank 0 of a training posts its figures and the driver reads them; imports nothing, so it starts at once."""
 
 
 class Board:
