@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"aai: error: verb={verb}: no such command; one of: {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about libraries that are not needed here
     logging.basicConfig(level=os.environ.get("AAI_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
     try:
         config, args = load_config(verb, rest)
