@@ -28,7 +28,7 @@ QUICK = {
         "request.steps=3",
         "max_frames=40",
     ],
-    "promote": ["gates=[]"],
+    "promote": ["gates=[{metric: retrieval.overlap, max: 0}]"],
 }
 
 
