@@ -82,7 +82,7 @@ def test_the_feature_table_is_plain_parquet(summary: dict[str, Any], run_dir: Pa
     file = storage.list_files(str(run_dir / "features"), ".parquet")[0]
     frame = pd.read_parquet(file)
     width = len(frame["image_features"].iloc[0])
-    seen = duckdb.sql(f"select count(*), min(len(image_features)) from read_parquet('{file}')").fetchone()
+    seen = duckdb.sql(f"select count(*), min(len(image_features)) from read_parquet('{file}')").fetchall()[0]
     assert seen == (len(frame), width)
 
 
