@@ -6,9 +6,7 @@ kill.
 """
 
 import argparse
-import hashlib
 import logging
-import time
 from typing import Any, ClassVar
 
 import pydantic
@@ -21,61 +19,38 @@ from aai.bundle import Bundle, read_bundle, write_bundle
 from aai.concepts import Vocabulary
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.features import FeatureManifest, FeatureReader, load_split
-from aai.fit import FitConfig, State, local_batch_size, restore_weights
+from aai.fit import State, local_batch_size, restore_weights
 from aai.foundation import load_clip, load_diffusion
 from aai.inject import Injector
-from pipelines import tracking, training
-from pipelines.align import check_foundation, up_to_date
-from pipelines.settings import Plan, TrackingConfig, VerbConfig
+from pipelines import training
+from pipelines.settings import Plan
+from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage
 
 log = logging.getLogger(__name__)
 
-RESULT = "adapt.json"
 COLUMNS = ("audio", "image_features", "latents")
 
 
-class AdaptConfig(VerbConfig):
+class AdaptConfig(StageConfig):
     """The adapt stage."""
 
     summary: ClassVar[str] = "train the audio adapter through the frozen diffusion model -> bundle"
 
-    features: str
-    """Folder or s3:// prefix of the FeatureTable."""
     bundle: str
     """The bundle of `aai align`; it names the foundation."""
-    out: str
-    """Folder or s3:// prefix for the new bundle, the history and adapt.json."""
     adapter: AdapterConfig = AdapterConfig()
     """embed_dim and token_dim are taken from the bundle and the diffusion model."""
     loss: AdaptLossConfig = AdaptLossConfig()
-    fit: FitConfig = FitConfig()
     vocabulary: Vocabulary | None = None
     """Words for what pictures show; edit and stylize need it."""
     neutral_word: str = "thing"
     """The word that stands in a prompt where a sound has no say."""
-    tracking: TrackingConfig = TrackingConfig()
     max_val_clips: int = pydantic.Field(128, ge=2)
     """Validation takes at most this many clips of the val split."""
-    cache_mb: int = pydantic.Field(1024, ge=1)
-    """Memory of each worker for decoded clips."""
 
     def plan(self) -> Plan:
         """See VerbConfig."""
-        return Plan(
-            inputs={"features": self.features, "bundle": self.bundle},
-            outputs={"bundle": storage.join(self.out, "bundle"), "figures": storage.join(self.out, RESULT)},
-            resources=self.resources(),
-        )
-
-    def content_digest(self, fingerprint: str, parent: str) -> str:
-        """Of everything that determines the weights: settings, number of workers, the data and the aligned bundle."""
-        settings = {
-            **self.model_dump(mode="json", include={"adapter", "loss", "fit", "vocabulary", "neutral_word"}),
-            "workers": self.cluster.num_workers,
-            "data": fingerprint,
-            "parent": parent,
-        }
-        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+        return self.plan_stage("adapt", bundle=self.bundle)
 
 
 CONFIG = AdaptConfig
@@ -92,40 +67,21 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def run(config: AdaptConfig) -> dict[str, Any]:
     """Trains and writes the bundle; returns what adapt.json holds."""
-    begin = time.monotonic()
     places = {name: storage.absolute(getattr(config, name)) for name in ("features", "bundle", "out")}
     config = config.model_copy(update=places)
     manifest = FeatureManifest.read(config.features)
     parent = read_bundle(config.bundle)
     check_foundation(parent.config.foundation, manifest)
-    local_batch_size(config.fit, config.cluster.num_workers)
-    digest = config.content_digest(manifest.fingerprint, parent.sha)
-    if (found := up_to_date(storage.join(config.out, RESULT), digest, "adapt")) is not None:
-        return found
-    settings = {"config": config.model_dump(mode="json")}
-    params = {"fingerprint": manifest.fingerprint, "parent": parent.sha, **settings["config"]}
-    with tracking.run(config.tracking, "adapt", params, {"digest": digest}) as run_:
-        state = training.train("adapt", adapt_worker, settings, config.cluster, config.out, digest, config.fit.steps)
-        entries = training.history(config.out)
-        for entry in entries:
-            run_.log_metrics({k: v for k, v in entry.items() if k != "step"}, step=int(entry["step"]))
-        metrics = {k: v for k, v in entries[-1].items() if k != "step"}
-        bundle = _write(config, parent, state, manifest, metrics)
-        result = {
-            "digest": digest,
-            "seconds": round(time.monotonic() - begin, 1),
-            "steps": state.step,
-            "workers": config.cluster.num_workers,
-            "metrics": metrics,
-            "data_fingerprint": manifest.fingerprint,
-            "bundle": storage.join(config.out, "bundle"),
-            "sha": bundle.sha,
-        }
-        storage.write_json(storage.join(config.out, RESULT), result)
-        storage.remove(training.checkpoints(config.out))
-    shown = " ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-    log.info("adapt: %d steps in %.0f s, %s -> %s", state.step, result["seconds"], shown, result["bundle"])
-    return result
+    fields = {"adapter", "loss", "fit", "vocabulary", "neutral_word"}
+    digest = config.content_digest(fields, data=manifest.fingerprint, parent=parent.sha)
+
+    def settings_for() -> dict[str, Any]:
+        return {"config": config.model_dump(mode="json")}
+
+    def write(state: State, settings: dict[str, Any], metrics: dict[str, float]) -> Bundle:
+        return _write(config, parent, state, manifest, metrics)
+
+    return run_stage("adapt", config, manifest, digest, adapt_worker, settings_for, write)
 
 
 def adapt_worker(session: training.Session, settings: dict[str, Any]) -> None:
@@ -210,4 +166,4 @@ def _write(
         }
     )
     meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": [parent.sha]}
-    return write_bundle(storage.join(config.out, "bundle"), bundle, parent.aligner(), task.adapter.state_dict(), meta)
+    return write_bundle(bundle_dir(config.out), bundle, parent.aligner(), task.adapter.state_dict(), meta)

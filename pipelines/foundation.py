@@ -26,7 +26,8 @@ from aai.toy import world
 from aai.toy.draw import draw_scene
 from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS, random_scene
 from aai.toy.judge import SIZE_PX, train_judge
-from aai.toy.recipe import FoundationConfig, train_clip, train_diffusion
+from aai.toy.recipe import FoundationConfig, train_clip
+from aai.toy.recipe_diffusion import train_diffusion
 from pipelines.manifest import read_manifest
 from pipelines.settings import Plan, VerbConfig
 

@@ -48,7 +48,8 @@ def judge_figures(by_condition: dict[str, Rows], test: pa.Table) -> dict[str, An
             figures["foundation"] = {f"caption_{a}": grading.accuracy(seen, heard, a) for a in names[:3]}
             figures["foundation"]["caption_pictures"] = len(seen)
         elif name != "loudness":
-            figures[name] = {a: grading.accuracy(seen, heard, a) for a in ("object", "ambience")}
+            asked = {"edit": ("object",), "stylize": ("ambience",)}.get(name, ("object", "ambience"))
+            figures[name] = {a: grading.accuracy(seen, heard, a) for a in asked}
     if "sketch" in figures:
         figures["sketch"]["medium"] = float(np.mean([row["medium"] == "sketch" for row in by_condition["sketch"]]))
     for name, attributes in (("edit", ("ambience", "medium")), ("stylize", ("object", "medium"))):

@@ -12,15 +12,8 @@ from aai import schema, storage
 from aai.media.audio import encode_flac
 from aai.toy.draw import draw_scene
 from aai.toy.grammar import full_caption, random_scene
-from aai.toy.recipe import (
-    FoundationConfig,
-    build_clip,
-    build_tokenizer,
-    build_unet,
-    build_vae,
-    image_processor,
-    save_pipeline,
-)
+from aai.toy.recipe import FoundationConfig, build_clip, build_tokenizer, image_processor
+from aai.toy.recipe_diffusion import build_unet, build_vae, save_pipeline
 from aai.toy.sound import synthesise
 
 SIZES = FoundationConfig(image_size_px=64, hidden_size=32, unet_channels=(32, 32), merges=60)
