@@ -189,6 +189,7 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    vae.register_to_config(_name_or_path="")  # else the folder it was read from goes into the model
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(out)
     pipe.to(dtype=torch.float32)
