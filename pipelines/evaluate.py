@@ -205,7 +205,8 @@ def evaluate_pictures(config: EvaluateConfig, test: pa.Table, train: pa.Table) -
         "dtype": config.dtype,
         "judged": config.judge == "toy",
     }
-    run_shards("evaluate", shards, PictureWorker, worker_args, config.cluster, lambda s: storage.exists(s["out"]))
+    done = lambda shard: storage.exists(shard["out"])  # noqa: E731
+    run_shards("evaluate", shards, PictureWorker, worker_args, config.cluster, done, unit="picture")
     painted = storage.read_table(storage.join(config.out, "pictures")).sort_by("case")
     figures = grade(painted, test, read_bundle(config.bundle), judged=config.judge == "toy")
     return figures, {"objects": first, "loudness_gains_db": LOUDNESS_GAINS_DB}

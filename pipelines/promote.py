@@ -169,18 +169,16 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
 
 
 def rollback(config: PromoteConfig) -> dict[str, Any]:
-    """Swaps champion and previous. Raises UserError when there is no previous version."""
+    """Swaps champion and previous; the first champion of all is withdrawn. Raises UserError when there is neither."""
     cfg = config.tracking
     current, back = _check_current(config), tracking.get_alias(cfg, PREVIOUS)
-    if current is None or back is None:
-        known = ", ".join(f"{a} (version {v})" for a, v in sorted(tracking.aliases(cfg).items())) or "none"
-        rule = f"{cfg.model_name} has no version to go back to"
-        raise UserError("rollback", True, rule, f"promote a second bundle first; aliases now: {known}")
+    if current is None and back is None:
+        raise UserError("rollback", True, f"{cfg.model_name} has no {config.alias} yet", "run `aai promote` first")
     with tracking.run(cfg, "promotion", config.model_dump(mode="json"), _signature(config)) as audit:
         # Champion first: if this stops half-way, the rollback itself has happened.
-        tracking.set_alias(cfg, config.alias, back)
-        tracking.set_alias(cfg, PREVIOUS, current)
-        result = {
+        _point(config, config.alias, back)
+        _point(config, PREVIOUS, current)
+        result: dict[str, Any] = {
             "name": cfg.model_name,
             "version": back,
             "alias": config.alias,
@@ -192,7 +190,11 @@ def rollback(config: PromoteConfig) -> dict[str, Any]:
             **_signature(config),
         }
         _record(config, audit, result, "rolled back")
-    log.info("promote: rolled back, %s version %d is %s (was %d)", cfg.model_name, back, config.alias, current)
+    log.info(
+        "promote: rolled back, %s of %s is %s (was %s)", config.alias, cfg.model_name, _named(back), _named(current)
+    )
+    if back is None:
+        log.warning("promote: nothing can be served until `aai promote` or another --rollback sets %s", config.alias)
     return result
 
 
@@ -268,14 +270,24 @@ def _check_current(config: PromoteConfig) -> int | None:
 
 def _move(config: PromoteConfig, version: int, current: int | None) -> int | None:
     """Makes a version champion and the old champion `previous`; returns the version that is `previous` now."""
-    if current is not None and current != version:
-        tracking.set_alias(config.tracking, PREVIOUS, current)
+    previous = tracking.get_alias(config.tracking, PREVIOUS)
+    if current != version:
+        previous = current or (None if previous == version else previous)
+        _point(config, PREVIOUS, previous)
     tracking.set_alias(config.tracking, config.alias, version)
-    return tracking.get_alias(config.tracking, PREVIOUS)
+    return previous
+
+
+def _point(config: PromoteConfig, alias: str, version: int | None) -> None:
+    """Sets an alias, or removes it."""
+    if version is None:
+        tracking.delete_alias(config.tracking, alias)
+    else:
+        tracking.set_alias(config.tracking, alias, version)
 
 
 def _record(config: PromoteConfig, audit: tracking.Run, result: dict[str, Any], outcome: str) -> None:
-    audit.set_tags({"outcome": outcome, "version": result["version"], "was": result["was"] or 0})
+    audit.set_tags({"outcome": outcome, "version": result["version"] or 0, "was": result["was"] or 0})
     audit.log_json(RESULT, result)
     storage.write_json(storage.join(config.out, RESULT), result)
 

@@ -96,10 +96,11 @@ def run_shards(
     done: Callable[[Shard], bool],
     log_dir: str | None = None,
     stateful: bool = True,
+    unit: str = "clip",
 ) -> list[Result]:
     """Runs every shard that is not `done`, and returns the results of those that ran, in any order.
 
-    name: of the progress line; shards: JSON values, with `rows` (how many) for the progress line; worker_cls and
+    name and unit: of the progress line; shards: JSON values, with `rows` (how many) for the progress line; worker_cls and
     its keyword arguments must be importable on every node. stateful: keep one worker per process; False makes a
     worker for each shard and saves the start of the processes. A worker's UserError is raised as it is, any
     other error of a worker as a RuntimeError with its last line.
@@ -115,13 +116,14 @@ def run_shards(
     rejected = 0
     with (
         native_stderr_held() as terminal,
-        tqdm(total=rows, desc=name, unit="clip", mininterval=1.0, file=terminal) as bar,
+        tqdm(total=rows, desc=name, unit=unit, mininterval=1.0, file=terminal) as bar,
     ):
         for row in _dataset(todo, worker_cls, worker_args, cluster, stateful).iter_rows():
             result = _check(name, json.loads(row["result"]))
             results.append(result)
-            rejected += int(result.get("rejected", 0))
-            bar.set_postfix(rejected=rejected, refresh=False)
+            if "rejected" in result:
+                rejected += int(result["rejected"])
+                bar.set_postfix(rejected=rejected, refresh=False)
             bar.update(int(result["rows"]))
     if len(results) != len(todo):
         raise RuntimeError(f"{name}: {len(results)} results for {len(todo)} shards")

@@ -110,6 +110,14 @@ def test_a8_a_fresh_process_loads_the_champion_and_paints_the_same_picture(
     assert ImageChops.difference(Image.open(next(out.glob("*.png"))), ours).getbbox() is None
 
 
+def test_a8_rollback_and_promote_again_move_the_alias(summary: dict[str, Any], run_dir: Path) -> None:
+    settings = ["--set", f"run_dir={run_dir}", "--set", QUICK["promote"][0]]
+    assert main(["promote", *settings, "--rollback"]) == 0
+    assert tracking.get_alias(store(run_dir), "champion") is None
+    assert main(["promote", *settings]) == 0
+    assert tracking.get_alias(store(run_dir), "champion") == 1
+
+
 def test_a9_mistakes_end_in_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     empty = tmp_path / "empty.wav"
     empty.write_bytes(b"")

@@ -126,8 +126,6 @@ def test_promotes_and_tells(shop: Workshop, caplog: pytest.LogCaptureFixture) ->
 def test_second_champion_rollback_and_forward_again(shop: Workshop) -> None:
     shop.bundle(1), shop.bundle(2)
     shop.promote(1)
-    with pytest.raises(UserError, match=r"no version to go back to.*champion \(version 1\)"):
-        shop.promote(1, rollback=True)
     assert shop.promote(2)["previous"] == 1
     assert shop.aliases() == {"candidate": 2, "champion": 2, "previous": 1}
     back = shop.promote(1, rollback=True, reason="too loud")
@@ -137,6 +135,22 @@ def test_second_champion_rollback_and_forward_again(shop: Workshop) -> None:
     assert shop.aliases() == {"candidate": 2, "champion": 2, "previous": 1}
     outcomes = [audit.data.tags["outcome"] for audit in shop.audits()]
     assert outcomes == ["promoted", "promoted", "rolled back", "rolled back"]
+
+
+def test_rollback_withdraws_the_first_champion_and_promote_sets_it_again(shop: Workshop) -> None:
+    shop.bundle(1)
+    with pytest.raises(UserError, match="has no champion yet"):
+        shop.promote(1, rollback=True)
+    shop.promote(1)
+    assert shop.promote(1, rollback=True)["champion"] is None
+    assert shop.aliases() == {"candidate": 1, "previous": 1}
+    with pytest.raises(UserError, match="champion"):
+        tracking.resolve_bundle("models:/aai-demo@champion", shop.cfg)
+    assert shop.promote(1, rollback=True)["champion"] == 1
+    assert shop.aliases() == {"candidate": 1, "champion": 1}
+    shop.promote(1, rollback=True)
+    assert shop.promote(1)["previous"] is None
+    assert shop.aliases() == {"candidate": 1, "champion": 1}
 
 
 def test_the_same_bundle_is_not_registered_twice(shop: Workshop) -> None:
