@@ -2,15 +2,19 @@
 
 import argparse
 import io
+import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from aai import storage
+from aai.bundle import read_bundle
 from aai.config import Config
 from aai.errors import UserError
 from aai.inject import export_textual_inversion
@@ -128,8 +132,8 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     """Runs generate, edit or stylize and writes the PNG files; returns their paths and the time."""
     sound = load_sound(config.audio, config.limits)
     image = load_picture(config.image, config.limits) if isinstance(config, RepaintConfig) else None
-    folder = tracking.resolve_bundle(config.bundle, config.tracking)
-    painter = Painter.load(folder, config.device, config.dtype)
+    bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
+    painter = Painter.load(bundle, config.device, config.dtype)
     start = time.perf_counter()
     if verb == "generate":
         pictures = painter.generate(sound, config.request)
@@ -140,8 +144,9 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     stem = Path(str(config.audio)).stem.lstrip("-") or "sound"
     files = []
     for i, picture in enumerate(pictures):
-        files.append(storage.join(config.out, f"{verb}_{stem}_seed{config.request.seed + i}.png"))
-        write_png(files[-1], picture)
+        seed = config.request.seed + i
+        made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump(), "seed": seed}
+        files.append(write_picture(config.out, f"{verb}_{stem}_seed{seed}", picture, made))
     if config.save_token:
         export_textual_inversion(painter.hear(sound), config.save_token)
         log.info("%s: A* -> %s (diffusers: pipe.load_textual_inversion)", verb, config.save_token)
@@ -149,8 +154,19 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     return {"files": files, "seconds": seconds}
 
 
-def write_png(uri: str, image: Image.Image) -> None:
-    """Writes a PNG to a local path or s3://."""
+def write_picture(folder: str, name: str, image: Image.Image, made: dict[str, Any]) -> str:
+    """Writes FOLDER/NAME.png (local or s3://) with `made`, how it was made, as JSON in the PNG text `aai`.
+
+    A picture that was made otherwise is kept: the new one is then NAME_2.png, and so on. Returns where it is.
+    """
+    text = PngInfo()
+    text.add_text("aai", json.dumps(made))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    storage.write_bytes(uri, buffer.getvalue())
+    image.save(buffer, "PNG", pnginfo=text)
+    data, number = buffer.getvalue(), 1
+    uri = storage.join(folder, f"{name}.png")
+    while storage.exists(uri) and storage.read_bytes(uri) != data:
+        number += 1
+        uri = storage.join(folder, f"{name}_{number}.png")
+    storage.write_bytes(uri, data)
+    return uri

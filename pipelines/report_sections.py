@@ -332,7 +332,7 @@ def _examples(run: Run) -> list[Row]:
         verb, _, rest = name.partition("_")
         if verb in ("generate", "edit", "stylize"):
             stem = rest.partition("_seed")[0]
-            by_sound.setdefault(stem, {})[verb] = thumbnail(storage.read_bytes(file))
+            by_sound.setdefault(stem, {}).setdefault(verb, thumbnail(storage.read_bytes(file)))
     for stem, pictures in by_sound.items():
         given = storage.join(run.run_dir, "pictures", f"{stem}_given.png")
         if storage.exists(given):

@@ -100,10 +100,10 @@ def run_shards(
 ) -> list[Result]:
     """Runs every shard that is not `done`, and returns the results of those that ran, in any order.
 
-    name and unit: of the progress line; shards: JSON values, with `rows` (how many) for the progress line; worker_cls and
-    its keyword arguments must be importable on every node. stateful: keep one worker per process; False makes a
-    worker for each shard and saves the start of the processes. A worker's UserError is raised as it is, any
-    other error of a worker as a RuntimeError with its last line.
+    name and unit: of the progress line; shards: JSON values, with `rows`, how many units each has; worker_cls and its
+    keyword arguments must be importable on every node. stateful: keep one worker per process; False makes a worker
+    for each shard and saves the start of the processes. A worker's UserError is raised as it is, any other error of
+    a worker as a RuntimeError with its last line.
     """
     todo = [shard for shard in shards if not done(shard)]
     rows, skipped = sum(int(s["rows"]) for s in todo), len(shards) - len(todo)

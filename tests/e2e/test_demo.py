@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from aai import storage
+from aai.bundle import read_bundle
 from aai.painter import Painter, PaintRequest
 from pipelines import cluster, demo, tracking
 from pipelines.__main__ import main
@@ -116,6 +117,20 @@ def test_a8_rollback_and_promote_again_move_the_alias(summary: dict[str, Any], r
     assert tracking.get_alias(store(run_dir), "champion") is None
     assert main(["promote", *settings]) == 0
     assert tracking.get_alias(store(run_dir), "champion") == 1
+
+
+def test_a_picture_tells_how_it_was_made_and_is_never_painted_over(summary: dict[str, Any], run_dir: Path) -> None:
+    sound, out = sorted((run_dir / "pictures").glob("*.wav"))[0], run_dir / "named"
+    base = ["generate", "--audio", str(sound), "--out", str(out), "--set", f"run_dir={run_dir}", "--seed", "5"]
+    for prompt in ("a photo of <sound>", "a sketch of <sound>", "a photo of <sound>"):
+        assert main([*base, "--prompt", prompt]) == 0
+    made = {file.name: json.loads(Image.open(file).text["aai"]) for file in out.glob("*.png")}
+    stem = f"generate_{sound.stem}_seed5"
+    assert {name: facts["prompt"] for name, facts in made.items()} == {
+        f"{stem}.png": "a photo of <sound>",
+        f"{stem}_2.png": "a sketch of <sound>",
+    }
+    assert all(facts["bundle"] == read_bundle(str(run_dir / "adapt" / "bundle")).sha for facts in made.values())
 
 
 def test_a9_mistakes_end_in_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
