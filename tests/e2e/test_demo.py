@@ -92,6 +92,7 @@ def test_a_second_run_keeps_what_is_there_and_ends_the_same_way(summary: dict[st
     for part in ("curate", "retrieval", "generation", "registry"):
         assert again[part] == summary[part]
     assert again["seconds"]["total"] < summary["seconds"]["total"]
+    assert again["first_run"]["seconds"] == summary["seconds"]
 
 
 def test_a8_a_fresh_process_loads_the_champion_and_paints_the_same_picture(
