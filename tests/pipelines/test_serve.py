@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -142,6 +143,36 @@ def test_pictures_are_those_of_the_python_call(service: Service) -> None:
         assert response.headers["x-aai-model"] == "tiny/1@champion"
         assert response.headers["x-aai-bundle"] == service.health()["bundle"]
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(response.content))), np.asarray(expected)), verb
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_the_page_asks_for_the_key_paints_and_tells_what_is_wrong(service: Service, tmp_path: Path) -> None:
+    """In a real browser."""
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as engine:
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        page = engine.chromium.launch(executable_path=BROWSER, args=arguments).new_page()
+        page.goto(service.url)
+        page.locator("input[name=audio]").set_input_files(
+            {"name": "tone.wav", "mimeType": "audio/wav", "buffer": wav()}
+        )
+        page.locator("summary").click()
+        page.locator("input[name=steps]").fill("1")
+        page.locator("#paint").click()
+        expect(page.locator("#error")).to_contain_text("401")
+        page.locator("#key").fill(KEY)
+        page.locator("#paint").click()
+        expect(page.locator("#pictures img")).to_be_visible(timeout=30_000)
+        expect(page.locator("#made")).to_contain_text("tiny/1@champion")
+        page.locator("input[name=audio]").set_input_files(
+            {"name": "text.txt", "mimeType": "text/plain", "buffer": b"no sound"}
+        )
+        page.locator("#paint").click()
+        expect(page.locator("#error")).to_contain_text("422")
 
 
 def test_a_mistake_found_by_the_painter_is_a_422(service: Service) -> None:
