@@ -1,6 +1,7 @@
 """Stage one, align: the audio encoder learns to land where the frozen CLIP puts the clip's pictures and captions."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -8,9 +9,11 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from aai.bundle import Bundle
 from aai.config import Config
-from aai.encoders.audio import AudioEncoder
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, fit_length
 from aai.losses import gather_with_grad, info_nce
+from aai.media.audio import decode_flac
 from aai.metrics import retrieval
 
 
@@ -148,3 +151,21 @@ def validate(encoder: AudioEncoder, clips: dict[str, Any]) -> dict[str, float]:
         if len(set(keys)) <= len(keys) / 2:
             out[f"label{position}_r1"] = retrieval(audio, images, keys, keys, draws=0)["r1"]
     return out
+
+
+def load_aligner(bundle: Bundle) -> AudioEncoder:
+    """A bundle's audio encoder, frozen."""
+    aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
+    aligner.load_state_dict(bundle.aligner())
+    return aligner.eval().requires_grad_(False)
+
+
+def embed_files(aligner: AudioEncoder, sounds: Sequence[bytes], batch_size: int = 64) -> np.ndarray:
+    """Aligned embeddings [N, D] of FLAC sounds."""
+    parts = [np.empty((0, aligner.config.embed_dim), np.float32)]
+    for at in range(0, len(sounds), batch_size):
+        waves = [torch.from_numpy(decode_flac(data)) for data in sounds[at : at + batch_size]]
+        batch = torch.stack([fit_length(wave, aligner.config.clip_samples) for wave in waves])
+        with torch.no_grad():
+            parts.append(aligner(batch).numpy())
+    return np.concatenate(parts)

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from aai.adapt import AdapterConfig, AudioAdapter
+from aai.align import load_aligner
 from aai.bundle import Bundle, read_bundle
 from aai.concepts import Concepts, Kind, Vocabulary
 from aai.config import Config
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.encoders.audio import AudioEncoder
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
 from aai.foundation import FoundationSpec, load_diffusion
@@ -82,8 +83,7 @@ class Painter:
             raise UserError("bundle", bundle.folder, "has no adapter", "run `aai adapt` and use its bundle")
         bundle.verify_foundation()
         pipe = load_diffusion(bundle.config.foundation, device, getattr(torch, dtype))
-        aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
-        aligner.load_state_dict(bundle.aligner())
+        aligner = load_aligner(bundle)
         adapter = AudioAdapter(AdapterConfig.parse(bundle.config.adapter, "bundle"))
         adapter.load_state_dict(adapter_state)
         for part in (aligner, adapter):

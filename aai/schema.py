@@ -5,7 +5,7 @@ Every table is plain Parquet: pyarrow, pandas, DuckDB and Polars read it without
 
 import pyarrow as pa
 
-VERSION = 1
+VERSION = 2
 
 MANIFEST_REQUIRED = ("uri",)
 MANIFEST_OPTIONAL = ("start_s", "end_s", "caption", "labels", "split")
@@ -37,6 +37,11 @@ SIGNALS = [
     pa.field("audio_hash", pa.binary()),  # perceptual, 32 bytes
 ]
 """What curate measures of every clip: values, not verdicts."""
+SIMILARITIES = [
+    pa.field("caption_similarity", pa.float64()),  # cosine of caption and pictures in CLIP space
+    pa.field("av_similarity", pa.float64()),  # cosine of sound and pictures in an aligned space
+]
+"""Signals that need a model: null where none was given (and caption_similarity where there is no caption)."""
 
 CLIP_TABLE = pa.schema(
     [
@@ -44,6 +49,8 @@ CLIP_TABLE = pa.schema(
         pa.field("content_hash", pa.string(), nullable=False),
         *_PROVENANCE,
         *SIGNALS,
+        *SIMILARITIES,
+        pa.field("flags", pa.list_(pa.string()), nullable=False),  # codes of filters it breaks, with --flag-only
         pa.field("audio", pa.binary(), nullable=False),  # FLAC, 16 kHz mono
         pa.field("frames", pa.list_(pa.binary()), nullable=False),  # K JPEG pictures
         pa.field("frame_pts_s", pa.list_(pa.float64()), nullable=False),  # true time within the clip
@@ -59,6 +66,7 @@ REJECT_TABLE = pa.schema(
         pa.field("message", pa.string(), nullable=False),
         pa.field("transient", pa.bool_(), nullable=False),
         *SIGNALS,
+        *SIMILARITIES,
         pa.field("thumbnail", pa.binary()),  # the first frame as JPEG, where one was decoded
     ]
 )

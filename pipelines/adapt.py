@@ -15,9 +15,9 @@ from torch import nn
 
 from aai import storage
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
+from aai.align import load_aligner
 from aai.bundle import Bundle, read_bundle, write_bundle
 from aai.concepts import Vocabulary
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.features import FeatureManifest, FeatureReader, load_split
 from aai.fit import State, local_batch_size, restore_weights
 from aai.foundation import load_clip, load_diffusion
@@ -127,8 +127,7 @@ def build_task(config: AdaptConfig, bundle: Bundle) -> AdaptTask:
     spec = bundle.config.foundation
     pipe = load_diffusion(spec)
     injector = Injector(pipe.text_encoder, pipe.tokenizer, config.neutral_word)
-    aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
-    aligner.load_state_dict(bundle.aligner())
+    aligner = load_aligner(bundle)
     adapter = AudioAdapter(adapter_config(config, bundle, injector.token_dim), injector.median_norm)
     return AdaptTask(
         adapter, aligner, pipe, _text_projection(bundle, pipe.text_encoder), config.loss, config.neutral_word

@@ -167,7 +167,7 @@ class JudgeWorker:
             if record["code"]:
                 rejected.append(record | {"thumbnail": (record["frames"] or [None])[0]})
             else:
-                accepted.append(record)
+                accepted.append(record | {"flags": []})
         for folder, rows, schema in (("rejected", rejected, REJECT_TABLE), ("accepted", accepted, CLIP_TABLE)):
             storage.write_table(_file(self.out, folder, shard), pa.Table.from_pylist(rows, schema=schema))
         return {"rows": len(records), "rejected": len(rejected)}

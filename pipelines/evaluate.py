@@ -15,12 +15,13 @@ import pyarrow.compute as pc
 import pydantic
 
 from aai import metrics, storage
+from aai.align import embed_files, load_aligner
 from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.painter import PaintRequest
 from pipelines import tracking
 from pipelines.picture_cases import PictureWorker, loudness_cases, make_cases
-from pipelines.picture_grades import embed_audio, grade, grade_foundation, load_aligner, vectors
+from pipelines.picture_grades import grade, grade_foundation, vectors
 from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
 from pipelines.shards import run_shards
 
@@ -158,11 +159,11 @@ def evaluate_retrieval(config: EvaluateConfig, bundle: Bundle, test: pa.Table, t
     aligner = load_aligner(bundle)
     sounds = test["audio"].to_pylist()
     audio, image, text = (
-        embed_audio(aligner, sounds),
+        embed_files(aligner, sounds),
         vectors(test, "image_features", dim),
         vectors(test, "text_features", dim),
     )
-    alone = embed_audio(aligner, sounds[:64], batch_size=1)
+    alone = embed_files(aligner, sounds[:64], batch_size=1)
     objects = np.array([labels[0] if labels else "" for labels in test["labels"].to_pylist()])
     nearest = (audio @ image.T).argmax(1)
     captions = test["caption"].to_numpy()

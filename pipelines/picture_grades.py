@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from aai import grading, metrics, storage
+from aai.align import embed_files, load_aligner
 from aai.bundle import Bundle
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, fit_length
 from aai.encoders.clip import FrozenClip
 from aai.foundation import TOY_WEIGHTS
 from aai.media.audio import decode_flac
@@ -94,7 +94,7 @@ def rms_db(audio: np.ndarray) -> float:
 def clip_scores(by_condition: dict[str, list[dict[str, Any]]], test: pa.Table, bundle: Bundle) -> dict[str, Any]:
     """AIC, AIS, IIS and CLIP-MMD of the pictures from sound and from the true caption."""
     clip = FrozenClip(bundle.config.foundation)
-    audio = torch.from_numpy(embed_audio(load_aligner(bundle), test["audio"].to_pylist()))
+    audio = torch.from_numpy(embed_files(load_aligner(bundle), test["audio"].to_pylist()))
     image = torch.from_numpy(vectors(test, "image_features", clip.dim))
     names = sorted({labels[0] for labels in test["labels"].to_pylist() if labels})
     classes = clip.texts([f"a photo of a {name}" for name in names])
@@ -119,21 +119,3 @@ def vectors(table: pa.Table, column: str, dim: int) -> np.ndarray:
     flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     mean = flat.reshape(len(table), -1, dim).mean(1)
     return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))
-
-
-def load_aligner(bundle: Bundle) -> AudioEncoder:
-    """The bundle's audio encoder, frozen."""
-    aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
-    aligner.load_state_dict(bundle.aligner())
-    return aligner.eval().requires_grad_(False)
-
-
-def embed_audio(aligner: AudioEncoder, audio: list[bytes], batch_size: int = 64) -> np.ndarray:
-    """Aligned embeddings [N, D] of FLAC sounds."""
-    parts = []
-    for at in range(0, len(audio), batch_size):
-        waves = [torch.from_numpy(decode_flac(data)) for data in audio[at : at + batch_size]]
-        batch = torch.stack([fit_length(wave, aligner.config.clip_samples) for wave in waves])
-        with torch.no_grad():
-            parts.append(aligner(batch).numpy())
-    return np.concatenate(parts)

@@ -29,6 +29,7 @@ SIGNALS = [
     "video_hash: binary",
     "audio_hash: binary",
 ]
+SIMILARITIES = ["caption_similarity: double", "av_similarity: double"]
 FROZEN = {
     1: {
         "clips": [
@@ -61,7 +62,42 @@ FROZEN = {
             "text_features: fixed_size_list<item: halffloat>[12] not null",
             "latents: fixed_size_list<item: halffloat>[256] not null",
         ],
-    }
+    },
+    2: {
+        "clips": [
+            "clip_id: string not null",
+            "content_hash: string not null",
+            *PROVENANCE,
+            *SIGNALS,
+            *SIMILARITIES,
+            "flags: list<item: string> not null",
+            "audio: binary not null",
+            "frames: list<item: binary> not null",
+            "frame_pts_s: list<item: double> not null",
+        ],
+        "rejects": [
+            "clip_id: string",
+            "content_hash: string",
+            *PROVENANCE,
+            "stage: string not null",
+            "code: string not null",
+            "message: string not null",
+            "transient: bool not null",
+            *SIGNALS,
+            *SIMILARITIES,
+            "thumbnail: binary",
+        ],
+        "features": [
+            "clip_id: string not null",
+            "content_hash: string not null",
+            *PROVENANCE,
+            "duration_s: double not null",
+            "audio: binary not null",
+            "image_features: fixed_size_list<item: halffloat>[8] not null",
+            "text_features: fixed_size_list<item: halffloat>[12] not null",
+            "latents: fixed_size_list<item: halffloat>[256] not null",
+        ],
+    },
 }
 """Every released version stays here: tables on disk outlive the code that wrote them."""
 
