@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,40 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     return sorted(prefix + found for found in fs.find(path) if found.endswith(suffix))
 
 
+def shard_names(folder: str) -> set[str]:
+    """Names of a folder's Parquet files, without their ending."""
+    return {file.rsplit("/", 1)[1].removesuffix(".parquet") for file in list_files(folder, ".parquet")}
+
+
+def stamps(uris: Iterable[str]) -> dict[str, str]:
+    """What tells a file's present content from an earlier one, without reading it: size and time of change, or ETag.
+
+    One listing for each folder. A file that is not there has the stamp "missing".
+    """
+    folders: dict[str, list[str]] = {}
+    for uri in uris:
+        folders.setdefault(os.path.dirname(uri), []).append(uri)
+    found: dict[str, str] = {}
+    for folder, members in folders.items():
+        if folder.startswith("s3://"):
+            fs, path = filesystem(folder)
+            listed = {entry["name"]: entry for entry in fs.ls(path, detail=True)} if fs.exists(path) else {}
+            for uri in members:
+                entry = listed.get(uri.removeprefix("s3://"))
+                found[uri] = f"{entry.get('ETag')}:{entry['size']}" if entry else "missing"
+        else:
+            found |= {uri: _local_stamp(uri) for uri in members}
+    return found
+
+
+def _local_stamp(uri: str) -> str:
+    try:
+        stat = os.stat(filesystem(uri)[1])
+    except OSError:
+        return "missing"
+    return f"{stat.st_size}:{stat.st_mtime_ns}"
+
+
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
     """A file's content. Raises ValueError when it is larger than `max_bytes` (before reading it)."""
     fs, path = filesystem(uri)
@@ -109,6 +144,20 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         fs, path = filesystem(file)
         tables.append(pq.read_table(path, columns=columns, filesystem=fs, partitioning=None))
     return pa.concat_tables(tables)
+
+
+def read_row(uri: str, row: int) -> dict[str, Any]:
+    """One row of a Parquet file, by its place; reads no more than its row group."""
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb") as handle:
+        file = pq.ParquetFile(handle)
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if row < size:
+                found: dict[str, Any] = file.read_row_group(group).slice(row, 1).to_pylist()[0]
+                return found
+            row -= size
+    raise IndexError(f"{uri} has no such row")
 
 
 def remove(uri: str) -> None:

@@ -1,41 +1,47 @@
 """Decodes every clip of a manifest once, measures it, filters it, drops duplicates.
 
+    aai curate --manifest clips.csv --out curated
+    aai curate ... --retry IO_ERROR,TIMEOUT    # measure these rejects again; TRANSIENT: all that may pass next time
+    aai curate ... --flag-only                 # keep what filters speak against, and mark it
+    aai curate ... --rejudge                   # new thresholds on what is measured already: nothing is decoded
+
 out/accepted holds the ClipTable, out/rejected the RejectTable with the reason of every row that was not taken:
-rows in = accepted + rejected. out/curate.json holds the counts.
+rows in = accepted + rejected. out/curate.json holds the counts. Run it again after a kill, or when the manifest has
+grown: only what is missing is done.
 """
 
 import argparse
 import hashlib
-import io
+import json
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 import pydantic
-from PIL import Image
 
 from aai import storage
 from aai.errors import UserError
-from aai.media.audio import encode_flac
-from aai.media.decode import ClipError, DecodeConfig, decode_clip
-from aai.media.duplicates import DuplicateConfig, find_duplicates
-from aai.media.filters import FilterConfig, verdict
-from aai.media.signals import measure
-from aai.schema import CLIP_TABLE, REJECT_TABLE, SIGNALS, VERSION
-from pipelines.manifest import Row, fingerprint, read_manifest
+from aai.media.decode import DecodeConfig
+from aai.media.duplicates import DuplicateConfig
+from aai.media.filters import FilterConfig, broken_rules
+from aai.schema import VERSION
+from pipelines import score, similarity
+from pipelines.judge import DIGEST as JUDGED
+from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
+from pipelines.ledger import row_keys
+from pipelines.manifest import Row, read_manifest
+from pipelines.measure import check_ratio, measure_rows, shard_file
+from pipelines.score import ScoreConfig, ScoreWorker
 from pipelines.settings import Plan, VerbConfig
-from pipelines.shards import Result, Shard, run_shards
+from pipelines.shards import Shard, run_shards
+from pipelines.similarity import Null
 
 log = logging.getLogger(__name__)
-
-JPEG_QUALITY = 92
-_ERROR_FIELDS = [REJECT_TABLE.field(name) for name in ("stage", "code", "message", "transient")]
-MEASURED_TABLE = pa.schema([f.with_nullable(True) for f in [*CLIP_TABLE, *_ERROR_FIELDS]])
-"""Between measuring and judging: a ClipTable row, or provenance and an error."""
 
 
 class CurateConfig(VerbConfig):
@@ -54,8 +60,26 @@ class CurateConfig(VerbConfig):
     decode: DecodeConfig = DecodeConfig()
     filters: FilterConfig = FilterConfig()
     duplicates: DuplicateConfig = DuplicateConfig()
+    scores: ScoreConfig = ScoreConfig()
+    flag_only: bool = False
+    """Keep clips that filters speak against, and put the codes into the column `flags`."""
     max_reject_ratio: float = pydantic.Field(0.5, ge=0, le=1)
-    """Share of rejected rows above which the stage fails: something is wrong with the data or the settings."""
+    """Share of rejected rows above which the job stops, keeping what is done: the data or the settings are wrong."""
+    retry: tuple[str, ...] = ()
+    """Codes of undecodable rows to measure again in this run; TRANSIENT = all that may pass next time."""
+    rejudge: bool = False
+    """Judge what is measured already by other filters than it was judged by."""
+
+    @pydantic.field_validator("retry", mode="before")
+    @classmethod
+    def _split_codes(cls, value: object) -> object:
+        return [code.strip() for code in value.split(",") if code.strip()] if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _scored(self) -> "CurateConfig":
+        if self.filters.min_caption_similarity is not None and not self.scores.caption:
+            raise ValueError("filters.min_caption_similarity needs scores.caption=true")
+        return self
 
     def plan(self) -> Plan:
         """Counts the manifest's rows; decodes nothing."""
@@ -67,223 +91,180 @@ class CurateConfig(VerbConfig):
             resources=self.resources(),
         )
 
-    def content_digest(self) -> str:
-        """The digest of the settings that decide what stands in the tables."""
-        parts = {"decode", "filters", "duplicates", "rows_per_shard"}
-        text = f"{VERSION} {self.model_dump_json(include=parts)}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def digests(self) -> dict[str, Any]:
+        """Of the settings that decide what is measured, and how that is judged."""
+        measured = {"version": VERSION, "decode": self.decode.model_dump(mode="json", exclude=SPEED)}
+        judged = self.model_dump(mode="json", include={"filters", "duplicates", "flag_only"})
+        judged["scores"] = (
+            [self.scores.content_digest(), self.scores.false_accept_rate] if self.scores.enabled else None
+        )
+        return {"version": VERSION, "decode": _digest(measured), "judge": _digest(judged)}
 
 
+SPEED = {"decode_threads", "timeout_s", "max_memory_mb", "recycle_after"}
+"""Decode settings that decide how clips are decoded, not what stands in the tables."""
 CONFIG = CurateConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """--manifest and --out."""
+    """Short flags and the settings they stand for."""
     parser.add_argument("--manifest", metavar="FILE", help="CSV or Parquet manifest, or a folder of media files")
     parser.add_argument("--out", metavar="DIR", help="folder or s3:// prefix of the tables")
-    return {"manifest": "manifest", "out": "out"}
+    parser.add_argument(
+        "--retry", metavar="CODE,...", help="measure rejects with these codes again; TRANSIENT: all that may pass"
+    )
+    parser.add_argument("--flag-only", action="store_true", help="keep what filters speak against, and mark it")
+    parser.add_argument("--rejudge", action="store_true", help="judge measured clips by the present filters")
+    return {name: name for name in ("manifest", "out", "retry", "flag_only", "rejudge")}
 
 
-def clip_id(content_hash: str, start_s: float | None, end_s: float | None) -> str:
-    """Names a clip by its content: 24 hex digits of the hash of (file hash, start, end)."""
-    return hashlib.sha256(f"{content_hash}:{start_s}:{end_s}".encode()).hexdigest()[:24]
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------- workers
+# ---------------------------------------------------------------- scoring and judging
 
 
-def _read(uri: str, max_bytes: int) -> bytes:
-    try:
-        return storage.read_bytes(uri, max_bytes)
-    except FileNotFoundError as error:
-        raise ClipError("MISSING_FILE", "no such file") from error
-    except ValueError as error:
-        raise ClipError("TOO_LARGE", str(error)) from error
-    except Exception as error:  # storage clients raise many types; all mean "ask again later"
-        raise ClipError("IO_ERROR", f"{type(error).__name__}: {error}"[:300], transient=True) from error
+def _footers(out: str, folder: str, key: bytes) -> dict[str, str]:
+    """{shard: what its table carries under `key`}; small reads, many at once."""
+
+    def read(name: str) -> str:
+        fs, path = storage.filesystem(shard_file(out, folder, name))
+        return dict(pq.read_schema(path, filesystem=fs).metadata or {}).get(key, b"").decode()
+
+    names = sorted(storage.shard_names(storage.join(out, folder)))
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
 
 
-def _jpeg(pixels: Any) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return sink.getvalue()
+def _done_as(digests: dict[str, str]) -> Callable[[Shard], bool]:
+    return lambda shard: digests.get(shard["name"]) == shard["digest"]
 
 
-def measure_clip(row: Row, cfg: DecodeConfig) -> dict[str, Any]:
-    """One row of MEASURED_TABLE. A bad clip becomes a row with an error; nothing is raised."""
-    record: dict[str, Any] = dict(row)
-    stage = "read"
-    try:
-        data = _read(row["uri"], cfg.max_bytes)
-        stage = "decode"
-        record["content_hash"] = hashlib.sha256(data).hexdigest()
-        record["clip_id"] = clip_id(record["content_hash"], row["start_s"], row["end_s"])
-        clip = decode_clip(data, row["start_s"], row["end_s"], cfg)
-        signals = measure(clip, cfg.sample_rate_hz)
-        return (
-            record
-            | signals
-            | {
-                "audio": encode_flac(clip.audio, cfg.sample_rate_hz),
-                "frames": [_jpeg(frame) for frame in clip.frames],
-                "frame_pts_s": clip.frame_pts_s,
-            }
-        )
-    except ClipError as error:
-        failure = error
-    except Exception as error:  # one clip must not end the job; max_reject_ratio stops a systematic fault
-        log.exception("unexpected error in %s", row["uri"])
-        failure = ClipError("UNEXPECTED", f"{type(error).__name__}: {error}"[:300])
-    return record | {"stage": stage, "code": failure.code, "message": failure.message, "transient": failure.transient}
+def _score(config: CurateConfig, out: str, shards: dict[str, list[str]], rows: dict[str, Row]) -> None:
+    """Scores every shard whose scores are missing, or of other models or captions."""
+    digest = config.scores.content_digest()
+    todo = []
+    for name, keys in shards.items():
+        clips = [{"key": key, "caption": rows[key]["caption"]} for key in keys]
+        todo.append({"name": name, "rows": len(keys), "clips": clips, "digest": score.shard_digest(digest, clips)})
+    cluster = config.cluster
+    args = {
+        "out": out,
+        "config": config.scores.model_dump(mode="json"),
+        "threads": max(1, int(cluster.cpus_per_worker)),
+        "gpu": cluster.gpus_per_worker > 0,
+    }
+    done = _done_as(_footers(out, similarity.FOLDER, similarity.DIGEST))
+    run_shards("curate: score", todo, ScoreWorker, args, cluster, done, os.path.dirname(out))
 
 
-class MeasureWorker:
-    """Decodes and measures the clips of one shard -> _measured/SHARD.parquet."""
-
-    def __init__(self, out: str, decode: dict[str, Any]) -> None:
-        self.out, self.cfg = out, DecodeConfig.parse(decode)
-
-    def __call__(self, shard: Shard) -> Result:
-        """Shard: name, rows, clips (manifest rows)."""
-        records = [measure_clip(row, self.cfg) for row in shard["clips"]]
-        table = pa.Table.from_pylist(records, schema=MEASURED_TABLE)
-        storage.write_table(_file(self.out, "_measured", shard), table, row_group_size=64)
-        return {"rows": len(records), "rejected": sum("code" in record for record in records)}
-
-
-class JudgeWorker:
-    """Splits one measured shard into accepted/SHARD.parquet and rejected/SHARD.parquet."""
-
-    def __init__(self, out: str) -> None:
-        self.out = out
-
-    def __call__(self, shard: Shard) -> Result:
-        """Shard: name, rows, drop: {row number within the shard as text: [stage, code, message]}."""
-        records = storage.read_table(_file(self.out, "_measured", shard)).to_pylist()
-        accepted, rejected = [], []
-        for number, record in enumerate(records):
-            if reason := shard["drop"].get(str(number)):
-                record |= dict(zip(("stage", "code", "message"), reason, strict=True)) | {"transient": False}
-            if record["code"]:
-                rejected.append(record | {"thumbnail": (record["frames"] or [None])[0]})
-            else:
-                accepted.append(record | {"flags": []})
-        for folder, rows, schema in (("rejected", rejected, REJECT_TABLE), ("accepted", accepted, CLIP_TABLE)):
-            storage.write_table(_file(self.out, folder, shard), pa.Table.from_pylist(rows, schema=schema))
-        return {"rows": len(records), "rejected": len(rejected)}
+def _judge(config: CurateConfig, out: str, shards: dict[str, list[str]], rows: dict[str, Row]) -> dict[str, Any] | None:
+    """Writes accepted/ and rejected/ as the manifest and the settings now want them; returns the null's figures."""
+    enabled, null = config.scores.enabled, None
+    measured = read_measured(out, shards, rows, enabled)
+    if config.scores.bundle:
+        good = {row["key"] for row in measured if not row["code"] and not broken_rules(row, config.filters)}
+        null = Null.measure(out, list(shards), rows, good, config.scores.false_accept_rate)
+    verdicts = judge(measured, config, null)
+    todo = judge_shards(measured, shards, verdicts, config.flag_only)
+    for name in storage.shard_names(storage.join(out, "accepted")) - set(
+        shards
+    ):  # none of its clips is wanted any more
+        for folder in ("accepted", "rejected"):
+            storage.remove(shard_file(out, folder, name))
+    args = {"out": out, "flag_only": config.flag_only}
+    done = _done_as(_footers(out, "accepted", JUDGED))
+    run_shards("curate: split", todo, JudgeWorker, args, config.cluster, done, os.path.dirname(out), stateful=False)
+    return null.describe() if null else None
 
 
 # ---------------------------------------------------------------- the stage
 
 
-def _file(out: str, folder: str, shard: Shard) -> str:
-    return storage.join(out, folder, f"{shard['name']}.parquet")
-
-
-def _done(out: str, folder: str) -> Callable[[Shard], bool]:
-    return lambda shard: storage.exists(_file(out, folder, shard))
-
-
-def _shards(rows: Sequence[Row], rows_per_shard: int) -> list[Shard]:
-    parts = [list(rows[i : i + rows_per_shard]) for i in range(0, len(rows), rows_per_shard)]
-    return [{"name": f"shard-{n:05d}", "rows": len(part), "clips": part} for n, part in enumerate(parts)]
-
-
-def _judge(out: str, shards: Sequence[Shard], config: CurateConfig) -> dict[int, tuple[str, str, str]]:
-    """{row number: (stage, code, message)} of measured clips that filters or duplicates drop."""
-    columns = ["clip_id", "uri", "split", "code", *(field.name for field in SIGNALS)]
-    files = [_file(out, "_measured", shard) for shard in shards]  # their small columns only
-    rows = [row for file in files for row in storage.read_table(file, columns).to_pylist()]
-    drop: dict[int, tuple[str, str, str]] = {}
-    good = []
-    for number, row in enumerate(rows):
-        if row["code"]:
-            continue
-        if broken := verdict(row, config.filters):
-            drop[number] = ("filter", *broken)
-        else:
-            good.append(number)
-    duplicates = find_duplicates([rows[number] for number in good], config.duplicates)
-    return drop | {good[index]: ("duplicate", *reason) for index, reason in duplicates.items()}
-
-
-def _split_drops(shards: Sequence[Shard], drop: dict[int, tuple[str, str, str]]) -> list[Shard]:
-    out, first = [], 0
-    for shard in shards:
-        mine = {str(n - first): drop[n] for n in range(first, first + shard["rows"]) if n in drop}
-        out.append({"name": shard["name"], "rows": shard["rows"], "drop": mine})
-        first += shard["rows"]
-    return out
-
-
-def _finished(out: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of an earlier run with the same settings and input; None to start or to go on."""
-    started, result = storage.join(out, "_started.json"), storage.join(out, "curate.json")
-    if storage.exists(started):
-        before = storage.read_json(started)
-        for name, what in (("digest", "settings"), ("input", "input")):
-            if before.get(name) != settings[name]:
-                raise UserError("out", out, f"holds tables of other {what}", "choose another, or delete it")
-    elif storage.list_files(out):
-        raise UserError("out", out, "is not empty, nor written by curate", "choose another, or delete it")
-    else:
-        storage.write_json(started, settings)
-    return storage.read_json(result) if storage.exists(result) else None
+def _open(out: str, digests: dict[str, Any], rejudge: bool) -> None:
+    """Makes sure that what lies in the output folder is of these settings. Raises UserError when it is not."""
+    started = storage.join(out, "_started.json")
+    if not storage.exists(started):
+        if storage.list_files(out):
+            raise UserError("out", out, "is not empty, nor written by curate", "choose another, or delete it")
+        storage.write_json(started, digests)
+        return
+    before = storage.read_json(started)
+    if any(before.get(name) != digests[name] for name in ("version", "decode")):
+        raise UserError("out", out, "holds clips decoded by other settings", "choose another, or delete it")
+    if before.get("judge") != digests["judge"]:
+        if not rejudge:
+            rule, remedy = (
+                "holds tables made with other filters",
+                "choose another, or pass --rejudge to judge them anew",
+            )
+            raise UserError("out", out, rule, remedy)
+        storage.remove(storage.join(out, "curate.json"))
+        storage.write_json(started, digests)
 
 
 def _totals(out: str, rows_in: int) -> dict[str, Any]:
     """Counts from the tables themselves."""
-    hours = storage.read_table(storage.join(out, "accepted"), ["duration_s"])["duration_s"].to_pylist()
+    taken = storage.read_table(storage.join(out, "accepted"), ["duration_s", "flags"])
     reasons = storage.read_table(storage.join(out, "rejected"), ["code", "transient"])
     codes, transient = reasons["code"].to_pylist(), reasons["transient"].to_pylist()
-    if rows_in != len(hours) + len(codes):
-        raise RuntimeError(f"curate: {rows_in} rows in, but {len(hours)} accepted and {len(codes)} rejected")
+    if rows_in != len(taken) + len(codes):
+        raise RuntimeError(f"curate: {rows_in} rows in, but {len(taken)} accepted and {len(codes)} rejected")
+    flags = Counter(flag for flags in taken["flags"].to_pylist() for flag in flags)
     return {
         "rows_in": rows_in,
-        "accepted": len(hours),
+        "accepted": len(taken),
         "rejected": len(codes),
-        "by_code": dict(sorted(Counter(codes).items(), key=lambda item: (-item[1], item[0]))),
+        "by_code": _counts(Counter(codes)),
+        "flagged": _counts(flags),
         "transient": sum(transient),
-        "hours": round(sum(hours) / 3600, 4),
+        "hours": round(sum(taken["duration_s"].to_pylist()) / 3600, 4),
     }
+
+
+def _counts(counter: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _summary(result: dict[str, Any], out: str) -> str:
     codes = ", ".join(f"{code} {count}" for code, count in result["by_code"].items())
+    flags = ", ".join(f"{code} {count}" for code, count in result["flagged"].items())
     return (
         f"{result['rows_in']} rows in = {result['accepted']} accepted + {result['rejected']} rejected"
-        f"{f' ({codes})' if codes else ''} in {result['seconds']:.0f} s -> {out}"
+        f"{f' ({codes})' if codes else ''}{f', flagged: {flags}' if flags else ''}"
+        f" in {result['seconds']:.0f} s -> {out}"
     )
 
 
 def run(config: CurateConfig) -> dict[str, Any]:
     """Curates a manifest; returns what curate.json holds. A second run with nothing changed does nothing."""
-    started = time.monotonic()
+    begin = time.monotonic()
     rows = read_manifest(config.manifest, config.media_root, config.default_split)
+    keys = row_keys(rows)
     out = storage.absolute(config.out)
-    settings = {"version": VERSION, "digest": config.content_digest(), "input": fingerprint(rows)}
-    if earlier := _finished(out, settings):
+    settings = config.digests()
+    _open(out, settings, config.rejudge)
+    settings["input"] = _digest([keys, rows])
+    where = storage.join(out, "curate.json")
+    earlier = storage.read_json(where) if storage.exists(where) else None
+    if earlier and not config.retry and all(earlier.get(name) == value for name, value in settings.items()):
         log.info("curate: up to date: %s", _summary(earlier, config.out))
-        storage.remove(storage.join(out, "_measured"))
-        return earlier
-    shards = _shards(rows, config.rows_per_shard)
-    cluster, logs = config.cluster, os.path.dirname(out)
-    measure_args = {"out": out, "decode": config.decode.model_dump()}
-    run_shards("curate", shards, MeasureWorker, measure_args, cluster, _done(out, "_measured"), logs)
-    judged = _split_drops(shards, _judge(out, shards, config))
-    # accepted/ is written after rejected/: when it is there, both are.
-    done = _done(out, "accepted")
-    run_shards("curate: split", judged, JudgeWorker, {"out": out}, cluster, done, logs, stateful=False)
-    result: dict[str, Any] = settings | _totals(out, len(rows)) | {"seconds": round(time.monotonic() - started, 1)}
-    ratio = result["rejected"] / len(rows)
-    if ratio > config.max_reject_ratio:
-        raise UserError(
-            "max_reject_ratio",
-            config.max_reject_ratio,
-            f"{ratio:.0%} of the rows were rejected ({result['by_code']})",
-            f"read the reasons in {config.out}/rejected, mend the input, or raise it",
-        )
-    storage.write_json(storage.join(out, "curate.json"), result)
-    storage.remove(storage.join(out, "_measured"))
+        return dict(earlier)
+    storage.remove(where)
+    ledger, counts = measure_rows(config, out, rows, keys)
+    by_key = dict(zip(keys, rows, strict=True))
+    shards = {name: [entry.key for entry in entries] for name, entries in ledger.valid(set(keys)).items()}
+    if config.scores.enabled:
+        _score(config, out, shards, by_key)
+    correspondence = _judge(config, out, shards, by_key)
+    result: dict[str, Any] = settings | _totals(out, len(rows)) | {"correspondence": correspondence}
+    result |= {
+        "measured": counts["measured"],
+        "reused": counts["reused"],
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    check_ratio(config, result["rejected"], len(rows), f"({result['by_code']})")
+    storage.write_json(where, result)
     log.info("curate: %s", _summary(result, config.out))
     return result

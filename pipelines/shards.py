@@ -97,12 +97,14 @@ def run_shards(
     log_dir: str | None = None,
     stateful: bool = True,
     unit: str = "clip",
+    on_result: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Runs every shard that is not `done`, and returns the results of those that ran, in any order.
 
     name and unit: of the progress line; shards: JSON values, with `rows`, how many units each has; worker_cls and its
     keyword arguments must be importable on every node. stateful: keep one worker per process; False makes a worker
-    for each shard and saves the start of the processes. A worker's UserError is raised as it is, any other error of
+    for each shard and saves the start of the processes. on_result: sees every result as it comes, and may raise to stop
+    the job. A worker's UserError is raised as it is, any other error of
     a worker as a RuntimeError with its last line.
     """
     todo = [shard for shard in shards if not done(shard)]
@@ -125,6 +127,7 @@ def run_shards(
                 rejected += int(result["rejected"])
                 bar.set_postfix(rejected=rejected, refresh=False)
             bar.update(int(result["rows"]))
+            on_result(result)
     if len(results) != len(todo):
         raise RuntimeError(f"{name}: {len(results)} results for {len(todo)} shards")
     return results

@@ -1,4 +1,4 @@
-"""From measured signals to a verdict: the first rule a clip breaks, in words."""
+"""From measured signals to a verdict: the rules a clip breaks, in words."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ class FilterConfig(Config):
     silent_rms_db: float = pydantic.Field(-60.0, le=0)
     """A clip below this level, in dB full scale, is SILENT."""
     max_silent_fraction: float = pydantic.Field(0.95, ge=0, le=1)
-    """Largest share of silent 50 ms windows (SILENT)."""
+    """Largest share of silent 50 ms windows (MOSTLY_SILENT)."""
     max_clipped_fraction: float = pydantic.Field(0.05, ge=0, le=1)
     """Largest share of samples at full scale (CLIPPED)."""
     black_luma: float = pydantic.Field(8.0, ge=0, le=255)
@@ -33,9 +33,13 @@ class FilterConfig(Config):
     """Brightness that varies less than this within the pictures, 0..255, is a BLANK_VIDEO."""
     min_motion: float = pydantic.Field(0.25, ge=0)
     """Mean change between kept frames below this, 0..255, is a FROZEN_VIDEO; 0 lets still pictures pass."""
+    still_motion: float = pydantic.Field(0.0, ge=0)
+    """Mean change between kept frames below this, 0..255, is a NEAR_STILL video; 0 turns the rule off."""
+    min_caption_similarity: float | None = pydantic.Field(None, ge=-1, le=1)
+    """Cosine of caption and pictures in CLIP space below this is an OFF_CAPTION clip; needs scores.caption."""
 
 
-_RULES: tuple[tuple[str, str, str, str, int], ...] = (
+RULES: tuple[tuple[str, str, str, str, int], ...] = (
     # code, signal, threshold, unit, sign: +1 the signal must be at least the threshold, -1 at most
     ("TOO_SHORT", "duration_s", "min_duration_s", "s", +1),
     ("TOO_LONG", "duration_s", "max_duration_s", "s", -1),
@@ -43,20 +47,27 @@ _RULES: tuple[tuple[str, str, str, str, int], ...] = (
     ("TOO_SMALL", "height", "min_size_px", "px", +1),
     ("LOW_FPS", "fps", "min_fps", "frames/s", +1),
     ("SILENT", "rms_db", "silent_rms_db", "dBFS", +1),
-    ("SILENT", "silent_fraction", "max_silent_fraction", "of the time", -1),
+    ("MOSTLY_SILENT", "silent_fraction", "max_silent_fraction", "of the time", -1),
     ("CLIPPED", "clipped_fraction", "max_clipped_fraction", "of the samples", -1),
     ("BLACK_VIDEO", "luma_mean", "black_luma", "of 255", +1),
     ("BLANK_VIDEO", "luma_std", "min_luma_std", "of 255", +1),
     ("FROZEN_VIDEO", "motion", "min_motion", "of 255", +1),
+    ("NEAR_STILL", "motion", "still_motion", "of 255", +1),
     ("AV_GAP", "av_gap_s", "max_av_gap_s", "s", -1),
+    ("OFF_CAPTION", "caption_similarity", "min_caption_similarity", "cosine", +1),
 )
+"""Every filter; a rule without a threshold is off, a signal that was not measured breaks none."""
 
 
-def verdict(signals: Mapping[str, Any], cfg: FilterConfig) -> tuple[str, str] | None:
-    """(code, message) of the first rule that the signals break, or None when the clip is good."""
-    for code, signal, threshold, unit, sign in _RULES:
-        value, limit = float(signals[signal]), float(getattr(cfg, threshold))
+def broken_rules(signals: Mapping[str, Any], cfg: FilterConfig) -> list[tuple[str, str]]:
+    """(code, message) of every rule that the signals break, in the order of RULES; empty when the clip is good."""
+    broken = []
+    for code, signal, threshold, unit, sign in RULES:
+        limit = getattr(cfg, threshold)
+        if limit is None or signals.get(signal) is None:
+            continue
+        value = float(signals[signal])
         if not sign * (value - limit) >= 0:  # so that NaN fails
             word = "below" if sign > 0 else "above"
-            return code, f"{signal} {value:.4g} {unit} is {word} {threshold} {limit:g}"
-    return None
+            broken.append((code, f"{signal} {value:.4g} {unit} is {word} {threshold} {float(limit):g}"))
+    return broken

@@ -1,6 +1,6 @@
 import pytest
 
-from aai.media.filters import FilterConfig, verdict
+from aai.media.filters import RULES, FilterConfig, broken_rules
 
 GOOD = {
     "duration_s": 2.0, "width": 128, "height": 128, "fps": 8.0, "av_gap_s": 0.02, "rms_db": -25.0,
@@ -9,7 +9,7 @@ GOOD = {
 
 
 def test_a_good_clip_passes() -> None:
-    assert verdict(GOOD, FilterConfig()) is None
+    assert broken_rules(GOOD, FilterConfig()) == []
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_a_good_clip_passes() -> None:
         ("fps", 0.1, "LOW_FPS"),
         ("rms_db", -90.0, "SILENT"),
         ("rms_db", float("nan"), "SILENT"),
-        ("silent_fraction", 0.99, "SILENT"),
+        ("silent_fraction", 0.99, "MOSTLY_SILENT"),
         ("clipped_fraction", 0.4, "CLIPPED"),
         ("luma_mean", 1.0, "BLACK_VIDEO"),
         ("luma_std", 0.1, "BLANK_VIDEO"),
@@ -30,14 +30,28 @@ def test_a_good_clip_passes() -> None:
     ],
 )
 def test_each_rule_names_signal_value_and_threshold(signal: str, value: float, code: str) -> None:
-    found = verdict(GOOD | {signal: value}, FilterConfig())
-    assert found is not None
-    assert found[0] == code
-    assert signal in found[1]
-    assert f"{value:.4g}" in found[1]
+    ((code_found, message),) = broken_rules(GOOD | {signal: value}, FilterConfig())
+    assert code_found == code
+    assert signal in message
+    assert f"{value:.4g}" in message
 
 
 def test_thresholds_are_settings() -> None:
-    assert verdict(GOOD | {"motion": 0.0}, FilterConfig(min_motion=0)) is None
-    found = verdict(GOOD, FilterConfig(min_duration_s=3))
-    assert found == ("TOO_SHORT", "duration_s 2 s is below min_duration_s 3")
+    assert broken_rules(GOOD | {"motion": 0.0}, FilterConfig(min_motion=0)) == []
+    assert broken_rules(GOOD | {"motion": 0.6}, FilterConfig(still_motion=0.7))[0][0] == "NEAR_STILL"
+    found = broken_rules(GOOD, FilterConfig(min_duration_s=3))
+    assert found == [("TOO_SHORT", "duration_s 2 s is below min_duration_s 3")]
+
+
+def test_every_broken_rule_is_told_in_order() -> None:
+    found = broken_rules(GOOD | {"rms_db": -90.0, "silent_fraction": 1.0, "motion": 0.0}, FilterConfig())
+    assert [code for code, _ in found] == ["SILENT", "MOSTLY_SILENT", "FROZEN_VIDEO"]
+    order = [rule[0] for rule in RULES]
+    assert [order.index(code) for code, _ in found] == sorted(order.index(code) for code, _ in found)
+
+
+def test_a_rule_without_threshold_or_signal_is_off() -> None:
+    off = GOOD | {"caption_similarity": -0.5}
+    assert broken_rules(off, FilterConfig()) == []
+    assert broken_rules(GOOD | {"caption_similarity": None}, FilterConfig(min_caption_similarity=0.2)) == []
+    assert broken_rules(off, FilterConfig(min_caption_similarity=0.2))[0][0] == "OFF_CAPTION"

@@ -1,5 +1,6 @@
 import io
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from aai.media.audio import decode_flac
 from aai.schema import CLIP_TABLE, REJECT_TABLE
 from aai.toy.scoring import score_defects
 from aai.toy.world import write_world
+from pipelines import measure
 from pipelines.cluster import connect, shutdown
-from pipelines.curate import CurateConfig, measure_clip, run
+from pipelines.curate import CurateConfig, run
 from pipelines.settings import ClusterConfig
 from tests.clips import make_clip
 
@@ -52,7 +54,6 @@ def test_world_is_curated_by_the_planted_truth(world: Path, tmp_path: Path, capl
     assert all(kind["found"] == kind["planted"] for kind in score["kinds"].values()), score
     assert f"100 rows in = {result['accepted']} accepted + {result['rejected']} rejected (" in caplog.text
     assert storage.read_json(str(out / "curate.json")) == result
-    assert not (out / "_measured").exists()
     check_tables(out)
     check_rerun(world, out, result, caplog)
 
@@ -78,53 +79,162 @@ def check_rerun(world: Path, out: Path, result: dict[str, Any], caplog: pytest.L
     with caplog.at_level(logging.INFO):
         assert curate(world / "manifest.csv", out) == result
     assert "up to date" in caplog.text
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="decoded by other settings"):
         curate(world / "manifest.csv", out, decode={"num_frames": 2})
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_tables(tmp_path: Path) -> None:
-    for i in range(6):
+def write_media(folder: Path, count: int, first: int = 0) -> None:
+    """Clips that are no duplicates of one another."""
+    for i in range(first, first + count):
         times = np.arange(0, 2, 0.1) ** (1 + i / 10)
-        storage.write_bytes(str(tmp_path / f"media/{i}.mp4"), make_clip(list(np.round(times / times[-1] * 1.9, 3))))
+        clip = make_clip(list(np.round(times / times[-1] * 1.9, 3)))
+        storage.write_bytes(str(folder / f"{i}.mp4"), clip)
+
+
+APART: dict[str, Any] = {"rows_per_shard": 2, "duplicates": {"enabled": False}}
+
+
+def tables(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of both tables, in an order of their own, without what names a place."""
+    found = {name: storage.read_table(str(out / name)).to_pylist() for name in ("accepted", "rejected")}
+    return {name: sorted(rows, key=lambda row: (row["uri"], row["start_s"] or 0)) for name, rows in found.items()}
+
+
+def written(out: Path) -> dict[str, int]:
+    """When each table of a folder was written."""
+    return {f"{file.parent.name}/{file.name}": file.stat().st_mtime_ns for file in out.glob("*ed/*.parquet")}
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_tables(tmp_path: Path) -> None:
+    write_media(tmp_path / "media", 6)
     storage.write_bytes(str(tmp_path / "media/broken.mp4"), b"no clip")
     whole, again = tmp_path / "whole", tmp_path / "again"
-    options: dict[str, Any] = {"rows_per_shard": 2, "duplicates": {"enabled": False}}
-    first = curate(tmp_path / "media", whole, **options)
-    assert (first["accepted"], first["rejected"]) == (6, 1)
-    curate(tmp_path / "media", again, **options)
-    # As a kill in the middle of the split leaves it: no result, some tables still missing.
+    first = curate(tmp_path / "media", whole, **APART)
+    assert (first["accepted"], first["rejected"], first["measured"]) == (6, 1, 7)
+    curate(tmp_path / "media", again, **APART)
+    # As kills leave it: no result, one shard not measured, another not judged.
     (again / "curate.json").unlink()
-    (again / "accepted/shard-00001.parquet").unlink()
-    (again / "rejected/shard-00001.parquet").unlink()
-    kept = (again / "accepted/shard-00000.parquet").stat().st_mtime_ns
-    second = curate(tmp_path / "media", again, **options)
-    assert {**second, "seconds": 0} == {**first, "seconds": 0}
-    assert (again / "accepted/shard-00000.parquet").stat().st_mtime_ns == kept
-    for folder in ("accepted", "rejected"):
-        tables = [storage.read_table(str(out / folder)) for out in (whole, again)]
-        assert tables[0].equals(tables[1])
-
-
-def test_what_cannot_be_read_is_a_row_with_a_reason(tmp_path: Path) -> None:
-    row: dict[str, Any] = {
-        "uri": str(tmp_path / "none.mp4"),
-        "start_s": None,
-        "end_s": None,
-        "caption": "",
-        "labels": [],
-        "split": "t",
+    for lost in ("_measured/shard-00002", "accepted/shard-00002", "rejected/shard-00002", "accepted/shard-00001"):
+        (again / f"{lost}.parquet").unlink()
+    kept = written(again)
+    second = curate(tmp_path / "media", again, **APART)
+    assert second["measured"] == 2
+    assert {**second, "seconds": 0, "measured": 7} == {**first, "seconds": 0}
+    assert {name: time for name, time in written(again).items() if name in kept and name[0] != "r"} == {
+        name: time for name, time in kept.items() if name[0] != "r"
     }
-    cfg = CurateConfig(manifest="m", out="o").decode
-    missing = measure_clip(row, cfg)
-    assert (missing["stage"], missing["code"], missing["transient"]) == ("read", "MISSING_FILE", False)
-    folder = measure_clip(row | {"uri": str(tmp_path)}, cfg)
-    assert (folder["stage"], folder["code"], folder["transient"]) == ("read", "IO_ERROR", True)
+    for folder in ("accepted", "rejected"):
+        both = [storage.read_table(str(out / folder)) for out in (whole, again)]
+        assert both[0].equals(both[1])
+
+
+def test_only_new_and_changed_files_are_measured(tmp_path: Path) -> None:
+    media, out = tmp_path / "media", tmp_path / "out"
+    write_media(media, 4)
+    curate(media, out, **APART)
+    before = written(out)
+    write_media(media, 2, first=4)
+    grown = curate(media, out, **APART)
+    assert (grown["rows_in"], grown["accepted"], grown["measured"]) == (6, 6, 2)
+    assert before.items() <= written(out).items()
+    storage.write_bytes(str(media / "0.mp4"), b"no clip any more")
+    (media / "1.mp4").unlink()
+    changed = curate(media, out, **APART)
+    assert (changed["rows_in"], changed["accepted"], changed["rejected"], changed["measured"]) == (5, 4, 1, 1)
+    fresh = tmp_path / "fresh"
+    curate(media, fresh, **APART)
+    assert tables(out) == tables(fresh)
+
+
+def test_known_content_is_not_decoded_again(tmp_path: Path) -> None:
+    write_media(tmp_path / "media", 3)
+    first = curate(tmp_path / "media", tmp_path / "out", **APART)
+    before = tables(tmp_path / "out")["accepted"]
+    (tmp_path / "media").rename(tmp_path / "moved")
+    moved = curate(tmp_path / "moved", tmp_path / "out", **APART)
+    assert (first["reused"], moved["measured"], moved["reused"]) == (0, 3, 3)
+    after = tables(tmp_path / "out")["accepted"]
+    assert [row["uri"] for row in after] == [row["uri"].replace("/media/", "/moved/") for row in before]
+    same = ("clip_id", "audio", "frames", "motion")
+    assert [[row[name] for name in same] for row in after] == [[row[name] for name in same] for row in before]
+
+
+def test_captions_and_splits_come_from_the_manifest_of_today(tmp_path: Path) -> None:
+    write_media(tmp_path, 2)
+    manifest = tmp_path / "clips.csv"
+    manifest.write_text("uri,caption,split\n0.mp4,old,train\n1.mp4,old,train\n")
+    curate(manifest, tmp_path / "out", **APART)
+    manifest.write_text("uri,caption,split\n0.mp4,new,test\n1.mp4,old,train\n")
+    assert curate(manifest, tmp_path / "out", **APART)["measured"] == 0
+    rows = tables(tmp_path / "out")["accepted"]
+    assert [(row["caption"], row["split"]) for row in rows] == [("new", "test"), ("old", "train")]
+
+
+def test_retry_measures_the_named_rejects_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    media, out = tmp_path / "media", tmp_path / "out"
+    write_media(media, 3)
+    (media / "later.mp4").mkdir()  # reading a folder fails in a way that may pass
+    storage.write_bytes(str(media / "broken.mp4"), b"no clip")
+    manifest = tmp_path / "clips.csv"
+    manifest.write_text("uri\n" + "\n".join(f"media/{name}.mp4" for name in ("0", "1", "later", "broken", "2")) + "\n")
+    first = curate(manifest, out, **APART)
+    assert first["by_code"] == {"IO_ERROR": 1, "UNREADABLE": 1}
+    assert first["transient"] == 1
+    kept = written(out)
+    assert curate(manifest, out, **APART, retry="TRANSIENT")["measured"] == 1
+    again = curate(manifest, out, **APART, retry=["IO_ERROR", "UNREADABLE"])
+    assert again["measured"] == 2
+    assert {name: again[name] for name in ("accepted", "rejected", "by_code")} == {
+        name: first[name] for name in ("accepted", "rejected", "by_code")
+    }
+    untouched = {name: time for name, time in kept.items() if name.startswith("_measured")}
+    assert untouched.items() <= written(out).items()
+    with pytest.raises(UserError, match=r"IO_ERROR \(1\)"):
+        curate(manifest, out, **APART, retry="TIMEOUT")
+    with pytest.raises(UserError, match="--rejudge"):
+        curate(manifest, out, **APART, retry="SILENT")
+
+
+def test_flag_only_keeps_and_marks(world: Path, tmp_path: Path) -> None:
+    result = curate(world / "manifest.csv", tmp_path / "out", flag_only=True)
+    rows = tables(tmp_path / "out")["accepted"]
+    by_flag = Counter(flag for row in rows for flag in row["flags"])
+    assert by_flag == result["flagged"]
+    assert {"FROZEN_VIDEO", "BLACK_VIDEO", "TOO_SHORT", "EXACT_DUPLICATE", "SILENT"} <= set(by_flag)
+    assert by_flag["SILENT"] == by_flag["MOSTLY_SILENT"]  # all that speaks against a clip, not only the first
+    assert {row["stage"] for row in tables(tmp_path / "out")["rejected"]} == {"decode"}
+
+
+def test_new_thresholds_need_no_decoding(tmp_path: Path) -> None:
+    write_media(tmp_path / "media", 3)
+    curate(tmp_path / "media", tmp_path / "out", **APART)
+    stricter = {**APART, "filters": {"min_duration_s": 5}, "max_reject_ratio": 1}
+    with pytest.raises(UserError, match="--rejudge"):
+        curate(tmp_path / "media", tmp_path / "out", **stricter)
+    result = curate(tmp_path / "media", tmp_path / "out", **stricter, rejudge=True)
+    assert (result["accepted"], result["by_code"], result["measured"]) == (0, {"TOO_SHORT": 3}, 0)
+    assert curate(tmp_path / "media", tmp_path / "out", **stricter)["seconds"] == result["seconds"]
+
+
+def test_a_job_that_goes_wrong_is_stopped_and_keeps_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "EARLY_ROWS", 4)
+    for i in range(40):
+        storage.write_bytes(str(tmp_path / f"media/{i}.mp4"), b"no clip")
+    with pytest.raises(UserError, match="100% of 4 rows were rejected so far"):
+        curate(tmp_path / "media", tmp_path / "out", **APART)
+    done = len(list((tmp_path / "out/_measured").iterdir()))
+    assert 2 <= done < 20
+    result = curate(tmp_path / "media", tmp_path / "out", **APART, max_reject_ratio=1)
+    assert result["rejected"] == 40
+    assert result["measured"] <= 40 - 2 * done + 2
 
 
 def test_too_many_rejections_fail_the_stage(tmp_path: Path) -> None:
     for i in range(3):
         storage.write_bytes(str(tmp_path / f"media/{i}.mp4"), b"no clip")
-    with pytest.raises(UserError, match="100% of the rows were rejected"):
+    with pytest.raises(UserError, match="100% of 3 rows were rejected"):
         curate(tmp_path / "media", tmp_path / "out")
     assert not (tmp_path / "out/curate.json").exists()
     assert curate(tmp_path / "media", tmp_path / "out", max_reject_ratio=1)["rejected"] == 3
@@ -154,6 +264,7 @@ def test_s3(tmp_path: Path, s3_server: dict[str, str], monkeypatch: pytest.Monke
         result = curate("s3://aai-test/media", "s3://aai-test/curated")
         assert (result["accepted"], result["rejected"]) == (1, 1)
         assert storage.read_table("s3://aai-test/curated/accepted")["uri"].to_pylist() == ["s3://aai-test/media/a.mp4"]
-        assert storage.list_files("s3://aai-test/curated/_measured") == []
+        again = curate("s3://aai-test/media", "s3://aai-test/curated")
+        assert again == result
     finally:
         shutdown()
