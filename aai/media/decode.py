@@ -15,6 +15,7 @@ import numpy as np
 from av.container import InputContainer
 
 from aai.media.limits import ClipError, Deadline, DecodeConfig, Tally, reason
+from aai.media.picking import seconds
 from aai.media.pictures import HASH_FRAMES, Pictures
 from aai.media.sound import Sound
 
@@ -95,7 +96,7 @@ def _packets(container: InputContainer, streams: list[Any], clock: Deadline) -> 
 
 def _hear(sound: Sound, packet: Any, tally: Tally, origin_s: float) -> bool:
     """Decodes one packet of sound; False when the window is over."""
-    if packet.pts is not None and float(packet.pts * packet.time_base) - origin_s < sound.start_s - _LEAD_S:
+    if packet.pts is not None and seconds(packet.pts, packet.time_base) - origin_s < sound.start_s - _LEAD_S:
         return True
     frames = [frame for frame in tally.decode(packet.stream.decode, packet) if frame.pts is not None]
     return all(sound.add(frame, frame.time - origin_s) for frame in frames)

@@ -12,7 +12,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from aai.media.limits import ClipError, Deadline, DecodeConfig, Tally
-from aai.media.picking import pick, spans
+from aai.media.picking import pick, seconds, spans
 
 LUMA_PX = 32
 HASH_FRAMES = 4
@@ -69,6 +69,7 @@ class Pictures:
     ) -> None:
         self.stream, self.origin_s, self.start_s, self.end_s = stream, origin_s, start_s, end_s
         self.cfg, self.tally, self.scaler = cfg, tally, Scaler(cfg.frame_size_px)
+        self.time_base = stream.time_base
         self.packets: list[Any] = []
         self.in_avi = stream.container.format.name == "avi"  # made-up times: one per frame, in the order of decoding
         self.last_key = 0
@@ -76,7 +77,7 @@ class Pictures:
         self.last_end_s = 0.0
 
     def _time_s(self, pts: int) -> float:
-        return float(pts * self.stream.time_base) - self.origin_s
+        return seconds(pts, self.time_base) - self.origin_s
 
     def add(self, packet: Any) -> bool:
         """Takes one packet; False when the window is over."""
@@ -96,7 +97,7 @@ class Pictures:
         time_s = self._time_s(stamp)
         if time_s - self.start_s > self.cfg.max_duration_s + 1:
             raise ClipError("TOO_LONG", f"video is longer than the limit of {self.cfg.max_duration_s:g} s")
-        length_s = float((packet.duration or 0) * self.stream.time_base)
+        length_s = seconds(packet.duration or 0, self.time_base)
         self.last_end_s = max(self.last_end_s, time_s + length_s)
         self.count += time_s + length_s > self.start_s or not length_s
         return True
