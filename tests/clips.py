@@ -68,3 +68,43 @@ def tone(duration_s: float, sample_rate_hz: int) -> np.ndarray:
     """Silence, then from the middle on a tone of 440 Hz at -9 dB: float32 [S]."""
     t = np.arange(round(duration_s * sample_rate_hz)) / sample_rate_hz
     return (0.5 * np.sin(2 * np.pi * 440 * t) * (t >= duration_s / 2)).astype(np.float32)
+
+
+def make_moving(
+    codec: str = "libx264",
+    container: str = "mp4",
+    num_frames: int = 60,
+    fps: int = 20,
+    size: tuple[int, int] = (128, 96),
+    options: dict[str, str] | None = None,
+    sound: str = "aac",
+    seed: int = 0,
+    live: dict[str, str] | None = None,
+) -> bytes:
+    """A clip in which every frame differs: a drifting texture with noise, cut to another one in the middle."""
+    rng, (width, height) = np.random.default_rng(seed), size
+    coarse = rng.integers(0, 256, (2, height // 8 + 1, width // 4 + 1, 3))
+    scenes = np.kron(coarse, np.ones((1, 8, 8, 1)))[:, :height].astype(np.int16)
+    sink = io.BytesIO()
+    with av.open(sink, "w", format=container, options=live or {}) as out:
+        video = out.add_stream(codec, rate=fps, options=options or {})
+        video.width, video.height, video.pix_fmt = width, height, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        audio = out.add_stream(sound, rate=48_000 if "opus" in sound else 44_100, layout="stereo")
+        for number in range(num_frames):
+            pixels = np.roll(scenes[number * 2 // num_frames], -3 * number, axis=1)[:, :width]
+            pixels = (pixels * 3 // 4 + rng.integers(0, 40, (height, width, 1))).clip(0, 255).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+        kind = "s16" if sound.startswith("pcm") else "s16p" if "mp2" in sound else "fltp"
+        samples = np.tile(tone(num_frames / fps, audio.rate), (2, 1))
+        if not kind.startswith("flt"):
+            samples = (samples * 32_767).astype(np.int16)
+        if kind == "s16":
+            samples = samples.T.reshape(1, -1)
+        heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), kind, "stereo")
+        heard.sample_rate, heard.pts, heard.time_base = audio.rate, 0, Fraction(1, audio.rate)
+        out.mux(audio.encode(heard))
+        out.mux(audio.encode(None))
+    return sink.getvalue()

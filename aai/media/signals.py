@@ -4,7 +4,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy.fft import dctn
 
 from aai.media.decode import DecodedClip
 
@@ -12,7 +11,6 @@ SILENT_WINDOW_DB = -60.0
 """A 50 ms window below this level (dB full scale) counts as silent."""
 FLOOR_DB = -120.0
 HASH_BYTES = 32
-_HASH_FRAMES = 4  # x 64 bits
 _HASH_BANDS, _HASH_STEPS = 17, 17  # 16 x 16 differences = 256 bits
 _HASH_HZ = (100.0, 3500.0)  # what even an 8 kHz recording keeps
 
@@ -43,14 +41,16 @@ def motion(luma: np.ndarray) -> float:
 
 
 def video_hash(luma: np.ndarray) -> bytes:
-    """256-bit perceptual hash of small grey pictures [N, 32, 32].
+    """256-bit perceptual hash of 4 small grey pictures [4, 32, 32], 64 bits each.
 
-    pHash of 4 evenly spaced pictures: which of 64 low frequencies of the DCT lie above their median. It survives
+    pHash: which of 64 low frequencies of the DCT lie above their median. It survives
     re-encoding, scaling and brightness changes.
     """
-    picks = ((np.arange(_HASH_FRAMES) + 0.5) / _HASH_FRAMES * len(luma)).astype(int)
-    waves = dctn(luma[picks].astype(np.float32), axes=(1, 2), norm="ortho")[:, :9, :9]
-    waves = waves.reshape(_HASH_FRAMES, -1)[:, 1:65]  # without the mean brightness
+    size = luma.shape[-1]
+    basis = np.cos(np.pi / size * np.arange(9)[:, None] * (np.arange(size) + 0.5))  # of the DCT, up to its scale
+    basis[0] *= np.sqrt(0.5)
+    waves = basis @ luma @ basis.T
+    waves = waves.reshape(len(luma), -1)[:, 1:65]  # without the mean brightness
     bits = waves > np.median(waves, axis=1, keepdims=True)
     return np.packbits(bits).tobytes()
 
@@ -75,8 +75,6 @@ def audio_hash(audio: np.ndarray, sample_rate_hz: int) -> bytes:
 
 def measure(clip: DecodedClip, sample_rate_hz: int) -> dict[str, Any]:
     """All SIGNALS columns of `aai/schema.py` for one clip (units in the schema)."""
-    shown = np.searchsorted(clip.luma_pts_s, np.array(clip.frame_pts_s) - 1e-6)
-    kept = clip.luma[shown.clip(0, len(clip.luma) - 1)]
     return {
         "duration_s": clip.duration_s,
         "width": clip.width,
@@ -88,9 +86,9 @@ def measure(clip: DecodedClip, sample_rate_hz: int) -> dict[str, Any]:
         "rms_db": level_db(clip.audio),
         "silent_fraction": silent_fraction(clip.audio, sample_rate_hz),
         "clipped_fraction": float(np.mean(np.abs(clip.audio) >= 0.999)),
-        "luma_mean": float(kept.mean()),
-        "luma_std": float(kept.std()),
-        "motion": motion(kept),
-        "video_hash": video_hash(clip.luma),
+        "luma_mean": float(clip.luma.mean()),
+        "luma_std": float(clip.luma.std()),
+        "motion": motion(clip.luma),
+        "video_hash": video_hash(clip.hash_luma),
         "audio_hash": audio_hash(clip.audio, sample_rate_hz),
     }

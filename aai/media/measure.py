@@ -1,0 +1,80 @@
+"""One clip's bytes in, one row out: signals, sound and pictures, or the reason why there are none."""
+
+import hashlib
+import io
+import logging
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from aai.media.audio import encode_flac
+from aai.media.decode import decode_clip
+from aai.media.limits import ClipError, DecodeConfig
+from aai.media.signals import measure
+from aai.schema import CLIP_TABLE, REJECT_TABLE, SIGNALS
+
+log = logging.getLogger(__name__)
+
+JPEG_QUALITY = 92
+MEASURED_ROW = pa.schema(
+    [
+        field.with_nullable(True)
+        for field in (
+            *(CLIP_TABLE.field(name) for name in ("clip_id", "content_hash")),
+            *SIGNALS,
+            *(CLIP_TABLE.field(name) for name in ("audio", "frames", "frame_pts_s")),
+            *(REJECT_TABLE.field(name) for name in ("stage", "code", "message", "transient")),
+        )
+    ]
+)
+"""What is measured of one clip, without its provenance. A failed clip has its ids and the last four; a good one has
+none of these four."""
+
+
+def clip_id(content_hash: str, start_s: float | None, end_s: float | None) -> str:
+    """Names a clip by its content: 24 hex digits of the hash of (file hash, start, end)."""
+    return hashlib.sha256(f"{content_hash}:{start_s}:{end_s}".encode()).hexdigest()[:24]
+
+
+def failed_row(
+    content_hash: str, start_s: float | None, end_s: float | None, failure: ClipError, stage: str = "decode"
+) -> dict[str, Any]:
+    """The MEASURED_ROW of a clip that cannot be used."""
+    return dict.fromkeys(MEASURED_ROW.names) | {
+        "clip_id": clip_id(content_hash, start_s, end_s),
+        "content_hash": content_hash,
+        "stage": stage,
+        "code": failure.code,
+        "message": failure.message,
+        "transient": failure.transient,
+    }
+
+
+def measure_bytes(data: bytes, start_s: float | None, end_s: float | None, cfg: DecodeConfig) -> dict[str, Any]:
+    """The MEASURED_ROW of the part [start_s, end_s) of a media file. A bad clip becomes a row; nothing is raised."""
+    content_hash = hashlib.sha256(data).hexdigest()
+    try:
+        clip = decode_clip(data, start_s, end_s, cfg)
+        row = dict.fromkeys(MEASURED_ROW.names) | measure(clip, cfg.sample_rate_hz)
+        return row | {
+            "clip_id": clip_id(content_hash, start_s, end_s),
+            "content_hash": content_hash,
+            "audio": encode_flac(clip.audio, cfg.sample_rate_hz),
+            "frames": [_jpeg(frame) for frame in clip.frames],
+            "frame_pts_s": clip.frame_pts_s,
+        }
+    except ClipError as error:
+        failure = error
+    except MemoryError:
+        failure = ClipError("OUT_OF_MEMORY", f"the clip needs more than the limit of {cfg.max_memory_mb} MB")
+    except Exception as error:  # one clip must not end the job; max_reject_ratio stops a systematic fault
+        log.exception("unexpected error in the clip with hash %s", content_hash)
+        failure = ClipError("UNEXPECTED", f"{type(error).__name__}: {error}"[:300])
+    return failed_row(content_hash, start_s, end_s, failure)
+
+
+def _jpeg(pixels: Any) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return sink.getvalue()

@@ -1,0 +1,197 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aai.media.child import GRACE_S, MeasureChild
+from aai.media.limits import DecodeConfig
+from aai.media.measure import MEASURED_ROW, measure_bytes
+from tests.clips import make_clip, make_moving
+from tests.damage import damaged_files, long_silence
+
+SLOW = {"num_frames": 200, "fps": 25, "size": (640, 360), "options": {"preset": "ultrafast", "g": "250"}}
+
+
+@pytest.fixture(scope="module")
+def slow() -> bytes:
+    """A clip that takes long enough to be interrupted."""
+    return make_moving(**SLOW)
+
+
+def pid_of(child: MeasureChild) -> int:
+    assert child.process is not None
+    return child.process.pid
+
+
+def cpu_ticks(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11])
+
+
+def rss_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def while_busy(child: MeasureChild, act: Callable[[int], None]) -> threading.Thread:
+    """Acts on the child once it is at work on the next clip."""
+    pid = pid_of(child)
+    idle = cpu_ticks(pid)
+
+    def watch() -> None:
+        while cpu_ticks(pid) < idle + 4:
+            time.sleep(0.002)
+        act(pid)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_rows_are_those_of_a_call_in_place() -> None:
+    good, cfg = make_clip(duration_s=4.0), DecodeConfig()
+    with MeasureChild(cfg) as child:
+        for data, start_s, end_s in ((good, None, None), (good, 1.0, 3.0), (b"", None, None), (b"x" * 99, None, 2.0)):
+            row = child.measure(data, start_s, end_s)
+            assert row == measure_bytes(data, start_s, end_s, cfg)
+            assert list(row) == MEASURED_ROW.names
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "transient"), [(signal.SIGSEGV, "SIGSEGV", False), (signal.SIGKILL, "SIGKILL", True)]
+)
+def test_a_death_costs_one_clip_only(slow: bytes, number: signal.Signals, word: str, transient: bool) -> None:
+    good = make_clip()
+    with MeasureChild(DecodeConfig()) as child:
+        expected = child.measure(good, None, None)
+        assert expected["code"] is None
+        thread = while_busy(child, lambda pid: os.kill(pid, number))
+        row = child.measure(slow, None, 7.0)
+        thread.join()
+        assert (row["stage"], row["code"], row["transient"]) == ("decode", "CRASHED", transient)
+        assert word in row["message"]
+        assert row["clip_id"] == measure_bytes(slow, None, 7.0, DecodeConfig(max_bytes=1))["clip_id"]
+        assert child.measure(good, None, None) == expected
+        os.kill(pid_of(child), signal.SIGKILL)  # between two clips: nobody's fault
+        child.process.wait()  # type: ignore[union-attr]
+        assert child.measure(good, None, None) == expected
+
+
+def test_the_kernel_ends_a_clip_that_does_not_end_itself(slow: bytes) -> None:
+    with MeasureChild(DecodeConfig(timeout_s=2)) as child:
+        child.measure(make_clip(), None, None)
+        process = child.process
+
+        def freeze(pid: int) -> None:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(2 + GRACE_S)
+            os.kill(pid, signal.SIGCONT)
+
+        thread = while_busy(child, freeze)
+        row = child.measure(slow, None, None)
+        thread.join()
+        assert process is not None
+        assert process.returncode == -signal.SIGALRM
+        assert (row["code"], row["transient"]) == ("TIMEOUT", True)
+        assert child.measure(make_clip(), None, None)["code"] is None
+
+
+def test_the_parent_ends_a_child_that_is_stuck() -> None:
+    with MeasureChild(DecodeConfig(timeout_s=0.5)) as child:
+        child.measure(make_clip(), None, None)
+        process = child.process
+        os.kill(pid_of(child), signal.SIGSTOP)  # it does not even read: the request fills the pipe
+        row = child.measure(make_clip() + bytes(2**20), None, None)
+        assert process is not None
+        assert process.returncode == -signal.SIGKILL
+        assert (row["code"], row["transient"]) == ("TIMEOUT", True)
+
+
+def test_memory_is_limited() -> None:
+    cfg = DecodeConfig(max_memory_mb=1024, num_frames=64, frame_size_px=2000)
+    with MeasureChild(cfg) as child:
+        row = child.measure(make_clip(), None, None)
+        assert (row["code"], row["transient"]) == ("OUT_OF_MEMORY", False)
+        assert child.process is None  # a fresh one for the next clip
+        assert child.measure(b"", None, None)["code"] == "EMPTY_FILE"
+
+
+def test_the_child_is_replaced_in_time_and_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("HTTPS_PROXY", "secret")
+    with MeasureChild(DecodeConfig(recycle_after=2)) as child:
+        pids = []
+        for _ in range(5):
+            assert child.measure(b"", None, None)["code"] == "EMPTY_FILE"
+            pids.append(pid_of(child))
+            assert b"secret" not in Path(f"/proc/{pids[-1]}/environ").read_bytes()
+        assert [pids[i] == pids[i + 1] for i in range(4)] == [True, False, True, False]
+    assert not Path(f"/proc/{pids[-1]}").exists()
+
+
+def test_it_ends_with_its_parent_and_starts_light() -> None:
+    command = [sys.executable, "-m", "aai.media.child", DecodeConfig().model_dump_json()]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.communicate(timeout=60)
+    assert child.returncode == 0
+    heavy = "{'torch', 'transformers', 'ray', 'scipy', 'fsspec', 'pandas'} & set(sys.modules)"
+    code = f"import sys, aai.media.child; sys.exit(bool({heavy}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_installation_that_is_broken_is_no_clips_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with MeasureChild(DecodeConfig()) as child, pytest.raises(RuntimeError, match="does not start"):
+        child.measure(make_clip(), None, None)
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def measure_damaged(count: int, seed: int) -> tuple[Counter[str], list[float], list[float]]:
+    """Codes by kind; and memory in MB of the one child and of this process, after every 50th file."""
+    cfg = DecodeConfig(timeout_s=5, recycle_after=10**6)
+    codes: Counter[str] = Counter()
+    child_mb, parent_mb, replaced = [], [], 0
+    with MeasureChild(cfg) as child:
+        for number, (kind, data) in enumerate(damaged_files(count, seed)):
+            before = child.process
+            started = time.monotonic()
+            row = child.measure(data, None, None)
+            assert time.monotonic() - started < cfg.timeout_s + 2 * GRACE_S + 30, f"{kind} {number}"
+            replaced += before is not None and child.process is not before
+            assert (row["code"] is None) == (row["audio"] is not None), f"{kind} {number}"
+            assert row["code"] not in ("CRASHED", "UNEXPECTED"), f"{kind} {number}: {row['message']}"
+            codes[f"{kind}: {row['code'] or 'fine'}"] += 1
+            if number % 50 == 49 and child.process:
+                child_mb.append(rss_mb(pid_of(child)))
+                parent_mb.append(rss_mb(os.getpid()))
+    print(f"child replaced {replaced} times")
+    return codes, child_mb, parent_mb
+
+
+def test_damaged_files_are_all_accounted_for() -> None:
+    codes, _, _ = measure_damaged(40, seed=1)
+    assert codes.total() == 40
+    assert len({code.split(": ")[1] for code in codes}) >= 4
+    assert measure_bytes(long_silence(), None, None, DecodeConfig())["code"] == "TOO_LONG"
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(1800)
+def test_b5_a_thousand_damaged_files_harm_nothing() -> None:
+    codes, child_mb, parent_mb = measure_damaged(1000, seed=5)
+    for what, count in sorted(codes.items()):
+        print(f"{count:4d} {what}")
+    print("child MB", [round(mb) for mb in child_mb])
+    print("parent MB", [round(mb) for mb in parent_mb])
+    assert codes.total() == 1000
+    for series in (child_mb, parent_mb):
+        quarter = len(series) // 4
+        assert max(series[-quarter:]) <= 1.1 * max(series[:quarter]) + 16
