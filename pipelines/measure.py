@@ -70,12 +70,18 @@ class MeasureWorker:
                 elif known := self._known(content, clip):
                     row, reused = known, reused + 1
                 else:
-                    row = self.child.measure(data, clip["start_s"], clip["end_s"])
+                    row = self._measure(data, clip)
                 rows.append({**row, "key": clip["key"]})
         table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
         storage.write_table(shard_file(self.out, FOLDER, shard["name"]), table, row_group_size=64)
         rejected = sum(bool(row.get("code") or broken_rules(row, self.filters)) for row in rows)
         return {"rows": len(rows), "rejected": rejected, "reused": reused}
+
+    def _measure(self, data: bytes, clip: Clip) -> dict[str, Any]:
+        row = self.child.measure(data, clip["start_s"], clip["end_s"])
+        if row["code"] == "CRASHED" and row["transient"]:  # killed from outside: that says nothing of the clip
+            row = self.child.measure(data, clip["start_s"], clip["end_s"])
+        return row
 
     def _read_ahead(self, groups: Sequence[list[Clip]]) -> Iterator[tuple[list[Clip], bytes | ClipError]]:
         """The clips of each file with its content, or why it cannot be read; the next few files are on their way."""

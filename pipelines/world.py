@@ -34,6 +34,18 @@ class WorldConfig(VerbConfig):
     """Captioned pictures to write under OUT/captioned."""
     seed: int = pydantic.Field(1, ge=0)
     """Everything follows from it."""
+    shares: dict[str, float] = pydantic.Field(default_factory=dict)
+    """Shares of planted kinds other than the usual ones, e.g. {wrong_audio: 0.3}."""
+
+    @pydantic.field_validator("shares")
+    @classmethod
+    def _known_kinds(cls, shares: dict[str, float]) -> dict[str, float]:
+        if unknown := set(shares) - set(world.KINDS):
+            raise ValueError(f"no such kind: {', '.join(sorted(unknown))}; kinds: {', '.join(world.KINDS)}")
+        total = sum(shares.get(kind, spec.share) for kind, spec in world.KINDS.items())
+        if total > 1 or min(shares.values(), default=0) < 0:
+            raise ValueError(f"shares of all kinds add up to {total:.2f}; they must be within 0..1")
+        return shares
 
     def plan(self) -> Plan:
         """What the command would do."""
@@ -53,9 +65,10 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     return {"out": "out", "clips": "clips", "images": "images", "seed": "seed"}
 
 
-def _content(config: WorldConfig) -> dict[str, int]:
+def _content(config: WorldConfig) -> dict[str, Any]:
     """The settings that decide what the files hold."""
-    return {"version": world.VERSION, "seed": config.seed, "clips": config.clips, "images": config.images}
+    content = {"version": world.VERSION, "seed": config.seed, "clips": config.clips, "images": config.images}
+    return content | ({"shares": config.shares} if config.shares else {})
 
 
 def _state(config: WorldConfig, out: str) -> dict[str, Any]:
@@ -83,7 +96,7 @@ def run(config: WorldConfig) -> dict[str, Any]:
     start, workers = time.monotonic(), config.cluster.num_workers
     figures: dict[str, Any] = {"clips": 0, "defects": 0, "oddities": 0, "images": config.images}
     if config.clips:
-        figures.update(world.write_world(out, config.clips, config.seed, workers))
+        figures.update(world.write_world(out, config.clips, config.seed, workers, shares=config.shares))
     if config.images:
         world.write_images(storage.join(out, "captioned"), config.images, config.seed, workers)
     figures["seconds"] = round(time.monotonic() - start, 1)

@@ -10,7 +10,7 @@ import io
 import logging
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -107,15 +107,18 @@ class Clip:
 # ---------------------------------------------------------------- the plan
 
 
-def plan_world(num_clips: int, seed: int) -> list[Clip]:
-    """What to write: `num_clips` clips, the planted ones among them. From 100 clips on every kind occurs."""
+def plan_world(num_clips: int, seed: int, shares: Mapping[str, float] | None = None) -> list[Clip]:
+    """What to write: `num_clips` clips, the planted ones among them. From 100 clips on every kind occurs.
+
+    shares: of some kinds, in place of those in KINDS.
+    """
     rng = np.random.default_rng((seed, 0))
     clips = [_plain(i, seed) for i in range(num_clips)]
     order = [int(i) for i in rng.permutation(num_clips)]
     least = 1 if num_clips >= 100 else 0
     chosen = {}
     for kind, spec in KINDS.items():
-        for _ in range(max(least, round(spec.share * num_clips))):
+        for _ in range(max(least, round((shares or {}).get(kind, spec.share) * num_clips))):
             chosen[order.pop()] = kind
     for i, kind in chosen.items():
         if kind not in DUPLICATES:
@@ -336,15 +339,22 @@ def _each(work: partial[None], items: Sequence[object], num_workers: int) -> Ite
         yield from pool.map(work, items, chunksize=8)
 
 
-def write_world(out: str, num_clips: int, seed: int = 0, num_workers: int = 2, progress: bool = True) -> dict[str, int]:
+def write_world(
+    out: str,
+    num_clips: int,
+    seed: int = 0,
+    num_workers: int = 2,
+    progress: bool = True,
+    shares: Mapping[str, float] | None = None,
+) -> dict[str, int]:
     """Writes clips/*.mp4, manifest.csv, defects.json and scenes.json under `out` (a folder or s3:// prefix).
 
     manifest.csv: uri (relative to its folder), start_s, end_s, caption, labels, split; the labels are
     object;ambience;medium;size. defects.json: a list of {uri, kind, expect: reject|accept, code, pair}, where
-    pair is the file a duplicate was made from. scenes.json: uri -> the true scene.
+    pair is the file a duplicate was made from. scenes.json: uri -> the true scene. shares: see plan_world.
     Returns how many clips, planted defects and oddities there are.
     """
-    clips = plan_world(num_clips, seed)
+    clips = plan_world(num_clips, seed, shares)
     done = _each(partial(_write_clip, out), clips, num_workers)
     for _ in tqdm(done, total=len(clips), desc="world", unit="clip", disable=not progress, mininterval=1.0):
         pass
