@@ -78,35 +78,37 @@ def noise(data: bytes, rng: np.random.Generator) -> bytes:
 
 @cache
 def long_silence(hours: float = 8.0) -> bytes:
-    """A real .mkv of a few hundred kB: 1 s of pictures, hours of silence."""
+    """An .mkv that declares no length: 1 s of pictures, hours of silence in few bytes."""
     sink = io.BytesIO()
-    with av.open(sink, "w", format="matroska") as out:
+    with av.open(sink, "w", format="matroska", options={"live": "1"}) as out:
         video = out.add_stream("mpeg4", rate=10)
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        audio = out.add_stream("flac", rate=8000, layout="mono", format="s16", options={"compression_level": "0"})
+        audio = out.add_stream("aac", rate=8000, layout="mono")
         for number in range(10):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * number, np.uint8), "rgb24")
             frame.pts, frame.time_base = number, Fraction(1, 10)
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
-        block = av.AudioFrame.from_ndarray(np.zeros((1, 8000 * 60), np.int16), "s16", "mono")
+        block = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         block.sample_rate = 8000
-        for minute in range(round(hours * 60)):
-            block.pts, block.time_base = minute * 8000 * 60, Fraction(1, 8000)
-            out.mux(audio.encode(block))
-        out.mux(audio.encode(None))
+        silence = bytes(next(packet for _ in range(4) for packet in audio.encode(block)))
+        for number in range(round(hours * 3600 * 8000 / 1024)):
+            packet = av.Packet(silence)
+            packet.stream, packet.time_base, packet.is_keyframe = audio, Fraction(1, 8000), True
+            packet.pts = packet.dts = number * 1024
+            packet.duration = 1024
+            out.mux(packet)
     return sink.getvalue()
 
 
 def declared_silence(data: bytes, hours: float = 8.0) -> bytes:
-    """An .mp4 whose headers declare hours of sound that is not there."""
-    raw, at = bytearray(data), -1
-    while (at := data.find(b"mdhd", at + 1)) >= 0:
-        (rate,) = struct.unpack(">I", data[at + 16 : at + 20])
-        raw[at + 20 : at + 24] = struct.pack(">I", min(round(hours * 3600 * rate), 2**32 - 1))
-    at = data.find(b"mvhd")
-    (rate,) = struct.unpack(">I", data[at + 16 : at + 20])
-    raw[at + 20 : at + 24] = struct.pack(">I", min(round(hours * 3600 * rate), 2**32 - 1))
+    """An .mp4 whose index spreads the sound over hours."""
+    data = data.replace(b"elst", b"free")  # the list of edits would cut it again
+    raw, at = bytearray(data), data.rfind(b"stts")
+    count = struct.unpack(">I", data[at + 12 : at + 16])[0]
+    raw[at + 16 : at + 20] = struct.pack(">I", round(hours * 3600 * 44_100 / count))
+    at = data.rfind(b"mdhd")
+    raw[at + 20 : at + 24] = struct.pack(">I", round(hours * 3600 * 44_100))
     return bytes(raw)
 
 

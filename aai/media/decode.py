@@ -168,7 +168,7 @@ def _clip(pictures: Pictures, sound: Sound, samples: np.ndarray, clock: Deadline
     kept, hashed = pictures.decode(*times_s, clock)
     pictures.tally.check()
     if not kept:
-        raise ClipError("NO_VIDEO", "no frame of the video stream can be decoded")
+        raise ClipError("UNREADABLE", "no frame of the video can be decoded")
     if len({(picture.width, picture.height) for picture in kept}) > 1:
         raise ClipError("UNREADABLE", "size of the pictures changes midway")
     rate = video.average_rate or video.guessed_rate

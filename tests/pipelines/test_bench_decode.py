@@ -1,0 +1,49 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from aai.foundation import FoundationSpec
+from aai.media.decode import DecodeConfig, decode_clip
+from aai.toy import world
+from pipelines.bench_decode import auto_cosine, run_decode, write_clips
+
+CLIPS = Path(os.environ.get("AAI_REAL_CLIPS", Path(__file__).resolve().parents[3] / "shared" / "data" / "clips"))
+TOY = FoundationSpec(clip="toy:clip")
+
+
+def test_compares_all_that_is_there(tmp_path: Path) -> None:
+    clips = write_clips(str(tmp_path), 2, seed=0, duration_s=1.0, height_px=144)
+    assert [decode_clip(Path(path).read_bytes(), None, None, DecodeConfig()).fps for path in clips] == [25, 30]
+    result = run_decode(clips, processes=1, repeats=1)
+    for name in ("exact", "auto", "keyframe", "floor"):
+        assert result["figures"][f"{name}_clips_per_s"] > 0
+        assert result["figures"][f"{name}_cpu_s_per_clip"] > 0
+    assert ("exact_to_ffmpeg" in result["ratios"]) != ("ffmpeg" in result["absent"])
+    assert auto_cosine(clips, TOY)["mean"] > 0.9
+
+
+@pytest.mark.accept
+def test_b1_decoding_is_faster_than_the_others_and_auto_is_close(tmp_path: Path) -> None:
+    real = [str(path) for path in sorted(CLIPS.glob("*.mp4"))]
+    clips = [*write_clips(str(tmp_path), 4, seed=1), *real * 2]
+    result = run_decode(clips, processes=2, repeats=5)
+    print(result)
+    if "ffmpeg" not in result["absent"]:
+        assert result["ratios"]["exact_to_ffmpeg"] >= 1.0
+        assert result["ratios"]["keyframe_to_ffmpeg"] >= 10
+    if "torchcodec" not in result["absent"]:
+        assert result["ratios"]["exact_to_torchcodec"] >= 1.0
+    world.write_world(str(tmp_path / "world"), 40, 2, 2)
+    toys = []
+    for path in sorted((tmp_path / "world" / "clips").iterdir()):
+        try:
+            decode_clip(path.read_bytes(), None, None, DecodeConfig())
+        except Exception:
+            continue  # a planted defect
+        toys.append(str(path))
+    for name, paths in (("real", real), ("toy", toys[:24])):
+        if paths:
+            cosine = auto_cosine(paths, TOY)
+            print(name, cosine)
+            assert cosine["mean"] >= 0.97
