@@ -110,6 +110,7 @@ def _members(file: Any, size: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Members with the place where the next one begins. Raises TarError at a member that is not wholly there."""
     if not size:
         return
+    tar: Any
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         before = 0
         while member := tar.next():
