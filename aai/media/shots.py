@@ -136,14 +136,18 @@ def _promised_s(stream: Any, origin_s: float) -> float:
 
 def _packets(container: InputContainer, streams: list[Any], timeout_s: float) -> Iterator[Any]:
     """Packets in file order, to the end or to where reading breaks off."""
-    started = time.monotonic()
-    try:
-        for packet in container.demux(*streams):
-            if time.monotonic() - started > timeout_s:
-                raise ClipError("TIMEOUT", f"looking through the file took longer than {timeout_s:g} s", transient=True)
-            yield packet
-    except av.FFmpegError:
-        return
+    deadline, packets = time.monotonic() + timeout_s, container.demux(*streams)
+    while True:
+        if time.monotonic() > deadline:
+            raise ClipError("TIMEOUT", f"looking through the file took longer than {timeout_s:g} s", transient=True)
+        try:
+            packet = next(packets)
+        except IndexError:  # of a stream that shows up only now: the packets after it are still to come
+            packets = container.demux(*streams)
+            continue
+        except (StopIteration, av.FFmpegError, ValueError):
+            return
+        yield packet
 
 
 def _pictures(

@@ -1,9 +1,10 @@
 """Lengths and shots of real files, sound and broken."""
 
 import io
+import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import av
@@ -57,8 +58,8 @@ def make_shots(
     ],
     ids=["mp4", "late start", "sound", "silent", "uneven", "mkv", "ts", "avi"],
 )
-def test_extent_of_sound_files(make: object) -> None:
-    found = extent(make(), CFG, 10)  # type: ignore[operator]
+def test_extent_of_sound_files(make: Callable[[], bytes]) -> None:
+    found = extent(make(), CFG, 10)
     assert found.is_whole
     assert found.duration_s == pytest.approx(3, abs=0.12)
 
@@ -148,3 +149,48 @@ def test_shots_of_broken_files_end_where_they_break() -> None:
 def test_the_finder_of_shots_is_loaded_only_when_it_is_used() -> None:
     code = "import sys, aai.media.shots, pipelines.cut; assert not {'cv2', 'scenedetect'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def damaged(seed: int, files: Sequence[bytes]) -> bytes:
+    """One of the files with flipped bits, cut off, with another's beginning, giant numbers or noise in it."""
+    chance = random.Random(seed)
+    data = bytearray(chance.choice(files))
+    place = chance.randrange(len(data) - 64)
+    kind = chance.randrange(5)
+    if kind == 0:
+        for _ in range(chance.randrange(1, 40)):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif kind == 1:
+        del data[place:]
+    elif kind == 2:
+        data[:place] = chance.choice(files)[:place]
+    else:
+        data[place : place + 64] = b"\x7f\xff\xff\xff" * 16 if kind == 3 else chance.randbytes(64)
+    return bytes(data)
+
+
+def outcome(probe: Callable[[], object]) -> str:
+    """Whether something is found, or the code of what is wrong."""
+    try:
+        return "found" if probe() else "nothing"
+    except ClipError as error:
+        return error.code
+
+
+def check_damaged(count: int) -> None:
+    """Every damaged file has a length and shots, or a code."""
+    files = [make_shots([1, 1], size=(64, 64), format=name) for name in ("mp4", "matroska", "mpegts", "avi")]
+    files.append(index_first(make_clip(duration_s=1)))
+    for seed in range(count):
+        data = damaged(seed, files)
+        for probe in (lambda: extent(data, CFG, 20), lambda: shots(data, 3, CFG, 20)):  # noqa: B023
+            assert outcome(probe) in ("found", "UNREADABLE", "NO_VIDEO", "TOO_LARGE", "EMPTY_FILE")
+
+
+def test_damaged_files_are_probed_or_explained() -> None:
+    check_damaged(30)
+
+
+@pytest.mark.accept
+def test_b5_damaged_files_are_probed_or_explained() -> None:
+    check_damaged(1000)
