@@ -10,6 +10,12 @@ VERSION = 2
 MANIFEST_REQUIRED = ("uri",)
 MANIFEST_OPTIONAL = ("start_s", "end_s", "caption", "labels", "split")
 """A manifest (CSV or Parquet) names clips; `labels` is a list, or words joined by ";" in CSV."""
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".wmv",
+)  # fmt: skip
+AUDIO_SUFFIXES = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
+MEDIA_SUFFIXES = VIDEO_SUFFIXES + AUDIO_SUFFIXES
+"""What counts as a clip in a folder or a tar, in lower case."""
 
 _PROVENANCE = [
     pa.field("uri", pa.string(), nullable=False),

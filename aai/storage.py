@@ -1,14 +1,17 @@
 """Files by URI: a local path, `file://` or `s3://`, through fsspec.
 
 S3 endpoint and keys come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY).
-Only these schemes are allowed: nothing is ever fetched from an arbitrary URL.
+Only these schemes are allowed: nothing is ever fetched from an arbitrary URL. A member of a tar is
+`PATH.tar#OFFSET,SIZE,NAME`: it is read as a range of the tar, and never written; NAME only tells people which it is.
 """
 
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,39 @@ from fsspec import AbstractFileSystem
 from aai.errors import UserError
 
 SCHEMES = ("file", "s3")
+_MEMBER = re.compile(r"(?P<file>.+?\.tar)#(?P<offset>[0-9]+),(?P<size>[0-9]+),(?P<name>.*)", re.I | re.S)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar: `size` bytes from `offset` on."""
+
+    file: str
+    offset: int
+    size: int
+    name: str
+
+    @property
+    def uri(self) -> str:
+        """The URI that `member` parses."""
+        return f"{self.file}#{self.offset},{self.size},{self.name}"
+
+
+def member(uri: str) -> Member | None:
+    """The member that a URI names, or None for a file of its own."""
+    match = _MEMBER.fullmatch(uri) if "#" in uri else None
+    return Member(match["file"], int(match["offset"]), int(match["size"]), match["name"]) if match else None
+
+
+def file_of(uri: str) -> str:
+    """The file that holds the content of a URI: the tar of a member, else itself."""
+    part = member(uri)
+    return part.file if part else uri
 
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The fsspec file system of a URI and the path inside it. Raises UserError for another scheme."""
+    """The fsspec file system of a URI and the path of its file there. Raises UserError for another scheme."""
+    uri = file_of(uri)
     scheme = uri.split("://", 1)[0] if "://" in uri else "file"
     if scheme not in SCHEMES:
         raise UserError("uri", uri, f"scheme {scheme!r} is not allowed", "use a local path, file:// or s3://")
@@ -38,6 +70,8 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
 
 def absolute(uri: str) -> str:
     """A URI that means the same on every node: local paths made absolute."""
+    if part := member(uri):
+        return replace(part, file=absolute(part.file)).uri
     return uri if uri.startswith("s3://") else os.path.abspath(uri.removeprefix("file://"))
 
 
@@ -47,7 +81,7 @@ def join(base: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder is there; of a member, whether its tar is."""
     fs, path = filesystem(uri)
     return bool(fs.exists(path))
 
@@ -69,21 +103,23 @@ def shard_names(folder: str) -> set[str]:
 def stamps(uris: Iterable[str]) -> dict[str, str]:
     """What tells a file's present content from an earlier one, without reading it: size and time of change, or ETag.
 
-    One listing for each folder. A file that is not there has the stamp "missing".
+    One listing for each folder. A file that is not there has the stamp "missing"; a member has its tar's.
     """
-    folders: dict[str, list[str]] = {}
+    folders: dict[str, list[tuple[str, str]]] = {}
     for uri in uris:
-        folders.setdefault(os.path.dirname(uri), []).append(uri)
+        file = file_of(uri)
+        folders.setdefault(os.path.dirname(file), []).append((uri, file))
     found: dict[str, str] = {}
     for folder, members in folders.items():
         if folder.startswith("s3://"):
             fs, path = filesystem(folder)
             listed = {entry["name"]: entry for entry in fs.ls(path, detail=True)} if fs.exists(path) else {}
-            for uri in members:
-                entry = listed.get(uri.removeprefix("s3://"))
+            for uri, file in members:
+                entry = listed.get(file.removeprefix("s3://"))
                 found[uri] = f"{entry.get('ETag')}:{entry['size']}" if entry else "missing"
         else:
-            found |= {uri: _local_stamp(uri) for uri in members}
+            local = {file: _local_stamp(file) for file in {file for _, file in members}}
+            found |= {uri: local[file] for uri, file in members}
     return found
 
 
@@ -96,16 +132,32 @@ def _local_stamp(uri: str) -> str:
 
 
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
-    """A file's content. Raises ValueError when it is larger than `max_bytes` (before reading it)."""
+    """A file's content, or a member's: that range alone.
+
+    Raises ValueError when it is larger than `max_bytes` (before reading it), EOFError when a tar ends within a member.
+    """
+    part = member(uri)
     fs, path = filesystem(uri)
-    if max_bytes is not None and (size := fs.size(path)) > max_bytes:
+    if max_bytes is not None and (size := part.size if part else fs.size(path)) > max_bytes:
         raise ValueError(f"file of {size} bytes is over the limit of {max_bytes} bytes")
-    with fs.open(path, "rb") as file:
-        return bytes(file.read())
+    if not part:
+        with fs.open(path, "rb") as file:
+            return bytes(file.read())
+    # An empty range cannot be asked for over HTTP.
+    data = bytes(fs.cat_file(path, start=part.offset, end=part.offset + part.size)) if part.size else b""
+    if len(data) != part.size:
+        raise EOFError(f"the tar ends within {part.name}")
+    return data
+
+
+def _refuse_member(uri: str) -> None:
+    if member(uri):
+        raise ValueError(f"{uri} is a member of a tar: it can only be read")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes a file in one step: a reader, or a kill, never sees half of it."""
+    _refuse_member(uri)
     fs, path = filesystem(uri)
     if uri.startswith("s3://"):  # a PUT is atomic
         fs.pipe_file(path, data)
@@ -162,6 +214,7 @@ def read_row(uri: str, row: int) -> dict[str, Any]:
 
 def remove(uri: str) -> None:
     """Removes a file or a folder with everything in it; it may be absent."""
+    _refuse_member(uri)
     fs, path = filesystem(uri)
     if fs.exists(path):
         fs.rm(path, recursive=True)

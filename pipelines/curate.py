@@ -31,6 +31,7 @@ from aai.media.duplicates import DuplicateConfig
 from aai.media.filters import FilterConfig, broken_rules
 from aai.schema import VERSION
 from pipelines import score, similarity
+from pipelines.cut import CutConfig, cut_rows
 from pipelines.judge import DIGEST as JUDGED
 from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
 from pipelines.ledger import row_keys
@@ -48,13 +49,16 @@ class CurateConfig(VerbConfig):
     """Settings of `aai curate`."""
 
     manifest: str
-    """CSV or Parquet (uri, start_s, end_s, caption, labels, split), or a folder of media files."""
+    """CSV or Parquet (uri, start_s, end_s, caption, labels, split), a folder of media files or WebDataset tars, or a tar."""
     media_root: str | None = None
-    """Folder of the videos when the manifest is a VGGSound CSV (id, start, label, split)."""
+    """Folder of the videos when the manifest is the CSV of VGGSound or of AudioSet."""
+    label_names: str | None = None
+    """AudioSet's class_labels_indices.csv, which gives its labels words."""
     out: str
     """Folder or s3:// prefix of the tables."""
     default_split: str = "train"
     """Split of rows that name none."""
+    cut: CutConfig = CutConfig()
     rows_per_shard: int = pydantic.Field(128, ge=1)
     """Rows of one unit of work, and of one Parquet file."""
     decode: DecodeConfig = DecodeConfig()
@@ -83,13 +87,17 @@ class CurateConfig(VerbConfig):
 
     def plan(self) -> Plan:
         """Counts the manifest's rows; decodes nothing."""
-        rows = len(read_manifest(self.manifest, self.media_root, self.default_split))
+        rows = len(self.rows())
         shards = -(-rows // self.rows_per_shard)
         return Plan(
             inputs={"manifest": f"{self.manifest} ({rows} rows, {shards} shards)"},
             outputs={"accepted": storage.join(self.out, "accepted"), "rejected": storage.join(self.out, "rejected")},
             resources=self.resources(),
         )
+
+    def rows(self) -> list[Row]:
+        """The manifest's rows, before any cutting."""
+        return read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
 
     def digests(self) -> dict[str, Any]:
         """Of the settings that decide what is measured, and how that is judged."""
@@ -240,11 +248,12 @@ def _summary(result: dict[str, Any], out: str) -> str:
 def run(config: CurateConfig) -> dict[str, Any]:
     """Curates a manifest; returns what curate.json holds. A second run with nothing changed does nothing."""
     begin = time.monotonic()
-    rows = read_manifest(config.manifest, config.media_root, config.default_split)
-    keys = row_keys(rows)
+    rows = config.rows()
     out = storage.absolute(config.out)
     settings = config.digests()
     _open(out, settings, config.rejudge)
+    rows = cut_rows(rows, config.cut, config.decode, out, config.cluster, os.path.dirname(out))
+    keys = row_keys(rows)
     settings["input"] = _digest([keys, rows])
     where = storage.join(out, "curate.json")
     earlier = storage.read_json(where) if storage.exists(where) else None

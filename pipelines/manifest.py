@@ -1,12 +1,9 @@
-"""Manifests: which clips there are. A CSV or Parquet table, a VGGSound CSV, or a folder of media."""
+"""Manifests: which clips there are. A table, a VGGSound or AudioSet CSV, WebDataset tars, or a folder of media."""
 
 import csv
-import hashlib
 import io
-import json
 import math
 import os
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,50 +12,40 @@ import pyarrow.parquet as pq
 
 from aai import storage
 from aai.errors import UserError
-from aai.schema import MANIFEST_OPTIONAL, MANIFEST_REQUIRED
+from aai.schema import MANIFEST_OPTIONAL, MANIFEST_REQUIRED, MEDIA_SUFFIXES
+from pipelines.manifest_tar import REST, refuse_compressed, tars_rows
+from pipelines.manifest_youtube import youtube_rows
 
-MEDIA_SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".wmv",
-    ".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac",
-)  # fmt: skip
-_VGGSOUND_NAME = re.compile(r"^(?P<id>.{11})_(?P<start>\d+)(?P<end>_\d+)?\.\w+$")
-
+TEXTS = (".csv", ".tsv", ".txt")
 Row = dict[str, Any]
 """One clip: uri, start_s, end_s, caption, labels (list), split."""
 
 
-def read_manifest(manifest: str, media_root: str | None = None, default_split: str = "train") -> list[Row]:
+def read_manifest(
+    manifest: str, media_root: str | None = None, default_split: str = "train", label_names: str | None = None
+) -> list[Row]:
     """The clips of a manifest, in its order, with absolute URIs.
 
-    manifest: a CSV or Parquet file with `uri` and maybe `start_s, end_s, caption, labels, split`; a folder or
-    prefix of media files; or, with `media_root` (the folder of the videos), a VGGSound CSV: youtube id, start
-    second, label, split, without a header. Relative URIs count from the manifest's folder.
+    manifest: a CSV or Parquet file with `uri` and maybe `start_s, end_s, caption, labels, split`; a WebDataset .tar; a
+    folder or prefix of media files and tars; or, with `media_root` (the folder of the videos), a VGGSound or AudioSet
+    CSV. Relative URIs count from the manifest's folder. label_names: AudioSet's class_labels_indices.csv.
     Raises UserError for a missing or empty manifest, a missing column or a wrong value.
     """
     if not storage.exists(manifest):
-        raise UserError("manifest", manifest, "does not exist", "give a CSV, a Parquet file or a folder")
+        raise UserError("manifest", manifest, "does not exist", "give a CSV, a Parquet file, a tar or a folder")
+    refuse_compressed(manifest)
     if manifest.endswith(".parquet"):
         rows = _from_parquet(manifest)
-    elif manifest.endswith((".csv", ".tsv", ".txt")):
-        rows = _from_vggsound(manifest, media_root) if media_root else _from_csv(manifest)
+    elif manifest.endswith(TEXTS) and media_root:
+        rows = youtube_rows(manifest, _text(manifest).getvalue(), media_root, default_split, label_names)
+    elif manifest.endswith(TEXTS):
+        rows = _from_csv(manifest)
     else:
-        rows = _from_folder(manifest)
+        rows = _from_files(manifest)
     rows = [_clean(row, manifest, number, default_split) for number, row in enumerate(rows, start=1)]
     if not rows:
         raise UserError("manifest", manifest, "names no clips", "give a manifest with at least one row")
     return rows
-
-
-def fingerprint(rows: Iterable[Row]) -> str:
-    """A short hash of the input: the rows and, for local files, their sizes and times of change."""
-    digest = hashlib.sha256()
-    for row in rows:
-        stat: list[int] = []
-        if not row["uri"].startswith("s3://") and os.path.exists(row["uri"]):
-            found = os.stat(row["uri"])
-            stat = [found.st_size, found.st_mtime_ns]
-        digest.update(json.dumps([row, stat], sort_keys=True).encode())
-    return digest.hexdigest()[:16]
 
 
 def _check_columns(manifest: str, found: Iterable[str]) -> None:
@@ -95,42 +82,29 @@ def _from_csv(manifest: str) -> list[Row]:
     return list(reader)
 
 
-def _from_vggsound(manifest: str, media_root: str) -> list[Row]:
-    """VGGSound (Chen et al., ICASSP 2020): `id,start seconds,label,split` and 10 s videos named ID_START*."""
-    videos: dict[tuple[str, int], str] = {}
-    for uri in storage.list_files(media_root):
-        match = _VGGSOUND_NAME.match(uri.rsplit("/", 1)[1].removeprefix("vggsound_"))
-        if match:
-            # ID_000517.mp4 counts seconds, ID_517000_527000.mp4 milliseconds.
-            videos[match["id"], int(match["start"]) // (1000 if match["end"] else 1)] = uri
-    if not videos:
-        raise UserError("media_root", media_root, "holds no files named ID_START.mp4", "give the videos' folder")
-    rows = []
-    for line in csv.reader(_text(manifest)):
-        if len(line) != 4 or not line[1].strip().isdigit():
-            raise UserError("manifest", manifest, f"is no VGGSound CSV (line {line})", "give id,start,label,split")
-        video_id, start_s, label, split = (cell.strip() for cell in line)
-        known = videos.get((video_id, int(start_s)))
-        uri = known or storage.join(media_root, f"{video_id}_{int(start_s):06d}.mp4")
-        rows.append({"uri": storage.absolute(uri), "caption": label, "labels": [label], "split": split})
-    return rows
-
-
-def _from_folder(folder: str) -> list[Row]:
-    uris = [uri for uri in storage.list_files(folder) if uri.lower().endswith(MEDIA_SUFFIXES)]
-    if not uris:
-        raise UserError("manifest", folder, "holds no media files", f"give {', '.join(MEDIA_SUFFIXES)}")
-    return [{"uri": uri, "caption": "", "labels": [uri.rsplit("/", 2)[-2]]} for uri in uris]
+def _from_files(place: str) -> list[Row]:
+    """A tar, or the media files and tars of a folder."""
+    uris = [place] if place.lower().endswith(".tar") else storage.list_files(place)
+    for uri in uris:
+        refuse_compressed(uri)
+    tars = [uri for uri in uris if uri.lower().endswith(".tar")]
+    inside = tars_rows(tars)
+    media = [uri for uri in uris if uri.lower().endswith(MEDIA_SUFFIXES)]
+    rows = [{"uri": uri, "caption": "", "labels": [uri.rsplit("/", 2)[-2]]} for uri in media]
+    if not rows and all(row["uri"].endswith(REST) for row in inside):
+        raise UserError("manifest", place, "holds no media files", f"give {', '.join((*MEDIA_SUFFIXES, '.tar'))}")
+    return sorted(rows + inside, key=lambda row: storage.file_of(row["uri"]))
 
 
 def _clean(row: Row, manifest: str, number: int, default_split: str) -> Row:
     uri = str(row.get("uri") or "").strip()
     if not uri:
         raise UserError("manifest", manifest, f"row {number} has an empty uri", "give every row a uri")
-    if "://" not in uri and not uri.startswith("/"):
-        is_table = manifest.endswith((".csv", ".tsv", ".txt", ".parquet"))
+    file = storage.file_of(uri)
+    if "://" not in file and not file.startswith("/"):
+        is_table = manifest.endswith((*TEXTS, ".parquet"))
         uri = storage.join(os.path.dirname(manifest) if is_table else manifest, uri)
-    if "://" in uri and (scheme := uri.split("://", 1)[0]) not in storage.SCHEMES:
+    if "://" in file and (scheme := file.split("://", 1)[0]) not in storage.SCHEMES:
         rule = f"row {number}: scheme {scheme!r} is not allowed"
         raise UserError("manifest", manifest, rule, "use a path, file:// or s3://")
     labels = row.get("labels") or []

@@ -57,6 +57,52 @@ def test_size_limit_is_checked_before_reading(base: str) -> None:
         storage.read_bytes(uri, max_bytes=99)
 
 
+NAMES = ["a.mp4", "-a,1,2,b.mp4", "x.tar#1,2,#ä ♪/../b//c.mp4", "http://host/a.mp4", "two\nlines.mp4", ""]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=[f"name{n}" for n in range(len(NAMES))])
+def test_a_member_of_a_tar_is_a_range_of_it(base: str, name: str) -> None:
+    tar = storage.join(base, "sub,#1", "-x y.tar")
+    storage.write_bytes(tar, b"0123456789")
+    part = storage.Member(tar, 3, 4, name)
+    assert storage.member(part.uri) == part
+    assert storage.file_of(part.uri) == tar
+    assert storage.absolute(part.uri) == part.uri
+    assert storage.read_bytes(part.uri, max_bytes=4) == b"3456"
+    assert storage.exists(part.uri)
+    with pytest.raises(ValueError, match="4 bytes is over the limit of 3"):
+        storage.read_bytes(part.uri, max_bytes=3)
+    assert storage.read_bytes(storage.Member(tar, 10, 0, name).uri) == b""
+    with pytest.raises(EOFError, match="the tar ends within"):
+        storage.read_bytes(storage.Member(tar, 8, 4, name).uri)
+    for change in (lambda: storage.write_bytes(part.uri, b"x"), lambda: storage.remove(part.uri)):
+        with pytest.raises(ValueError, match="can only be read"):
+            change()
+    assert storage.read_bytes(tar) == b"0123456789"
+    assert not storage.exists(storage.Member(storage.join(base, "none.tar"), 0, 1, name).uri)
+
+
+def test_names_that_only_look_like_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for uri in ("/d/a.tar", "/d/a.tar#1,2", "/d/a#1,2,b.mp4", "/d/a.tar#-1,2,b", "a.tar.gz#1,2,b.mp4", "s3://b/#1,2,3"):
+        assert storage.member(uri) is None
+        assert storage.file_of(uri) == uri
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("file://x/../a.tar#1,2,../b") == f"{tmp_path}/a.tar#1,2,../b"
+
+
+def test_stamps_tell_changed_files(base: str) -> None:
+    one, two, tar = (storage.join(base, name) for name in ("a/one.mp4", "b/two.mp4", "b/t.tar"))
+    for uri in (one, two, tar):
+        storage.write_bytes(uri, b"1")
+    inside = storage.Member(tar, 0, 1, "x/y.mp4").uri
+    before = storage.stamps([one, two, tar, inside, storage.join(base, "c/none.mp4")])
+    assert before[inside] == before[tar] != "missing"
+    assert before[storage.join(base, "c/none.mp4")] == "missing"
+    storage.write_bytes(tar, b"12")
+    after = storage.stamps([one, two, tar, inside])
+    assert {uri for uri in after if after[uri] != before[uri]} == {tar, inside}
+
+
 def test_tables_come_back_in_file_order(base: str) -> None:
     for name, values in (("shard-00001.parquet", [3]), ("shard-00000.parquet", [1, 2])):
         storage.write_table(storage.join(base, name), pa.table({"x": values, "y": ["s"] * len(values)}))

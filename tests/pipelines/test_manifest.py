@@ -1,3 +1,4 @@
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,19 +49,29 @@ def test_folder(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_vggsound(tmp_path: Path) -> None:
-    manifest = write(
-        tmp_path / "vggsound.csv",
-        '-_gaZzFfzDQ,517,"church bell ringing, loud",test\nabcdefghij_,30,dog barking,train\nmissing____,7,cat,train\n',
-    )
-    for name in ("-_gaZzFfzDQ_517000_527000.mp4", "abcdefghij__000030.mp4", "readme.md"):
-        write(tmp_path / "videos" / name, "x")
-    rows = read_manifest(manifest, media_root=str(tmp_path / "videos"))
-    assert [row["uri"].rsplit("/", 1)[1] for row in rows] == [
-        "-_gaZzFfzDQ_517000_527000.mp4", "abcdefghij__000030.mp4", "missing_____000007.mp4",
+def test_tars_and_media_of_a_folder_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("a/x.mp4", "c/y.mp4"):
+        write(tmp_path / name, "x")
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        for name in ("2.mp4", "1.mp4"):
+            tar.addfile(tarfile.TarInfo(name))
+    rows = read_manifest(str(tmp_path), default_split="val")
+    assert [row["uri"].removeprefix(f"{tmp_path}/") for row in rows] == [
+        "a/x.mp4", "b.tar#512,0,2.mp4", "b.tar#1024,0,1.mp4", "c/y.mp4",
     ]  # fmt: skip
-    assert rows[0]["labels"] == ["church bell ringing, loud"]
-    assert [row["split"] for row in rows] == ["test", "train", "train"]
+    assert {row["split"] for row in rows} == {"val"}
+    assert [row["uri"] for row in read_manifest(str(tmp_path / "b.tar"))] == [row["uri"] for row in rows[1:3]]
+    before = fingerprint(rows)
+    (tmp_path / "b.tar").write_bytes(b"")
+    assert fingerprint(rows) != before, "a member changes with its tar"
+    write(tmp_path / "c/z.tar.gz", "x")
+    with pytest.raises(UserError, match=r"z\.tar\.gz: is a compressed tar"):
+        read_manifest(str(tmp_path))
+
+
+def test_a_table_may_name_members(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "m.csv", 'uri\n"sub/t.tar#512,3,http://h/-a,b.mp4"\n')
+    assert read_manifest(manifest)[0]["uri"] == f"{tmp_path}/sub/t.tar#512,3,http://h/-a,b.mp4"
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

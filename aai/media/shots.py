@@ -1,0 +1,176 @@
+"""How long a file is and where its shots change, for cutting long videos into clips. Times count as decoding's do.
+
+A file that is broken in parts is followed as far as it can be read: whether a clip is good is for its decoding to say.
+"""
+
+import io
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from aai.errors import UserError
+from aai.media.decode import FORMATS, ClipError, DecodeConfig
+
+_COMPARED_PX = 128  # longer side of the pictures that are compared
+_BREAK_S, _BREAK_FRACTION = 1.0, 0.02  # content that ends this much before what its header promises is cut off
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Seconds of a file that can be read, and whether they are all that its header promises."""
+
+    duration_s: float
+    is_whole: bool
+
+
+def extent(data: bytes, cfg: DecodeConfig, timeout_s: float) -> Extent:
+    """Length of the longer of sound and video, from the times of the packets; nothing is decoded.
+
+    Raises ClipError: EMPTY_FILE, TOO_LARGE, UNREADABLE or TIMEOUT.
+    """
+    with _open(data, cfg) as container:
+        streams = _streams(container)
+        origin_s = _origin_s(streams)
+        ends_s = {stream.index: 0.0 for stream in streams}
+        for packet in _packets(container, streams, timeout_s):
+            begin = packet.pts if packet.pts is not None else packet.dts
+            if begin is not None and packet.time_base:
+                end_s = float((begin + (packet.duration or 0)) * packet.time_base) - origin_s
+                ends_s[packet.stream.index] = max(ends_s[packet.stream.index], end_s)
+        missing_s = max(_promised_s(stream, origin_s) - ends_s[stream.index] for stream in streams)
+    found_s = max(ends_s.values())
+    if not found_s:
+        raise ClipError("UNREADABLE", "no packet has a place in time")
+    return Extent(found_s, missing_s <= max(_BREAK_S, _BREAK_FRACTION * found_s))
+
+
+def shots(data: bytes, threshold: float, cfg: DecodeConfig, timeout_s: float) -> list[tuple[float, float]]:
+    """(start, end) in seconds of each shot, up to the last frame; all frames are decoded once, in order.
+
+    threshold: how many times stronger than its neighbours' a change must be to count as a cut (PySceneDetect's
+    AdaptiveDetector). Ends lie less than 1 ms before the cut and starts less than 1 ms after, so that no shot shows a
+    frame of another. Raises ClipError as `extent` does, and NO_VIDEO; UserError where PySceneDetect is missing.
+    """
+    detector = _detector(threshold)
+    from scenedetect import FrameTimecode
+    from scenedetect.common import Timecode
+
+    with _open(data, cfg) as container:
+        streams = _streams(container)
+        origin_s = _origin_s(streams)
+        video = next((stream for stream in streams if stream.type == "video"), None)
+        if video is None:
+            raise ClipError("NO_VIDEO", "no video stream to find shots in")
+        rate = video.average_rate or video.guessed_rate or 25
+        cuts, first, last, end_s = [], 0, None, 0.0
+        for frame, picture in _pictures(container, video, cfg, timeout_s):
+            if last is None:
+                first = frame.pts
+            last = FrameTimecode(Timecode(frame.pts - first, frame.time_base), fps=rate)
+            cuts += detector.process_frame(last, picture)
+            end_s = float((frame.pts + (frame.duration or 0)) * frame.time_base) - origin_s
+            start_s = float(first * frame.time_base) - origin_s
+        if last is None:
+            raise ClipError("NO_VIDEO", "the video stream holds no frame that can be decoded")
+        cuts += detector.post_process(last)
+    edges = [0.0, *(start_s + cut.seconds for cut in cuts), end_s]
+    inner = [(math.ceil(a * 1000) / 1000, math.floor(b * 1000) / 1000) for a, b in pairwise(edges)]
+    return [(a, b) for a, b in inner if b > a]
+
+
+def _detector(threshold: float) -> Any:
+    try:
+        import cv2
+        from scenedetect import AdaptiveDetector
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'aai[shots]', or cut in windows"
+        raise UserError("cut.mode", "shots", f"needs the package {error.name}", remedy) from error
+    cv2.setNumThreads(1)  # pictures are small, and workers fill the cores already
+    return AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=0)
+
+
+def _open(data: bytes, cfg: DecodeConfig) -> InputContainer:
+    if not data:
+        raise ClipError("EMPTY_FILE", "file of 0 bytes")
+    if len(data) > cfg.max_bytes:
+        raise ClipError("TOO_LARGE", f"file of {len(data)} bytes is over the limit of {cfg.max_bytes}")
+    try:
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
+        container = av.open(io.BytesIO(data), "r", options=options)
+    except (av.FFmpegError, ValueError) as error:
+        raise ClipError("UNREADABLE", "not a media file that can be opened") from error
+    if len(container.streams) > cfg.max_streams:
+        container.close()
+        raise ClipError("TOO_LARGE", f"more than {cfg.max_streams} streams")
+    return container
+
+
+def _streams(container: InputContainer) -> list[Any]:
+    """The first video stream that is no cover picture, and the first of sound."""
+    cover = av.stream.Disposition.attached_pic
+    video = next((s for s in container.streams.video if s.codec_context and not s.disposition & cover), None)
+    audio = next((s for s in container.streams.audio if s.codec_context), None)
+    found = [stream for stream in (video, audio) if stream is not None]
+    if not found:
+        raise ClipError("UNREADABLE", "neither video nor sound that can be decoded")
+    return found
+
+
+def _origin_s(streams: list[Any]) -> float:
+    return min(float((stream.start_time or 0) * stream.time_base) for stream in streams)
+
+
+def _promised_s(stream: Any, origin_s: float) -> float:
+    if stream.duration is None:
+        return 0.0
+    return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin_s
+
+
+def _packets(container: InputContainer, streams: list[Any], timeout_s: float) -> Iterator[Any]:
+    """Packets in file order, to the end or to where reading breaks off."""
+    deadline, packets = time.monotonic() + timeout_s, container.demux(*streams)
+    while True:
+        if time.monotonic() > deadline:
+            raise ClipError("TIMEOUT", f"looking through the file took longer than {timeout_s:g} s", transient=True)
+        try:
+            packet = next(packets)
+        except IndexError:  # of a stream that shows up only now: the packets after it are still to come
+            packets = container.demux(*streams)
+            continue
+        except (StopIteration, av.FFmpegError, ValueError):
+            return
+        yield packet
+
+
+def _pictures(
+    container: InputContainer, video: Any, cfg: DecodeConfig, timeout_s: float
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Frames in the order of their times, each with a small BGR picture [h, w, 3] of one size throughout."""
+    context = video.codec_context
+    if context.width * context.height > cfg.max_pixels:
+        raise ClipError("TOO_LARGE", f"video of {context.width}x{context.height} px is over the limit")
+    context.options = {"max_pixels": str(cfg.max_pixels)}  # also refuses frames that grow on the way
+    context.thread_count, context.thread_type = cfg.decode_threads, "AUTO" if cfg.decode_threads > 1 else "NONE"
+    scaler, size, before = VideoReformatter(), (0, 0), None
+    for packet in _packets(container, [video], timeout_s):
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            continue
+        for frame in frames:
+            if frame.pts is None or (before is not None and frame.pts <= before):
+                continue
+            before = frame.pts
+            if not size[0]:
+                scale = min(1.0, _COMPARED_PX / max(frame.width, frame.height))
+                size = max(2, round(frame.width * scale)), max(2, round(frame.height * scale))
+            small = scaler.reformat(frame, *size, "bgr24", interpolation=Interpolation.AREA, threads=1)
+            yield frame, small.to_ndarray()
