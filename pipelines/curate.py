@@ -49,7 +49,7 @@ class CurateConfig(VerbConfig):
     """Settings of `aai curate`."""
 
     manifest: str
-    """CSV or Parquet (uri, start_s, end_s, caption, labels, split), a folder of media files or WebDataset tars, or a tar."""
+    """CSV or Parquet (uri, start_s, end_s, caption, labels, split), a WebDataset tar, or a folder of media and tars."""
     media_root: str | None = None
     """Folder of the videos when the manifest is the CSV of VGGSound or of AudioSet."""
     label_names: str | None = None
