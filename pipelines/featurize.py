@@ -101,10 +101,11 @@ class FeaturizeWorker:
         dtype = getattr(torch, c.dtype)
         on_gpu = c.device == "cuda" or (c.device == "auto" and c.cluster.gpus_per_worker > 0)
         self.device = "cuda" if on_gpu else "cpu"
-        if not on_gpu:
-            torch.set_num_threads(max(1, int(c.cluster.cpus_per_worker)))
+        threads = max(1, int(c.cluster.cpus_per_worker))
+        if not on_gpu:  # the model itself takes the cores
+            torch.set_num_threads(threads)
         self.dtype = dtype
-        self.clip = FrozenClip(c.foundation, self.device, dtype, c.batch_size)
+        self.clip = FrozenClip(c.foundation, self.device, dtype, c.batch_size, threads if on_gpu else 1)
         self.vae, self.edge_px = load_vae(c.foundation, self.device, dtype)
         self.texts: dict[str, np.ndarray] = {}
 
@@ -113,7 +114,8 @@ class FeaturizeWorker:
         names = [*schema.feature_table(1, 1, 1, 1, 1).names]
         kept = [n for n in names if n not in ("image_features", "text_features", "latents")]
         clips = storage.read_table(shard["input"], columns=[*kept, "frames"])
-        frames = [[_decode(data) for data in row] for row in clips["frames"].to_pylist()]
+        decode = self.clip.pool.map if self.clip.pool else map
+        frames = [list(decode(_decode, row)) for row in clips["frames"].to_pylist()]
         num_frames = _equal_count(shard["input"], frames)
         chosen = num_frames // 2 if self.config.latent_frame is None else self.config.latent_frame
         if chosen >= num_frames:
@@ -157,8 +159,9 @@ class FeaturizeWorker:
         parts = []
         for start in range(0, len(pictures), self.config.batch_size):
             batch = [_square(picture, self.edge_px) for picture in pictures[start : start + self.config.batch_size]]
-            pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+            raw = torch.from_numpy(np.stack(batch)).to(self.device)
+            pixels = (raw.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+            posterior = self.vae.encode(pixels.to(self.dtype)).latent_dist
             parts.append((posterior.mean * self.vae.config.scaling_factor).float().cpu())
         return torch.cat(parts).numpy()
 
