@@ -114,15 +114,14 @@ class FeaturizeWorker:
         names = [*schema.feature_table(1, 1, 1, 1, 1).names]
         kept = [n for n in names if n not in ("image_features", "text_features", "latents")]
         clips = storage.read_table(shard["input"], columns=[*kept, "frames"])
-        decode = self.clip.pool.map if self.clip.pool else map
-        frames = [list(decode(_decode, row)) for row in clips["frames"].to_pylist()]
+        frames = clips["frames"].to_pylist()
         num_frames = _equal_count(shard["input"], frames)
         chosen = num_frames // 2 if self.config.latent_frame is None else self.config.latent_frame
         if chosen >= num_frames:
             raise UserError("latent_frame", chosen, f"clips have {num_frames} pictures", "choose a smaller one")
         images = self.clip.images([f for row in frames for f in row]).numpy()
         texts = np.stack([self.text_features(caption) for caption in clips["caption"].to_pylist()])
-        latents = self.latents([row[chosen] for row in frames])
+        latents = self.latents([_decode(row[chosen]) for row in frames])
         shapes = {
             "input": shard["fingerprint"],
             "num_frames": num_frames,
@@ -178,7 +177,7 @@ def _square(picture: Image.Image, edge_px: int) -> np.ndarray:
     return np.asarray(picture.resize((edge_px, edge_px), Image.Resampling.BICUBIC, box=box))
 
 
-def _equal_count(file: str, frames: list[list[Image.Image]]) -> int:
+def _equal_count(file: str, frames: list[list[bytes]]) -> int:
     counts = {len(row) for row in frames}
     if len(counts) != 1 or 0 in counts:
         raise UserError("input", file, f"clips have {sorted(counts)} pictures, not equally many", "curate them again")

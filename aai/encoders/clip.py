@@ -1,5 +1,6 @@
 """Features of the frozen CLIP (Radford et al. 2021, arXiv 2103.00020): the space that sound is aligned to."""
 
+import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from aai.foundation import FoundationSpec, identity, load_clip
+
+Frames = Sequence[Image.Image] | Sequence[bytes] | np.ndarray
 
 
 class FrozenClip:
@@ -35,15 +38,15 @@ class FrozenClip:
         self.mean, self.std = (values.view(1, 3, 1, 1).to(device) for values in (mean, std))
 
     @torch.inference_mode()
-    def images(self, frames: Sequence[Image.Image] | np.ndarray) -> Tensor:
-        """Features [N, D] of pictures: a list of PIL pictures or uint8 [N, H, W, 3]."""
+    def images(self, frames: Frames) -> Tensor:
+        """Features [N, D] of pictures: a list of PIL pictures or of encoded ones (JPEG, ...), or uint8 [N, H, W, 3]."""
         parts = [torch.empty(0, self.dim, device=self.device)]
-        # On a GPU `embed` returns at once, so that the next batch is framed while this one is computed.
+        # On a GPU `embed` returns at once: the next batch is decoded and framed while this one is computed.
         for start in range(0, len(frames), self.batch_size):
             parts.append(self.embed(self.framed(frames[start : start + self.batch_size])))
         return torch.cat(parts).cpu()
 
-    def framed(self, frames: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
+    def framed(self, frames: Frames) -> np.ndarray:
         """uint8 [N, H, W, 3] for `embed`: resized and cut exactly as the model's processor does it."""
         resample, size, crop = self.processor.resample, self.processor.size, self.processor.crop_size
         edge_px = size.get("shortest_edge")
@@ -54,10 +57,10 @@ class FrozenClip:
             return np.moveaxis(out["pixel_values"], 1, -1)
 
         # The processor takes ten times as long, most of it for copies between layouts.
-        def frame(picture: Image.Image | np.ndarray) -> np.ndarray:
-            return _framed(_rgb(picture), edge_px, crop["height"], crop["width"], resample)
+        def prepare(frame: Image.Image | bytes | np.ndarray) -> np.ndarray:
+            return _framed(_rgb(frame), edge_px, crop["height"], crop["width"], resample)
 
-        return np.stack(list((self.pool.map if self.pool else map)(frame, frames)))
+        return np.stack(list((self.pool.map if self.pool else map)(prepare, frames)))
 
     @torch.inference_mode()
     def embed(self, pixels: np.ndarray) -> Tensor:
@@ -91,7 +94,9 @@ class FrozenClip:
         }
 
 
-def _rgb(frame: Image.Image | np.ndarray) -> Image.Image:
+def _rgb(frame: Image.Image | bytes | np.ndarray) -> Image.Image:
+    if isinstance(frame, bytes):
+        frame = Image.open(io.BytesIO(frame))
     picture = frame if isinstance(frame, Image.Image) else Image.fromarray(frame)
     return picture.convert("RGB")
 

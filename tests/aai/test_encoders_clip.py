@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ def test_features_are_unit_norm_and_do_not_depend_on_the_batch(clip: FrozenClip)
     pictures = [Image.fromarray(p) for p in pixels]
     torch.testing.assert_close(clip.images(pictures[3:4])[0], features[3], atol=1e-5, rtol=0)
     assert (features[0] - features[1]).abs().max() > 1e-4
+    sink = io.BytesIO()
+    pictures[2].save(sink, "PNG")
+    torch.testing.assert_close(clip.images([sink.getvalue()])[0], features[2], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
