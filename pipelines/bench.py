@@ -95,7 +95,7 @@ CONFIG = BenchConfig
 
 def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     """The positional NAME, and --clips."""
-    parser.add_argument("name", metavar="NAME", choices=NAMES, help=" | ".join(NAMES))
+    parser.add_argument("name", nargs="?", metavar="NAME", choices=NAMES, help=f"{' | '.join(NAMES)} [curate]")
     parser.add_argument("--clips", type=int, metavar="N", help="clips of the toy world")
     return {"name": "name", "clips": "clips"}
 

@@ -45,7 +45,7 @@ class CapacityConfig(VerbConfig):
     """Manifest to sample, as for `aai curate`; empty makes a small toy world."""
     out: str = "runs/plan"
     """Local folder of plan.json and of the sample's tables."""
-    sample: int = pydantic.Field(32, ge=1)
+    sample: int = pydantic.Field(64, ge=1)
     """Clips that are measured, evenly spaced in the manifest."""
     clips: int | None = pydantic.Field(None, ge=1)
     """Clips to plan for; empty = the manifest's."""

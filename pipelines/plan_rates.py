@@ -18,6 +18,8 @@ from pipelines.manifest import Row
 from pipelines.settings import ClusterConfig
 from pipelines.shards import recorded
 
+SHARDS = 4
+"""Of the sample."""
 _MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "caption", "labels", "split")
 
 
@@ -55,7 +57,7 @@ def measure_rates(
 ) -> Rates:
     """Curates and featurizes the rows under `out` and times the steps. Raises UserError when none is accepted."""
     storage.remove(out)
-    seconds = _curate(rows, out, curate_sets)
+    curate_s = _curate(rows, out, curate_sets)
     curated, accepted = f"{out}/curated", f"{out}/curated/accepted"
     clips = storage.read_table(accepted, ["clip_id", "frames"])
     if not clips.num_rows:
@@ -77,7 +79,7 @@ def measure_rates(
         sample=len(rows),
         accepted_share=clips.num_rows / len(rows),
         frames=len(encoded) // clips.num_rows,
-        curate_cpu_s=seconds / len(rows),
+        curate_cpu_s=curate_s,
         prepare_cpu_s=prepare_s,
         images_per_s=len(pixels) / _per_call_s(lambda: worker.clip.embed(pixels).cpu(), measure_s),
         latents_per_s=len(picture) / _per_call_s(lambda: worker.latents(picture), measure_s),
@@ -96,14 +98,20 @@ def _loaded(verb: str, sets: Sequence[str], cluster: ClusterConfig) -> Any:
 
 
 def _curate(rows: Sequence[Row], out: str, sets: Sequence[str]) -> float:
-    """Curates the sample in one process; returns seconds from first to last clip."""
+    """Curates the sample in one process; returns seconds per clip, without each stage's first shard if it has more."""
     manifest = f"{out}/sample.parquet"
     kept = [{key: row.get(key) for key in _MANIFEST_COLUMNS} for row in rows]
     storage.write_table(manifest, pa.Table.from_pylist(kept))
-    fixed = [f"manifest={manifest}", "media_root=null", f"out={out}/curated", "max_reject_ratio=1"]
+    parts = f"rows_per_shard={-(-len(rows) // SHARDS)}"
+    fixed = [f"manifest={manifest}", "media_root=null", f"out={out}/curated", "max_reject_ratio=1", parts]
     with recorded(bare=True) as stages:
         curate.run(_loaded("curate", [*sets, *fixed], ClusterConfig(num_workers=1)))
-    return sum(max(end for *_, end in stage.calls) - min(call[2] for call in stage.calls) for stage in stages)
+    seconds = 0.0
+    for stage in stages:
+        calls = sorted(stage.calls, key=lambda call: call[2])
+        calls = calls[1:] or calls  # the first one warms up
+        seconds += sum(end - start for _, _, start, end in calls) / sum(count for _, count, _, _ in calls)
+    return seconds
 
 
 def _prepare_s(worker: FeaturizeWorker, accepted: str, encoded: list[bytes], features: str, measure_s: float) -> float:
