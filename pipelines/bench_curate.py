@@ -1,5 +1,6 @@
 """`aai bench curate`: the command on Ray, its workers in a plain pool of processes, and decoding alone."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ from aai.media.decode import ClipError, DecodeConfig, decode_clip
 from pipelines import curate
 from pipelines.__main__ import load_config
 from pipelines.bench import BenchConfig
-from pipelines.bench_engines import summarise, take_turns, timed, toy_manifest
+from pipelines.bench_engines import Run, summarise, take_turns, timed, toy_manifest
 from pipelines.curate import CurateConfig
 from pipelines.manifest import Row, read_manifest
 from pipelines.shards import Result, Shard, run_shards
@@ -47,11 +48,11 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     settings = {name: curate_config(config, manifest, f"{config.out}/curate/{name}") for name in ("ray", "bare")}
     rows = read_manifest(manifest, None, settings["ray"].default_split)
 
-    def once(name: str) -> Any:
+    def once(name: str) -> Run:
         storage.remove(settings[name].out)
         return timed(lambda: curate.run(settings[name]), len(rows), config.cluster, bare=name == "bare")
 
-    runs = {"ray": partial(once, "ray")}
+    runs: dict[str, Callable[[], Run]] = {"ray": partial(once, "ray")}
     if config.compare:
         runs["bare"] = partial(once, "bare")
         decode = partial(_decode_alone, rows, settings["bare"])

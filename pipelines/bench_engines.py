@@ -1,6 +1,7 @@
 """One command run in turns on Ray and in a plain pool of processes, with start-up apart from the work."""
 
 import csv
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -49,6 +50,8 @@ class Run:
 
 def timed(work: Callable[[], Any], clips: int, settings: ClusterConfig, bare: bool) -> Run:
     """Runs a command once, with Ray started for it and ended after it, or without Ray."""
+    # Ray gives its workers so many threads; without it, libraries would take all cores in each process.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(settings.cpus_per_worker))))
     begin = time.monotonic()
     with peak_memory(0.5) as peak, recorded(bare) as stages:
         if not bare:

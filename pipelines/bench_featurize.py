@@ -1,9 +1,11 @@
 """`aai bench featurize`: the command on Ray, its workers in a plain pool of processes, and the models alone."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from aai import storage
 from pipelines import curate, featurize
@@ -20,24 +22,17 @@ class ModelWorker:
 
     def __init__(self, config: dict[str, Any], num_frames: int) -> None:
         self.worker, self.num_frames = FeaturizeWorker(config, ""), num_frames
-        self.noise = np.random.default_rng(0)
+        edge_px, size = self.worker.clip.processor.crop_size["height"], self.worker.config.batch_size
+        self.pixels = np.random.default_rng(0).integers(0, 256, (size, edge_px, edge_px, 3), np.uint8)
+        self.picture = Image.new("RGB", (self.worker.edge_px, self.worker.edge_px))
 
     def __call__(self, shard: Shard) -> Result:
         """Shard: rows."""
-        clip, size = self.worker.clip, self.worker.config.batch_size
-        edge_px = clip.processor.crop_size["height"]
         count = shard["rows"] * self.num_frames
-        pixels = self.noise.integers(0, 256, (size, edge_px, edge_px, 3), np.uint8)
-        for start in range(0, count, size):
-            clip.embed(pixels[: count - start]).cpu()
-        self.worker.latents([self.picture()] * shard["rows"])
+        for start in range(0, count, len(self.pixels)):
+            self.worker.clip.embed(self.pixels[: count - start]).cpu()
+        self.worker.latents([self.picture] * shard["rows"])
         return {"rows": shard["rows"]}
-
-    def picture(self) -> Any:
-        """A picture of the VAE's size."""
-        from PIL import Image
-
-        return Image.new("RGB", (self.worker.edge_px, self.worker.edge_px))
 
 
 def accepted_clips(config: BenchConfig) -> str:
@@ -60,7 +55,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         storage.remove(settings[name].out)
         return timed(lambda: featurize.run(settings[name]), rows, config.cluster, bare=name == "bare")
 
-    runs = {"ray": partial(once, "ray")}
+    runs: dict[str, Callable[[], Run]] = {"ray": partial(once, "ray")}
     if config.compare:
         runs["bare"] = partial(once, "bare")
         models = partial(_models_alone, settings["bare"], len(frames[0]))

@@ -1,5 +1,6 @@
 """What a sample of clips costs on this machine: the measured side of `aai plan`."""
 
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from aai import storage
 from aai.errors import UserError
@@ -72,7 +74,7 @@ def measure_rates(
     worker = FeaturizeWorker(settings.model_dump(mode="json"), "")
     encoded = [data for row in clips["frames"].to_pylist() for data in row]
     pixels = worker.clip.framed(encoded[: worker.clip.batch_size])
-    picture = [featurize._decode(encoded[0])] * min(32, clips.num_rows)
+    picture = [Image.open(io.BytesIO(encoded[0])).convert("RGB")] * min(32, clips.num_rows)
     prepare_s = _prepare_s(worker, accepted, encoded, f"{out}/features", measure_s) / clips.num_rows
     tables = [*storage.list_files(accepted), *storage.list_files(f"{curated}/rejected")]
     return Rates(
