@@ -27,6 +27,8 @@ VERBS = {
     "edit": "put a sound's object into a given picture",
     "stylize": "put a sound's ambience onto a given picture",
     "serve": "serve the promoted bundle over HTTP",
+    "bench": "measure decode, curate, featurize or a CLIP beside alternatives and floor",
+    "plan": "capacity plan: stage rates on a sample, CPUs a GPU needs, time and storage for N clips on M nodes",
     "demo": "all of the above on the toy world, ending with a report",
 }
 """Every command and what it does; the module of the same name in pipelines/ has `CONFIG`, `run` and maybe `add_flags`.

@@ -10,14 +10,10 @@ OUT/report.html and OUT/summary.json.
 
 import argparse
 import logging
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import pyarrow.compute as pc
 import pydantic
 
@@ -27,6 +23,7 @@ from aai.schema import VERSION
 from aai.toy.scoring import score_defects
 from pipelines import cluster, report
 from pipelines.__main__ import load_config, module_of
+from pipelines.machine import peak_memory
 from pipelines.settings import Plan, VerbConfig
 
 log = logging.getLogger(__name__)
@@ -101,34 +98,6 @@ def stage_settings(config: DemoConfig, verb: str) -> list[str]:
     """The --set arguments of a stage."""
     chosen = [f"run_dir={config.run_dir}", *config.overrides.get(verb, ())]
     return [word for setting in chosen for word in ("--set", setting)]
-
-
-@contextmanager
-def peak_memory(interval_s: float = 1.0) -> Iterator[list[float]]:
-    """While the body runs, the largest resident memory in bytes of this process and all below it, in a list of one.
-
-    A page that several processes share is divided among them (PSS), so that it counts once.
-    """
-    peak, stop, own = [0.0], threading.Event(), psutil.Process()
-
-    def resident(process: psutil.Process) -> int:
-        try:
-            full = process.memory_full_info()
-            return int(getattr(full, "pss", full.rss))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            return 0
-
-    def watch() -> None:
-        while not stop.wait(interval_s):
-            peak[0] = max(peak[0], sum(resident(p) for p in [own, *own.children(recursive=True)]))
-
-    thread = threading.Thread(target=watch, name="peak-memory", daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
 
 
 def generate_examples(run_dir: str) -> dict[str, Any]:

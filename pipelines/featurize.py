@@ -101,10 +101,11 @@ class FeaturizeWorker:
         dtype = getattr(torch, c.dtype)
         on_gpu = c.device == "cuda" or (c.device == "auto" and c.cluster.gpus_per_worker > 0)
         self.device = "cuda" if on_gpu else "cpu"
-        if not on_gpu:
-            torch.set_num_threads(max(1, int(c.cluster.cpus_per_worker)))
+        threads = max(1, int(c.cluster.cpus_per_worker))
+        if not on_gpu:  # the model itself takes the cores
+            torch.set_num_threads(threads)
         self.dtype = dtype
-        self.clip = FrozenClip(c.foundation, self.device, dtype, c.batch_size)
+        self.clip = FrozenClip(c.foundation, self.device, dtype, c.batch_size, threads if on_gpu else 1)
         self.vae, self.edge_px = load_vae(c.foundation, self.device, dtype)
         self.texts: dict[str, np.ndarray] = {}
 
@@ -113,14 +114,14 @@ class FeaturizeWorker:
         names = [*schema.feature_table(1, 1, 1, 1, 1).names]
         kept = [n for n in names if n not in ("image_features", "text_features", "latents")]
         clips = storage.read_table(shard["input"], columns=[*kept, "frames"])
-        frames = [[_decode(data) for data in row] for row in clips["frames"].to_pylist()]
+        frames = clips["frames"].to_pylist()
         num_frames = _equal_count(shard["input"], frames)
         chosen = num_frames // 2 if self.config.latent_frame is None else self.config.latent_frame
         if chosen >= num_frames:
             raise UserError("latent_frame", chosen, f"clips have {num_frames} pictures", "choose a smaller one")
         images = self.clip.images([f for row in frames for f in row]).numpy()
         texts = np.stack([self.text_features(caption) for caption in clips["caption"].to_pylist()])
-        latents = self.latents([row[chosen] for row in frames])
+        latents = self.latents([_decode(row[chosen]) for row in frames])
         shapes = {
             "input": shard["fingerprint"],
             "num_frames": num_frames,
@@ -157,8 +158,9 @@ class FeaturizeWorker:
         parts = []
         for start in range(0, len(pictures), self.config.batch_size):
             batch = [_square(picture, self.edge_px) for picture in pictures[start : start + self.config.batch_size]]
-            pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+            raw = torch.from_numpy(np.stack(batch)).to(self.device)
+            pixels = (raw.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+            posterior = self.vae.encode(pixels.to(self.dtype)).latent_dist
             parts.append((posterior.mean * self.vae.config.scaling_factor).float().cpu())
         return torch.cat(parts).numpy()
 
@@ -175,7 +177,7 @@ def _square(picture: Image.Image, edge_px: int) -> np.ndarray:
     return np.asarray(picture.resize((edge_px, edge_px), Image.Resampling.BICUBIC, box=box))
 
 
-def _equal_count(file: str, frames: list[list[Image.Image]]) -> int:
+def _equal_count(file: str, frames: list[list[bytes]]) -> int:
     counts = {len(row) for row in frames}
     if len(counts) != 1 or 0 in counts:
         raise UserError("input", file, f"clips have {sorted(counts)} pictures, not equally many", "curate them again")

@@ -7,8 +7,15 @@ goes on. Ray Data spreads the shards over a pool of actors.
 
 import json
 import logging
+import multiprocessing
+import os
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -49,14 +56,44 @@ class _Actor:
         return {"result": [json.dumps(self.work(json.loads(text))) for text in batch["shard"]]}
 
     def work(self, shard: Shard) -> Result:
-        """The worker's result, or `user_error` or `error`."""
+        """The worker's result with its `call`, or `user_error` or `error`."""
         try:
             self.worker = self.worker or self.make()
-            return self.worker(shard)
+            started_s = time.monotonic()
+            result = self.worker(shard)
+            return {**result, "call": (os.getpid(), int(result["rows"]), started_s, time.monotonic())}
         except UserError as error:
             return {"user_error": [str(arg) for arg in error.args]}
         except Exception:
             return {"error": traceback.format_exc(), "shard": str(shard.get("name") or shard.get("output"))}
+
+
+@dataclass
+class Stage:
+    """One `run_shards` as it was measured, in seconds of this machine's monotonic clock."""
+
+    name: str
+    called_s: float
+    calls: list[tuple[int, int, float, float]] = field(default_factory=list)
+    """(process id, rows, started, ended) of each call of a worker; making the worker is not part of it."""
+    returned_s: float = 0.0
+
+
+_RECORD: ContextVar[tuple[list[Stage], bool] | None] = ContextVar("record", default=None)
+
+
+@contextmanager
+def recorded(bare: bool = False) -> Iterator[list[Stage]]:
+    """While the body runs, each `run_shards` that has work adds its Stage to the list.
+
+    bare: the same workers do the same shards in a plain pool of processes, without Ray, for comparison.
+    """
+    stages: list[Stage] = []
+    token = _RECORD.set((stages, bare))
+    try:
+        yield stages
+    finally:
+        _RECORD.reset(token)
 
 
 def _once(batch: dict[str, Any], worker_cls: Callable[..., Worker], worker_args: Mapping[str, Any]) -> Any:
@@ -113,15 +150,19 @@ def run_shards(
         log.info("%s: %d of %d shards are there already", name, skipped, len(shards))
     if not todo:
         return []
-    connect(cluster, log_dir)
+    stages, bare = _RECORD.get() or ([], False)
+    stages.append(stage := Stage(name, time.monotonic()))
+    if not bare:
+        connect(cluster, log_dir)
+    stream = _pool_results if bare else _ray_results
     results: list[Result] = []
     rejected = 0
     with (
         native_stderr_held() as terminal,
         tqdm(total=rows, desc=name, unit=unit, mininterval=1.0, file=terminal) as bar,
     ):
-        for row in _dataset(todo, worker_cls, worker_args, cluster, stateful).iter_rows():
-            result = _check(name, json.loads(row["result"]))
+        for result in stream(todo, worker_cls, worker_args, cluster, stateful):
+            stage.calls.append(_check(name, result).pop("call"))
             results.append(result)
             if "rejected" in result:
                 rejected += int(result["rejected"])
@@ -130,17 +171,45 @@ def run_shards(
             on_result(result)
     if len(results) != len(todo):
         raise RuntimeError(f"{name}: {len(results)} results for {len(todo)} shards")
+    stage.returned_s = time.monotonic()
     return results
 
 
-def _dataset(
+_pooled: _Actor
+"""The worker of a process of the bare pool."""
+
+
+def _start_pooled(worker_cls: Callable[..., Worker], worker_args: Mapping[str, Any]) -> None:
+    global _pooled
+    _pooled = _Actor(worker_cls, worker_args)
+
+
+def _work_pooled(shard: Shard) -> Result:
+    return _pooled.work(shard)
+
+
+def _pool_results(
     todo: Sequence[Shard],
     worker_cls: Callable[..., Worker],
     worker_args: Mapping[str, Any],
     cluster: ClusterConfig,
     stateful: bool,
-) -> Any:
-    """The Ray dataset of results: one block, one task and one batch per shard."""
+) -> Iterator[Result]:
+    """The results by a plain pool of fresh processes, one worker in each."""
+    workers, context = min(cluster.num_workers, len(todo)), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_pooled, (worker_cls, dict(worker_args))) as pool:
+        for future in as_completed([pool.submit(_work_pooled, shard) for shard in todo]):
+            yield future.result()
+
+
+def _ray_results(
+    todo: Sequence[Shard],
+    worker_cls: Callable[..., Worker],
+    worker_args: Mapping[str, Any],
+    cluster: ClusterConfig,
+    stateful: bool,
+) -> Iterator[Result]:
+    """The results by Ray Data: one block, one task and one batch per shard."""
     import ray
 
     _quiet_ray_data()
@@ -150,6 +219,9 @@ def _dataset(
     dataset = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo))
     if stateful:
         pool = ray.data.ActorPoolStrategy(size=workers)
-        return dataset.map_batches(_Actor, fn_constructor_kwargs=arguments, compute=pool, **resources)
-    tasks = ray.data.TaskPoolStrategy(size=workers)
-    return dataset.map_batches(_once, fn_kwargs=arguments, compute=tasks, **resources)
+        dataset = dataset.map_batches(_Actor, fn_constructor_kwargs=arguments, compute=pool, **resources)
+    else:
+        tasks = ray.data.TaskPoolStrategy(size=workers)
+        dataset = dataset.map_batches(_once, fn_kwargs=arguments, compute=tasks, **resources)
+    for row in dataset.iter_rows():
+        yield json.loads(row["result"])

@@ -1,3 +1,5 @@
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,23 @@ import pytest
 from aai.errors import UserError
 from pipelines.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
-from pipelines.shards import run_shards
+from pipelines.shards import recorded, run_shards
 
 CLUSTER = ClusterConfig(num_workers=2)
+
+
+class Sleeper:
+    """A worker that processes of a plain pool can import; it writes a file and takes a known time."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        if shard.get("bad"):
+            raise UserError("clips", 3, "is wrong", "mend it")
+        time.sleep(0.02)
+        (Path(self.folder) / shard["name"]).write_text("done")
+        return {"rows": shard["rows"], "name": shard["name"]}
 
 
 def make_worker() -> type:
@@ -88,3 +104,30 @@ def test_the_workers_error_ends_the_job_and_a_second_run_goes_on(
     assert "rejected=" in shown
     assert "core_worker" not in shown
     assert "Actor" not in shown
+
+
+def test_a_plain_pool_does_the_same_work_and_its_calls_are_recorded(tmp_path: Path) -> None:
+    def run(todo: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        args = {"folder": str(tmp_path)}
+        return run_shards("test", todo, Sleeper, args, CLUSTER, lambda shard: (tmp_path / shard["name"]).exists())
+
+    with recorded(bare=True) as stages:
+        results = run(shards(6))
+        assert run(shards(6)) == []
+        with pytest.raises(UserError, match="clips=3: is wrong; mend it"):
+            run([{**shards(1)[0], "name": "other", "bad": True}])
+    assert sorted(result["name"] for result in results) == [f"s{i}" for i in range(6)]
+    assert all(set(result) == {"rows", "name"} for result in results)
+    stage = stages[0]
+    assert (stage.name, len(stages)) == ("test", 2)
+    assert [rows for _, rows, _, _ in stage.calls] == [10] * 6
+    assert os.getpid() not in {pid for pid, _, _, _ in stage.calls}
+    assert all(stage.called_s < start <= end - 0.02 < stage.returned_s for _, _, start, end in stage.calls)
+
+
+def test_ray_is_recorded_alike(tmp_path: Path) -> None:
+    with recorded() as stages:
+        args = {"folder": str(tmp_path)}
+        results = run_shards("test", shards(3), make_worker(), args, CLUSTER, done=lambda shard: False)
+    assert {pid for pid, _, _, _ in stages[0].calls} == {result["pid"] for result in results}
+    assert "call" not in results[0]

@@ -1,0 +1,62 @@
+"""This machine: what it is, and how much of its memory a run takes."""
+
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def machine() -> dict[str, Any]:
+    """What a measured figure depends on: cores, cpu, memory_gb, python, torch, ray, gpu (None without one)."""
+    import torch
+
+    return {
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": _cpu_name(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "ray": version("ray"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextmanager
+def peak_memory(interval_s: float = 1.0) -> Iterator[list[float]]:
+    """While the body runs, the largest resident memory in bytes of this process and all below it, in a list of one.
+
+    A page that several processes share is divided among them (PSS), so that it counts once.
+    """
+    peak, stop, own = [0.0], threading.Event(), psutil.Process()
+
+    def resident(process: psutil.Process) -> int:
+        try:
+            full = process.memory_full_info()
+            return int(getattr(full, "pss", full.rss))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return 0
+
+    def watch() -> None:
+        while not stop.wait(interval_s):
+            peak[0] = max(peak[0], sum(resident(p) for p in [own, *own.children(recursive=True)]))
+
+    thread = threading.Thread(target=watch, name="peak-memory", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
