@@ -35,7 +35,7 @@ class FilterConfig(Config):
     """Mean change between kept frames below this, 0..255, is a FROZEN_VIDEO; 0 lets still pictures pass."""
 
 
-_RULES: tuple[tuple[str, str, str, str, int], ...] = (
+RULES: tuple[tuple[str, str, str, str, int], ...] = (
     # code, signal, threshold, unit, sign: +1 the signal must be at least the threshold, -1 at most
     ("TOO_SHORT", "duration_s", "min_duration_s", "s", +1),
     ("TOO_LONG", "duration_s", "max_duration_s", "s", -1),
@@ -50,11 +50,12 @@ _RULES: tuple[tuple[str, str, str, str, int], ...] = (
     ("FROZEN_VIDEO", "motion", "min_motion", "of 255", +1),
     ("AV_GAP", "av_gap_s", "max_av_gap_s", "s", -1),
 )
+"""Every filter, in the order of judgement: a clip is rejected with the code of the first one that it breaks."""
 
 
 def verdict(signals: Mapping[str, Any], cfg: FilterConfig) -> tuple[str, str] | None:
     """(code, message) of the first rule that the signals break, or None when the clip is good."""
-    for code, signal, threshold, unit, sign in _RULES:
+    for code, signal, threshold, unit, sign in RULES:
         value, limit = float(signals[signal]), float(getattr(cfg, threshold))
         if not sign * (value - limit) >= 0:  # so that NaN fails
             word = "below" if sign > 0 else "above"
