@@ -149,8 +149,8 @@ def histogram(
             axes.axvline(place, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
             right = place > (edges[0] + edges[-1]) / 2
             axes.annotate(
-                name, (place, 1), (-4 if right else 4, -3), xycoords=("data", "axes fraction"), fontsize=8.5,
-                textcoords="offset points", ha="right" if right else "left", va="top",
+                name, (place, 1), (4 if right else -4, 2), xycoords=("data", "axes fraction"), fontsize=8.5,
+                textcoords="offset points", ha="right" if right else "left", va="bottom",
             )  # fmt: skip
         return _svg(figure, title)
 
