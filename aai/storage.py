@@ -4,10 +4,12 @@ S3 endpoint and keys come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY
 Only these schemes are allowed: nothing is ever fetched from an arbitrary URL.
 """
 
+import contextlib
 import json
 import os
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,23 @@ def local_folder(uri: str) -> str:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(read_bytes(file))
     return str(target)
+
+
+@contextlib.contextmanager
+def writing(uri: str) -> Iterator[Path]:
+    """A local file for content of any size; it takes its place at `uri` in one step when the body ends well."""
+    fs, path = filesystem(uri)
+    if uri.startswith("s3://"):
+        with tempfile.TemporaryDirectory(prefix="aai-") as folder:
+            local = Path(folder) / "content"
+            yield local
+            fs.put_file(str(local), path)  # an upload in parts shows when it is complete
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
