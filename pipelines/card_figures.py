@@ -19,7 +19,9 @@ CORRESPONDENCE = ("WRONG_AUDIO", "av_similarity", "correspondence.threshold", ""
 BINS = 40
 STEPS = (-4, -2, -1, 1, 2, 4)
 """Where thresholds are tried, in steps of about a tenth of the threshold."""
-MAX_LABELS = 2000
+MAX_LABELS, MAX_SPLITS = 2000, 8
+OTHER_SPLITS = "(other)"
+"""Stands for the splits that are not among the largest."""
 _OPTIONAL = {f.name for f in SIMILARITIES}
 
 
@@ -209,20 +211,24 @@ def _smallest(margin: np.ndarray, chosen: np.ndarray, count: int) -> list[int]:
 
 
 def labels(rows: Rows) -> Entry:
-    """Accepted rows by label and split, and the share of each label's rows that were rejected; commonest first."""
-    splits = sorted({split for split, _ in rows.splits}, key=lambda s: -rows.splits[s, True])
+    """Accepted rows by label and split, and how many of each label were rejected; commonest first."""
+    sizes: Counter[str] = Counter()
+    for (split, _), count in rows.splits.items():
+        sizes[split] += count
+    named = {split for split, _ in sizes.most_common(MAX_SPLITS)}
+    splits: dict[str, Entry] = {}
+    for split, taken in sorted(rows.splits, key=lambda s: (s[0] not in named, -sizes[s[0]], s)):
+        part = splits.setdefault(split if split in named else OTHER_SPLITS, {"accepted": 0, "rejected": 0})
+        part["accepted" if taken else "rejected"] += rows.splits[split, taken]
     table: dict[str, Entry] = {}
     for (label, split, taken), count in rows.labels.items():
         row = table.setdefault(label, {"label": label, "accepted": 0, "rejected": 0, "splits": Counter()})
         row["accepted" if taken else "rejected"] += count
         if taken:
-            row["splits"][split] += count
+            row["splits"][split if split in named else OTHER_SPLITS] += count
     ordered = sorted(table.values(), key=lambda row: (-row["accepted"], -row["rejected"], row["label"]))
-    return {
-        "splits": {s: {"accepted": rows.splits[s, True], "rejected": rows.splits[s, False]} for s in splits},
-        "labels": len(ordered),
-        "rows": [row | {"splits": dict(row["splits"])} for row in ordered[:MAX_LABELS]],
-    }
+    shown = [row | {"splits": dict(row["splits"])} for row in ordered[:MAX_LABELS]]
+    return {"splits": splits, "labels": len(ordered), "rows": shown}
 
 
 def duplicates(rows: Rows) -> tuple[Entry, list[list[int]]]:
@@ -240,7 +246,7 @@ def duplicates(rows: Rows) -> tuple[Entry, list[list[int]]]:
         "dropped": len(d.row),
         "by_code": dict(Counter(d.code).most_common()),
         "sizes": {str(size): sizes[size] for size in sorted(sizes)},
-        "across_splits": [{"dropped": a, "kept": b, "rows": n} for (a, b), n in across.most_common()],
+        "across_splits": [{"dropped": a, "kept": b, "rows": n} for (a, b), n in across.most_common(MAX_SPLITS)],
     }
     return figures, ordered
 
