@@ -24,6 +24,8 @@ VERSION = 1
 MANIFEST = "manifest.json"
 METADATA_KEY = b"aai.features"
 """Where each Parquet file carries the digest of the settings that made it."""
+SHAPES_KEY = b"aai.shapes"
+"""Where each Parquet file carries what the manifest is made of, as JSON."""
 ARRAYS = ("audio", "image_features", "text_features", "latents")
 
 

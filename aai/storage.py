@@ -5,12 +5,13 @@ Only these schemes are allowed: nothing is ever fetched from an arbitrary URL. A
 `PATH.tar#OFFSET,SIZE,NAME`: it is read as a range of the tar, and never written; NAME only tells people which it is.
 """
 
+import contextlib
 import json
 import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,23 @@ def local_folder(uri: str) -> str:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(read_bytes(file))
     return str(target)
+
+
+@contextlib.contextmanager
+def writing(uri: str) -> Iterator[Path]:
+    """A local file for content of any size; it takes its place at `uri` in one step when the body ends well."""
+    fs, path = filesystem(uri)
+    if uri.startswith("s3://"):
+        with tempfile.TemporaryDirectory(prefix="aai-") as folder:
+            local = Path(folder) / "content"
+            yield local
+            fs.put_file(str(local), path)  # an upload in parts shows when it is complete
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ VERBS = {
     "world": "write a toy world of real .mp4 clips with planted defects",
     "foundation": "train the small CLIP, diffusion model and judge from captioned pictures",
     "curate": "decode, measure and filter clips -> accepted/ and rejected/ tables",
+    "data": "look at one clip, compact a table, export it as WebDataset",
     "featurize": "frozen CLIP features and VAE latents -> FeatureTable",
     "align": "train the audio encoder against the frozen CLIP -> bundle",
     "adapt": "train the audio adapter through the frozen diffusion model -> bundle",

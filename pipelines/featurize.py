@@ -25,7 +25,7 @@ from PIL import Image
 from aai import schema, storage
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
-from aai.features import MANIFEST, METADATA_KEY, FeatureManifest
+from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY, FeatureManifest
 from aai.features import VERSION as FEATURES_VERSION
 from aai.foundation import FoundationSpec, identity, load_vae
 from pipelines.settings import DType, Plan, VerbConfig
@@ -33,8 +33,6 @@ from pipelines.shards import run_shards
 
 log = logging.getLogger(__name__)
 
-SHAPES_KEY = b"aai.shapes"
-"""Where each Parquet file carries what the manifest is made of, as JSON."""
 SAMPLE_RATE_HZ = 16_000
 
 

@@ -4,10 +4,10 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
-import torch
 from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
 
-from aai.encoders.audio import AudioEncoderConfig, LogMel
+if TYPE_CHECKING:
+    from aai.encoders.audio import AudioEncoderConfig
 
 INK = "#010203"
 """Stands for the page's text colour: the page may be light or dark."""
@@ -50,8 +51,12 @@ def thumbnail(data: bytes, size_px: int = 128) -> str:
     return data_uri(sink.getvalue(), "image/jpeg")
 
 
-def spectrogram(audio: np.ndarray, config: AudioEncoderConfig, width_px: int = 240, height_px: int = 80) -> str:
+def spectrogram(audio: np.ndarray, config: "AudioEncoderConfig", width_px: int = 240, height_px: int = 80) -> str:
     """The log-mel of a waveform float32 [S] as the audio encoder hears it: a PNG data URI, low notes at the bottom."""
+    import torch  # only here: most pages need no torch, which takes seconds to import
+
+    from aai.encoders.audio import LogMel
+
     seconds = len(audio) / config.sample_rate_hz
     log_mel = LogMel(config.model_copy(update={"clip_s": seconds}))
     mel = log_mel(torch.from_numpy(audio)[None])[0].numpy().T[::-1]  # [M, T]
@@ -101,6 +106,52 @@ def scatter(points: Points, title: str, x_label: str, y_label: str) -> Markup:
         bins = np.array_split(np.argsort(x), min(10, len(x)))
         axes.plot([x[b].mean() for b in bins], [y[b].mean() for b in bins], color=COLOURS[1], label="mean of a tenth")
         axes.legend()
+        return _svg(figure, title)
+
+
+def histogram(
+    edges: Sequence[float],
+    stacks: Mapping[str, Sequence[float]],
+    title: str,
+    x_label: str,
+    y_label: str = "rows",
+    marks: Mapping[str, float] | None = None,
+    colours: Sequence[str] = COLOURS,
+    beside: bool = False,
+) -> Markup:
+    """Bars of {name: [count per bin]} over B + 1 edges, as `lines` returns it; marks: named vertical lines.
+
+    The bars are stacked, or with `beside` drawn over each other, half transparent. Counts that span more than two
+    orders of magnitude get a logarithmic axis: rare bins must not vanish.
+    """
+    x, width = np.array(edges[:-1]), np.diff(edges)
+    counts = {name: np.array(part, float) for name, part in stacks.items()}
+    top = np.sum(list(counts.values()), axis=0) if not beside else np.max(list(counts.values()), axis=0)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(x_label, y_label)
+        axes.grid(False, axis="x")
+        base = np.zeros(len(x))
+        for (name, part), colour in zip(counts.items(), colours, strict=False):
+            shown = part > 0
+            axes.bar(
+                x[shown], part[shown], width[shown], base[shown], align="edge", color=colour, label=name,
+                alpha=0.6 if beside else 1, linewidth=0,
+            )  # fmt: skip
+            base = base if beside else base + part
+        if len(counts) > 1:
+            figure.legend(loc="outside upper left", ncols=3, handlelength=1.0, handleheight=0.8)
+        if not beside and top.max(initial=0) > 100 * top[top > 0].min(initial=np.inf):
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=0.7)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        for name, place in (marks or {}).items():
+            axes.axvline(place, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+            right = place > (edges[0] + edges[-1]) / 2
+            axes.annotate(
+                name, (place, 1), (4 if right else -4, 2), xycoords=("data", "axes fraction"), fontsize=8.5,
+                textcoords="offset points", ha="right" if right else "left", va="bottom",
+            )  # fmt: skip
         return _svg(figure, title)
 
 

@@ -56,7 +56,10 @@ RULES: tuple[tuple[str, str, str, str, int], ...] = (
     ("AV_GAP", "av_gap_s", "max_av_gap_s", "s", -1),
     ("OFF_CAPTION", "caption_similarity", "min_caption_similarity", "cosine", +1),
 )
-"""Every filter; a rule without a threshold is off, a signal that was not measured breaks none."""
+"""Every filter, in the order of judgement: a clip is rejected with the code of the first one that it breaks.
+
+A rule without a threshold is off, a signal that was not measured breaks none.
+"""
 
 
 def broken_rules(signals: Mapping[str, Any], cfg: FilterConfig) -> list[tuple[str, str]]:

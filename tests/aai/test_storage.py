@@ -153,3 +153,28 @@ def test_odd_local_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert storage.read_bytes(uri) == b"1"
     assert os.path.isabs(storage.absolute("x"))
     assert storage.absolute("s3://b/k") == "s3://b/k"
+
+
+def test_writing_is_in_one_step_or_not_at_all(tmp_path: Path) -> None:
+    target = f"{tmp_path}/new/a.bin"
+    with storage.writing(target) as local:
+        local.write_bytes(b"whole")
+        assert not storage.exists(target)
+    assert storage.read_bytes(target) == b"whole"
+
+    def fail() -> None:
+        with storage.writing(target) as local:
+            local.write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert storage.read_bytes(target) == b"whole"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.bin"]
+
+
+def test_writing_to_s3(s3: str) -> None:
+    with storage.writing(f"{s3}/a.bin") as local:
+        local.write_bytes(b"whole")
+        assert not storage.exists(f"{s3}/a.bin")
+    assert storage.read_bytes(f"{s3}/a.bin") == b"whole"

@@ -300,13 +300,6 @@ def test_a_condition_nobody_knows_is_in_the_table(run: tuple[Path, dict[str, Any
     ]
 
 
-def test_numbers_are_printed_for_people() -> None:
-    assert [report.share(x).replace("\xa0", " ") for x in (0.9345, 1, None)] == ["93.5 %", "100.0 %", "–"]
-    assert [report.seconds(x).replace("\xa0", " ") for x in (4.26, 59.97, 93)] == ["4.3 s", "1 min 00 s", "1 min 33 s"]
-    assert [report.number(x) for x in (2400, 0.76543, 3e-7, 0)] == ["2,400", "0.765", "3.0e-07", "0"]
-    assert [report.number(x) for x in ("x", None)] == ["x", "–"]
-
-
 def test_spread_keeps_order_and_takes_from_the_whole() -> None:
     assert spread(list(range(100)), 4) == [0, 25, 50, 75]
     assert spread([1, 2], 4) == [1, 2]
