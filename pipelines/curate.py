@@ -6,8 +6,8 @@
     aai curate ... --rejudge                   # new thresholds on what is measured already: nothing is decoded
 
 out/accepted holds the ClipTable, out/rejected the RejectTable with the reason of every row that was not taken:
-rows in = accepted + rejected. out/curate.json holds the counts. Run it again after a kill, or when the manifest has
-grown: only what is missing is done.
+rows in = accepted + rejected. out/curate.json holds the counts, out/card.html shows what each filter did. Run it again
+after a kill, or when the manifest has grown: only what is missing is done.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from aai.media.duplicates import DuplicateConfig
 from aai.media.filters import FilterConfig, broken_rules
 from aai.schema import VERSION
 from pipelines import score, similarity
+from pipelines.card import log_card, write_card
 from pipelines.cut import CutConfig, cut_rows
 from pipelines.judge import DIGEST as JUDGED
 from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
@@ -38,7 +39,7 @@ from pipelines.ledger import row_keys
 from pipelines.manifest import Row, read_manifest
 from pipelines.measure import check_ratio, measure_rows, shard_file
 from pipelines.score import ScoreConfig, ScoreWorker
-from pipelines.settings import Plan, VerbConfig
+from pipelines.settings import Plan, TrackingConfig, VerbConfig
 from pipelines.shards import Shard, run_shards
 from pipelines.similarity import Null
 
@@ -73,6 +74,8 @@ class CurateConfig(VerbConfig):
     """Codes of undecodable rows to measure again in this run; TRANSIENT = all that may pass next time."""
     rejudge: bool = False
     """Judge what is measured already by other filters than it was judged by."""
+    tracking: TrackingConfig | None = None
+    """MLflow store that the data card is logged to, as a run `curate`; empty = nowhere."""
 
     @pydantic.field_validator("retry", mode="before")
     @classmethod
@@ -274,6 +277,9 @@ def run(config: CurateConfig) -> dict[str, Any]:
         "seconds": round(time.monotonic() - begin, 1),
     }
     check_ratio(config, result["rejected"], len(rows), f"({result['by_code']})")
+    card = write_card(out, config.filters.model_dump(), result)
+    if config.tracking:
+        log_card(config.tracking, "curate", out, card)
     storage.write_json(where, result)
     log.info("curate: %s", _summary(result, config.out))
     return result

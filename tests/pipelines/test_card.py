@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from aai import storage
-from aai.media.filters import RULES, FilterConfig, verdict
+from aai.media.filters import RULES, FilterConfig, broken_rules
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIGNALS, SIMILARITIES
 from aai.toy.world import write_world
 from pipelines import card, tracking
@@ -73,8 +73,8 @@ def test_moving_a_threshold_is_told_as_judging_anew_would_have_it(
         assert [t["limit"] for t in move["tried"]] == sorted({t["limit"] for t in move["tried"]})
         for tried in move["tried"]:
             cfg = FilterConfig.parse({setting: tried["limit"]})
-            assert tried["lost"] == sum(verdict(row, cfg) is not None for row in accepted)
-            assert tried["gained"] == sum(verdict(row, cfg) is None for row in rejected)
+            assert tried["lost"] == sum(bool(broken_rules(row, cfg)) for row in accepted)
+            assert tried["gained"] == sum(not broken_rules(row, cfg) for row in rejected)
             seen += tried["lost"] + tried["gained"]
     low, high = made["thresholds"]["min_duration_s"]["quiet"]
     short = [row["duration_s"] for row in rejected if row["code"] == "TOO_SHORT"]
