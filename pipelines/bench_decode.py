@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,17 @@ def _config(policy: str) -> DecodeConfig:
     return DecodeConfig.parse({"num_frames": NUM_FRAMES, "frame_size_px": FRAME_SIZE_PX, "policy": policy})
 
 
+@cache  # what the others are told of a clip is not counted against them
+def _facts(path: str) -> tuple[float, int, int]:
+    """Length in s, width and height in px."""
+    with av.open(path, "r") as container:
+        video = container.streams.video[0]
+        return (container.duration or 0) / av.time_base, video.width, video.height
+
+
 def ffmpeg(path: str) -> None:
     """ffmpeg's command line: the whole clip, scaled and resampled, on one thread."""
-    with av.open(path, "r") as container:
-        duration_s = (container.duration or 0) / av.time_base
+    duration_s = _facts(path)[0]
     scale = f"scale='if(gt(iw,ih),-2,{FRAME_SIZE_PX})':'if(gt(iw,ih),{FRAME_SIZE_PX},-2)':flags=area"
     subprocess.run(
         [
@@ -58,11 +65,10 @@ def torchcodec(seek_mode: str, path: str) -> None:
     from torchcodec.decoders import AudioDecoder, VideoDecoder
     from torchcodec.transforms import Resize
 
-    shape = VideoDecoder(path, seek_mode="approximate").metadata
-    scale = FRAME_SIZE_PX / min(shape.width, shape.height)
-    size = round(shape.height * scale), round(shape.width * scale)
-    video = VideoDecoder(path, seek_mode=seek_mode, num_ffmpeg_threads=1, transforms=[Resize(size)])
-    length_s = video.metadata.duration_seconds
+    length_s, width, height = _facts(path)
+    scale = FRAME_SIZE_PX / min(width, height)
+    resize = Resize((round(height * scale), round(width * scale)))
+    video = VideoDecoder(path, seek_mode=seek_mode, num_ffmpeg_threads=1, transforms=[resize])
     video.get_frames_played_at([(k + 0.5) / NUM_FRAMES * length_s for k in range(NUM_FRAMES)])
     AudioDecoder(path, sample_rate=SAMPLE_RATE_HZ, num_channels=1).get_all_samples()
 
