@@ -23,7 +23,7 @@ from pipelines.bench import BenchConfig, ModelConfig
 log = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
-CPU_IMAGES = 8
+CPU_IMAGES = 2
 """Without a GPU the bench only shows that it works."""
 MATMUL_EDGE = {"cuda": 8192, "cpu": 1024}
 _TOWERS: dict[str, dict[str, dict[str, int]]] = {
@@ -75,16 +75,16 @@ def vision_flops(vision: Any, projection_dim: int) -> int:
     return int(vision.num_hidden_layers * layer + ends)
 
 
-def _seconds(work: Callable[[], Any], device: str, rounds: int = 3) -> float:
-    """The best time of a few, after one run to warm up; waits for the device."""
+def _seconds(work: Callable[[], Any], device: str) -> float:
+    """The best of three times after one to warm up (of one after none without a GPU); waits for the device."""
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(4 if device == "cuda" else 1):
         _wait(device)
         start = time.perf_counter()
         work()
         _wait(device)
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times[1:] or times)
 
 
 def _wait(device: str) -> None:
@@ -92,7 +92,7 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_tflops(device: str, seconds: float = 1.0) -> float:
+def matmul_tflops(device: str, seconds: float = 0.5) -> float:
     """The rate of a square bfloat16 matrix product on the device, over at least about `seconds`."""
     edge = MATMUL_EDGE[device]
     left, right = (torch.randn(edge, edge, dtype=DTYPE, device=device) for _ in range(2))
@@ -153,7 +153,7 @@ def _measure(clip: FrozenClip, cfg: ModelConfig, images: int, device: str) -> tu
         "framing_and_forward": images / _seconds(lambda: clip.images(pictures[:images]), device),
         "jpeg_to_features": images / _seconds(lambda: clip.images(files), device),
     }
-    figures = {f"{name}_images_per_s": round(rate, 1) for name, rate in rates.items()}
+    figures = {f"{name}_images_per_s": float(f"{rate:.4g}") for name, rate in rates.items()}
     figures |= {"gflop_per_image": round(gflop, 2), "matmul_tflops": round(matmul, 3)}
     figures["forward_tflops"] = round(rates["forward"] * gflop / 1e3, 3)
     ratios = {f"{name}/matmul": round(rates[name] * gflop / 1e3 / matmul, 4) for name in rates if name != "framing"}
