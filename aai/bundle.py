@@ -23,7 +23,7 @@ from torch import Tensor
 from aai import storage
 from aai.config import Config
 from aai.errors import UserError
-from aai.foundation import FoundationSpec, identity
+from aai.foundation_id import FoundationSpec, identity
 
 VERSION = 1
 CONFIG_FILE, ALIGNER_FILE, ADAPTER_FILE, META_FILE = (

@@ -20,7 +20,8 @@ from aai.config import Config
 from aai.encoders.audio import AudioEncoder
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
-from aai.foundation import FoundationSpec, load_diffusion
+from aai.foundation import load_diffusion
+from aai.foundation_id import FoundationSpec
 from aai.inject import Injector, Sound
 
 Sounds = np.ndarray | Mapping[str, np.ndarray]

@@ -17,7 +17,7 @@ from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, mel_statistics
 from aai.errors import UserError
 from aai.features import FeatureManifest, FeatureReader, load_split
 from aai.fit import State, local_batch_size, restore_weights
-from aai.foundation import FoundationSpec
+from aai.foundation_id import FoundationSpec
 from pipelines import training
 from pipelines.settings import Plan
 from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage

@@ -20,7 +20,7 @@ from typing import Any
 import av
 import numpy as np
 
-from aai.foundation import FoundationSpec
+from aai.foundation_id import FoundationSpec
 from aai.media.decode import decode_clip
 from aai.media.limits import DecodeConfig
 

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from aai.encoders.clip import FrozenClip
-from aai.foundation import TOY_WEIGHTS, FoundationSpec
+from aai.foundation_id import TOY_WEIGHTS, FoundationSpec
 from pipelines.bench import BenchConfig, ModelConfig
 
 log = logging.getLogger(__name__)

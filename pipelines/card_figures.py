@@ -86,7 +86,7 @@ def _count(rows: Rows, code: str, chosen: np.ndarray) -> Entry:
 
 def histograms(rows: Rows, found: Sequence[Rule]) -> dict[str, Entry]:
     """For each signal that was measured: bin edges, and rows per bin that were kept, that this filter dropped or
-    flagged, and that something else did. A threshold is always an edge; what lies outside is in the end bins."""
+    flagged, and that something else did. The first threshold is an edge; what lies outside is in the end bins."""
     out: dict[str, Entry] = {}
     for name in NUMBERS:
         values = rows.values[name]

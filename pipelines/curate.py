@@ -30,18 +30,16 @@ from aai.media.decode import DecodeConfig
 from aai.media.duplicates import DuplicateConfig
 from aai.media.filters import FilterConfig, broken_rules
 from aai.schema import VERSION
-from pipelines import score, similarity
-from pipelines.card import log_card, write_card
+from pipelines import similarity
 from pipelines.cut import CutConfig, cut_rows
 from pipelines.judge import DIGEST as JUDGED
 from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
 from pipelines.ledger import row_keys
 from pipelines.manifest import Row, read_manifest
 from pipelines.measure import check_ratio, measure_rows, shard_file
-from pipelines.score import ScoreConfig, ScoreWorker
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 from pipelines.shards import Shard, run_shards
-from pipelines.similarity import Null
+from pipelines.similarity import Null, ScoreConfig
 
 log = logging.getLogger(__name__)
 
@@ -154,11 +152,13 @@ def _done_as(digests: dict[str, str]) -> Callable[[Shard], bool]:
 
 def _score(config: CurateConfig, out: str, shards: dict[str, list[str]], rows: dict[str, Row]) -> None:
     """Scores every shard whose scores are missing, or of other models or captions."""
+    from pipelines.score import ScoreWorker  # only here: torch takes seconds to import
+
     digest = config.scores.content_digest()
     todo = []
     for name, keys in shards.items():
         clips = [{"key": key, "caption": rows[key]["caption"]} for key in keys]
-        todo.append({"name": name, "rows": len(keys), "clips": clips, "digest": score.shard_digest(digest, clips)})
+        todo.append({"name": name, "rows": len(keys), "clips": clips, "digest": similarity.shard_digest(digest, clips)})
     cluster = config.cluster
     args = {
         "out": out,
@@ -277,6 +277,8 @@ def run(config: CurateConfig) -> dict[str, Any]:
         "seconds": round(time.monotonic() - begin, 1),
     }
     check_ratio(config, result["rejected"], len(rows), f"({result['by_code']})")
+    from pipelines.card import log_card, write_card  # only here: plots are a heavy import
+
     card = write_card(out, config.filters.model_dump(), result)
     if config.tracking:
         log_card(config.tracking, "curate", out, card)

@@ -27,7 +27,8 @@ from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
 from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY, FeatureManifest
 from aai.features import VERSION as FEATURES_VERSION
-from aai.foundation import FoundationSpec, identity, load_vae
+from aai.foundation import load_vae
+from aai.foundation_id import FoundationSpec, identity
 from pipelines.settings import DType, Plan, VerbConfig
 from pipelines.shards import run_shards
 

@@ -150,6 +150,7 @@ class _RejectWatch:
 
 
 def check_ratio(config: "CurateConfig", rejected: int, rows: int, when: str) -> None:
+    """Raises UserError when more than `max_reject_ratio` of the rows were rejected."""
     if rejected > config.max_reject_ratio * rows:
         raise UserError(
             "max_reject_ratio",

@@ -13,7 +13,7 @@ from aai import grading, metrics, storage
 from aai.align import embed_files, load_aligner
 from aai.bundle import Bundle
 from aai.encoders.clip import FrozenClip
-from aai.foundation import TOY_WEIGHTS
+from aai.foundation_id import TOY_WEIGHTS
 from aai.media.audio import decode_flac
 from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS
 from aai.toy.judge import Judge

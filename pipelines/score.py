@@ -1,67 +1,26 @@
 """Scoring: what only a model can tell of a clip. Do its pictures fit its caption, and its sound its pictures?"""
 
-import hashlib
 import io
-import json
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pydantic
 import torch
 from PIL import Image
 
 from aai import storage
 from aai.align import embed_files, load_aligner
 from aai.bundle import read_bundle
-from aai.config import Config
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
-from aai.foundation import FoundationSpec, identity
+from aai.foundation_id import FoundationSpec, identity
 from pipelines.measure import FOLDER as MEASURED
 from pipelines.measure import shard_file
-from pipelines.settings import DType
 from pipelines.shards import Result, Shard
-from pipelines.similarity import DIGEST, FOLDER, similarity_table, vectors
+from pipelines.similarity import DIGEST, FOLDER, ScoreConfig, similarity_table, vectors
 
 log = logging.getLogger(__name__)
-
-
-class ScoreConfig(Config):
-    """Models that look at the clips; none by default."""
-
-    caption: bool = False
-    """Compare captions and pictures by the CLIP of `foundation` (signal caption_similarity)."""
-    foundation: FoundationSpec = FoundationSpec()
-    bundle: str | None = None
-    """Aligned bundle (of `aai align`) that compares each clip's sound with its pictures (signal av_similarity)."""
-    false_accept_rate: float = pydantic.Field(0.05, gt=0, lt=1)
-    """Clips are WRONG_AUDIO below the similarity that this share of shuffled pairs of sound and pictures reaches."""
-    dtype: DType = "float32"
-    """Arithmetic of the CLIP."""
-    batch_size: int = pydantic.Field(64, ge=1)
-    """Pictures per forward pass."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether any model is to look."""
-        return self.caption or self.bundle is not None
-
-    def content_digest(self) -> str:
-        """Of everything that determines the scores, the weights themselves among it."""
-        models: dict[str, Any] = {"dtype": self.dtype}
-        if self.caption:
-            models["foundation"] = identity(self.foundation)
-        if self.bundle is not None:
-            models["bundle"] = read_bundle(self.bundle).sha
-        return hashlib.sha256(json.dumps([models, self.caption], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def shard_digest(config_digest: str, clips: Sequence[dict[str, str]]) -> str:
-    """Of a shard's scores: the models, and its clips with their captions."""
-    return hashlib.sha256(json.dumps([config_digest, clips]).encode()).hexdigest()[:16]
 
 
 class ScoreWorker:

@@ -16,7 +16,7 @@ from aai.bundle import Bundle
 from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import FitConfig, State, local_batch_size
-from aai.foundation import FoundationSpec, identity
+from aai.foundation_id import FoundationSpec, identity
 from pipelines import tracking, training
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 

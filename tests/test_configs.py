@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aai.foundation import FoundationSpec
+from aai.foundation_id import FoundationSpec
 from pipelines.__main__ import CONFIGS, VERBS, main, module_of, settings_help
 
 ROOT = CONFIGS.parent

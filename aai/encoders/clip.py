@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from aai.foundation import FoundationSpec, identity, load_clip
+from aai.foundation import load_clip
+from aai.foundation_id import FoundationSpec, identity
 
 Frames = Sequence[Image.Image] | Sequence[bytes] | np.ndarray
 

@@ -33,10 +33,10 @@ class FilterConfig(Config):
     """Brightness that varies less than this within the pictures, 0..255, is a BLANK_VIDEO."""
     min_motion: float = pydantic.Field(0.25, ge=0)
     """Mean change between kept frames below this, 0..255, is a FROZEN_VIDEO; 0 lets still pictures pass."""
-    still_motion: float = pydantic.Field(0.0, ge=0)
-    """Mean change between kept frames below this, 0..255, is a NEAR_STILL video; 0 turns the rule off."""
+    still_motion: float | None = pydantic.Field(None, ge=0)
+    """Mean change between kept frames below this, 0..255, is a NEAR_STILL video; empty = no such rule."""
     min_caption_similarity: float | None = pydantic.Field(None, ge=-1, le=1)
-    """Cosine of caption and pictures in CLIP space below this is an OFF_CAPTION clip; needs scores.caption."""
+    """Cosine of caption and pictures in CLIP space below this is an OFF_CAPTION clip; empty = no such rule."""
 
 
 RULES: tuple[tuple[str, str, str, str, int], ...] = (

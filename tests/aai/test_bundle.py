@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from aai import storage
 from aai.bundle import Bundle, BundleConfig, read_bundle, write_bundle
 from aai.errors import UserError
-from aai.foundation import FoundationSpec
+from aai.foundation_id import FoundationSpec
 
 ALIGNER = {"head.weight": torch.arange(6.0).reshape(2, 3), "steps": torch.tensor(7)}
 ADAPTER = {"net.weight": torch.linspace(-1, 1, 8, dtype=torch.float16).reshape(2, 4)}

@@ -8,7 +8,7 @@ from PIL import Image
 
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
-from aai.foundation import FoundationSpec
+from aai.foundation_id import FoundationSpec
 from tests.tiny import write_clip
 
 

@@ -11,7 +11,8 @@ from aai.conditions import CONDITIONS, Conditions, HeldOutClip
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
-from aai.foundation import FoundationSpec, load_diffusion
+from aai.foundation import load_diffusion
+from aai.foundation_id import FoundationSpec
 from aai.painter import Painter, PaintRequest
 from tests import tiny
 

@@ -14,15 +14,13 @@ import pytest
 from PIL import Image
 
 from aai.toy.grammar import Scene
+from aai.toy.plan import SPLITS, Clip, plan_world
 from aai.toy.world import (
     KINDS,
-    SPLITS,
-    Clip,
     clip_sound,
     draw_frames,
     frame_times,
     index_first,
-    plan_world,
     render_clip,
     write_images,
     write_world,

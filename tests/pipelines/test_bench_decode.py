@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from aai.foundation import FoundationSpec
+from aai.foundation_id import FoundationSpec
 from aai.media.decode import DecodeConfig, decode_clip
 from aai.toy import world
 from pipelines.bench_decode import auto_cosine, run_decode, write_clips

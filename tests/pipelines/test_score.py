@@ -14,11 +14,11 @@ from aai.bundle import BundleConfig, write_bundle
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
-from aai.foundation import FoundationSpec
+from aai.foundation_id import FoundationSpec
 from pipelines.curate import CurateConfig
 from pipelines.measure import MEASURED_TABLE
-from pipelines.score import ScoreConfig, ScoreWorker
-from pipelines.similarity import read_scores
+from pipelines.score import ScoreWorker
+from pipelines.similarity import ScoreConfig, read_scores
 from tests.tiny import write_clip, write_clip_table, write_diffusion
 
 ENCODER = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, num_mel_bins=16, embed_dim=32)

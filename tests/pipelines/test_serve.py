@@ -25,7 +25,7 @@ from aai.bundle import BundleConfig, write_bundle
 from aai.concepts import Vocabulary
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.foundation import FoundationSpec
+from aai.foundation_id import FoundationSpec
 from aai.media.decode import decode_audio
 from aai.painter import Painter, PaintRequest
 from pipelines import tracking

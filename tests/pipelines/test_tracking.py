@@ -18,7 +18,7 @@ from aai.adapt import AdapterConfig, AudioAdapter
 from aai.bundle import PICKLE_SUFFIXES, Bundle, BundleConfig, read_bundle, write_bundle
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.foundation import FoundationSpec
+from aai.foundation_id import FoundationSpec
 from aai.media.audio import write_wav
 from pipelines import tracking
 from pipelines.settings import TrackingConfig
