@@ -154,9 +154,11 @@ def _measure(clip: FrozenClip, cfg: ModelConfig, images: int, device: str) -> tu
         "jpeg_to_features": images / _seconds(lambda: clip.images(files), device),
     }
     figures = {f"{name}_images_per_s": float(f"{rate:.4g}") for name, rate in rates.items()}
-    figures |= {"gflop_per_image": round(gflop, 2), "matmul_tflops": round(matmul, 3)}
-    figures["forward_tflops"] = round(rates["forward"] * gflop / 1e3, 3)
-    ratios = {f"{name}/matmul": round(rates[name] * gflop / 1e3 / matmul, 4) for name in rates if name != "framing"}
+    figures |= {"gflop_per_image": float(f"{gflop:.4g}"), "matmul_tflops": float(f"{matmul:.4g}")}
+    figures["forward_tflops"] = float(f"{rates['forward'] * gflop / 1e3:.4g}")
+    ratios = {
+        f"{name}/matmul": float(f"{rates[name] * gflop / 1e3 / matmul:.4g}") for name in rates if name != "framing"
+    }
     ratios["jpeg_to_features/forward"] = round(rates["jpeg_to_features"] / rates["forward"], 4)
     return figures, ratios
 
