@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 import pydantic
 import torch
 from PIL import Image
+from torch import Tensor
 
 from aai import schema, storage
+from aai.encoders.batches import Batches
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
 from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY, FeatureManifest
@@ -56,7 +58,7 @@ class FeaturizeConfig(VerbConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when cluster.gpus_per_worker is not 0."""
     batch_size: int = pydantic.Field(64, ge=1)
-    """Pictures or texts per forward pass."""
+    """Pictures or texts per forward pass; halved where the device's memory does not hold it."""
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -106,6 +108,7 @@ class FeaturizeWorker:
         self.dtype = dtype
         self.clip = FrozenClip(c.foundation, self.device, dtype, c.batch_size, threads if on_gpu else 1)
         self.vae, self.edge_px = load_vae(c.foundation, self.device, dtype)
+        self.batches = Batches(c.batch_size)
         self.texts: dict[str, np.ndarray] = {}
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
@@ -154,14 +157,13 @@ class FeaturizeWorker:
     @torch.inference_mode()
     def latents(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """[N, C, h, w]: posterior means times the scaling factor, as the UNet expects them."""
-        parts = []
-        for start in range(0, len(pictures), self.config.batch_size):
-            batch = [_square(picture, self.edge_px) for picture in pictures[start : start + self.config.batch_size]]
-            raw = torch.from_numpy(np.stack(batch)).to(self.device)
-            pixels = (raw.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
-            posterior = self.vae.encode(pixels.to(self.dtype)).latent_dist
-            parts.append((posterior.mean * self.vae.config.scaling_factor).float().cpu())
-        return torch.cat(parts).numpy()
+        return torch.cat(self.batches.map(self._encode, pictures)).numpy()
+
+    def _encode(self, pictures: Sequence[Image.Image]) -> Tensor:
+        raw = torch.from_numpy(np.stack([_square(picture, self.edge_px) for picture in pictures])).to(self.device)
+        pixels = (raw.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+        posterior = self.vae.encode(pixels.to(self.dtype)).latent_dist
+        return (posterior.mean * self.vae.config.scaling_factor).float().cpu()
 
 
 def _decode(data: bytes) -> Image.Image:

@@ -73,7 +73,7 @@ def measure_rates(
         featurize.run(settings)
     worker = FeaturizeWorker(settings.model_dump(mode="json"), "")
     encoded = [data for row in clips["frames"].to_pylist() for data in row]
-    pixels = worker.clip.framed(encoded[: worker.clip.batch_size])
+    pixels = worker.clip.framed(encoded[: worker.clip.batches.size])
     picture = [Image.open(io.BytesIO(encoded[0])).convert("RGB")] * min(32, clips.num_rows)
     prepare_s = _prepare_s(worker, accepted, encoded, f"{out}/features", measure_s) / clips.num_rows
     tables = [*storage.list_files(accepted), *storage.list_files(f"{curated}/rejected")]
@@ -122,8 +122,8 @@ def _prepare_s(worker: FeaturizeWorker, accepted: str, encoded: list[bytes], fea
 
     def around_the_models() -> None:
         storage.read_table(accepted)
-        for start in range(0, len(encoded), worker.clip.batch_size):
-            worker.clip.framed(encoded[start : start + worker.clip.batch_size])
+        for start in range(0, len(encoded), worker.clip.batches.size):
+            worker.clip.framed(encoded[start : start + worker.clip.batches.size])
         storage.write_table(f"{features}.again", made)
 
     seconds = _per_call_s(around_the_models, measure_s)

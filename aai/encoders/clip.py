@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from aai.encoders.batches import Batches
 from aai.foundation import load_clip
 from aai.foundation_id import FoundationSpec, identity
 
@@ -29,9 +30,9 @@ class FrozenClip:
     ) -> None:
         """Loads the model. Raises UserError if it is not there.
 
-        batch_size: pictures or texts per forward pass; threads: prepare pictures with so many.
+        batch_size: pictures or texts per forward pass, or fewer where they do not fit; threads: how many prepare pictures.
         """
-        self.spec, self.device, self.dtype, self.batch_size = spec, device, dtype, batch_size
+        self.spec, self.device, self.dtype, self.batches = spec, device, dtype, Batches(batch_size)
         self.model, self.tokenizer, self.processor = load_clip(spec, device, dtype)
         self.dim: int = self.model.config.projection_dim
         self.pool = ThreadPoolExecutor(threads, "frame") if threads > 1 else None
@@ -41,11 +42,10 @@ class FrozenClip:
     @torch.inference_mode()
     def images(self, frames: Frames) -> Tensor:
         """Features [N, D] of pictures: a list of PIL pictures or of encoded ones (JPEG, ...), or uint8 [N, H, W, 3]."""
-        parts = [torch.empty(0, self.dim, device=self.device)]
+        empty = torch.empty(0, self.dim, device=self.device)
         # On a GPU `embed` returns at once: the next batch is decoded and framed while this one is computed.
-        for start in range(0, len(frames), self.batch_size):
-            parts.append(self.embed(self.framed(frames[start : start + self.batch_size])))
-        return torch.cat(parts).cpu()
+        parts = self.batches.map(lambda some: self.embed(self.framed(some)), frames)
+        return torch.cat([empty, *parts]).cpu()
 
     def framed(self, frames: Frames) -> np.ndarray:
         """uint8 [N, H, W, 3] for `embed`: resized and cut exactly as the model's processor does it."""
@@ -76,13 +76,12 @@ class FrozenClip:
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Features [N, D] of texts; a text over the context length is cut there."""
-        parts = [torch.empty(0, self.dim)]
-        for start in range(0, len(texts), self.batch_size):
-            chosen = list(texts[start : start + self.batch_size])
-            tokens = self.tokenizer(chosen, padding=True, truncation=True, return_tensors="pt").to(self.device)
-            output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            parts.append(_unit(output.pooler_output).cpu())
-        return torch.cat(parts)
+        return torch.cat([torch.empty(0, self.dim), *self.batches.map(self._embed_texts, texts)])
+
+    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.device)
+        output = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        return _unit(output.pooler_output).cpu()
 
     def describe(self) -> dict[str, str]:
         """What a table of these features must record: id, revision or hash, processor class, dtype."""
