@@ -164,8 +164,10 @@ def _clip(pictures: Pictures, sound: Sound, samples: np.ndarray, clock: Deadline
     audio_s = len(samples) / cfg.sample_rate_hz
     video_s = min(pictures.last_end_s, pictures.end_s) - pictures.start_s
     duration_s = max(audio_s, video_s)
-    times_s = [pictures.start_s + (np.arange(k) + 0.5) / k * duration_s for k in (cfg.num_frames, HASH_FRAMES)]
-    kept, hashed = pictures.decode(*times_s, clock)
+    targets_s, hash_s = (
+        pictures.start_s + (np.arange(count) + 0.5) / count * duration_s for count in (cfg.num_frames, HASH_FRAMES)
+    )
+    kept, hashed = pictures.decode(targets_s, hash_s, clock)
     pictures.tally.check()
     if not kept:
         raise ClipError("UNREADABLE", "no frame of the video can be decoded")
