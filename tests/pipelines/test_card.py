@@ -229,6 +229,14 @@ def test_nothing_accepted_nothing_rejected_no_filters(tmp_path: Path) -> None:
     assert made["thresholds"] == made["signals"] == {}
 
 
+def test_s3(tmp_path: Path, s3: str) -> None:
+    write_tables(tmp_path)
+    local = card.write_card(str(tmp_path), FILTERS, {})
+    storage.upload_folder(tmp_path, s3)
+    assert card.write_card(s3, FILTERS, {}) == {**local, "out": s3}
+    assert storage.read_bytes(f"{s3}/card.html").startswith(b"<!doctype html>")
+
+
 def test_the_card_goes_to_mlflow(
     curated: tuple[Path, dict[str, Any]], made: dict[str, Any], empty_store: Path, tmp_path: Path
 ) -> None:
