@@ -30,7 +30,7 @@ from aai.media.decode import DecodeConfig
 from aai.media.duplicates import DuplicateConfig
 from aai.media.filters import FilterConfig, broken_rules
 from aai.schema import VERSION
-from pipelines import similarity
+from pipelines import similarity, tracking_store
 from pipelines.cut import CutConfig, cut_rows
 from pipelines.judge import DIGEST as JUDGED
 from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
@@ -251,6 +251,8 @@ def _summary(result: dict[str, Any], out: str) -> str:
 def run(config: CurateConfig) -> dict[str, Any]:
     """Curates a manifest; returns what curate.json holds. A second run with nothing changed does nothing."""
     begin = time.monotonic()
+    if config.tracking:
+        tracking_store.check(config.tracking)
     rows = config.rows()
     out = storage.absolute(config.out)
     settings = config.digests()

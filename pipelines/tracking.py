@@ -7,29 +7,25 @@ with `mlflow.pyfunc.load_model` and holds no pickle. Aliases: `candidate`, `cham
 import contextlib
 import fcntl
 import functools
-import http.client
 import json
 import logging
 import os
 import re
-import sqlite3
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 from aai import storage
 from aai.bundle import read_bundle
 from aai.errors import UserError
 from pipelines.figures import flatten, numbers
 from pipelines.settings import TrackingConfig
+from pipelines.tracking_store import check, database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,7 +36,6 @@ T = TypeVar("T")
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 SHA_TAG = "bundle_sha"
-SERVER_TIMEOUT_S = 5
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -66,14 +61,12 @@ def _mlflow() -> ModuleType:
 
 def _client(cfg: TrackingConfig) -> "MlflowClient":
     """A client of the tracking server and registry. Raises UserError when it cannot be reached."""
+    check(cfg)
+    uri: str = cfg.uri
     lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if cfg.uri.startswith("sqlite:///"):
-        file = _database(cfg)
+    if uri.startswith("sqlite:///"):
+        file = database(cfg)
         uri, lock = f"sqlite:///{file}?timeout=30", _lock(file)  # seconds to wait for another process's write
-    elif cfg.uri.startswith(("http://", "https://")):
-        uri = _server(cfg.uri)
-    else:
-        raise UserError("tracking.uri", cfg.uri, "is not supported", "use sqlite:///FILE or http(s)://SERVER")
     mlflow = _mlflow()
     # Loading a registered model goes through MLflow's global settings: they must name the client's store.
     mlflow.set_tracking_uri(uri)
@@ -88,38 +81,6 @@ def _lock(file: Path) -> Iterator[None]:
     with file.with_name(f".{file.name}.lock").open("w") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         yield
-
-
-def _database(cfg: TrackingConfig) -> Path:
-    """The absolute path of a usable sqlite file; its folder is made."""
-    path = cfg.uri.removeprefix("sqlite:///").split("?")[0]
-    if not path or "://" in path:
-        rule = "sqlite needs a file on this machine"
-        raise UserError("tracking.uri", cfg.uri, rule, "use sqlite:////folder/mlflow.db or a tracking server")
-    file = Path(os.path.abspath(path))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(file, timeout=30)) as database:
-            database.execute("PRAGMA schema_version")
-    except (OSError, sqlite3.Error) as error:
-        raise UserError("tracking.uri", cfg.uri, f"cannot be opened ({error})", "give another file") from error
-    return file
-
-
-@functools.cache
-def _server(uri: str) -> str:
-    """Asks a server for a sign of life, once: MLflow's own retries would take minutes."""
-    if "@" in urlsplit(uri).netloc:
-        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
-        raise UserError("tracking.uri", "(hidden)", "holds a password, which logs would show", remedy)
-    try:
-        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=SERVER_TIMEOUT_S):
-            return uri
-    except urllib.error.HTTPError:
-        return uri  # it answers
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        rule = f"no tracking server answers ({error})"
-        raise UserError("tracking.uri", uri, rule, "start it, mend the address, or use sqlite:///FILE") from error
 
 
 def _attempt(cfg: TrackingConfig, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -155,7 +116,7 @@ def _experiment(client: "MlflowClient", cfg: TrackingConfig) -> str:
         return str(found.experiment_id)
     where = cfg.artifacts
     if where is None and cfg.uri.startswith("sqlite:///"):
-        where = str(_database(cfg).parent / "mlartifacts")
+        where = str(database(cfg).parent / "mlartifacts")
     where = storage.absolute(where) if where else None
     made = _unless("RESOURCE_ALREADY_EXISTS", client.create_experiment, cfg.experiment, where)
     return str(made or client.get_experiment_by_name(cfg.experiment).experiment_id)

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
-SLOW_S = 3.0
+SLOW_S = 1.5
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class FrozenClip:
     ) -> None:
         """Loads the model. Raises UserError if it is not there.
 
-        batch_size: pictures or texts per forward pass, or fewer where they do not fit; threads: how many prepare pictures.
+        batch_size: pictures or texts per forward pass, or fewer where they do not fit; threads: that prepare pictures.
         """
         self.spec, self.device, self.dtype, self.batches = spec, device, dtype, Batches(batch_size)
         self.model, self.tokenizer, self.processor = load_clip(spec, device, dtype)

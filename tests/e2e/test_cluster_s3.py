@@ -38,7 +38,7 @@ def settings(kind: type[VerbConfig], verb: str, base: str, address: str | None, 
 def run_chain(base: str, tracking: str, address: str | None) -> None:
     """world -> curate -> featurize -> align under `base`."""
     mlflow = {"tracking.uri": tracking}
-    curate.run(settings(curate.CONFIG, "curate", base, address, rows_per_shard=25))
+    curate.run(settings(curate.CONFIG, "curate", base, address, rows_per_shard=25, tracking=None))
     featurize.run(settings(featurize.CONFIG, "featurize", base, address))
     align.run(
         settings(
