@@ -1,6 +1,7 @@
 """Small real clips, written with PyAV, whose every frame and sample says when it is."""
 
 import io
+import os
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
@@ -84,6 +85,7 @@ def make_moving(
     """A clip in which every frame differs: a drifting texture with noise, cut to another one in the middle."""
     rng, (width, height) = np.random.default_rng(seed), size
     coarse = rng.integers(0, 256, (2, height // 8 + 1, width // 4 + 1, 3))
+    policy = os.sched_getscheduler(0)
     scenes = np.kron(coarse, np.ones((1, 8, 8, 1)))[:, :height].astype(np.int16)
     sink = io.BytesIO()
     with av.open(sink, "w", format=container, options=live or {}) as out:
@@ -107,4 +109,6 @@ def make_moving(
         heard.sample_rate, heard.pts, heard.time_base = audio.rate, 0, Fraction(1, audio.rate)
         out.mux(audio.encode(heard))
         out.mux(audio.encode(None))
+    # SVT-AV1 makes root's calling thread a real-time one, beside which nothing else of the machine gets to run.
+    os.sched_setscheduler(0, policy, os.sched_param(0))
     return sink.getvalue()

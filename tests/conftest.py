@@ -34,6 +34,13 @@ def ray_token() -> Iterator[None]:
         del os.environ["RAY_AUTH_TOKEN_PATH"]
 
 
+@pytest.fixture(autouse=True)
+def ordinary_priority() -> Iterator[None]:
+    """No test leaves the process a real-time one (some encoders do): it would starve the rest of the machine."""
+    yield
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,9 +1,13 @@
-"""What tests of several commands need: fresh Python processes and an MLflow store."""
+"""What tests of several commands need: fresh Python processes, an MLflow store, and shards without Ray."""
 
+import importlib
+import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,3 +43,35 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert out == ""
         assert not [line for line in err.splitlines() if "INFO" in line or "alembic" in line], err
     return file
+
+
+def _run_shards_here(
+    name: str,
+    shards: Sequence[dict[str, Any]],
+    worker_cls: Callable[..., Any],
+    worker_args: Mapping[str, Any],
+    cluster: Any,
+    done: Callable[[dict[str, Any]], bool],
+    log_dir: str | None = None,
+    stateful: bool = True,
+    unit: str = "clip",
+    on_result: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> list[dict[str, Any]]:
+    worker, results = worker_cls(**worker_args), []
+    for shard in shards:
+        if not done(shard):
+            results.append(worker(json.loads(json.dumps(shard))))
+            on_result(results[-1])
+    return results
+
+
+def run_here(patch: pytest.MonkeyPatch) -> None:
+    """curate's shards run in this process, one after the other; the engine has its own tests, and curate on it too."""
+    for module in ("curate", "measure", "cut"):
+        patch.setattr(importlib.import_module(f"pipelines.{module}"), "run_shards", _run_shards_here)
+
+
+@pytest.fixture
+def shards_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See run_here."""
+    run_here(monkeypatch)

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from aai.toy.world import write_world
 from pipelines import card, tracking
 from pipelines.card_data import NUMBERS, _Gathered
 from pipelines.card_figures import funnel, labels
-from pipelines.cluster import connect, shutdown
 from pipelines.curate import CurateConfig
 from pipelines.curate import run as curate
-from pipelines.settings import ClusterConfig, TrackingConfig
+from pipelines.settings import TrackingConfig
+from tests.pipelines.conftest import run_here
 from tests.tiny import write_clip_table
 
 HOSTILE = "<script>alert('x')</script>"
@@ -28,16 +27,15 @@ FILTERS = FilterConfig().model_dump()
 
 
 @pytest.fixture(scope="module")
-def curated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+def curated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """100 toy clips with every kind of defect, curated."""
     root = tmp_path_factory.mktemp("card")
     write_world(str(root / "world"), 100, seed=3, num_workers=1, progress=False)
-    connect(ClusterConfig(num_workers=2))
     out = root / "curated"
     settings = {"manifest": str(root / "world/manifest.csv"), "out": str(out), "rows_per_shard": 24}
-    result = curate(CurateConfig.parse(settings))
-    yield out, result
-    shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        return out, curate(CurateConfig.parse(settings))
 
 
 @pytest.fixture(scope="module")

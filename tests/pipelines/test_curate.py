@@ -23,7 +23,7 @@ from pipelines.settings import ClusterConfig
 from tests.clips import make_clip
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     connect(ClusterConfig(num_workers=2))
     yield
@@ -42,6 +42,7 @@ def curate(folder: Path | str, out: Path | str, **settings: Any) -> dict[str, An
     return run(CurateConfig.parse({"manifest": str(folder), "out": str(out), "rows_per_shard": 24, **settings}))
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_world_is_curated_by_the_planted_truth(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = tmp_path / "curated"
     with caplog.at_level(logging.INFO):
@@ -105,6 +106,7 @@ def written(out: Path) -> dict[str, int]:
     return {f"{file.parent.name}/{file.name}": file.stat().st_mtime_ns for file in out.glob("*ed/*.parquet")}
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_run_goes_on_and_ends_in_the_same_tables(tmp_path: Path) -> None:
     write_media(tmp_path / "media", 6)
     storage.write_bytes(str(tmp_path / "media/broken.mp4"), b"no clip")
@@ -128,6 +130,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_tables(tmp_path: Path) -> Non
         assert both[0].equals(both[1])
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_only_new_and_changed_files_are_measured(tmp_path: Path) -> None:
     media, out = tmp_path / "media", tmp_path / "out"
     write_media(media, 4)
@@ -146,6 +149,7 @@ def test_only_new_and_changed_files_are_measured(tmp_path: Path) -> None:
     assert tables(out) == tables(fresh)
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_known_content_is_not_decoded_again(tmp_path: Path) -> None:
     write_media(tmp_path / "media", 3)
     first = curate(tmp_path / "media", tmp_path / "out", **APART)
@@ -159,6 +163,7 @@ def test_known_content_is_not_decoded_again(tmp_path: Path) -> None:
     assert [[row[name] for name in same] for row in after] == [[row[name] for name in same] for row in before]
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_captions_and_splits_come_from_the_manifest_of_today(tmp_path: Path) -> None:
     write_media(tmp_path, 2)
     manifest = tmp_path / "clips.csv"
@@ -170,6 +175,7 @@ def test_captions_and_splits_come_from_the_manifest_of_today(tmp_path: Path) -> 
     assert [(row["caption"], row["split"]) for row in rows] == [("new", "test"), ("old", "train")]
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_retry_measures_the_named_rejects_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     media, out = tmp_path / "media", tmp_path / "out"
     write_media(media, 3)
@@ -195,6 +201,7 @@ def test_retry_measures_the_named_rejects_alone(tmp_path: Path, monkeypatch: pyt
         curate(manifest, out, **APART, retry="SILENT")
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_flag_only_keeps_and_marks(world: Path, tmp_path: Path) -> None:
     result = curate(world / "manifest.csv", tmp_path / "out", flag_only=True)
     rows = tables(tmp_path / "out")["accepted"]
@@ -205,6 +212,7 @@ def test_flag_only_keeps_and_marks(world: Path, tmp_path: Path) -> None:
     assert {row["stage"] for row in tables(tmp_path / "out")["rejected"]} == {"decode"}
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_new_thresholds_need_no_decoding(tmp_path: Path) -> None:
     write_media(tmp_path / "media", 3)
     curate(tmp_path / "media", tmp_path / "out", **APART)
@@ -216,6 +224,7 @@ def test_new_thresholds_need_no_decoding(tmp_path: Path) -> None:
     assert curate(tmp_path / "media", tmp_path / "out", **stricter)["seconds"] == result["seconds"]
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_job_that_goes_wrong_is_stopped_and_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +240,7 @@ def test_a_job_that_goes_wrong_is_stopped_and_keeps_what_is_done(
     assert result["measured"] <= 40 - 2 * done + 2
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_too_many_rejections_fail_the_stage(tmp_path: Path) -> None:
     for i in range(3):
         storage.write_bytes(str(tmp_path / f"media/{i}.mp4"), b"no clip")
@@ -240,6 +250,7 @@ def test_too_many_rejections_fail_the_stage(tmp_path: Path) -> None:
     assert curate(tmp_path / "media", tmp_path / "out", max_reject_ratio=1)["rejected"] == 3
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "media/a.mp4"), make_clip())
     storage.write_bytes(str(tmp_path / "out/precious.txt"), b"x")
@@ -247,6 +258,7 @@ def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
         curate(tmp_path / "media", tmp_path / "out")
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_plan_starts_nothing(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "media/a.mp4"), b"x")
     plan = CurateConfig(manifest=str(tmp_path / "media"), out=str(tmp_path / "out")).plan()
