@@ -121,6 +121,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about libraries that are not needed here
     logging.basicConfig(level=os.environ.get("AAI_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
+    for library in (
+        "botocore",
+        "aiobotocore",
+        "matplotlib",
+    ):
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         config, args = load_config(verb, rest)
         if args.dry_run:

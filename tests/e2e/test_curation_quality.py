@@ -63,8 +63,9 @@ def test_b7_filters_find_what_was_planted() -> None:
     assert figures["false_reject_rate"] <= 0.01
     assert kinds["cross_split_duplicate"]["found"] == kinds["cross_split_duplicate"]["planted"]
     for name, kind in kinds.items():
-        assert kind["found"] >= 0.9 * kind["planted"], name
-        assert kind.get("precision", 1) >= 0.9, name
+        if "precision" in kind:  # a defect; oddities are to be accepted, and stand in filters.json
+            assert kind["found"] >= 0.9 * kind["planted"], name
+            assert kind["precision"] >= 0.9, name
 
 
 # ---------------------------------------------------------------- B8: quality is worth it
