@@ -121,11 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about libraries that are not needed here
     logging.basicConfig(level=os.environ.get("AAI_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
-    for library in (
-        "botocore",
-        "aiobotocore",
-        "matplotlib",
-    ):
+    for library in ("botocore", "aiobotocore", "matplotlib"):  # they tell where they found keys and fonts
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         config, args = load_config(verb, rest)

@@ -65,8 +65,8 @@ def judge(rows: Sequence[dict[str, Any]], config: "CurateConfig", null: Null | N
             continue
         for code, message in broken_rules(row, config.filters):
             verdicts.add(row["key"], "filter", code, message)
-        if null and (message := null.against(row)):
-            verdicts.add(row["key"], "correspondence", "WRONG_AUDIO", message)
+        if null and (unlike := null.against(row)):
+            verdicts.add(row["key"], "correspondence", "WRONG_AUDIO", unlike)
         if row["key"] not in verdicts:
             good.append(row)
     for index, (code, message) in find_duplicates(good, config.duplicates).items():

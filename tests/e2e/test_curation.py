@@ -18,8 +18,9 @@ from ray.cluster_utils import Cluster
 
 from aai import storage
 from aai.toy.world import write_world
-from pipelines import cluster
+from pipelines import cluster, curate
 from tests.faults import faulty
+from tests.pipelines.conftest import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs" / "accept-curation"
@@ -103,13 +104,17 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_b4_a_killed_driver_loses_and_doubles_nothing(small_world: Path, tmp_path: Path) -> None:
+def test_b4_a_killed_driver_loses_and_doubles_nothing(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One sample of the kill runs: the driver, in the middle of the work."""
 
     def start(out: Path) -> "subprocess.Popen[bytes]":
         return aai("curate", "--manifest", str(small_world / "manifest.csv"), "--out", str(out), rows_per_shard=6)
 
-    assert start(tmp_path / "whole").wait(timeout=300) == 0
+    run_here(monkeypatch)
+    settings = {"manifest": str(small_world / "manifest.csv"), "out": str(tmp_path / "whole"), "rows_per_shard": 6}
+    curate.run(curate.CONFIG.parse(settings))
     driver = start(tmp_path / "killed")
     while driver.poll() is None and not list((tmp_path / "killed").glob("_measured/*.parquet")):
         time.sleep(0.05)
@@ -182,21 +187,22 @@ def _kill_raylet(start: Callable[..., "subprocess.Popen[bytes]"], out: Path, wai
 # ---------------------------------------------------------------- B6: storage that fails
 
 
-def _faulty_chain(s3: str, endpoint: str, clips: int, tmp_path: Path, *tables: str) -> dict[str, int]:
+def _faulty_chain(s3: str, endpoint: str, clips: int, local: Path, *tables: str) -> dict[str, int]:
     """curate, and featurize for its table, on S3 behind a proxy that spoils 1 request in 20, and on local files."""
-    local, verbs = tmp_path / "run", {"curate": {"rows_per_shard": 16, "tracking": "null"}}
-    verbs |= {"featurize": {}} if "features" in tables else {}
     for base in (str(local), s3):
         write_world(storage.join(base, "world"), clips, seed=6, num_workers=1, progress=False)
     with faulty(endpoint, 0.05) as (address, counts):
         os.environ["AWS_ENDPOINT_URL"] = address
         s3fs.S3FileSystem.clear_instance_cache()
-        for verb, settings in verbs.items():
-            run(verb, run_dir=s3, **settings)
+        run("curate", run_dir=s3, rows_per_shard=16, tracking="null")
+        if "features" in tables:
+            run("featurize", run_dir=s3)
         os.environ["AWS_ENDPOINT_URL"] = endpoint
         s3fs.S3FileSystem.clear_instance_cache()
-    for verb, settings in verbs.items():
-        run(verb, run_dir=local, **settings)
+    settings = {"manifest": f"{local}/world/manifest.csv", "out": f"{local}/curated", "rows_per_shard": 16}
+    curate.run(curate.CONFIG.parse(settings))
+    if "features" in tables:
+        run("featurize", run_dir=local)
     for name in tables:
         ours, theirs = (storage.read_table(storage.join(base, name)) for base in (s3, str(local)))
         placeless = [c for c in ("uri", "message") if c in ours.column_names]  # a duplicate's message names a place
@@ -215,7 +221,10 @@ def endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return address
 
 
-def test_b6_tables_from_a_failing_s3_server_are_whole(s3: str, endpoint: str, tmp_path: Path) -> None:
+def test_b6_tables_from_a_failing_s3_server_are_whole(
+    s3: str, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_here(monkeypatch)
     counts = _faulty_chain(s3, endpoint, 100, tmp_path, "curated/accepted", "curated/rejected")
     assert counts["none"] > 50
 
