@@ -10,10 +10,12 @@ import ray
 from ray.cluster_utils import Cluster
 
 from aai import storage
+from aai.align import load_aligner
 from aai.bundle import read_bundle
 from aai.toy.world import write_world
 from pipelines import align, cluster, curate, featurize
 from pipelines.settings import VerbConfig
+from tests.pipelines.conftest import run_here
 
 CLIPS = 100
 
@@ -35,21 +37,10 @@ def settings(kind: type[VerbConfig], verb: str, base: str, address: str | None, 
     return kind.load(path, [], {"run_dir": base, "cluster.address": address, **values})
 
 
-def run_chain(base: str, tracking: str, address: str | None) -> None:
-    """world -> curate -> featurize -> align under `base`."""
-    mlflow = {"tracking.uri": tracking}
+def make_tables(base: str, address: str | None) -> None:
+    """curate -> featurize under `base`."""
     curate.run(settings(curate.CONFIG, "curate", base, address, rows_per_shard=25, tracking=None))
     featurize.run(settings(featurize.CONFIG, "featurize", base, address))
-    align.run(
-        settings(
-            align.CONFIG,
-            "align",
-            base,
-            address,
-            **{"fit.steps": 3, "fit.batch_size": 16, "fit.eval_every": 0},
-            **mlflow,
-        )
-    )
 
 
 def table(base: str, name: str) -> pa.Table:
@@ -58,20 +49,21 @@ def table(base: str, name: str) -> pa.Table:
     return found.drop_columns([c for c in ("uri", "message") if c in found.column_names]).replace_schema_metadata(None)
 
 
-def test_a12_s3_and_two_nodes_give_the_tables_of_a_local_run(two_nodes: str, s3: str, tmp_path: Path) -> None:
+def test_a12_s3_and_two_nodes_give_the_tables_of_a_local_run(
+    two_nodes: str, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     local = str(tmp_path / "run")
     for base in (local, s3):
         write_world(storage.join(base, "world"), CLIPS, seed=5, num_workers=1, progress=False)
-    run_chain(s3, f"sqlite:///{tmp_path}/s3.db", two_nodes)
+    make_tables(s3, two_nodes)
+    fit = {"fit.steps": 3, "fit.batch_size": 16, "fit.eval_every": 0, "tracking.uri": f"sqlite:///{tmp_path}/s3.db"}
+    align.run(settings(align.CONFIG, "align", s3, two_nodes, **fit))
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
-    cluster.shutdown()
-    run_chain(local, f"sqlite:///{tmp_path}/local.db", None)
+    load_aligner(read_bundle(storage.join(s3, "align/bundle")))
+    run_here(monkeypatch)
+    make_tables(local, None)
     for name in ("curated/accepted", "curated/rejected", "features"):
         ours, theirs = table(s3, name), table(local, name)
         assert ours.num_rows > 0
         assert ours.equals(theirs), name
     assert len(table(local, "curated/accepted")) + len(table(local, "curated/rejected")) == CLIPS
-    assert (
-        read_bundle(storage.join(s3, "align/bundle")).aligner().keys()
-        == read_bundle(f"{local}/align/bundle").aligner().keys()
-    )

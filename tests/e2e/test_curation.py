@@ -225,7 +225,7 @@ def test_b6_tables_from_a_failing_s3_server_are_whole(
     s3: str, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_here(monkeypatch)
-    counts = _faulty_chain(s3, endpoint, 100, tmp_path, "curated/accepted", "curated/rejected")
+    counts = _faulty_chain(s3, endpoint, 48, tmp_path, "curated/accepted")
     assert counts["none"] > 50
 
 

@@ -66,8 +66,8 @@ def _run_shards_here(
 
 
 def run_here(patch: pytest.MonkeyPatch) -> None:
-    """curate's shards run in this process, one after the other; the engine has its own tests, and curate on it too."""
-    for module in ("curate", "measure", "cut"):
+    """Shards of curate and featurize run in this process; the engine has its own tests, and so have they on it."""
+    for module in ("curate", "measure", "cut", "featurize"):
         patch.setattr(importlib.import_module(f"pipelines.{module}"), "run_shards", _run_shards_here)
 
 

@@ -43,6 +43,7 @@ def test_curate_beside_a_plain_pool_and_decoding_alone(out: Path, capsys: pytest
     assert "x bare" in lines[1]
 
 
+@pytest.mark.accept
 def test_featurize_beside_a_plain_pool_and_the_models_alone(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result, _ = measured(capsys, out, "featurize", "--clips", "30", "--set", "repeats=1")
     assert list(result["ratios"]) == ["ray/bare", "ray/models", "bare/models"]
