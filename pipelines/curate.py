@@ -177,7 +177,7 @@ def _judge(config: CurateConfig, out: str, shards: dict[str, list[str]], rows: d
     if config.scores.bundle:
         good = {row["key"] for row in measured if not row["code"] and not broken_rules(row, config.filters)}
         null = Null.measure(out, list(shards), rows, good, config.scores.false_accept_rate)
-    verdicts = judge(measured, config, null)
+    verdicts = judge(measured, config, null, out)
     todo = judge_shards(measured, shards, verdicts, config.flag_only)
     for name in storage.shard_names(storage.join(out, "accepted")) - set(
         shards

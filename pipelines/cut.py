@@ -16,10 +16,11 @@ import pydantic
 
 from aai import storage
 from aai.config import Config
-from aai.errors import UserError
-from aai.media.decode import ClipError, DecodeConfig
-from aai.media.shots import extent, shots
+from aai.media.child import MediaChild
+from aai.media.limits import ClipError, DecodeConfig
+from aai.media.shots import Probe, failed_probe, require_shots
 from pipelines.manifest import Row
+from pipelines.measure import read_file
 from pipelines.settings import ClusterConfig
 from pipelines.shards import Result, Shard, run_shards
 
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 FOLDER = "_cut"
 _FILES_PER_SHARD = {"windows": 64, "shots": 8}
 
-Probe = dict[str, Any]
-"""What is known of a file: duration_s, is_whole, maybe shots; or code, message, transient."""
 Span = tuple[float, float | None]
 """(start_s, end_s) of a clip; None = to the end of the file."""
 
@@ -102,6 +101,9 @@ class CutWorker:
 
     def __init__(self, out: str, cut: dict[str, Any], decode: dict[str, Any]) -> None:
         self.out, self.cut, self.decode = out, CutConfig.parse(cut), DecodeConfig.parse(decode)
+        if self.cut.mode == "shots":
+            require_shots()  # on every node
+        self.child = MediaChild(self.decode)
 
     def __call__(self, shard: Shard) -> Result:
         """Shard: name, rows, files ({key: uri})."""
@@ -111,25 +113,11 @@ class CutWorker:
 
     def probe(self, uri: str) -> Probe:
         """What is found in one file; a file that cannot be read is told of, nothing is raised."""
-        try:
-            data = storage.read_bytes(uri, self.decode.max_bytes)
-            length = extent(data, self.decode, self.cut.timeout_s)
-            if length.duration_s > self.cut.max_file_s:
-                raise ClipError(
-                    "TOO_LONG", f"{length.duration_s:.0f} s are over the limit of {self.cut.max_file_s:g} s"
-                )
-            found: Probe = {"duration_s": length.duration_s, "is_whole": length.is_whole}
-            if self.cut.mode == "shots":
-                found["shots"] = shots(data, self.cut.shot_threshold, self.decode, self.cut.timeout_s)
-            return found
-        except UserError:
-            raise
-        except ClipError as error:
-            return {"code": error.code, "message": error.message, "transient": error.transient}
-        except (FileNotFoundError, ValueError) as error:  # a missing file, or one over the limit: decoding will tell
-            return {"code": "UNREADABLE", "message": str(error)[:300], "transient": False}
-        except Exception as error:  # storage clients raise many types; all mean "ask again later"
-            return {"code": "IO_ERROR", "message": f"{type(error).__name__}: {error}"[:300], "transient": True}
+        data = read_file(uri, self.decode.max_bytes)
+        if isinstance(data, ClipError):  # decoding will tell it again, as a rejected row
+            return failed_probe(data)
+        threshold = self.cut.shot_threshold if self.cut.mode == "shots" else None
+        return self.child.probe(data, threshold, self.cut.max_file_s, self.cut.timeout_s)
 
 
 def _keys(uris: Sequence[str], cfg: CutConfig) -> dict[str, str]:

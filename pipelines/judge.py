@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from aai.schema import CLIP_TABLE, REJECT_TABLE, SIMILARITIES
 from pipelines.manifest import Row
 from pipelines.measure import FOLDER as MEASURED
 from pipelines.measure import SMALL, shard_file
+from pipelines.near import spread_near_pairs
 from pipelines.shards import Result, Shard
 from pipelines.similarity import Null, read_scores
 
@@ -56,8 +58,10 @@ def read_measured(
     return found
 
 
-def judge(rows: Sequence[dict[str, Any]], config: "CurateConfig", null: Null | None) -> Verdicts:
-    """Reasons against the clips. Only those that pass all else are looked at for duplicates."""
+def judge(rows: Sequence[dict[str, Any]], config: "CurateConfig", null: Null | None, out: str) -> Verdicts:
+    """Reasons against the clips. Only those that pass all else are looked at for duplicates; out: where workers may
+    share what that needs.
+    """
     verdicts = Verdicts()
     good = []
     for row in rows:
@@ -69,7 +73,8 @@ def judge(rows: Sequence[dict[str, Any]], config: "CurateConfig", null: Null | N
             verdicts.add(row["key"], "correspondence", "WRONG_AUDIO", unlike)
         if row["key"] not in verdicts:
             good.append(row)
-    for index, (code, message) in find_duplicates(good, config.duplicates).items():
+    search = partial(spread_near_pairs, out=out, cluster=config.cluster)
+    for index, (code, message) in find_duplicates(good, config.duplicates, search).items():
         verdicts.add(good[index]["key"], "duplicate", code, message)
     return verdicts
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from aai import storage
 from aai.errors import UserError
-from aai.media.child import MeasureChild
+from aai.media.child import MediaChild
 from aai.media.filters import RULES, FilterConfig, broken_rules
 from aai.media.limits import ClipError, DecodeConfig
 from aai.media.measure import MEASURED_ROW, clip_id
@@ -57,7 +57,7 @@ class MeasureWorker:
 
     def __init__(self, out: str, decode: dict[str, Any], filters: dict[str, Any]) -> None:
         self.out, self.decode, self.filters = out, DecodeConfig.parse(decode), FilterConfig.parse(filters)
-        self.child = MeasureChild(self.decode)
+        self.child = MediaChild(self.decode)
 
     def __call__(self, shard: Shard) -> Result:
         """Shard: name, rows, clips. `rejected` counts what cannot be decoded or breaks a filter."""
@@ -70,18 +70,12 @@ class MeasureWorker:
                 elif known := self._known(content, clip):
                     row, reused = known, reused + 1
                 else:
-                    row = self._measure(data, clip)
+                    row = self.child.measure(data, clip["start_s"], clip["end_s"])
                 rows.append({**row, "key": clip["key"]})
         table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
         storage.write_table(shard_file(self.out, FOLDER, shard["name"]), table, row_group_size=64)
         rejected = sum(bool(row.get("code") or broken_rules(row, self.filters)) for row in rows)
         return {"rows": len(rows), "rejected": rejected, "reused": reused}
-
-    def _measure(self, data: bytes, clip: Clip) -> dict[str, Any]:
-        row = self.child.measure(data, clip["start_s"], clip["end_s"])
-        if row["code"] == "CRASHED" and row["transient"]:  # killed from outside: that says nothing of the clip
-            row = self.child.measure(data, clip["start_s"], clip["end_s"])
-        return row
 
     def _read_ahead(self, groups: Sequence[list[Clip]]) -> Iterator[tuple[list[Clip], bytes | ClipError]]:
         """The clips of each file with its content, or why it cannot be read; the next few files are on their way."""

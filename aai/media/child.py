@@ -1,7 +1,8 @@
-"""Measuring in a child process that knows nothing but one clip's bytes, and whose death costs only that clip.
+"""Decoding in a child process that knows nothing but one file's bytes, and whose death costs only that file.
 
-Over the child's stdin and stdout go messages: a length (8 bytes) and a body. A request is two of them, JSON and the
-file's bytes; an answer is one, an Arrow stream of one row. The child greets with an empty message.
+Over the child's stdin and stdout go messages: a length (8 bytes) and a body. A request is two of them, JSON (`task`,
+`timeout_s` and the task's arguments) and the file's bytes; an answer is one: an Arrow stream of one row (`measure`) or
+JSON (`probe`). The child greets with an empty message.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import pyarrow as pa
 import aai
 from aai.media.limits import ClipError, DecodeConfig
 from aai.media.measure import MEASURED_ROW, failed_row, measure_bytes
+from aai.media.shots import Probe, failed_probe, probe_bytes
 
 GRACE_S = 2.0
 """The kernel ends a clip this long after its soft limit, the parent after twice as long."""
@@ -50,16 +52,17 @@ def _receive(pipe: BinaryIO) -> bytes:
 # ---------------------------------------------------------------- the parent's side
 
 
-class MeasureChild:
-    """`measure_bytes` in a child process: `with MeasureChild(cfg) as child: row = child.measure(data, None, None)`.
+class MediaChild:
+    """`measure_bytes` and `probe_bytes` in a child: `with MediaChild(cfg) as child: row = child.measure(data, 0, 10)`.
 
-    Use it from one thread. A child that died is replaced, and so is one that has done `cfg.recycle_after` clips.
+    Use it from one thread. A child that died is replaced, and so is one that has done `cfg.recycle_after` files. A
+    file during which it was killed from outside (SIGKILL) is tried once more.
     """
 
     def __init__(self, cfg: DecodeConfig) -> None:
         self.cfg = cfg
         self.process: subprocess.Popen[bytes] | None = None
-        self.clips = 0
+        self.files = 0
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +71,7 @@ class MeasureChild:
         self.close()
 
     def close(self) -> None:
-        """Ends the child; the next `measure` starts another."""
+        """Ends the child; the next request starts another."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -85,21 +88,45 @@ class MeasureChild:
 
         Raises RuntimeError if no child can be started at all.
         """
-        if self.process is None or self.process.poll() is not None or self.clips >= self.cfg.recycle_after:
+        answer = self._ask({"task": "measure", "start_s": start_s, "end_s": end_s}, data, self.cfg.timeout_s)
+        if isinstance(answer, ClipError):
+            return failed_row(hashlib.sha256(data).hexdigest(), start_s, end_s, answer)
+        row: dict[str, Any] = pa.ipc.open_stream(answer).read_all().to_pylist()[0]
+        return self._checked(row)
+
+    def probe(self, data: bytes, shot_threshold: float | None, max_file_s: float, timeout_s: float) -> Probe:
+        """What `probe_bytes` finds; a child's death becomes TIMEOUT or CRASHED. Raises as `measure` does."""
+        request = {"task": "probe", "shot_threshold": shot_threshold, "max_file_s": max_file_s}
+        answer = self._ask(request, data, timeout_s)
+        return failed_probe(answer) if isinstance(answer, ClipError) else self._checked(json.loads(answer))
+
+    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
+        if answer.get("code") == "OUT_OF_MEMORY":
+            self.close()  # what it could not free would be missing for the next file
+        return answer
+
+    def _ask(self, request: dict[str, Any], data: bytes, timeout_s: float) -> bytes | ClipError:
+        answer = self._ask_once(request, data, timeout_s)
+        if isinstance(answer, ClipError) and answer.code == "CRASHED" and answer.transient:
+            return self._ask_once(request, data, timeout_s)  # killed from outside: that says nothing of the file
+        return answer
+
+    def _ask_once(self, request: dict[str, Any], data: bytes, timeout_s: float) -> bytes | ClipError:
+        if self.process is None or self.process.poll() is not None or self.files >= self.cfg.recycle_after:
             self._start()
-        self.clips += 1
-        request = json.dumps({"start_s": start_s, "end_s": end_s}).encode()
-        limit_s = self.cfg.timeout_s + 2 * GRACE_S
-        answer, overdue = self._within(limit_s, lambda stdin, stdout: _ask(stdin, stdout, request, data))
-        if answer is None:
-            failure = self._died(overdue)
-            return failed_row(hashlib.sha256(data).hexdigest(), start_s, end_s, failure)
-        row = pa.ipc.open_stream(answer).read_all().to_pylist()[0]
-        if row["code"] == "OUT_OF_MEMORY":
-            self.close()  # what it could not free would be missing for the next one
-        return row
+        self.files += 1
+        body = json.dumps(request | {"timeout_s": timeout_s}).encode()
+        answer, overdue = self._within(timeout_s + 2 * GRACE_S, lambda stdin, stdout: _ask(stdin, stdout, body, data))
+        return self._died(overdue, timeout_s) if answer is None else answer
 
     def _start(self) -> None:
+        if (code := self._start_once()) == -signal.SIGKILL:
+            code = self._start_once()  # killed from outside
+        if code is not None:
+            raise RuntimeError(f"the decoding child does not start (exit code {code}); its stderr says why")
+
+    def _start_once(self) -> int | None:
+        """Starts a child; its exit code if it ends before it greets."""
         self.close()
         paths = [str(Path(aai.__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {
@@ -115,12 +142,13 @@ class MeasureChild:
             env=environment,
             start_new_session=True,  # Ctrl-C is the parent's
         )
-        self.clips = 0
+        self.files = 0
         greeting, _ = self._within(START_S, lambda _, stdout: _receive(stdout))
-        if greeting is None:
-            code = self.process.wait()
-            self.close()
-            raise RuntimeError(f"the decoding child does not start (exit code {code}); its stderr says why")
+        if greeting is not None:
+            return None
+        code = self.process.wait()
+        self.close()
+        return code
 
     def _within(self, limit_s: float, talk: Callable[[BinaryIO, BinaryIO], bytes]) -> tuple[bytes | None, bool]:
         """(the child's answer or None if it is gone, whether it was killed here for being late)."""
@@ -143,11 +171,11 @@ class MeasureChild:
             watchdog.cancel()
             watchdog.join()
 
-    def _died(self, overdue: bool) -> ClipError:
+    def _died(self, overdue: bool, timeout_s: float) -> ClipError:
         code = self.process.wait() if self.process else 0
         self.close()
         if overdue or code == -signal.SIGALRM:
-            return ClipError("TIMEOUT", f"still not decoded after {self.cfg.timeout_s:g} s, and ended", transient=True)
+            return ClipError("TIMEOUT", f"still not done after {timeout_s:g} s, and ended", transient=True)
         if code == -signal.SIGKILL:
             return ClipError("CRASHED", "the decoder was killed (SIGKILL), perhaps for want of memory", transient=True)
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -180,6 +208,9 @@ def _to_bytes(row: dict[str, Any]) -> bytes:
 
 
 def _answer(request: dict[str, Any], data: bytes, cfg: DecodeConfig) -> bytes:
+    if request["task"] == "probe":
+        arguments = request["shot_threshold"], request["max_file_s"]
+        return json.dumps(probe_bytes(data, *arguments, cfg, request["timeout_s"])).encode()
     try:
         return _to_bytes(measure_bytes(data, request["start_s"], request["end_s"], cfg))
     except MemoryError:
@@ -197,7 +228,7 @@ def main() -> None:
         _send(answers, b"")
         while True:
             request, data = json.loads(_receive(requests)), _receive(requests)
-            signal.setitimer(signal.ITIMER_REAL, cfg.timeout_s + GRACE_S)
+            signal.setitimer(signal.ITIMER_REAL, request["timeout_s"] + GRACE_S)
             answer = _answer(request, data, cfg)
             signal.setitimer(signal.ITIMER_REAL, 0)
             _send(answers, answer)

@@ -3,7 +3,9 @@
 A file that is broken in parts is followed as far as it can be read: whether a clip is good is for its decoding to say.
 """
 
+import importlib.util
 import io
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -19,6 +21,11 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from aai.errors import UserError
 from aai.media.decode import FORMATS, ClipError, DecodeConfig
 
+log = logging.getLogger(__name__)
+
+Probe = dict[str, Any]
+"""What is known of a file: duration_s, is_whole, maybe shots; or code, message, transient."""
+
 _COMPARED_PX = 128  # longer side of the pictures that are compared
 _BREAK_S, _BREAK_FRACTION = 1.0, 0.02  # content that ends this much before what its header promises is cut off
 
@@ -29,6 +36,44 @@ class Extent:
 
     duration_s: float
     is_whole: bool
+
+
+def probe_bytes(
+    data: bytes, shot_threshold: float | None, max_file_s: float, cfg: DecodeConfig, timeout_s: float
+) -> Probe:
+    """The length of a file, with a threshold its shots too. A bad file becomes a code and a message; nothing is raised.
+
+    max_file_s: a longer file is TOO_LONG. The rest is as in `extent` and `shots`; the time limit holds for each.
+    """
+    try:
+        length = extent(data, cfg, timeout_s)
+        if length.duration_s > max_file_s:
+            raise ClipError("TOO_LONG", f"{length.duration_s:.0f} s are over the limit of {max_file_s:g} s")
+        found: Probe = {"duration_s": length.duration_s, "is_whole": length.is_whole}
+        if shot_threshold is not None:
+            found["shots"] = shots(data, shot_threshold, cfg, timeout_s)
+        return found
+    except ClipError as error:
+        return failed_probe(error)
+    except MemoryError:
+        message = f"the file needs more than the limit of {cfg.max_memory_mb} MB"
+        return failed_probe(ClipError("OUT_OF_MEMORY", message))
+    except Exception as error:  # one file must not end the job
+        log.exception("unexpected error in a file that is to be cut")
+        return failed_probe(ClipError("UNEXPECTED", f"{type(error).__name__}: {error}"[:300]))
+
+
+def failed_probe(failure: ClipError) -> Probe:
+    """The Probe of a file that cannot be looked through."""
+    return {"code": failure.code, "message": failure.message, "transient": failure.transient}
+
+
+def require_shots() -> None:
+    """Raises UserError where the packages that find shots are missing; imports nothing."""
+    for name in ("cv2", "scenedetect"):
+        if importlib.util.find_spec(name) is None:
+            remedy = "pip install 'aai[shots]', or cut in windows"
+            raise UserError("cut.mode", "shots", f"needs the package {name}", remedy)
 
 
 def extent(data: bytes, cfg: DecodeConfig, timeout_s: float) -> Extent:
@@ -57,7 +102,7 @@ def shots(data: bytes, threshold: float, cfg: DecodeConfig, timeout_s: float) ->
 
     threshold: how many times stronger than its neighbours' a change must be to count as a cut (PySceneDetect's
     AdaptiveDetector). Ends lie less than 1 ms before the cut and starts less than 1 ms after, so that no shot shows a
-    frame of another. Raises ClipError as `extent` does, and NO_VIDEO; UserError where PySceneDetect is missing.
+    frame of another. Raises ClipError as `extent` does, and NO_VIDEO.
     """
     detector = _detector(threshold)
     from scenedetect import FrameTimecode
@@ -87,12 +132,9 @@ def shots(data: bytes, threshold: float, cfg: DecodeConfig, timeout_s: float) ->
 
 
 def _detector(threshold: float) -> Any:
-    try:
-        import cv2
-        from scenedetect import AdaptiveDetector
-    except ModuleNotFoundError as error:
-        remedy = "pip install 'aai[shots]', or cut in windows"
-        raise UserError("cut.mode", "shots", f"needs the package {error.name}", remedy) from error
+    import cv2
+    from scenedetect import AdaptiveDetector
+
     cv2.setNumThreads(1)  # pictures are small, and workers fill the cores already
     return AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=0)
 

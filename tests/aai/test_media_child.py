@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from aai.media.child import GRACE_S, MeasureChild
+from aai.media.child import GRACE_S, MediaChild
 from aai.media.limits import DecodeConfig
 from aai.media.measure import MEASURED_ROW, measure_bytes
+from aai.media.shots import probe_bytes
 from tests.clips import make_clip, make_moving
 from tests.damage import damaged_files, long_silence
 
@@ -25,7 +27,7 @@ def slow() -> bytes:
     return make_moving(**SLOW)
 
 
-def pid_of(child: MeasureChild) -> int:
+def pid_of(child: MediaChild) -> int:
     assert child.process is not None
     return child.process.pid
 
@@ -39,7 +41,7 @@ def rss_mb(pid: int) -> float:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
-def while_busy(child: MeasureChild, act: Callable[[int], None]) -> threading.Thread:
+def while_busy(child: MediaChild, act: Callable[[int], None]) -> threading.Thread:
     """Acts on the child once it is at work on the next clip."""
     pid = pid_of(child)
     idle = cpu_ticks(pid)
@@ -56,35 +58,74 @@ def while_busy(child: MeasureChild, act: Callable[[int], None]) -> threading.Thr
 
 def test_rows_are_those_of_a_call_in_place() -> None:
     good, cfg = make_clip(duration_s=4.0), DecodeConfig()
-    with MeasureChild(cfg) as child:
+    with MediaChild(cfg) as child:
         for data, start_s, end_s in ((good, None, None), (good, 1.0, 3.0), (b"", None, None), (b"x" * 99, None, 2.0)):
             row = child.measure(data, start_s, end_s)
             assert row == measure_bytes(data, start_s, end_s, cfg)
             assert list(row) == MEASURED_ROW.names
 
 
-@pytest.mark.parametrize(
-    ("number", "word", "transient"), [(signal.SIGSEGV, "SIGSEGV", False), (signal.SIGKILL, "SIGKILL", True)]
-)
-def test_a_death_costs_one_clip_only(slow: bytes, number: signal.Signals, word: str, transient: bool) -> None:
+def test_a_crash_costs_one_clip_only(slow: bytes) -> None:
     good = make_clip()
-    with MeasureChild(DecodeConfig()) as child:
+    with MediaChild(DecodeConfig()) as child:
         expected = child.measure(good, None, None)
         assert expected["code"] is None
-        thread = while_busy(child, lambda pid: os.kill(pid, number))
+        thread = while_busy(child, lambda pid: os.kill(pid, signal.SIGSEGV))
         row = child.measure(slow, None, 7.0)
         thread.join()
-        assert (row["stage"], row["code"], row["transient"]) == ("decode", "CRASHED", transient)
-        assert word in row["message"]
+        assert (row["stage"], row["code"], row["transient"]) == ("decode", "CRASHED", False)
+        assert "SIGSEGV" in row["message"]
         assert row["clip_id"] == measure_bytes(slow, None, 7.0, DecodeConfig(max_bytes=1))["clip_id"]
         assert child.measure(good, None, None) == expected
-        os.kill(pid_of(child), signal.SIGKILL)  # between two clips: nobody's fault
+
+
+def test_a_kill_from_outside_costs_nothing_and_two_one_clip(slow: bytes) -> None:
+    with MediaChild(DecodeConfig()) as child:
+        expected = child.measure(slow, None, None)
+        thread = while_busy(child, lambda pid: os.kill(pid, signal.SIGKILL))
+        assert child.measure(slow, None, None) == expected
+        thread.join()
+        os.kill(pid_of(child), signal.SIGKILL)  # between two clips
         child.process.wait()  # type: ignore[union-attr]
-        assert child.measure(good, None, None) == expected
+        assert child.measure(slow, None, None) == expected
+
+        def kill_thrice(first: int) -> None:
+            os.kill(first, signal.SIGKILL)
+            while child.process is None or child.process.pid == first:
+                time.sleep(0.001)
+            os.kill(pid_of(child), signal.SIGKILL)  # while it starts, which costs nothing either
+            second = child.process.pid
+            while child.process is None or child.process.pid == second or not child.files:
+                time.sleep(0.001)
+            os.kill(pid_of(child), signal.SIGKILL)
+
+        thread = while_busy(child, kill_thrice)
+        row = child.measure(slow, None, None)
+        thread.join()
+        assert (row["code"], row["transient"]) == ("CRASHED", True)
+        assert "SIGKILL" in row["message"]
+
+
+def test_a_file_that_is_to_be_cut_is_looked_through_in_the_child(slow: bytes) -> None:
+    cfg = DecodeConfig()
+    with MediaChild(cfg) as child:
+        for data in (slow, b"", b"x" * 99):
+            found = child.probe(data, 3.0, 60, 60)
+            assert found == json.loads(json.dumps(probe_bytes(data, 3.0, 60, cfg, 60)))
+        assert child.probe(slow, None, 60, 60) == {"duration_s": 8.0, "is_whole": True}
+        assert child.probe(slow, None, 5, 60)["code"] == "TOO_LONG"
+        thread = while_busy(child, lambda pid: os.kill(pid, signal.SIGSEGV))
+        found = child.probe(slow, 3.0, 60, 60)
+        thread.join()
+        assert (found["code"], found["transient"]) == ("CRASHED", False)
+        assert child.probe(b"", 3.0, 60, 60)["code"] == "EMPTY_FILE"
+        os.kill(pid_of(child), signal.SIGSTOP)
+        assert child.probe(slow + bytes(2**20), 3.0, 60, 0.5)["code"] == "TIMEOUT"
+        assert child.measure(make_clip(), None, None)["code"] is None
 
 
 def test_the_kernel_ends_a_clip_that_does_not_end_itself(slow: bytes) -> None:
-    with MeasureChild(DecodeConfig(timeout_s=2)) as child:
+    with MediaChild(DecodeConfig(timeout_s=2)) as child:
         child.measure(make_clip(), None, None)
         process = child.process
 
@@ -103,7 +144,7 @@ def test_the_kernel_ends_a_clip_that_does_not_end_itself(slow: bytes) -> None:
 
 
 def test_the_parent_ends_a_child_that_is_stuck() -> None:
-    with MeasureChild(DecodeConfig(timeout_s=0.5)) as child:
+    with MediaChild(DecodeConfig(timeout_s=0.5)) as child:
         child.measure(make_clip(), None, None)
         process = child.process
         os.kill(pid_of(child), signal.SIGSTOP)  # it does not even read: the request fills the pipe
@@ -115,7 +156,7 @@ def test_the_parent_ends_a_child_that_is_stuck() -> None:
 
 def test_memory_is_limited() -> None:
     cfg = DecodeConfig(max_memory_mb=1024, num_frames=64, frame_size_px=2000)
-    with MeasureChild(cfg) as child:
+    with MediaChild(cfg) as child:
         row = child.measure(make_clip(), None, None)
         assert (row["code"], row["transient"]) == ("OUT_OF_MEMORY", False)
         assert child.process is None  # a fresh one for the next clip
@@ -125,7 +166,7 @@ def test_memory_is_limited() -> None:
 def test_the_child_is_replaced_in_time_and_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("HTTPS_PROXY", "secret")
-    with MeasureChild(DecodeConfig(recycle_after=2)) as child:
+    with MediaChild(DecodeConfig(recycle_after=2)) as child:
         pids = []
         for _ in range(5):
             assert child.measure(b"", None, None)["code"] == "EMPTY_FILE"
@@ -147,7 +188,7 @@ def test_it_ends_with_its_parent_and_starts_light() -> None:
 
 def test_an_installation_that_is_broken_is_no_clips_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with MeasureChild(DecodeConfig()) as child, pytest.raises(RuntimeError, match="does not start"):
+    with MediaChild(DecodeConfig()) as child, pytest.raises(RuntimeError, match="does not start"):
         child.measure(make_clip(), None, None)
 
 
@@ -159,7 +200,7 @@ def measure_damaged(count: int, seed: int) -> tuple[Counter[str], list[float], l
     cfg = DecodeConfig(timeout_s=5, recycle_after=10**6)
     codes: Counter[str] = Counter()
     child_mb, parent_mb, replaced = [], [], 0
-    with MeasureChild(cfg) as child:
+    with MediaChild(cfg) as child:
         for number, (kind, data) in enumerate(damaged_files(count, seed)):
             before = child.process
             started = time.monotonic()

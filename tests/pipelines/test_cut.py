@@ -161,7 +161,13 @@ def test_failures_are_told_not_raised(tmp_path: Path) -> None:
     (tmp_path / "dir.mp4").mkdir()
     worker = CutWorker(str(tmp_path), {"mode": "shots", "max_file_s": 2}, {"max_bytes": 2**20})
     assert worker.probe(str(tmp_path / "big.mp4"))["code"] == "TOO_LONG"
-    assert worker.probe(str(tmp_path / "none.mp4"))["transient"] is False
+    assert worker.probe(str(tmp_path / "none.mp4"))["code"] == "MISSING_FILE"
     assert worker.probe(str(tmp_path / "dir.mp4"))["code"] == "IO_ERROR"
     small = CutWorker(str(tmp_path), {"mode": "windows"}, {"max_bytes": 100})
-    assert "over the limit of 100" in small.probe(str(tmp_path / "big.mp4"))["message"]
+    assert "limit of 100" in small.probe(str(tmp_path / "big.mp4"))["message"]
+
+
+def test_shots_without_their_finder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package cv2"):
+        CutWorker(str(tmp_path), {"mode": "shots"}, {})
