@@ -299,11 +299,11 @@ def run(config: ServeConfig) -> dict[str, Any]:
         check_address(config)
     uri, model = pin(config)
     stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connect(config.cluster)
     try:
         start(config, uri, model)
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # last: Ray sets a handler of its own, which aborts
         print(f"aai serve: {config.url()} serves {model.label()} (bundle {model.sha}); Ctrl-C stops", flush=True)
         while not stopped.wait(0.5):
             pass

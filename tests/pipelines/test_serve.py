@@ -113,8 +113,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         line = process.stdout.readline()
         assert line, (folder / "log").read_text()[-3000:]
         yield Service(config.url(), bundle, line)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, "Ctrl-C must end the service cleanly"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, "as a container is stopped: it must end cleanly"
         assert KEY not in (folder / "log").read_text() + line
     finally:
         process.kill()
