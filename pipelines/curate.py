@@ -124,7 +124,10 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     )
     parser.add_argument("--flag-only", action="store_true", help="keep what filters speak against, and mark it")
     parser.add_argument("--rejudge", action="store_true", help="judge measured clips by the present filters")
-    return {name: name for name in ("manifest", "out", "retry", "flag_only", "rejudge")}
+    parser.add_argument(
+        "--max-reject-ratio", metavar="SHARE", help="stop when more than this share is rejected; what is done is kept"
+    )
+    return {name: name for name in ("manifest", "out", "retry", "flag_only", "rejudge", "max_reject_ratio")}
 
 
 def _digest(value: Any) -> str:

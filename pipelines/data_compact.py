@@ -14,10 +14,10 @@ from tqdm import tqdm
 from aai import storage
 from aai.errors import UserError
 from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY
+from pipelines.data_resume import finished
 
 log = logging.getLogger(__name__)
 
-STARTED, RESULT = "_compact.json", "compact.json"
 GROUP_ROWS = 256
 """Rows of a row group: what is held in memory, and what a reader takes at once."""
 
@@ -45,7 +45,7 @@ def compact(given: str, out: str, rows_per_file: int) -> dict[str, Any]:
         "input": _hash([[f.rsplit("/", 1)[1], n, _size(f)] for f, n in sources]),
         "rows_per_file": rows_per_file,
     }
-    if (done := _finished(out, settings)) is not None:
+    if (done := finished(out, "compact", settings)) is not None:
         log.info("compact: up to date: %d rows in %d files -> %s", done["rows"], done["files"], out)
         return done
     count = max(1, -(-total // rows_per_file))
@@ -60,7 +60,7 @@ def compact(given: str, out: str, rows_per_file: int) -> dict[str, Any]:
     if storage.exists(storage.join(given, MANIFEST)):
         storage.write_bytes(storage.join(out, MANIFEST), storage.read_bytes(storage.join(given, MANIFEST)))
     result = {**settings, "rows": total, "files_before": len(files), "files": count}
-    storage.write_json(storage.join(out, RESULT), result)
+    storage.write_json(storage.join(out, "compact.json"), result)
     log.info("compact: %d rows, %d files -> %d files in %s", total, len(files), count, out)
     return result
 
@@ -98,19 +98,6 @@ def _common(files: Sequence[str], schemas: Sequence[pa.Schema]) -> tuple[pa.Sche
     if shapes and (len(shapes) != len(files) or any(c != constant[0] for c in constant)):
         raise UserError("input", files[0], "and its neighbours differ in their shapes", "featurize them anew")
     return first, shapes
-
-
-def _finished(out: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of an earlier run with the same input; None to start, or to go on. Raises UserError."""
-    started, result = storage.join(out, STARTED), storage.join(out, RESULT)
-    if storage.exists(started):
-        if storage.read_json(started) != settings:
-            raise UserError("out", out, "holds a table of another input or size", "choose another, or delete it")
-    elif storage.list_files(out):
-        raise UserError("out", out, "is not empty", "choose another, or delete it")
-    else:
-        storage.write_json(started, settings)
-    return storage.read_json(result) if storage.exists(result) else None
 
 
 def _write(

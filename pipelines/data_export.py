@@ -18,10 +18,10 @@ from tqdm import tqdm
 from aai import storage
 from aai.errors import UserError
 from aai.schema import CLIP_TABLE, SIGNALS, SIMILARITIES
+from pipelines.data_resume import finished
 
 log = logging.getLogger(__name__)
 
-STARTED, RESULT = "_export.json", "export.json"
 BATCH_ROWS = 32
 _BLOCK = 512
 _RECORD = 10_240  # a tar is padded to a multiple of this
@@ -41,7 +41,7 @@ def export(given: str, out: str, shard_bytes: int) -> dict[str, Any]:
         raise UserError("input", given, "holds no Parquet files", "give a ClipTable, such as curated/accepted")
     total = sum(_checked(file) for file in files)
     settings = {"input": _fingerprint(files), "format": "webdataset", "shard_bytes": shard_bytes}
-    if (done := _finished(out, settings)) is not None:
+    if (done := finished(out, "export", settings)) is not None:
         log.info("export: up to date: %d clips in %d tars -> %s", done["clips"], len(done["shards"]), out)
         return done
     shards: list[dict[str, Any]] = []
@@ -59,7 +59,7 @@ def export(given: str, out: str, shard_bytes: int) -> dict[str, Any]:
     shards.sort(key=lambda shard: shard["name"])
     result = {**settings, "clips": sum(s["clips"] for s in shards), "bytes": sum(s["bytes"] for s in shards)}
     result["shards"] = shards
-    storage.write_json(storage.join(out, RESULT), result)
+    storage.write_json(storage.join(out, "export.json"), result)
     log.info("export: %d clips, %.1f MB in %d tars -> %s", result["clips"], result["bytes"] / 1e6, len(shards), out)
     return result
 
@@ -85,19 +85,6 @@ def _fingerprint(files: list[str]) -> str:
         fs, path = storage.filesystem(file)
         parts.append([file.rsplit("/", 1)[1], fs.size(path)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _finished(out: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of an earlier run with the same input; None to start, or to write all again. Raises UserError."""
-    started, result = storage.join(out, STARTED), storage.join(out, RESULT)
-    if storage.exists(started):
-        if storage.read_json(started) != settings:
-            raise UserError("out", out, "holds an export of another input or size", "choose another, or delete it")
-    elif storage.list_files(out):
-        raise UserError("out", out, "is not empty", "choose another, or delete it")
-    else:
-        storage.write_json(started, settings)
-    return storage.read_json(result) if storage.exists(result) else None
 
 
 def _rows(files: list[str]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,9 @@
 """aai.storage: the same functions on a local folder and on a real S3 server."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -178,3 +181,13 @@ def test_writing_to_s3(s3: str) -> None:
         local.write_bytes(b"whole")
         assert not storage.exists(f"{s3}/a.bin")
     assert storage.read_bytes(f"{s3}/a.bin") == b"whole"
+
+
+def test_a_config_file_may_name_the_s3_server(s3: str, s3_server: dict[str, str], tmp_path: Path) -> None:
+    storage.write_bytes(f"{s3}/a.bin", b"found")
+    settings = {"s3": {"endpoint_url": s3_server["AWS_ENDPOINT_URL"]}}
+    (tmp_path / "s3.json").write_text(json.dumps(settings))
+    environment = {**os.environ, "FSSPEC_CONFIG_DIR": str(tmp_path)}
+    del environment["AWS_ENDPOINT_URL"]
+    code = f"from aai import storage; assert storage.read_bytes('{s3}/a.bin') == b'found'"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)

@@ -17,6 +17,7 @@ from aai.schema import CLIP_TABLE, REJECT_TABLE
 from aai.toy.scoring import score_defects
 from aai.toy.world import write_world
 from pipelines import measure
+from pipelines.__main__ import load_config
 from pipelines.cluster import connect, shutdown
 from pipelines.curate import CurateConfig, run
 from pipelines.settings import ClusterConfig
@@ -280,3 +281,10 @@ def test_s3(tmp_path: Path, s3_server: dict[str, str], monkeypatch: pytest.Monke
         assert again == result
     finally:
         shutdown()
+
+
+def test_flags_are_settings(tmp_path: Path) -> None:
+    argv = ["--manifest", "m.csv", "--out", str(tmp_path), "--max-reject-ratio", "0.2", "--retry", "TIMEOUT,IO_ERROR"]
+    config, _ = load_config("curate", [*argv, "--flag-only"])
+    assert (config.max_reject_ratio, config.retry) == (0.2, ("TIMEOUT", "IO_ERROR"))
+    assert (config.flag_only, config.rejudge) == (True, False)
