@@ -8,7 +8,6 @@
 import hashlib
 import json
 import shutil
-import tempfile
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -114,7 +113,7 @@ def write_bundle(
     _refuse_foreign(target)
     on_s3 = target.startswith("s3://")
     local = Path(storage.absolute(target))
-    parent = Path(tempfile.mkdtemp(prefix="aai-")) if on_s3 else local.parent
+    parent = storage.temporary_folder() if on_s3 else local.parent
     parent.mkdir(parents=True, exist_ok=True)
     name = f".{local.name}.{uuid.uuid4().hex[:8]}"
     fresh, old = parent / f"{name}.new", parent / f"{name}.old"

@@ -5,10 +5,12 @@ Only these schemes are allowed: nothing is ever fetched from an arbitrary URL. A
 `PATH.tar#OFFSET,SIZE,NAME`: it is read as a range of the tar, and never written; NAME only tells people which it is.
 """
 
+import atexit
 import contextlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -229,11 +231,18 @@ def upload_folder(local: str | Path, uri: str) -> None:
             write_bytes(join(uri, file.relative_to(local).as_posix()), file.read_bytes())
 
 
+def temporary_folder() -> Path:
+    """A fresh local folder that is removed when this process ends."""
+    folder = tempfile.mkdtemp(prefix="aai-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def local_folder(uri: str) -> str:
     """A local folder with the files of `uri`: itself when it is local, else a fresh copy."""
     if not uri.startswith("s3://"):
         return absolute(uri)
-    target = Path(tempfile.mkdtemp(prefix="aai-"))
+    target = temporary_folder()
     base = filesystem(uri)[1].rstrip("/")
     for file in list_files(uri):
         out = target / filesystem(file)[1].removeprefix(base).lstrip("/")

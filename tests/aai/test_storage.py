@@ -191,3 +191,13 @@ def test_a_config_file_may_name_the_s3_server(s3: str, s3_server: dict[str, str]
     del environment["AWS_ENDPOINT_URL"]
     code = f"from aai import storage; assert storage.read_bytes('{s3}/a.bin') == b'found'"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+def test_copies_of_s3_folders_do_not_pile_up(s3: str, tmp_path: Path) -> None:
+    storage.write_bytes(f"{s3}/b/a.bin", b"found")
+    code = f"from aai import storage; print(storage.local_folder('{s3}/b'))"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, text=True)
+    assert Path(done.stdout.strip()).parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
