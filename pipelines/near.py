@@ -17,8 +17,8 @@ FOLDER = "_near"
 """Hashes and pairs, only while the search runs."""
 SPREAD_FROM = 100_000
 """Clips from which on workers search; below, starting them takes longer."""
-PAIRS_PER_TASK = 300_000_000
-"""Comparisons of one unit of work: about a minute."""
+PAIRS_PER_TASK = 1_000_000_000
+"""Comparisons of one unit of work: about half a minute."""
 HASHES = ("video_hash", "audio_hash")
 
 

@@ -37,30 +37,24 @@ def hamming(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.bitwise_count(left ^ right).sum(axis=-1)
 
 
-def _candidates(video: np.ndarray, band: int, part: int, parts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Index pairs whose hashes agree in a band of 16 bits up to one bit; of `parts` equal shares of them, one."""
-    values = video.view(np.uint16).reshape(len(video), BANDS)[:, band]
-    order = np.argsort(values, kind="stable")
-    keys = values[order]
-    begin, end = len(keys) * part // parts, len(keys) * (part + 1) // parts
-    own = np.arange(begin, end)
+def _candidates(keys: np.ndarray, part: int, parts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places (i, j), i < j, in the sorted uint16 `keys` whose values differ in at most a bit; one of `parts` shares."""
+    own = np.arange(len(keys) * part // parts, len(keys) * (part + 1) // parts)
+    begin = np.searchsorted(keys, np.arange(2**_BAND_BITS + 1))  # where each value starts
     for flip in (0, *(1 << bit for bit in range(_BAND_BITS))):
-        wanted = keys[own] ^ np.uint16(flip)
-        first, last = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
-        yield from _expand(order, own, np.maximum(first, own + 1), last)
+        wanted = (keys[own] ^ np.uint16(flip)).astype(np.int64)
+        yield from _expand(own, np.maximum(begin[wanted], own + 1), begin[wanted + 1])
 
 
-def _expand(
-    order: np.ndarray, own: np.ndarray, first: np.ndarray, last: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The pairs (order[own[i]], order[j]) with first[i] <= j < last[i], in chunks of memory."""
+def _expand(own: np.ndarray, first: np.ndarray, last: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pairs (own[i], j) with first[i] <= j < last[i], in chunks of memory."""
     counts = np.maximum(last - first, 0)
-    chunk = np.cumsum(counts) // 2_000_000
+    chunk = np.cumsum(counts) // 500_000
     for number in np.unique(chunk[counts > 0]):
         rows = np.flatnonzero((chunk == number) & (counts > 0))
         left = np.repeat(rows, counts[rows])
         within = np.arange(len(left)) - np.repeat(np.cumsum(counts[rows]) - counts[rows], counts[rows])
-        yield order[own[left]], order[np.repeat(first[rows], counts[rows]) + within]
+        yield own[left], np.repeat(first[rows], counts[rows]) + within
 
 
 def near_pairs_of(
@@ -71,12 +65,18 @@ def near_pairs_of(
     video, audio: uint64 [N, 4]. part of parts: the share of the work that is done here. By the pigeonhole principle
     every pair with up to 31 differing bits is found in one of the bands.
     """
+    keys = video.view(np.uint16).reshape(len(video), BANDS)[:, band]
+    order = np.argsort(keys, kind="stable")
+    keys, video, audio = keys[order], video[order], audio[order]  # what is compared lies together
     found = [np.zeros((0, 2), np.int64)]
-    for left, right in _candidates(video, band, part, parts):
+    word = np.ascontiguousarray(video[:, (band // 4 + 1) % 4])  # another than the band's: a quick look at a quarter
+    for left, right in _candidates(keys, part, parts):
+        close = np.bitwise_count(word[left] ^ word[right]) <= cfg.max_video_bits
+        left, right = left[close], right[close]
         close = hamming(video[left], video[right]) <= cfg.max_video_bits
         left, right = left[close], right[close]
         close = hamming(audio[left], audio[right]) <= cfg.max_audio_bits
-        found.append(np.stack([left[close], right[close]], axis=1))
+        found.append(np.stack([order[left[close]], order[right[close]]], axis=1))
     return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
 
 

@@ -67,7 +67,7 @@ def _run_shards_here(
 
 def run_here(patch: pytest.MonkeyPatch) -> None:
     """Shards of curate and featurize run in this process; the engine has its own tests, and so have they on it."""
-    for module in ("curate", "measure", "cut", "featurize"):
+    for module in ("curate", "measure", "cut", "featurize", "near"):
         patch.setattr(importlib.import_module(f"pipelines.{module}"), "run_shards", _run_shards_here)
 
 

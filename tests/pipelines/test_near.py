@@ -8,7 +8,6 @@ import pytest
 from aai import storage
 from aai.media.duplicates import BANDS, DuplicateConfig, near_pairs, near_pairs_of
 from pipelines import near
-from pipelines.cluster import shutdown
 from pipelines.settings import ClusterConfig
 
 CFG = DuplicateConfig()
@@ -43,15 +42,13 @@ def test_work_per_task_is_bounded() -> None:
     assert 90 < large / small < 110, "pairs grow with the square"
 
 
+@pytest.mark.usefixtures("shards_here")
 def test_workers_find_what_one_process_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near, "SPREAD_FROM", 100)
     monkeypatch.setattr(near, "PAIRS_PER_TASK", 800)
     video, audio = hashes(1000, 60)
     storage.write_bytes(storage.join(str(tmp_path), near.FOLDER, "pairs", "old.parquet"), b"left over by a killed run")
-    try:
-        found = near.spread_near_pairs(video, audio, CFG, str(tmp_path), ClusterConfig(num_workers=2))
-    finally:
-        shutdown()
+    found = near.spread_near_pairs(video, audio, CFG, str(tmp_path), ClusterConfig(num_workers=2))
     assert np.array_equal(found, near_pairs(video, audio, CFG))
     assert len(found) == 60
     assert not storage.list_files(storage.join(str(tmp_path), near.FOLDER))
