@@ -231,5 +231,5 @@ def _draw_signals(axes: Any, row: Row) -> None:
     known = [name for name in numbers if row.get(name) is not None]
     for i, name in enumerate(known):
         y = 1 - (i + 0.5) / max(12, len(known))
-        axes.text(0.05, y, name, fontsize=7.5, color="0.35", va="center", transform=axes.transAxes)
-        axes.text(1, y, _text(row[name]), fontsize=7.5, ha="right", va="center", transform=axes.transAxes)
+        axes.text(0, y, name, fontsize=7, color="0.35", va="center", transform=axes.transAxes)
+        axes.text(1, y, _text(row[name]), fontsize=7, ha="right", va="center", transform=axes.transAxes)
