@@ -127,7 +127,7 @@ def run_decode(clips: Sequence[str], processes: int = 2, repeats: int = 3) -> di
     figures = {f"{name}_clips_per_s": round(value, 3) for name, value in speed.items()}
     figures |= {f"{name}_cpu_s_per_clip": round(statistics.median(values), 4) for name, values in cpu_s.items()}
     ratios = {
-        f"{mine}_to_{other}": round(speed[mine] / speed[other], 3)
+        f"{mine}/{other}": round(speed[mine] / speed[other], 3)
         for other in ("ffmpeg", "torchcodec", "torchcodec_approximate", "floor")
         for mine in ("exact", "auto", "keyframe")
         if other in speed
