@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## the whole chain on the toy world, ending with runs/demo/report.html
 	$(BIN)/aai demo
 
+# Two processes, each with whole files: much of the time is waiting for Ray to start.
 test: setup ## all tests, lint and type checks among them (one file: make test ARGS=tests/test_schema.py)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## ruff and mypy alone
 	$(BIN)/ruff check .
