@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from aai import storage
-from aai.media.duplicates import BANDS, DuplicateConfig, near_pairs, near_pairs_of, words
+from aai.media.duplicates import BANDS, DuplicateConfig, near_pairs, near_pairs_of
 from pipelines.settings import ClusterConfig
 from pipelines.shards import Result, Shard, run_shards
 
@@ -32,7 +32,7 @@ class NearWorker:
     def hashes(self) -> tuple[np.ndarray, np.ndarray]:
         """video, audio uint64 [N, 4]."""
         table = storage.read_table(storage.join(self.out, "hashes.parquet"))
-        video, audio = (words(table[name].to_pylist()) for name in HASHES)
+        video, audio = (np.concatenate([_words_of(chunk) for chunk in table[name].chunks]) for name in HASHES)
         return video, audio
 
     def __call__(self, shard: Shard) -> Result:
@@ -41,6 +41,12 @@ class NearWorker:
         table = pa.table({"left": pairs[:, 0], "right": pairs[:, 1]})
         storage.write_table(storage.join(self.out, "pairs", f"{shard['name']}.parquet"), table)
         return {"rows": shard["rows"]}
+
+
+def _words_of(hashes: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """uint64 [N, 4], without a Python object for each."""
+    flat = np.frombuffer(hashes.buffers()[1], np.uint64).reshape(-1, 4)
+    return flat[hashes.offset : hashes.offset + len(hashes)]
 
 
 def parts_of(clips: int) -> int:
