@@ -164,7 +164,7 @@ def service(summary: dict[str, Any]) -> Iterator[str]:
         assert process.stdout is not None
         assert process.stdout.readline(), "the service did not start"
         yield f"http://127.0.0.1:{port}"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:
         process.kill()
