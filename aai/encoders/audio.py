@@ -110,6 +110,7 @@ class LogMel(nn.Module):
         )
 
     def forward(self, waveforms: Tensor) -> Tensor:
+        """Float waveforms [B, S] -> float32 [B, T, M]. Raises ValueError for another shape, or no samples."""
         if waveforms.ndim != 2 or waveforms.shape[1] == 0:
             raise ValueError(f"waveforms have shape {tuple(waveforms.shape)}, not [B, S] with S > 0")
         clips = fit_length(waveforms.float(), self.config.clip_samples)

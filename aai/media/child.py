@@ -116,7 +116,9 @@ class MediaChild:
             self._start()
         self.files += 1
         body = json.dumps(request | {"timeout_s": timeout_s}).encode()
-        answer, overdue = self._within(timeout_s + 2 * GRACE_S, lambda stdin, stdout: _ask(stdin, stdout, body, data))
+        answer, overdue = self._within(
+            timeout_s + 2 * GRACE_S, lambda stdin, stdout: _exchange(stdin, stdout, body, data)
+        )
         return self._died(overdue, timeout_s) if answer is None else answer
 
     def _start(self) -> None:
@@ -182,7 +184,7 @@ class MediaChild:
         return ClipError("CRASHED", f"the decoder crashed ({name})")
 
 
-def _ask(stdin: BinaryIO, stdout: BinaryIO, request: bytes, data: bytes) -> bytes:
+def _exchange(stdin: BinaryIO, stdout: BinaryIO, request: bytes, data: bytes) -> bytes:
     _send(stdin, request)
     _send(stdin, data)
     return _receive(stdout)

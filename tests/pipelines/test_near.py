@@ -8,6 +8,7 @@ import pytest
 from aai import storage
 from aai.media.duplicates import BANDS, DuplicateConfig, near_pairs, near_pairs_of
 from pipelines import near
+from pipelines.cluster import shutdown
 from pipelines.settings import ClusterConfig
 
 CFG = DuplicateConfig()
@@ -52,3 +53,14 @@ def test_workers_find_what_one_process_finds(tmp_path: Path, monkeypatch: pytest
     assert np.array_equal(found, near_pairs(video, audio, CFG))
     assert len(found) == 60
     assert not storage.list_files(storage.join(str(tmp_path), near.FOLDER))
+
+
+@pytest.mark.accept
+def test_rays_workers_find_what_one_process_finds_among_many(tmp_path: Path) -> None:
+    video, audio = hashes(near.SPREAD_FROM + 20_000, 500)
+    try:
+        found = near.spread_near_pairs(video, audio, CFG, str(tmp_path), ClusterConfig(num_workers=2))
+    finally:
+        shutdown()
+    assert len(found) == 500
+    assert np.array_equal(found, near_pairs(video, audio, CFG))
