@@ -26,6 +26,10 @@ from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
 from pipelines.shards import run_shards
 
 log = logging.getLogger(__name__)
+STARTED = "_started.json"
+"""Written first: what the folder is an evaluation of."""
+WRITTEN = (STARTED, "inputs", "pictures", "evaluate.json")
+"""All that an evaluation writes below its output folder; nothing else there is ever removed."""
 LOUDNESS_GAINS_DB = [-18.0, -12.0, -6.0, 0.0, 6.0]
 
 
@@ -98,8 +102,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if storage.exists(done) and {k: storage.read_json(done).get(k) for k in stamp} == stamp:
         log.info("evaluate: up to date -> %s", done)
         return dict(storage.read_json(done))
-    storage.remove(config.out)
+    check_out(config.out)
     test, train = load_clips(config)
+    clear_out(config.out, stamp)
     retrieval = evaluate_retrieval(config, bundle, test, train)
     generation, samples = evaluate_pictures(config, test, train)
     foundation = generation.pop("foundation", {})
@@ -127,6 +132,24 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         done,
     )
     return result
+
+
+def check_out(out: str) -> None:
+    """Raises UserError when the output folder holds something that no evaluation began; nothing is touched."""
+    done = storage.join(out, "evaluate.json")
+    begun = storage.exists(storage.join(out, STARTED)) or (storage.exists(done) and "bundle" in storage.read_json(done))
+    if not begun and storage.list_files(out):
+        raise UserError("out", out, "is not empty, nor written by evaluate", "choose another folder")
+
+
+def clear_out(out: str, stamp: dict[str, str]) -> None:
+    """Removes what an evaluation of other settings left, and notes the present ones."""
+    started = storage.join(out, STARTED)
+    if storage.exists(started) and storage.read_json(started) == stamp:
+        return
+    for name in WRITTEN:
+        storage.remove(storage.join(out, name))
+    storage.write_json(started, stamp)
 
 
 def headline(generation: dict[str, Any]) -> str:
