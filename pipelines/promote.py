@@ -1,7 +1,8 @@
 """Registers a bundle, checks its evaluation against gates, and moves the alias `champion`; `--rollback` moves it back.
 
 Gates fail closed: a figure that is missing or not a number is a failed gate. Every attempt, refused ones too, leaves an
-MLflow run `promotion` with who, when, why and the table of gates. The same bundle is never registered twice.
+MLflow run `promotion` with who, when, why and the table of gates. The same bundle is never registered twice. Each alias
+has a `previous` of its own, and a move that breaks off half-way is finished, or forgotten, by the next command.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from aai.bundle import Bundle, read_bundle
 from aai.config import Config
 from aai.errors import UserError
 from pipelines import tracking
-from pipelines.figures import figure
+from pipelines.figures import figure, numbers
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 from pipelines.tracking import CANDIDATE, CHAMPION, PREVIOUS
 
@@ -59,6 +60,21 @@ class Verdict(Config):
     passed: bool
 
 
+class Move(Config):
+    """A move of an alias. It stands as a tag on the registered model from before the first step until after the last.
+
+    MLflow moves one alias at a time. The alias in use is moved first, and all else is then repeatable: whether the
+    alias has moved tells, after a crash, whether the rest is to be done or nothing has happened.
+    """
+
+    version: int | None
+    """What the alias names afterwards; None = nothing."""
+    previous: int | None
+    """What the alias's `previous` names afterwards."""
+    tags: dict[str, Any] = pydantic.Field({})
+    """What the version is marked with: the figures it was promoted by, the gates, who, when and why."""
+
+
 class PromoteConfig(VerbConfig):
     """Which bundle to promote, by which evaluation and gates."""
 
@@ -74,11 +90,11 @@ class PromoteConfig(VerbConfig):
     """Figure (higher is better) -> how far it may fall below the present champion's."""
     expected_current: int | None = pydantic.Field(None, ge=0)
     """Go on only if this version is champion now (0 = there is none); empty = whatever it is."""
-    alias: str = CHAMPION
+    alias: str = pydantic.Field(CHAMPION, max_length=200)
     """Alias that marks the version in use."""
     tracking: TrackingConfig = TrackingConfig()
     rollback: bool = False
-    """Swap champion and previous instead of promoting; a second time swaps them back."""
+    """Swap the alias and its previous version instead of promoting; a second time swaps them back."""
     reason: str = ""
     """Why: kept with the version and in the audit run."""
     out: str
@@ -87,14 +103,17 @@ class PromoteConfig(VerbConfig):
     @pydantic.field_validator("alias")
     @classmethod
     def _is_free(cls, alias: str) -> str:
-        if alias in (CANDIDATE, PREVIOUS, "latest") or not re.fullmatch(r"(?!v\d+$)[A-Za-z_][\w-]*", alias):
+        # MLflow keeps `latest` and v1, v2, ... for itself, in capitals too.
+        taken = alias.lower() in (CANDIDATE, PREVIOUS, "latest") or alias.lower().startswith(f"{PREVIOUS}-")
+        if taken or not re.fullmatch(r"(?![vV]\d+$)[A-Za-z_][\w-]*", alias):
             raise ValueError("this alias has another meaning or cannot be one")
         return alias
 
     def plan(self) -> Plan:
         """See VerbConfig."""
         inputs = {} if self.rollback else {"bundle": self.bundle, "evaluation": self.evaluation}
-        moves = f"{self.alias} <-> {PREVIOUS}" if self.rollback else f"{self.alias} after {len(self.gates)} gates"
+        back = previous_of(self.alias)
+        moves = f"{self.alias} <-> {back}" if self.rollback else f"{self.alias} after {len(self.gates)} gates"
         return Plan(
             inputs=inputs,
             outputs={
@@ -117,8 +136,14 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     return {"bundle": "bundle", "rollback": "rollback", "reason": "reason"}
 
 
+def previous_of(alias: str) -> str:
+    """The alias of the version before: `previous` for champion, `previous-ALIAS` for any other."""
+    return PREVIOUS if alias == CHAMPION else f"{PREVIOUS}-{alias}"
+
+
 def run(config: PromoteConfig) -> dict[str, Any]:
     """Promotes or rolls back; returns what promote.json holds. Raises UserError when a gate fails."""
+    _settle(config)
     return rollback(config) if config.rollback else promote(config)
 
 
@@ -138,10 +163,15 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
         verdicts = [check_gate(gate, evaluation) for gate in config.gates]
         verdicts += check_champion(config, evaluation, current, version)
         passed = all(verdict.passed for verdict in verdicts)
-        previous = tracking.get_alias(cfg, PREVIOUS)
-        if passed:
-            _check_current(config)  # again: registering takes time
-            previous = _move(config, version, current)
+        gates = [verdict.model_dump() for verdict in verdicts]
+        tags |= {"gates": gates, "gates_passed": str(passed).lower()}
+        previous = tracking.get_alias(cfg, previous_of(config.alias))
+        if not passed:
+            _mark_refused(config, version, tags)
+        elif _check_current(config) != version:  # asked again: registering takes time
+            previous = current or (None if previous == version else previous)
+            tags |= {_figures_tag(config.alias): numbers(evaluation)}
+            _move(config, Move(version=version, previous=previous, tags=tags))
         result = {
             "name": cfg.model_name,
             "version": version,
@@ -151,10 +181,9 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
             "previous": previous,
             "passed": passed,
             "bundle": bundle.sha,
-            "gates": [verdict.model_dump() for verdict in verdicts],
+            "gates": gates,
             **_signature(config),
         }
-        tracking.set_version_tags(cfg, version, {"gates": result["gates"], "gates_passed": str(passed).lower()})
         _record(config, audit, result, "promoted" if passed else "refused")
     log.info("%s", table(verdicts))
     count = f"{sum(v.passed for v in verdicts)} of {len(verdicts)} gates passed"
@@ -169,15 +198,13 @@ def promote(config: PromoteConfig) -> dict[str, Any]:
 
 
 def rollback(config: PromoteConfig) -> dict[str, Any]:
-    """Swaps champion and previous; the first champion of all is withdrawn. Raises UserError when there is neither."""
+    """Swaps an alias and its previous version; the first is withdrawn. Raises UserError when there is neither."""
     cfg = config.tracking
-    current, back = _check_current(config), tracking.get_alias(cfg, PREVIOUS)
+    current, back = _check_current(config), tracking.get_alias(cfg, previous_of(config.alias))
     if current is None and back is None:
         raise UserError("rollback", True, f"{cfg.model_name} has no {config.alias} yet", "run `aai promote` first")
     with tracking.run(cfg, "promotion", config.model_dump(mode="json"), _signature(config)) as audit:
-        # Champion first: if this stops half-way, the rollback itself has happened.
-        _point(config, config.alias, back)
-        _point(config, PREVIOUS, current)
+        _move(config, Move(version=back, previous=current))
         result: dict[str, Any] = {
             "name": cfg.model_name,
             "version": back,
@@ -224,8 +251,10 @@ def check_gate(gate: Gate, evaluation: Mapping[str, Any]) -> Verdict:
         bounds.append(f"<= {gate.max:g}")
     if gate.min_ratio_of is not None and gate.ratio is not None:
         other = figure(evaluation, gate.min_ratio_of)
-        known = known and other is not None
-        shown = "missing" if other is None else f"{other:.4g}"
+        # A share of nothing, or of less, is no bound: any figure would reach it.
+        known = known and other is not None and other > 0
+        shown = "missing or not a number" if other is None else f"{other:.4g}"
+        shown += ", but it must be above 0" if other is not None and other <= 0 else ""
         bounds.append(f">= {gate.ratio:g} x {gate.min_ratio_of} ({shown})")
         low = max(-math.inf if low is None else low, gate.ratio * (other or 0.0))
     passed = known and value is not None and (low is None or value >= low)
@@ -236,10 +265,12 @@ def check_gate(gate: Gate, evaluation: Mapping[str, Any]) -> Verdict:
 def check_champion(
     config: PromoteConfig, evaluation: Mapping[str, Any], current: int | None, version: int
 ) -> list[Verdict]:
-    """The gates against the present champion's own figures; none when there is no other champion."""
+    """The gates against the figures the present champion was promoted by; none when there is no other champion."""
     if current is None or current == version or not config.not_worse_than_champion:
         return []
-    recorded = json.loads(tracking.version_tags(config.tracking, current).get("metrics", "{}"))
+    tags = tracking.version_tags(config.tracking, current)
+    # An older release kept one set of figures for all aliases.
+    recorded = json.loads(tags.get(_figures_tag(config.alias), tags.get("metrics", "{}")))
     verdicts = []
     for name, tolerance in config.not_worse_than_champion.items():
         value, theirs = figure(evaluation, name), recorded.get(name)
@@ -268,14 +299,47 @@ def _check_current(config: PromoteConfig) -> int | None:
     return current
 
 
-def _move(config: PromoteConfig, version: int, current: int | None) -> int | None:
-    """Makes a version champion and the old champion `previous`; returns the version that is `previous` now."""
-    previous = tracking.get_alias(config.tracking, PREVIOUS)
-    if current != version:
-        previous = current or (None if previous == version else previous)
-        _point(config, PREVIOUS, previous)
-    tracking.set_alias(config.tracking, config.alias, version)
-    return previous
+def _move(config: PromoteConfig, move: Move) -> None:
+    """Moves the alias and all that goes with it. What a crash leaves undone, `_settle` does."""
+    tracking.set_model_tag(config.tracking, _move_tag(config.alias), move.model_dump_json())
+    _point(config, config.alias, move.version)
+    _finish(config, move)
+
+
+def _settle(config: PromoteConfig) -> None:
+    """Finishes a move of the alias that broke off after the alias had moved; forgets one that broke off before."""
+    written = tracking.model_tags(config.tracking).get(_move_tag(config.alias))
+    if written is None:
+        return
+    move = Move.parse(json.loads(written), f"tag {_move_tag(config.alias)} of {config.tracking.model_name}")
+    if tracking.get_alias(config.tracking, config.alias) == move.version:
+        log.warning("promote: finishing the move of %s to %s, which broke off", config.alias, _named(move.version))
+        _finish(config, move)
+    else:
+        log.warning("promote: the move of %s to %s broke off before it began", config.alias, _named(move.version))
+        tracking.delete_model_tag(config.tracking, _move_tag(config.alias))
+
+
+def _finish(config: PromoteConfig, move: Move) -> None:
+    """The steps after the alias itself; doing them twice is doing them once."""
+    _point(config, previous_of(config.alias), move.previous)
+    if move.version is not None:
+        tracking.set_version_tags(config.tracking, move.version, move.tags)
+    tracking.delete_model_tag(config.tracking, _move_tag(config.alias))
+
+
+def _mark_refused(config: PromoteConfig, version: int, tags: Mapping[str, Any]) -> None:
+    """Marks a version with the gates it failed, unless it was promoted before: that record stays."""
+    if tracking.version_tags(config.tracking, version).get("gates_passed") != "true":
+        tracking.set_version_tags(config.tracking, version, tags)
+
+
+def _move_tag(alias: str) -> str:
+    return f"move-{alias}"
+
+
+def _figures_tag(alias: str) -> str:
+    return f"metrics-{alias}"
 
 
 def _point(config: PromoteConfig, alias: str, version: int | None) -> None:

@@ -1,7 +1,7 @@
 """MLflow: runs, metrics, and the registry of bundles. The only module that imports mlflow.
 
 A registered version is an MLflow model whose data is the bundle folder, loaded by `pipelines.pyfunc_model`: it works
-with `mlflow.pyfunc.load_model` and holds no pickle. Aliases: `candidate`, `champion`, `previous`.
+with `mlflow.pyfunc.load_model` and holds no pickle. Aliases: see docs/promotion.md.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pipelines.tracking_store import check, database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -213,8 +213,8 @@ def register(
 ) -> int:
     """Registers a bundle and returns its version; a bundle of the same content keeps the version it has.
 
-    The files are copied into the artifact store. `tags` and the metrics are written on the version either way, so that
-    they tell of the latest time. Raises UserError for a broken bundle or an unreachable server.
+    The files are copied into the artifact store. `tags` and the metrics come with a new version; one that exists keeps
+    its own. Raises UserError for a broken bundle or an unreachable server.
     """
     bundle = read_bundle(bundle_folder)
     client = _client(cfg)
@@ -225,19 +225,19 @@ def register(
             model_id = _log_model(opened, bundle.folder)
             exists = "RESOURCE_ALREADY_EXISTS"
             _attempt(cfg, _unless, exists, client.create_registered_model, cfg.model_name)
-            # The tag is part of the creation: a version without it cannot be left behind by a kill.
+            # The tags are part of the creation: a version without them cannot be left behind by a kill.
+            described = {**tags, "metrics": numbers(metrics), SHA_TAG: bundle.sha}
             made = _attempt(
                 cfg,
                 client.create_model_version,
                 cfg.model_name,
                 f"models:/{model_id}",
                 opened.run_id,
-                tags={SHA_TAG: bundle.sha},
+                tags={key: _text(value) for key, value in described.items()},
                 await_creation_for=60,
                 model_id=model_id,
             )
             version = int(made.version)
-    set_version_tags(cfg, version, {**tags, "metrics": numbers(metrics)})
     return version
 
 
@@ -294,10 +294,29 @@ def _version(client: "MlflowClient", cfg: TrackingConfig, name: str, version: st
     return found
 
 
+def _model(cfg: TrackingConfig, name: str) -> "RegisteredModel | None":
+    return _attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", _client(cfg).get_registered_model, name)
+
+
+def model_tags(cfg: TrackingConfig) -> dict[str, str]:
+    """The tags of the registered model; empty when there is no such model."""
+    model = _model(cfg, cfg.model_name)
+    return dict(model.tags) if model else {}
+
+
+def set_model_tag(cfg: TrackingConfig, key: str, value: str) -> None:
+    """Writes a tag on the registered model (up to 100,000 characters)."""
+    _attempt(cfg, _client(cfg).set_registered_model_tag, cfg.model_name, key, value)
+
+
+def delete_model_tag(cfg: TrackingConfig, key: str) -> None:
+    """Removes a tag from the registered model; it may be absent."""
+    _attempt(cfg, _client(cfg).delete_registered_model_tag, cfg.model_name, key)
+
+
 def aliases(cfg: TrackingConfig, name: str | None = None) -> dict[str, int]:
     """All aliases of a registered model and their versions; empty when there is no such model."""
-    client, name = _client(cfg), name or cfg.model_name
-    model = _attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", client.get_registered_model, name)
+    model = _model(cfg, name or cfg.model_name)
     return {alias: int(version) for alias, version in model.aliases.items()} if model else {}
 
 

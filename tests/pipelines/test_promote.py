@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,23 @@ class Workshop:
     def promote(self, seed: int, **settings: Any) -> dict[str, Any]:
         """Runs the verb."""
         return promote.run(self.config(seed, **settings))
+
+    def fork(self, name: str) -> "Workshop":
+        """The same bundles, with a registry of their own that goes on from here."""
+        (self.folder / name).mkdir()
+        other = Workshop(self.folder / name, self.folder / "mlflow.db")
+        other.folder = self.folder
+        return other
+
+    def evaluate(self, seed: int, **figures: Any) -> None:
+        """Another evaluation of a bundle, see `changed`."""
+        sha = read_bundle(self.folder / str(seed) / "bundle").sha
+        (self.folder / str(seed) / "evaluate.json").write_text(json.dumps(changed(figures) | {"bundle": sha}))
+
+    def figure(self, version: int, alias: str = "champion") -> float:
+        """The figure a version was promoted by."""
+        recorded = json.loads(tracking.version_tags(self.cfg, version)[f"metrics-{alias}"])
+        return float(recorded["generation.sound.object"])
 
     def aliases(self) -> dict[str, int]:
         """All aliases now."""
@@ -162,6 +180,149 @@ def test_the_same_bundle_is_not_registered_twice(shop: Workshop) -> None:
     assert shop.aliases() == {"candidate": 1, "champion": 1, "previous": 2}
 
 
+def test_each_alias_has_its_own_way_back(shop: Workshop) -> None:
+    for seed in (1, 2, 3, 4):
+        shop.bundle(seed)
+    shop.promote(1), shop.promote(2)
+    shop.promote(3, alias="staging"), shop.promote(4, alias="staging")
+    both = {"candidate": 4, "champion": 2, "previous": 1, "staging": 4, "previous-staging": 3}
+    assert shop.aliases() == both
+    assert shop.promote(1, rollback=True)["champion"] == 1
+    assert shop.aliases() == both | {"champion": 1, "previous": 2}
+    back = shop.promote(1, rollback=True, alias="staging")
+    assert (back["champion"], back["previous"]) == (3, 4)
+    assert shop.aliases() == both | {"champion": 1, "previous": 2, "staging": 3, "previous-staging": 4}
+
+
+RULES = {"not_worse_than_champion": {"generation.sound.object": 0.02}}
+SOFT = [{"metric": "generation.sound.object", "min": 0}]
+
+
+def test_only_a_promotion_changes_the_figures_that_a_champion_is_measured_by(shop: Workshop) -> None:
+    shop.bundle(1), shop.bundle(2, generation__sound__object=0.77)
+    shop.promote(1, reason="first")
+    shop.evaluate(1, generation__sound__object=0.1)
+    with pytest.raises(UserError, match="champion stays version 1"):
+        shop.promote(1, **RULES)  # refused
+    shop.promote(1, **RULES, gates=SOFT)  # passes, but is champion already
+    shop.promote(1, gates=SOFT, alias="staging")  # promoted, but to something else
+    assert (shop.figure(1), shop.figure(1, "staging")) == (0.8, 0.1)
+    assert tracking.version_tags(shop.cfg, 1)["gates_passed"] == "true"
+    with pytest.raises(UserError, match=r"sound\.object=0\.77: must be >= champion's 0\.8 - 0\.02"):
+        shop.promote(2, **RULES)
+    assert shop.aliases()["champion"] == 1
+    shop.promote(2)
+    shop.evaluate(1, generation__sound__object=0.79)
+    shop.promote(1, **RULES, reason="again")
+    assert (shop.figure(1), tracking.version_tags(shop.cfg, 1)["reason"]) == (0.79, "again")
+
+
+def test_a_champion_of_an_older_release_is_measured_by_the_figures_it_has(shop: Workshop) -> None:
+    figures = changed({"generation__sound__object": 0.9})
+    tracking.set_alias(shop.cfg, "champion", tracking.register(shop.cfg, shop.bundle(1).folder, figures, {}))
+    shop.evaluate(1, generation__sound__object=0.1)
+    with pytest.raises(UserError, match="champion stays version 1"):
+        shop.promote(1)
+    shop.bundle(2)
+    with pytest.raises(UserError, match=r"sound\.object=0\.8: must be >= champion's 0\.9 - 0\.02"):
+        shop.promote(2, **RULES)
+
+
+WRITES = ("set_registered_model_alias", "delete_registered_model_alias", "set_registered_model_tag")
+WRITES += ("delete_registered_model_tag", "set_model_version_tag")
+
+
+def break_off(patch: pytest.MonkeyPatch, number: int) -> None:
+    """The process dies at its `number`-th write to the registry, before that has any effect."""
+    count = 0
+
+    def dying(write: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise KeyboardInterrupt
+            write(*args, **kwargs)
+
+        return call
+
+    for name in WRITES:
+        patch.setattr(MlflowClient, name, dying(getattr(MlflowClient, name)))
+
+
+def broken(shop: Workshop, number: int, **settings: Any) -> bool:
+    """Whether promoting bundle 3 (or rolling back) has that many writes, and so broke off."""
+    with pytest.MonkeyPatch.context() as patch:
+        break_off(patch, number)
+        try:
+            shop.promote(3, **settings)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+@pytest.fixture
+def three(shop: Workshop) -> Workshop:
+    """Champion 2, previous 1, and a version 3 that was refused."""
+    shop.bundle(1), shop.bundle(2), shop.bundle(3, generation__sound__object=0.1)
+    shop.promote(1), shop.promote(2)
+    with pytest.raises(UserError, match="champion stays version 2"):
+        shop.promote(3)
+    shop.evaluate(3)
+    return shop
+
+
+def test_a_promotion_broken_off_anywhere_keeps_the_way_back(three: Workshop) -> None:
+    ends = []
+    while not ends or ends[-1][0]:
+        shop = three.fork(f"fault-{len(ends) + 1}")
+        died = broken(shop, len(ends) + 1)
+        moved = shop.aliases()["champion"] == 3
+        ends.append((died, moved))
+        if len(ends) % 2:  # the next command promotes again, or (every second time) rolls back
+            shop.promote(3)
+        else:
+            back = {"champion": 2, "previous": 3} if moved else {"champion": 1, "previous": 2}
+            shop.promote(1, rollback=True)
+            assert shop.aliases() == {"candidate": 3} | back
+            shop.promote(1, rollback=True)
+            shop.promote(3)
+        assert shop.aliases() == {"candidate": 3, "champion": 3, "previous": 2}
+        assert shop.figure(3) == 0.8
+        assert tracking.version_tags(shop.cfg, 3)["gates_passed"] == "true"
+        assert tracking.model_tags(shop.cfg) == {}
+    assert len(ends) > 8
+    assert {moved for died, moved in ends if died} == {True, False}
+
+
+def test_a_rollback_broken_off_anywhere_can_be_taken_back(three: Workshop) -> None:
+    ends = []
+    while not ends or ends[-1][0]:
+        shop = three.fork(f"fault-{len(ends) + 1}")
+        died = broken(shop, len(ends) + 1, rollback=True)
+        moved = shop.aliases()["champion"] == 1
+        ends.append((died, moved))
+        shop.promote(1, rollback=True)
+        swapped = {"champion": 2, "previous": 1} if moved else {"champion": 1, "previous": 2}
+        assert shop.aliases() == {"candidate": 3} | swapped
+        assert tracking.model_tags(shop.cfg) == {}
+    assert {moved for died, moved in ends if died} == {True, False}
+
+
+def test_a_first_promotion_broken_off_is_finished_or_forgotten(shop: Workshop) -> None:
+    tracking.register(shop.cfg, shop.bundle(3).folder, {}, {})
+    number, died = 0, True
+    while died:
+        number += 1
+        other = shop.fork(f"fault-{number}")
+        died = broken(other, number)
+        if "champion" in other.aliases():
+            assert other.promote(3, rollback=True)["champion"] is None
+            assert other.aliases() == {"candidate": 1, "previous": 1}
+        other.promote(3)
+        assert other.aliases() == {"candidate": 1, "champion": 1}
+
+
 @pytest.mark.parametrize(
     ("figures", "failed"),
     [
@@ -172,6 +333,8 @@ def test_the_same_bundle_is_not_registered_twice(shop: Workshop) -> None:
         ({"retrieval__same_object_r1": True}, {"retrieval.same_object_r1": None}),
         ({"retrieval__same_object_r1": "0.9"}, {"retrieval.same_object_r1": None}),
         ({"generation__ceiling__object": None}, {"generation.sound.object": 0.8}),
+        ({"generation__ceiling__object": 0}, {"generation.sound.object": 0.8}),
+        ({"generation__ceiling__object": float("nan")}, {"generation.sound.object": 0.8}),
         ({"generation__sound": {}}, {"generation.sound.object": None, "generation.sound.ambience": None}),
         ({"generation__sound__object": 0.75}, {"generation.sound.object": 0.75}),
         ({"generation__random_token__object": 0.21}, {"generation.random_token.object": 0.21}),
@@ -255,6 +418,10 @@ def test_evaluations_that_do_not_count(shop: Workshop) -> None:
         ({"gates": [{"metric": "a", "minn": 1}]}, "did you mean 'min'"),
         ({"alias": "previous"}, "has another meaning"),
         ({"alias": "v3"}, "cannot be one"),
+        ({"alias": "V3"}, "cannot be one"),
+        ({"alias": "Latest"}, "has another meaning"),
+        ({"alias": "previous-staging"}, "has another meaning"),
+        ({"alias": "a" * 201}, "at most 200 characters"),
         ({"not_worse_than_champion": {"a": -1}}, "greater than or equal to 0"),
         ({"bundle": "absent"}, "no such bundle"),
         ({"tracking.uri": "http://127.0.0.1:9"}, "no tracking server answers"),
@@ -277,3 +444,19 @@ def test_gate_bounds_are_inclusive() -> None:
     assert not check_gate(Gate(metric="a.x", min_ratio_of="b", ratio=1, max=0.4), figures).passed
     assert not check_gate(Gate(metric="a", min=0), figures).passed
     assert not check_gate(Gate(metric="a.x.y", min=0), figures).passed
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "why"),
+    [
+        (0.0, "0, but it must be above 0"),
+        (-0.5, "-0.5, but it must be above 0"),
+        (float("nan"), "missing or not a number"),
+        (float("inf"), "missing or not a number"),
+        (None, "missing or not a number"),
+    ],
+)
+def test_a_share_of_nothing_is_no_bound(ceiling: float | None, why: str) -> None:
+    verdict = check_gate(Gate(metric="a", min_ratio_of="b", ratio=0.8), {"a": 0.0, "b": ceiling})
+    assert not verdict.passed
+    assert verdict.bound == f">= 0.8 x b ({why})"

@@ -100,7 +100,7 @@ def test_same_content_same_version(cfg: TrackingConfig, tmp_path: Path) -> None:
     assert tracking.register(cfg, one.folder, {"r1": 0.2}, {"reason": "b"}) == 1
     tags = tracking.version_tags(cfg, 1)
     assert tags["bundle_sha"] == one.sha
-    assert (tags["reason"], json.loads(tags["metrics"])) == ("b", {"r1": 0.2})
+    assert (tags["reason"], json.loads(tags["metrics"])) == ("a", {"r1": 0.1})  # what is recorded stays
     assert tracking.find_version(cfg, "unknown") is None
 
 
@@ -122,6 +122,16 @@ def test_aliases_and_pins(cfg: TrackingConfig, tmp_path: Path) -> None:
     assert tracking.aliases(cfg) == {}
     assert tracking.pin_bundle("some/folder", cfg) == ("some/folder", "", "", "")
     assert tracking.resolve_bundle(str(tmp_path / "1" / "bundle"), cfg) == str(tmp_path / "1" / "bundle")
+
+
+def test_tags_of_the_registered_model(cfg: TrackingConfig, tmp_path: Path) -> None:
+    assert tracking.model_tags(cfg) == {}
+    tracking.register(cfg, make_bundle(tmp_path / "1", 1).folder, {}, {})
+    tracking.set_model_tag(cfg, "move-champion", "{}")
+    assert tracking.model_tags(cfg) == {"move-champion": "{}"}
+    for _ in range(2):  # it may be absent
+        tracking.delete_model_tag(cfg, "move-champion")
+    assert tracking.model_tags(cfg) == {}
 
 
 @pytest.mark.parametrize(
