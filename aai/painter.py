@@ -1,5 +1,6 @@
 """The painter: a bundle and its frozen diffusion model turn sound into pictures (generate, edit, stylize)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,19 @@ class PaintRequest(Config):
     """0 ignores the sound, 1 is the sound as learned."""
     denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
     """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
+
+
+def check_repaint(verb: str, request: PaintRequest) -> float:
+    """The denoise strength with which a request repaints. Raises UserError when not one step would be painted.
+
+    Of N denoising steps the last floor(N * strength) are painted (SDEdit, Meng et al. 2022).
+    """
+    strength = request.denoise_strength or REPAINT[verb][1]
+    if int(request.steps * strength) < 1:
+        enough = math.ceil(100 / request.steps) / 100
+        rule = f"times {request.steps} steps is below 1: there is no step to paint"
+        raise UserError("denoise_strength", strength, rule, f"raise it to {enough:g}, or give more steps")
+    return strength
 
 
 class Painter:
@@ -175,9 +189,9 @@ class Painter:
         return self._repaint("stylize", sound, image, request)
 
     def _repaint(self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
-        embeds, strength = self.embed_repaint(verb, [sound], [image], request.prompt, request.sound_strength)
+        strength = check_repaint(verb, request)
+        embeds, _ = self.embed_repaint(verb, [sound], [image], request.prompt, request.sound_strength)
         seeds = [request.seed + i for i in range(request.num_images)]
-        strength = request.denoise_strength or strength
         return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request, [image] * len(seeds), strength)
 
     @torch.no_grad()

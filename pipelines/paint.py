@@ -19,7 +19,8 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.inject import export_textual_inversion
 from aai.media.decode import ClipError, decode_audio
-from aai.painter import Painter, PaintRequest
+from aai.media.still import STILL_FORMATS, decode_still
+from aai.painter import Painter, PaintRequest, check_repaint
 from pipelines import tracking
 from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
 
@@ -100,19 +101,12 @@ def load_sound(uri: str | None, limits: InputLimits, sample_rate_hz: int = 16000
 
 
 def load_picture(uri: str | None, limits: InputLimits) -> Image.Image:
-    """A user's picture as RGB; UserError when it is unreadable or too large."""
-    path = uri or ""
+    """A user's picture as upright RGB; UserError when it is unreadable or too large."""
     data = _read("image", uri, limits.max_bytes)
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF"))
-        if image.width * image.height > limits.max_pixels:
-            size = f"{image.width}x{image.height}"
-            raise UserError("image", path, f"{size} is over {limits.max_pixels} pixels", "scale it down")
-        return image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UserError(
-            "image", path, f"is not a readable picture ({error})", "give a PNG, JPEG or WebP file"
-        ) from error
+        return decode_still(data, limits.max_pixels, (*STILL_FORMATS, "BMP", "GIF"))
+    except ClipError as error:
+        raise UserError("image", uri, f"{error.code}: {error.message}", "give a PNG, JPEG or WebP file") from error
 
 
 def _read(setting: str, uri: str | None, max_bytes: int) -> bytes:
@@ -130,6 +124,8 @@ def _read(setting: str, uri: str | None, max_bytes: int) -> bytes:
 
 def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     """Runs generate, edit or stylize and writes the PNG files; returns their paths and the time."""
+    if isinstance(config, RepaintConfig):
+        check_repaint(verb, config.request)  # before anything is loaded
     sound = load_sound(config.audio, config.limits)
     image = load_picture(config.image, config.limits) if isinstance(config, RepaintConfig) else None
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))

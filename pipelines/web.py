@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import hmac
-import io
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from PIL import Image, ImageOps
+from PIL import Image
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,7 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from aai.config import Config
 from aai.errors import UserError
 from aai.media.decode import ClipError, decode_audio
-from aai.painter import PaintRequest
+from aai.media.still import decode_still
+from aai.painter import PaintRequest, check_repaint
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class Gate:
                 rule = "give the service's key in the header X-API-Key or Authorization: Bearer"
                 raise ApiError(401, "unauthorized", rule, {"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._limits.max_upload_bytes:
+        if length.isdecimal() and int(length) > self._limits.max_upload_bytes:
             raise self._too_large()
 
     def _too_large(self) -> ApiError:
@@ -230,16 +230,11 @@ def read_audio(data: bytes, limits: Limits, sample_rate_hz: int) -> np.ndarray:
 
 
 def read_image(data: bytes, limits: Limits) -> Image.Image:
-    """An uploaded PNG, JPEG or WebP -> upright RGB. Its size is checked before any pixel is decoded."""
+    """An uploaded PNG, JPEG or WebP -> upright RGB. Raises ApiError 422 with the decoder's reason."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > limits.max_image_pixels:
-            rule = f"{image.width}x{image.height} px is over the limit of {limits.max_image_pixels} px"
-            raise ApiError(422, "image_too_large", f"image: {rule}")
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        rule = "image: not a PNG, JPEG or WebP picture that can be decoded"
-        raise ApiError(422, "image_unreadable", rule) from error
+        return decode_still(data, limits.max_image_pixels)
+    except ClipError as error:
+        raise ApiError(422, f"image_{error.code.lower()}", f"image: {error.message}") from error
 
 
 def build_http(backend: Backend, limits: Limits, key: str | None) -> ASGIApp:
@@ -306,6 +301,8 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
             return await asyncio.to_thread(read, data, *args)
 
     async def answer(verb: Verb, form: GenerateForm) -> Response:
+        if verb != "generate":
+            check_repaint(verb, form)
         audio = await decoded(read_audio, form.audio, limits, backend.model.sample_rate_hz)
         image = await decoded(read_image, form.image, limits) if isinstance(form, RepaintForm) else None
         return _pictures(await backend.paint(verb, audio, image, form.request()), form.seed, backend.model)

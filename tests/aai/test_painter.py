@@ -13,7 +13,7 @@ from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
 from aai.foundation import load_diffusion
 from aai.foundation_id import FoundationSpec
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter, PaintRequest, check_repaint
 from tests import tiny
 
 VOCABULARY = Vocabulary(objects=("a dog", "a bell", "a clock"), ambiences=("at night", "in the rain"))
@@ -66,6 +66,18 @@ def test_editing_starts_from_the_given_picture(painter: Painter) -> None:
         a, b = pixels(verb(sound(1), white, little)), pixels(verb(sound(1), black, little))
         assert a.shape == (1, 64, 64, 3)
         assert not np.array_equal(a, b)
+
+
+def test_a_repaint_paints_at_least_one_step(painter: Painter) -> None:
+    black = Image.new("RGB", (64, 64))
+    with pytest.raises(UserError, match=r"^denoise_strength=0\.3: times 3 steps is below 1: .*; raise it to 0\.34"):
+        painter.edit(sound(1), black, PaintRequest(steps=3, denoise_strength=0.3))
+    assert painter.edit(sound(1), black, PaintRequest(steps=3, denoise_strength=0.34))
+    for steps in range(1, 101):  # the remedy is one, also at the smallest strength there is
+        with pytest.raises(UserError) as error:
+            check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=5e-324))
+        enough = float(error.value.remedy.split()[3].rstrip(","))
+        check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=enough))
 
 
 def test_several_sounds_by_name(painter: Painter) -> None:

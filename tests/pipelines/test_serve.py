@@ -32,7 +32,7 @@ from pipelines import tracking
 from pipelines.__main__ import main
 from pipelines.serve import ServeConfig, build_app, check_address
 from pipelines.settings import TrackingConfig
-from tests.pipelines.test_web import png, wav
+from tests.hostile import png, wav
 from tests.tiny import SIZES, write_clip, write_diffusion
 
 KEY = "a-key-for-tests"

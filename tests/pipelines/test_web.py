@@ -1,6 +1,4 @@
 import asyncio
-import io
-import wave
 from collections.abc import AsyncIterator
 
 import httpx
@@ -11,27 +9,10 @@ from PIL import Image
 from aai.errors import UserError
 from aai.painter import PaintRequest
 from pipelines.web import STATIC, Health, Limits, ServedModel, build_http
+from tests import hostile
+from tests.hostile import png, wav
 
 LIMITS = Limits(max_upload_bytes=300_000, max_audio_s=2, max_image_pixels=128 * 128, request_timeout_s=60)
-
-
-def wav(duration_s: float = 0.5, sample_rate_hz: int = 16_000) -> bytes:
-    """A 440 Hz tone as a WAV file."""
-    time_s = np.arange(round(duration_s * sample_rate_hz)) / sample_rate_hz
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(sample_rate_hz)
-        file.writeframes((8000 * np.sin(2 * np.pi * 440 * time_s)).astype("<i2").tobytes())
-    return buffer.getvalue()
-
-
-def png(width: int = 64, height: int = 64, kind: str = "PNG") -> bytes:
-    """A plain picture."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 80, 40)).save(buffer, kind)
-    return buffer.getvalue()
 
 
 class Echo:
@@ -160,6 +141,68 @@ def test_an_unusable_upload_is_refused_with_a_reason(path: str, files: dict[str,
     assert code(response) == (422, expected)
     assert response.json()["error"]["message"]
     assert not backend.calls
+
+
+@pytest.mark.parametrize("name", hostile.SOUNDS)
+def test_a_hostile_sound_is_refused(name: str) -> None:
+    backend, (sound, expected) = Echo(), hostile.SOUNDS[name]
+    assert code(ask("POST", "/v1/generate", backend, files={"audio": sound})) == (422, expected)
+    assert not backend.calls
+
+
+@pytest.mark.parametrize("name", hostile.PICTURES)
+def test_a_hostile_picture_is_refused(name: str) -> None:
+    backend, (picture, expected) = Echo(), hostile.PICTURES[name]
+    files = {"audio": wav(), "image": picture}
+    assert code(ask("POST", "/v1/edit", backend, files=files)) == (422, expected)
+    assert not backend.calls
+
+
+@pytest.mark.parametrize("name", hostile.HARMLESS)
+def test_nonsense_beside_the_pixels_is_passed_over(name: str) -> None:
+    files = {"audio": wav(), "image": hostile.HARMLESS[name]}
+    assert ask("POST", "/v1/edit", files=files).status_code == 200
+
+
+PART = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+AUDIO, END = PART % (b"audio", b'; filename="a"', wav()), b"--b--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (AUDIO + PART % (b"prompt", b"", b"\xff\0<sound>") + END, {}),
+        (AUDIO + PART % (b"\xff\xfe", b"", b"1") + END, {}),
+        (AUDIO.replace(b'"a"', b'"\xff\0"') + END, {}),
+        (AUDIO + AUDIO + END, {}),
+        (AUDIO, {}),
+        (PART % (b"audio", b"", b"text") + END, {}),
+        (b"--b\r\n\r\nhello\r\n" + END, {}),
+        (bytes(1000), {}),
+        (b"", {}),
+        (AUDIO + END, {b"Content-Type": b"multipart/form-data"}),
+        (AUDIO + END, {b"Content-Type": b"multipart/form-data; boundary=b; charset=nosuch"}),
+        (AUDIO + END, {b"Content-Length": b"\xb2"}),
+        (AUDIO + END, {b"X-API-Key": b"\xff"}),
+        (AUDIO + END, {b"Authorization": b"Bearer \xff"}),
+        (AUDIO + END, {b"Host": b"\xff]"}),
+    ],
+)
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_no_broken_request_is_our_failure(body: bytes, headers: dict[bytes, bytes], key: str | None) -> None:
+    sent = {b"Content-Type": b"multipart/form-data; boundary=b", b"X-API-Key": b"secret"} | headers
+    assert ask("POST", "/v1/generate", key=key, content=body, headers=list(sent.items())).status_code < 500
+
+
+@pytest.mark.parametrize("verb", ["edit", "stylize"])
+@pytest.mark.parametrize("data", [{"steps": "20", "denoise_strength": "0.04"}, {"steps": "1"}])
+def test_a_repaint_of_no_step_is_refused_before_it_is_queued(verb: str, data: dict[str, str]) -> None:
+    backend, files = Echo(), {"audio": wav(), "image": png()}
+    response = ask("POST", f"/v1/{verb}", backend, files=files, data=data)
+    assert code(response) == (422, "invalid_request")
+    assert "denoise_strength: times" in response.json()["error"]["message"]
+    assert not backend.calls
+    assert ask("POST", "/v1/generate", backend, files={"audio": wav()}, data=data).status_code == 200
 
 
 def test_a_users_mistake_found_while_painting_is_a_422() -> None:

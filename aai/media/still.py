@@ -1,0 +1,30 @@
+"""A still picture from bytes that anybody may have sent: upright RGB, or an error that says why not."""
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image, ImageOps
+
+from aai.media.limits import ClipError, reason
+
+STILL_FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_ASPECT = 32  # longer side by shorter: scaling the shorter one up to a model's input makes the other one huge
+
+
+def decode_still(data: bytes, max_pixels: int, formats: Sequence[str] = STILL_FORMATS) -> Image.Image:
+    """A picture file as RGB, turned upright. Its size is checked before any pixel is decoded.
+
+    Raises ClipError: TOO_LARGE (width x height, or a strip), else UNREADABLE.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ClipError("TOO_LARGE", f"{width}x{height} px is over the limit of {max_pixels} px")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise ClipError("TOO_LARGE", f"{width}x{height} px is a strip: at most {MAX_ASPECT} to 1")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except ClipError:
+        raise
+    except Exception as error:  # a broken file raises what its parser stumbles over: struct.error, TypeError, ...
+        raise ClipError("UNREADABLE", f"cannot be decoded ({reason(error)})") from error

@@ -1,0 +1,49 @@
+"""Still pictures: upright RGB, refused before they cost anything."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from aai.media.limits import ClipError
+from aai.media.still import MAX_ASPECT, decode_still
+from tests import hostile
+
+LIMIT = 128 * 128
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1", "I;16"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = decode_still(saved(Image.new(mode, (60, 40)), "PNG"), LIMIT)
+    assert (image.mode, image.size) == ("RGB", (60, 40))
+
+
+def test_a_picture_taken_upright_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    assert decode_still(saved(Image.new("RGB", (60, 40)), "JPEG", exif=exif), LIMIT).size == (40, 60)
+
+
+def test_other_formats_on_request_only() -> None:
+    data = saved(Image.new("RGB", (8, 8)), "BMP")
+    with pytest.raises(ClipError, match="UNREADABLE"):
+        decode_still(data, LIMIT)
+    assert decode_still(data, LIMIT, ("BMP",)).size == (8, 8)
+
+
+@pytest.mark.parametrize("name", hostile.PICTURES)
+def test_hostile_pictures_are_clip_errors(name: str) -> None:
+    with pytest.raises(ClipError):
+        decode_still(hostile.PICTURES[name][0], LIMIT)
+
+
+def test_strips_are_refused_because_scaling_them_costs_gigabytes() -> None:
+    assert decode_still(hostile.png(MAX_ASPECT * 2, 2), LIMIT).size == (64, 2)
+    with pytest.raises(ClipError, match="TOO_LARGE: 66x2 px is a strip"):
+        decode_still(hostile.png(MAX_ASPECT * 2 + 2, 2), LIMIT)
