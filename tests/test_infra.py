@@ -21,6 +21,7 @@ INFRA = ROOT / "infra"
 MANIFESTS = sorted(INFRA.rglob("*.yaml"))
 SCHEMAS = Path(os.environ.get("AAI_KUBERAY_CRDS", ROOT.parent / "shared" / "data" / "kuberay-crds"))
 KEY = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|USERNAME", re.IGNORECASE)
+WITHOUT_RAY = ("promote",)
 Document = dict[str, Any]
 
 
@@ -76,8 +77,8 @@ needs_schemas = pytest.mark.skipif(
 
 
 def check_entrypoint(command: str) -> None:
-    """A command line of ours: an existing verb, its own flags, a config that its class reads."""
-    program, verb, *arguments = shlex.split(command)
+    """A cluster command of ours: a verb, its own flags, a config that its class reads, an address if it uses Ray."""
+    program, verb, *arguments = shlex.split(command, comments=True)
     assert program == "aai"
     assert verb in VERBS, verb
     parsed = build_parser(verb)[0].parse_args(arguments)
@@ -85,6 +86,14 @@ def check_entrypoint(command: str) -> None:
     file = given if given.is_absolute() else ROOT / given
     assert file.is_file(), file
     module_of(verb).CONFIG.load(file, parsed.set)
+    # Without an address a Ray of its own would be started on the head, which has no worker's GPU.
+    assert parsed.address == (None if verb in WITHOUT_RAY else "auto"), command
+
+
+def documented(text: str, program: str) -> list[str]:
+    """The lines of a page's code blocks that call a program."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith(f"{program} ")]
 
 
 def check_application(application: Document) -> None:
@@ -118,7 +127,22 @@ def test_the_schema_check_sees_a_typo_and_a_wrong_type() -> None:
 
 def test_there_is_a_job_for_every_batch_stage() -> None:
     jobs = {document["spec"]["entrypoint"].split()[1] for _, document in RAY if document["kind"] == "RayJob"}
-    assert jobs == {"curate", "featurize", "align", "adapt"}
+    assert jobs == {"curate", "featurize", "align", "adapt", "evaluate", "promote"}
+
+
+CLUSTERS = (ROOT / "docs" / "clusters.md").read_text()
+
+
+@pytest.mark.parametrize("command", documented(CLUSTERS, "aai"))
+def test_documented_cluster_commands_work_as_they_stand(command: str) -> None:
+    check_entrypoint(command)
+
+
+def test_documented_commands_are_those_of_the_jobs_and_name_every_manifest() -> None:
+    jobs = {document["spec"]["entrypoint"] for _, document in RAY if document["kind"] == "RayJob"}
+    assert {" ".join(shlex.split(command, comments=True)) for command in documented(CLUSTERS, "aai")} == jobs
+    applied = {ROOT / shlex.split(line, comments=True)[3] for line in documented(CLUSTERS, "kubectl") if " -f " in line}
+    assert applied == set(MANIFESTS)
 
 
 @pytest.mark.parametrize(("path", "document"), RAY, ids=RAY_NAMES)
@@ -126,7 +150,6 @@ def test_entrypoints_and_import_paths_exist(path: Path, document: Document) -> N
     spec = document["spec"]
     if document["kind"] == "RayJob":
         check_entrypoint(spec["entrypoint"])
-        assert "--address auto" in spec["entrypoint"]
         clusters = {other["metadata"]["name"] for _, other in RAY if other["kind"] == "RayCluster"}
         assert spec["clusterSelector"]["ray.io/cluster"] in clusters
     if document["kind"] == "RayService":
@@ -149,6 +172,8 @@ def test_serve_config_is_one_that_ray_reads() -> None:
         "aai curate --config configs/curate/absent.yaml",
         "aai curate --no-such-flag",
         "aai curate --config configs/serve/vggsound_vitl14_gpu1.yaml",
+        "aai evaluate --config configs/evaluate/vggsound_vitl14_gpu8.yaml",
+        "aai promote --config configs/promote/vggsound_vitl14_cpu1.yaml --address auto",
     ],
 )
 def test_the_entrypoint_check_sees_what_is_wrong(command: str) -> None:
