@@ -1,7 +1,6 @@
 """A still picture from bytes that anybody may have sent: upright RGB, or an error that says why not."""
 
 import io
-from collections.abc import Sequence
 
 from PIL import Image, ImageOps
 
@@ -11,7 +10,7 @@ STILL_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_ASPECT = 32  # longer side by shorter: scaling the shorter one up to a model's input makes the other one huge
 
 
-def decode_still(data: bytes, max_pixels: int, formats: Sequence[str] = STILL_FORMATS) -> Image.Image:
+def decode_still(data: bytes, max_pixels: int, formats: tuple[str, ...] = STILL_FORMATS) -> Image.Image:
     """A picture file as RGB, turned upright. Its size is checked before any pixel is decoded.
 
     Raises ClipError: TOO_LARGE (width x height, or a strip), else UNREADABLE.
