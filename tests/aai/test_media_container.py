@@ -23,14 +23,13 @@ def content(data: bytes, start_s: float | None = None, end_s: float | None = Non
     return {name: value for name, value in row.items() if name not in ("clip_id", "content_hash")}
 
 
-@pytest.mark.parametrize("window", [(None, None), (1.5, 2.75)], ids=["whole", "window"])
+@pytest.mark.parametrize("window", [(None, None), (1.2, 2.5)], ids=["whole", "window"])
 @pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts"])
 def test_a_sound_first_file_gives_the_row_of_a_video_first_one(
     container: str, window: tuple[float | None, float | None]
 ) -> None:
-    """With B-frames, of which the decoder holds the last ones back until the stream's end."""
-    source = make_moving("libx264", options={"g": "12", "bf": "3"})
-    usual, other = (remuxed(source, container, sound_first=first) for first in (False, True))
+    """The window too reaches the end of the streams."""
+    usual, other = (remuxed(make_clip(), container, sound_first=first) for first in (False, True))
     with av.open(io.BytesIO(other), "r") as check:
         assert [stream.type for stream in check.streams] == ["audio", "video"]
     row = content(other, *window)
