@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import pydantic
@@ -35,13 +35,15 @@ from pipelines.cut import CutConfig, cut_rows
 from pipelines.judge import DIGEST as JUDGED
 from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
 from pipelines.ledger import row_keys
-from pipelines.manifest import Row, read_manifest
+from pipelines.manifest import Row, named_splits, read_manifest
 from pipelines.measure import check_ratio, measure_rows, shard_file
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 from pipelines.shards import Shard, run_shards
 from pipelines.similarity import Null, ScoreConfig
 
 log = logging.getLogger(__name__)
+
+Split = Literal["train", "val", "test"]
 
 
 class CurateConfig(VerbConfig):
@@ -55,8 +57,10 @@ class CurateConfig(VerbConfig):
     """AudioSet's class_labels_indices.csv, which gives its labels words."""
     out: str
     """Folder or s3:// prefix of the tables."""
-    default_split: str = "train"
+    default_split: Split = "train"
     """Split of rows that name none."""
+    split_names: dict[str, Split] = pydantic.Field(default_factory=dict)
+    """What the manifest's splits are called here, where not train, val and test: {validation: val, eval: test}."""
     cut: CutConfig = CutConfig()
     rows_per_shard: int = pydantic.Field(128, ge=1)
     """Rows of one unit of work, and of one Parquet file."""
@@ -97,8 +101,9 @@ class CurateConfig(VerbConfig):
         )
 
     def rows(self) -> list[Row]:
-        """The manifest's rows, before any cutting."""
-        return read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
+        """The manifest's rows with their splits by our names, before any cutting."""
+        rows = read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
+        return named_splits(self.manifest, rows, self.split_names)
 
     def digests(self) -> dict[str, Any]:
         """Of the settings that decide what is measured, and how that is judged."""
