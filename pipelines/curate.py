@@ -35,6 +35,7 @@ from pipelines.cut import CutConfig, cut_rows
 from pipelines.judge import DIGEST as JUDGED
 from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
 from pipelines.ledger import row_keys
+from pipelines.lock import is_empty, locked
 from pipelines.manifest import Row, named_splits, read_manifest
 from pipelines.measure import check_ratio, measure_rows, shard_file
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
@@ -205,7 +206,7 @@ def _open(out: str, digests: dict[str, Any], rejudge: bool) -> None:
     """Makes sure that what lies in the output folder is of these settings. Raises UserError when it is not."""
     started = storage.join(out, "_started.json")
     if not storage.exists(started):
-        if storage.list_files(out):
+        if not is_empty(out):
             raise UserError("out", out, "is not empty, nor written by curate", "choose another, or delete it")
         storage.write_json(started, digests)
         return
@@ -256,6 +257,7 @@ def _summary(result: dict[str, Any], out: str) -> str:
     )
 
 
+@locked
 def run(config: CurateConfig) -> dict[str, Any]:
     """Curates a manifest; returns what curate.json holds. A second run with nothing changed does nothing."""
     begin = time.monotonic()
