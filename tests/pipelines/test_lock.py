@@ -19,7 +19,7 @@ from tests.pipelines.conftest import python
 HOLD = """
     import sys, time
     from pipelines import lock
-    lock.BEAT_S, lock.LEASE_S, lock.SETTLE_S = 0.2, 2.0, float(sys.argv[2])
+    lock.BEAT_S, lock.LEASE_S, lock.SETTLE_S = 0.2, 3.0, float(sys.argv[2])
     with lock.output_lock(sys.argv[1]):
         print("held", flush=True)
         sys.stdin.readline()
@@ -28,8 +28,8 @@ HOLD = """
 
 @pytest.fixture(params=["local", "s3"])
 def out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An output folder of either kind, with leases of 2 s."""
-    for name, value in (("BEAT_S", 0.2), ("LEASE_S", 2.0), ("SETTLE_S", 0.2)):
+    """An output folder of either kind, with leases of 3 s."""
+    for name, value in (("BEAT_S", 0.2), ("LEASE_S", 3.0), ("SETTLE_S", 0.2)):
         monkeypatch.setattr(lock, name, value)
     return str(tmp_path / "out") if request.param == "local" else f"{request.getfixturevalue('s3')}/out"
 
@@ -49,7 +49,7 @@ def holder(out: str) -> Iterator["subprocess.Popen[str]"]:
 
 def test_a_second_driver_is_told_who_the_first_is(out: str) -> None:
     with holder(out) as first:
-        time.sleep(2.5)  # longer than a lease: the first one refreshes it
+        time.sleep(3.5)  # longer than a lease: the first one refreshes it
         with pytest.raises(UserError) as caught, output_lock(out):
             pytest.fail("two drivers at once")
         assert f"out={out}: is being written by process {first.pid} on {os.uname().nodename} since 20" in str(
@@ -72,13 +72,20 @@ def test_a_killed_driver_blocks_nobody_for_longer_than_its_lease(out: str) -> No
         first.wait()
         killed_s = time.monotonic()
         assert storage.exists(storage.join(out, LOCK))
+        refusals = []
+        while time.monotonic() < killed_s + 20:
+            try:
+                with output_lock(out):
+                    break
+            except UserError as error:
+                refusals.append(str(error))
+                time.sleep(0.1)
+        waited_s = time.monotonic() - killed_s
+        assert all(f"process {first.pid}" in line for line in refusals)
         if out.startswith("s3://"):
-            with pytest.raises(UserError, match=f"process {first.pid}"), output_lock(out):
-                pytest.fail("the lease was not over")
-            time.sleep(1.7)
-        with output_lock(out):
-            waited_s = time.monotonic() - killed_s
-        assert waited_s < (4 if out.startswith("s3://") else 0.5)
+            assert 1 < waited_s < 12, "not before the lease is over"
+        else:
+            assert not refusals
     assert storage.list_files(out) == []
 
 
