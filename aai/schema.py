@@ -10,6 +10,8 @@ VERSION = 2
 MANIFEST_REQUIRED = ("uri",)
 MANIFEST_OPTIONAL = ("start_s", "end_s", "caption", "labels", "split")
 """A manifest (CSV or Parquet) names clips; `labels` is a list, or words joined by ";" in CSV."""
+SPLITS = ("train", "val", "test")
+"""What the stages use: training, validation during training, evaluation."""
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".wmv",
 )  # fmt: skip

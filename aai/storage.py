@@ -158,18 +158,27 @@ def _refuse_member(uri: str) -> None:
         raise ValueError(f"{uri} is a member of a tar: it can only be read")
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Writes a file in one step: a reader, or a kill, never sees half of it."""
+def write_bytes(uri: str, data: bytes, new: bool = False) -> None:
+    """Writes a file in one step: a reader, or a kill, never sees half of it.
+
+    new: raise FileExistsError where one is there; on S3 only servers that honour `If-None-Match` do.
+    """
     _refuse_member(uri)
     fs, path = filesystem(uri)
     if uri.startswith("s3://"):  # a PUT is atomic
-        fs.pipe_file(path, data)
+        fs.pipe_file(path, data, mode="create" if new else "overwrite")
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.write_bytes(data)
-    temporary.replace(target)
+    if not new:
+        temporary.replace(target)
+        return
+    try:
+        target.hardlink_to(temporary)  # unlike a rename, it fails where the name is taken
+    finally:
+        temporary.unlink()
 
 
 def read_json(uri: str) -> Any:
@@ -182,11 +191,11 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=1, sort_keys=False, default=str) + "\n").encode())
 
 
-def write_table(uri: str, table: pa.Table, row_group_size: int = 256) -> None:
-    """Writes a Parquet file in one step (zstd)."""
+def write_table(uri: str, table: pa.Table, row_group_size: int = 256, new: bool = False) -> None:
+    """Writes a Parquet file in one step (zstd). new: as for `write_bytes`."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
-    write_bytes(uri, sink.getvalue().to_pybytes())
+    write_bytes(uri, sink.getvalue().to_pybytes(), new)
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:

@@ -23,6 +23,7 @@ from aai.fit import State, local_batch_size, restore_weights
 from aai.foundation import load_clip, load_diffusion
 from aai.inject import Injector
 from pipelines import training
+from pipelines.lock import locked
 from pipelines.settings import Plan
 from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage
 
@@ -65,6 +66,7 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     return {"features": "features", "bundle": "bundle", "out": "out", "workers": "cluster.num_workers"}
 
 
+@locked
 def run(config: AdaptConfig) -> dict[str, Any]:
     """Trains and writes the bundle; returns what adapt.json holds."""
     places = {name: storage.absolute(getattr(config, name)) for name in ("features", "bundle", "out")}

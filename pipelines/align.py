@@ -19,6 +19,7 @@ from aai.features import FeatureManifest, FeatureReader, load_split
 from aai.fit import State, local_batch_size, restore_weights
 from aai.foundation_id import FoundationSpec
 from pipelines import training
+from pipelines.lock import locked
 from pipelines.settings import Plan
 from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage
 
@@ -56,6 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     return {"features": "features", "out": "out", "workers": "cluster.num_workers"}
 
 
+@locked
 def run(config: AlignVerbConfig) -> dict[str, Any]:
     """Trains and writes the bundle; returns what align.json holds."""
     places = {name: storage.absolute(getattr(config, name)) for name in ("features", "out")}

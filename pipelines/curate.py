@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import pydantic
@@ -35,13 +35,16 @@ from pipelines.cut import CutConfig, cut_rows
 from pipelines.judge import DIGEST as JUDGED
 from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
 from pipelines.ledger import row_keys
-from pipelines.manifest import Row, read_manifest
+from pipelines.lock import is_empty, locked
+from pipelines.manifest import Row, named_splits, read_manifest
 from pipelines.measure import check_ratio, measure_rows, shard_file
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 from pipelines.shards import Shard, run_shards
 from pipelines.similarity import Null, ScoreConfig
 
 log = logging.getLogger(__name__)
+
+Split = Literal["train", "val", "test"]
 
 
 class CurateConfig(VerbConfig):
@@ -55,8 +58,10 @@ class CurateConfig(VerbConfig):
     """AudioSet's class_labels_indices.csv, which gives its labels words."""
     out: str
     """Folder or s3:// prefix of the tables."""
-    default_split: str = "train"
+    default_split: Split = "train"
     """Split of rows that name none."""
+    split_names: dict[str, Split] = pydantic.Field(default_factory=dict)
+    """What the manifest's splits are called here, where not train, val and test: {validation: val, eval: test}."""
     cut: CutConfig = CutConfig()
     rows_per_shard: int = pydantic.Field(128, ge=1)
     """Rows of one unit of work, and of one Parquet file."""
@@ -97,8 +102,9 @@ class CurateConfig(VerbConfig):
         )
 
     def rows(self) -> list[Row]:
-        """The manifest's rows, before any cutting."""
-        return read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
+        """The manifest's rows with their splits by our names, before any cutting."""
+        rows = read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
+        return named_splits(self.manifest, rows, self.split_names)
 
     def digests(self) -> dict[str, Any]:
         """Of the settings that decide what is measured, and how that is judged."""
@@ -200,7 +206,7 @@ def _open(out: str, digests: dict[str, Any], rejudge: bool) -> None:
     """Makes sure that what lies in the output folder is of these settings. Raises UserError when it is not."""
     started = storage.join(out, "_started.json")
     if not storage.exists(started):
-        if storage.list_files(out):
+        if not is_empty(out):
             raise UserError("out", out, "is not empty, nor written by curate", "choose another, or delete it")
         storage.write_json(started, digests)
         return
@@ -251,6 +257,7 @@ def _summary(result: dict[str, Any], out: str) -> str:
     )
 
 
+@locked
 def run(config: CurateConfig) -> dict[str, Any]:
     """Curates a manifest; returns what curate.json holds. A second run with nothing changed does nothing."""
     begin = time.monotonic()

@@ -14,6 +14,7 @@ import pydantic
 
 from aai import storage
 from aai.errors import UserError
+from pipelines.lock import output_lock
 from pipelines.settings import Plan, VerbConfig
 
 ACTIONS = ("show", "compact", "export")
@@ -85,10 +86,11 @@ def run(config: DataConfig) -> dict[str, Any]:
     given, out = storage.absolute(str(config.input)), storage.absolute(str(config.out))
     if f"{out}/".startswith(f"{given}/") or f"{given}/".startswith(f"{out}/"):
         raise UserError("out", config.out, "lies in the input, or holds it", "give a folder of its own")
-    if config.action == "compact":
-        from pipelines.data_compact import compact
+    with output_lock(out):
+        if config.action == "compact":
+            from pipelines.data_compact import compact
 
-        return compact(given, out, config.rows_per_file)
-    from pipelines.data_export import export
+            return compact(given, out, config.rows_per_file)
+        from pipelines.data_export import export
 
-    return export(given, out, int(config.shard_mb * 1e6))
+        return export(given, out, int(config.shard_mb * 1e6))

@@ -4,6 +4,7 @@ from typing import Any
 
 from aai import storage
 from aai.errors import UserError
+from pipelines.lock import is_empty
 
 
 def finished(out: str, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -15,7 +16,7 @@ def finished(out: str, name: str, settings: dict[str, Any]) -> dict[str, Any] | 
     if storage.exists(started):
         if storage.read_json(started) != settings:
             raise UserError("out", out, f"holds the {name} of another input or size", "choose another, or delete it")
-    elif storage.list_files(out):
+    elif not is_empty(out):
         raise UserError("out", out, "is not empty", "choose another, or delete it")
     else:
         storage.write_json(started, settings)

@@ -20,6 +20,7 @@ from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.painter import PaintRequest
 from pipelines import tracking
+from pipelines.lock import is_empty, locked
 from pipelines.picture_cases import PictureWorker, loudness_cases, make_cases
 from pipelines.picture_grades import grade, grade_foundation, vectors
 from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
@@ -94,6 +95,12 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates a bundle; returns and writes evaluate.json (see docs/architecture.md)."""
+    check_out(config.out)  # before the lock: a foreign folder is not touched at all
+    return _evaluate(config)
+
+
+@locked
+def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     start = time.perf_counter()
     bundle = read_bundle(config.bundle)
     manifest = storage.read_json(storage.join(config.features, "manifest.json"))
@@ -138,7 +145,7 @@ def check_out(out: str) -> None:
     """Raises UserError when the output folder holds something that no evaluation began; nothing is touched."""
     done = storage.join(out, "evaluate.json")
     begun = storage.exists(storage.join(out, STARTED)) or (storage.exists(done) and "bundle" in storage.read_json(done))
-    if not begun and storage.list_files(out):
+    if not begun and not is_empty(out):
         raise UserError("out", out, "is not empty, nor written by evaluate", "choose another folder")
 
 

@@ -31,6 +31,7 @@ from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY, FeatureManifest
 from aai.features import VERSION as FEATURES_VERSION
 from aai.foundation import load_vae
 from aai.foundation_id import FoundationSpec, identity
+from pipelines.lock import locked
 from pipelines.settings import DType, Plan, VerbConfig
 from pipelines.shards import run_shards
 
@@ -218,6 +219,7 @@ def list_shards(config: FeaturizeConfig) -> list[dict[str, Any]]:
     return shards
 
 
+@locked
 def run(config: FeaturizeConfig) -> dict[str, Any]:
     """Featurizes all shards; returns the manifest's figures."""
     begin = time.monotonic()

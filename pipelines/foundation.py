@@ -28,6 +28,7 @@ from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS, random_scene
 from aai.toy.judge import SIZE_PX, train_judge
 from aai.toy.recipe import FoundationConfig, train_clip
 from aai.toy.recipe_diffusion import train_diffusion
+from pipelines.lock import locked
 from pipelines.manifest import read_manifest
 from pipelines.settings import Plan, VerbConfig
 
@@ -72,6 +73,7 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     return {"manifest": "manifest", "out": "out"}
 
 
+@locked
 def run(config: FoundationVerbConfig) -> dict[str, Any]:
     """Trains what is not there yet; returns the seconds each model took."""
     if not storage.exists(config.manifest):

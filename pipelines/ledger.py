@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from aai import storage
+from aai.errors import UserError
 from pipelines.manifest import Row
 
 FOLDER = "_plan"
@@ -71,7 +72,10 @@ class Ledger:
             self.shard_of[row["key"]] = shard
 
     def add(self, entries: Sequence[Entry], rows_per_shard: int) -> list[str]:
-        """Gives clips to new shards, and keeps that; returns the shards' names."""
+        """Gives clips to new shards, and keeps that; returns the shards' names.
+
+        Raises UserError when another ledger of this folder has written the batch.
+        """
         first = len(self.shards)
         rows = [
             {**vars(entry), "shard": f"shard-{first + number // rows_per_shard:05d}"}
@@ -80,7 +84,14 @@ class Ledger:
         if not rows:
             return []
         table = pa.Table.from_pylist(rows, schema=BATCH_TABLE)
-        storage.write_table(storage.join(self.out, FOLDER, f"batch-{self.batches:05d}.parquet"), table)
+        batch = storage.join(self.out, FOLDER, f"batch-{self.batches:05d}.parquet")
+        try:
+            if storage.exists(batch):  # asked first, since not every S3 server knows conditional writes
+                raise FileExistsError(batch)
+            storage.write_table(batch, table, new=True)
+        except FileExistsError as error:
+            rule = f"another run has planned {FOLDER}/batch-{self.batches:05d}.parquet meanwhile"
+            raise UserError("out", self.out, rule, "wait for its end, then run this again") from error
         self._take(rows)
         return list(self.shards)[first:]
 

@@ -2,9 +2,10 @@
 
 import csv
 import io
+import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from aai import storage
 from aai.errors import UserError
-from aai.schema import MANIFEST_OPTIONAL, MANIFEST_REQUIRED, MEDIA_SUFFIXES
+from aai.schema import MANIFEST_OPTIONAL, MANIFEST_REQUIRED, MEDIA_SUFFIXES, SPLITS
 from pipelines.manifest_tar import REST, refuse_compressed, tars_rows
 from pipelines.manifest_youtube import youtube_rows
 
@@ -46,6 +47,35 @@ def read_manifest(
     if not rows:
         raise UserError("manifest", manifest, "names no clips", "give a manifest with at least one row")
     return rows
+
+
+_USUAL_NAMES = {
+    "train": ("training",),
+    "val": ("valid", "validation", "dev", "development"),
+    "test": ("testing", "eval", "evaluation"),
+}
+"""What splits are called elsewhere; only ever suggested, since "eval" is validation to some."""
+
+
+def named_splits(manifest: str, rows: Sequence[Row], split_names: Mapping[str, str]) -> list[Row]:
+    """The rows with their splits renamed by `split_names`.
+
+    Raises UserError for a split that is then not one of SPLITS: no stage would use its clips.
+    """
+    renamed = [row | {"split": split_names.get(row["split"], row["split"])} for row in rows]
+    unknown = [number for number, row in enumerate(renamed) if row["split"] not in SPLITS]
+    if not unknown:
+        return renamed
+    row = renamed[unknown[0]]
+    setting = {}
+    for name in dict.fromkeys(renamed[number]["split"] for number in unknown):
+        setting[name] = next((split for split, usual in _USUAL_NAMES.items() if name.lower() in (split, *usual)), "?")
+    pairs = ", ".join(f"{json.dumps(name, ensure_ascii=False)}: {split}" for name, split in setting.items())
+    rule = f"row {unknown[0] + 1} ({row['uri']}): split is {row['split']!r}, not one of {', '.join(SPLITS)}"
+    remedy = f"rename it, or pass --set 'split_names={{{pairs}}}'"
+    if "?" in setting.values():
+        remedy += f" with one of {', '.join(SPLITS)} for each ?"
+    raise UserError("manifest", manifest, rule, remedy)
 
 
 def _check_columns(manifest: str, found: Iterable[str]) -> None:
@@ -116,8 +146,13 @@ def _clean(row: Row, manifest: str, number: int, default_split: str) -> Row:
         "end_s": _seconds(row.get("end_s"), "end_s", manifest, number),
         "caption": str(row.get("caption") or ""),
         "labels": [str(label) for label in labels],
-        "split": str(row.get("split") or default_split),
+        "split": _split(row.get("split")) or default_split,
     }
+
+
+def _split(value: object) -> str:
+    is_empty = value is None or (isinstance(value, float) and math.isnan(value))  # pandas writes NaN for an empty cell
+    return "" if is_empty else str(value).strip()
 
 
 def _seconds(value: object, column: str, manifest: str, number: int) -> float | None:

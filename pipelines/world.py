@@ -14,6 +14,7 @@ import pydantic
 from aai import storage
 from aai.errors import UserError
 from aai.toy import world
+from pipelines.lock import is_empty, locked
 from pipelines.settings import Plan, VerbConfig
 
 log = logging.getLogger(__name__)
@@ -79,11 +80,12 @@ def _state(config: WorldConfig, out: str) -> dict[str, Any]:
         if state.get("content") == _content(config):
             return state
         raise UserError("out", out, f"holds another world ({state.get('content')})", REMEDY)
-    if storage.list_files(out):
+    if not is_empty(out):
         raise UserError("out", out, "is not empty and holds no world", REMEDY)
     return {}
 
 
+@locked
 def run(config: WorldConfig) -> dict[str, Any]:
     """Writes the world, or finds it written. Returns clips, defects, oddities, images and seconds."""
     out = storage.absolute(config.out)

@@ -55,14 +55,37 @@ def make_clip(
 
 def index_first(data: bytes) -> bytes:
     """The same .mp4 with its index in front of the content, as for streaming."""
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-        with av.open(io.BytesIO(data), "r") as given, av.open(file.name, "w", options={"movflags": "faststart"}) as out:
-            streams = {stream.index: out.add_stream_from_template(stream) for stream in given.streams}
+    return remuxed(data, options={"movflags": "faststart"})
+
+
+def remuxed(
+    data: bytes,
+    container: str = "mp4",
+    sound_first: bool = False,
+    options: dict[str, str] | None = None,
+    title: str | None = None,
+) -> bytes:
+    """The same packets in another file; sound_first: its stream 0 is the sound."""
+    with tempfile.NamedTemporaryFile(suffix=".media") as file:
+        target = av.open(file.name, "w", format=container, options=options or {})
+        with av.open(io.BytesIO(data), "r") as given, target as out:
+            if title is not None:
+                out.metadata["title"] = title
+            order = sorted(given.streams, key=lambda stream: (stream.type == "audio") != sound_first)
+            streams = {stream.index: out.add_stream_from_template(stream) for stream in order}
             for packet in given.demux():
                 if packet.dts is not None:
                     packet.stream = streams[packet.stream.index]
                     out.mux(packet)
         return Path(file.name).read_bytes()
+
+
+def latin1_title(data: bytes, container: str) -> bytes:
+    """The same packets in a file whose title is Latin-1 text where UTF-8 is due."""
+    tagged = remuxed(data, container, title="a title of ~~~~")
+    if b"~~~~" not in tagged:
+        raise ValueError(f"{container} keeps no title")
+    return tagged.replace(b"~~~~", "àéüß".encode("latin-1"))
 
 
 def tone(duration_s: float, sample_rate_hz: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from functools import cache
 import av
 import numpy as np
 
-from tests.clips import index_first, make_clip, make_moving
+from tests.clips import index_first, make_clip, make_moving, remuxed
 
 _HUGE = (0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x00FFFFFF, 0xFFFFFFF0)
 _FIELDS = (b"mvhd", b"tkhd", b"mdhd", b"stts", b"ctts", b"stsz", b"stsc", b"stco", b"stss", b"elst", b"avc1", b"mp4a",
@@ -31,6 +31,8 @@ def sources() -> list[bytes]:
         make_moving("libx264", "flv", **small),
         make_moving("mpeg2video", "mpegts", **small, sound="mp2"),
         make_moving("libx264", "mp4", **small, live={"movflags": "frag_keyframe+empty_moov"}),
+        remuxed(make_moving(**small), "mp4", sound_first=True),
+        remuxed(make_moving(**small, options={"g": "7"}), "matroska", sound_first=True),
     ]
 
 

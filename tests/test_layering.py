@@ -33,6 +33,19 @@ def imported(tree: ast.AST) -> set[str]:
     return found
 
 
+def media_read(tree: ast.AST) -> list[int]:
+    """Lines where PyAV opens a file for reading, or its `open` is imported under its bare name."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("av", "av.container", "av.container.core"):
+            lines += [node.lineno for alias in node.names if alias.name == "open"]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("av.open", "av.container.open"):
+            mode = [ast.unparse(arg) for arg in node.args[1:2]]
+            mode += [ast.unparse(word.value) for word in node.keywords if word.arg == "mode"]
+            lines += [node.lineno] if mode != ["'w'"] else []
+    return lines
+
+
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
@@ -75,6 +88,13 @@ def test_only_tracking_imports_mlflow(path: Path) -> None:
     packages = imported(parse(path))
     assert "tests" not in packages
     assert name(path) in MLFLOW_ALLOWED or "mlflow" not in packages
+
+
+def test_media_is_read_through_one_door() -> None:
+    """Its limits and white lists hold for every file that a user brings."""
+    readers = {name(path): lines for path in SOURCES if (lines := media_read(parse(path)))}
+    assert list(readers) == ["aai/media/container.py"]
+    assert len(readers["aai/media/container.py"]) == 1
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
@@ -130,3 +150,6 @@ def test_the_checks_themselves_can_fail() -> None:
     assert imported(tree) == {"ray", "mlflow"}
     assert undocumented(tree) == ["module", "f"]
     assert imported(ast.parse("from . import ray\nfrom ray.train import X")) == {"ray"}
+    for source in ("av.open(file)", "av.open(file, 'r')", "av.open(file, mode=m)", "from av import open"):
+        assert media_read(ast.parse(source)) == [1], source
+    assert media_read(ast.parse("av.open(file, 'w', format='flac')")) == []

@@ -6,6 +6,8 @@ from typing import Any
 import av
 import numpy as np
 
+from aai.media.container import open_media
+
 _FULL_SCALE = 32768.0
 
 
@@ -38,7 +40,7 @@ def encode_flac(audio: np.ndarray, sample_rate_hz: int) -> bytes:
 
 def decode_flac(data: bytes) -> np.ndarray:
     """The samples of `encode_flac`, float32 [S]; the rate is the table's (16 kHz)."""
-    with av.open(io.BytesIO(data), "r", format="flac") as container:
+    with open_media(data, max_bytes=len(data), max_streams=1, formats="flac") as container:
         parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
     return np.concatenate(parts).astype(np.float32) / _FULL_SCALE
 

@@ -5,8 +5,6 @@ the earlier of the two streams' starts. Variable frame rates and non-zero start 
 construction.
 """
 
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +12,12 @@ import av
 import numpy as np
 from av.container import InputContainer
 
-from aai.media.limits import ClipError, Deadline, DecodeConfig, Tally, reason
+from aai.media.container import audio_stream, open_media, packets, shared_origin_s, stream_start_s, video_stream
+from aai.media.limits import ClipError, Deadline, DecodeConfig, Tally
 from aai.media.picking import seconds
 from aai.media.pictures import HASH_FRAMES, Pictures
 from aai.media.sound import Sound
 
-FORMATS = "mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,aiff,au,caf,mp3,flac,ogg,aac,amr"
-"""Containers that are opened. Playlists are not among them: those name other files."""
 _LEAD_S = 1.0  # of sound decoded before the window: codecs need some to settle
 
 
@@ -40,58 +37,6 @@ class DecodedClip:
     source_sample_rate_hz: int
     channels: int
     av_gap_s: float
-
-
-def _open(data: bytes, max_bytes: int, max_streams: int) -> InputContainer:
-    """Opens a file in memory; the caller closes it."""
-    if not data:
-        raise ClipError("EMPTY_FILE", "file of 0 bytes")
-    if len(data) > max_bytes:
-        raise ClipError("TOO_LARGE", f"file of {len(data)} bytes is over the limit of {max_bytes}")
-    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
-    try:
-        container = av.open(io.BytesIO(data), "r", options=options)
-    except (av.FFmpegError, ValueError) as error:
-        raise ClipError("UNREADABLE", f"not a media file that can be opened ({reason(error)})") from error
-    if len(container.streams) > max_streams:
-        container.close()
-        raise ClipError("TOO_LARGE", f"{len(container.streams)} streams are over the limit of {max_streams}")
-    return container
-
-
-def _audio_stream(container: InputContainer) -> Any:
-    stream = next(iter(container.streams.audio), None)
-    if stream is None or stream.codec_context is None or not stream.codec_context.sample_rate:
-        raise ClipError("NO_AUDIO", "no audio stream that can be decoded")
-    return stream
-
-
-def _video_stream(container: InputContainer, cfg: DecodeConfig) -> Any:
-    cover = av.stream.Disposition.attached_pic
-    stream = next((s for s in container.streams.video if not s.disposition & cover), None)
-    if stream is None or stream.codec_context is None:
-        raise ClipError("NO_VIDEO", "no video stream that can be decoded")
-    context = stream.codec_context
-    if context.width * context.height > cfg.max_pixels:
-        raise ClipError("TOO_LARGE", f"video of {context.width}x{context.height} px is over the limit")
-    context.options = {"max_pixels": str(cfg.max_pixels)}  # also refuses frames that grow on the way
-    context.thread_count = cfg.decode_threads
-    context.thread_type = "AUTO" if cfg.decode_threads > 1 else "NONE"
-    return stream
-
-
-def _start_s(stream: Any) -> float:
-    return float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
-
-
-def _packets(container: InputContainer, streams: list[Any], clock: Deadline) -> Iterator[Any]:
-    """Packets in file order, and one without content for each stream at the end."""
-    try:
-        for packet in container.demux(*streams):
-            clock.check()
-            yield packet
-    except av.FFmpegError as error:
-        raise ClipError("UNREADABLE", f"reading broke off ({reason(error)})") from error
 
 
 def _hear(sound: Sound, packet: Any, tally: Tally, origin_s: float) -> bool:
@@ -114,7 +59,7 @@ def _check_whole(stream: Any, origin_s: float, end_s: float, read_until_s: float
     """A file cut off in the middle has a good header: compare what it promised with what came."""
     if stream.duration is None:
         return
-    promised_s = min(_start_s(stream) + float(stream.duration * stream.time_base) - origin_s, end_s)
+    promised_s = min(stream_start_s(stream) + float(stream.duration * stream.time_base) - origin_s, end_s)
     if promised_s - read_until_s > max(0.25, 0.1 * promised_s):
         raise ClipError(
             "UNREADABLE", f"{stream.type} breaks off at {read_until_s:.2f} s of {promised_s:.2f} s declared"
@@ -123,9 +68,9 @@ def _check_whole(stream: Any, origin_s: float, end_s: float, read_until_s: float
 
 def _decode(data: bytes, start_s: float, end_s: float, cfg: DecodeConfig, clock: Deadline, seek: bool) -> DecodedClip:
     """One pass over the file: sound is decoded on the way, pictures when the clip's length is known."""
-    with _open(data, cfg.max_bytes, cfg.max_streams) as container:
-        video, audio = _video_stream(container, cfg), _audio_stream(container)
-        origin_s = min(_start_s(video), _start_s(audio))
+    with open_media(data, cfg.max_bytes, cfg.max_streams) as container:
+        video, audio = video_stream(container, cfg), audio_stream(container)
+        origin_s = shared_origin_s([video, audio])
         declared_s = _declared_s(container, origin_s)
         if declared_s and start_s >= declared_s:
             raise ClipError("OUT_OF_RANGE", f"start_s={start_s:g} is past the end at {declared_s:.2f} s")
@@ -139,8 +84,8 @@ def _decode(data: bytes, start_s: float, end_s: float, cfg: DecodeConfig, clock:
         if seek:
             container.seek(int((start_s + origin_s) * av.time_base), backward=True)
         running = {video.index: True, audio.index: True}
-        for packet in _packets(container, [video, audio], clock):
-            if packet.stream_index == video.index:
+        for packet in packets(container, [video, audio], clock):
+            if packet.stream.index == video.index:
                 running[video.index] = pictures.add(packet)
             else:
                 running[audio.index] = _hear(sound, packet, tally, origin_s) and running[audio.index]
@@ -211,13 +156,13 @@ def decode_audio(
     Raises ClipError: EMPTY_AUDIO for 0 seconds, else a code of `decode_clip`.
     """
     cfg = DecodeConfig(max_duration_s=max_duration_s, max_bytes=max_bytes, timeout_s=timeout_s)
-    with _open(data, max_bytes, cfg.max_streams) as container:
-        stream = _audio_stream(container)
-        if _declared_s(container, _start_s(stream)) > max_duration_s + 0.1:
+    with open_media(data, max_bytes, cfg.max_streams) as container:
+        stream = audio_stream(container)
+        if _declared_s(container, stream_start_s(stream)) > max_duration_s + 0.1:
             raise ClipError("TOO_LONG", f"sound is longer than the limit of {max_duration_s:g} s")
         sound, tally = Sound(sample_rate_hz, 0.0, float("inf"), max_duration_s), Tally(cfg.max_corrupt_fraction)
         first_s: float | None = None
-        for packet in _packets(container, [stream], Deadline(timeout_s)):
+        for packet in packets(container, [stream], Deadline(timeout_s)):
             for frame in tally.decode(stream.decode, packet):
                 time_s = float(frame.time or 0.0)
                 first_s = time_s if first_s is None else first_s

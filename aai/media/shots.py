@@ -4,10 +4,8 @@ A file that is broken in parts is followed as far as it can be read: whether a c
 """
 
 import importlib.util
-import io
 import logging
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +17,16 @@ from av.container import InputContainer
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from aai.errors import UserError
-from aai.media.decode import FORMATS, ClipError, DecodeConfig
+from aai.media.container import (
+    find_audio,
+    find_video,
+    open_media,
+    packets,
+    shared_origin_s,
+    stream_start_s,
+    video_stream,
+)
+from aai.media.limits import ClipError, Deadline, DecodeConfig
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +88,11 @@ def extent(data: bytes, cfg: DecodeConfig, timeout_s: float) -> Extent:
 
     Raises ClipError: EMPTY_FILE, TOO_LARGE, UNREADABLE or TIMEOUT.
     """
-    with _open(data, cfg) as container:
-        streams = _streams(container)
-        origin_s = _origin_s(streams)
+    with open_media(data, cfg.max_bytes, cfg.max_streams) as container:
+        streams = _streams(container, cfg)
+        origin_s = shared_origin_s(streams)
         ends_s = {stream.index: 0.0 for stream in streams}
-        for packet in _packets(container, streams, timeout_s):
+        for packet in packets(container, streams, Deadline(timeout_s), to_the_break=True):
             begin = packet.pts if packet.pts is not None else packet.dts
             if begin is not None and packet.time_base:
                 end_s = float((begin + (packet.duration or 0)) * packet.time_base) - origin_s
@@ -108,15 +115,12 @@ def shots(data: bytes, threshold: float, cfg: DecodeConfig, timeout_s: float) ->
     from scenedetect import FrameTimecode
     from scenedetect.common import Timecode
 
-    with _open(data, cfg) as container:
-        streams = _streams(container)
-        origin_s = _origin_s(streams)
-        video = next((stream for stream in streams if stream.type == "video"), None)
-        if video is None:
-            raise ClipError("NO_VIDEO", "no video stream to find shots in")
+    with open_media(data, cfg.max_bytes, cfg.max_streams) as container:
+        video = video_stream(container, cfg)
+        origin_s = shared_origin_s(_streams(container, cfg))
         rate = video.average_rate or video.guessed_rate or 25
         cuts, first, last, end_s = [], 0, None, 0.0
-        for frame, picture in _pictures(container, video, cfg, timeout_s):
+        for frame, picture in _pictures(container, video, Deadline(timeout_s)):
             if last is None:
                 first = frame.pts
             last = FrameTimecode(Timecode(frame.pts - first, frame.time_base), fps=rate)
@@ -139,70 +143,24 @@ def _detector(threshold: float) -> Any:
     return AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=0)
 
 
-def _open(data: bytes, cfg: DecodeConfig) -> InputContainer:
-    if not data:
-        raise ClipError("EMPTY_FILE", "file of 0 bytes")
-    if len(data) > cfg.max_bytes:
-        raise ClipError("TOO_LARGE", f"file of {len(data)} bytes is over the limit of {cfg.max_bytes}")
-    try:
-        options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
-        container = av.open(io.BytesIO(data), "r", options=options)
-    except (av.FFmpegError, ValueError) as error:
-        raise ClipError("UNREADABLE", "not a media file that can be opened") from error
-    if len(container.streams) > cfg.max_streams:
-        container.close()
-        raise ClipError("TOO_LARGE", f"more than {cfg.max_streams} streams")
-    return container
-
-
-def _streams(container: InputContainer) -> list[Any]:
-    """The first video stream that is no cover picture, and the first of sound."""
-    cover = av.stream.Disposition.attached_pic
-    video = next((s for s in container.streams.video if s.codec_context and not s.disposition & cover), None)
-    audio = next((s for s in container.streams.audio if s.codec_context), None)
-    found = [stream for stream in (video, audio) if stream is not None]
+def _streams(container: InputContainer, cfg: DecodeConfig) -> list[Any]:
+    """The video and the sound that clips are made of, or the one of them that is there."""
+    found = [stream for stream in (find_video(container, cfg), find_audio(container)) if stream is not None]
     if not found:
         raise ClipError("UNREADABLE", "neither video nor sound that can be decoded")
     return found
 
 
-def _origin_s(streams: list[Any]) -> float:
-    return min(float((stream.start_time or 0) * stream.time_base) for stream in streams)
-
-
 def _promised_s(stream: Any, origin_s: float) -> float:
     if stream.duration is None:
         return 0.0
-    return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin_s
+    return stream_start_s(stream) + float(stream.duration * stream.time_base) - origin_s
 
 
-def _packets(container: InputContainer, streams: list[Any], timeout_s: float) -> Iterator[Any]:
-    """Packets in file order, to the end or to where reading breaks off."""
-    deadline, packets = time.monotonic() + timeout_s, container.demux(*streams)
-    while True:
-        if time.monotonic() > deadline:
-            raise ClipError("TIMEOUT", f"looking through the file took longer than {timeout_s:g} s", transient=True)
-        try:
-            packet = next(packets)
-        except IndexError:  # of a stream that shows up only now: the packets after it are still to come
-            packets = container.demux(*streams)
-            continue
-        except (StopIteration, av.FFmpegError, ValueError):
-            return
-        yield packet
-
-
-def _pictures(
-    container: InputContainer, video: Any, cfg: DecodeConfig, timeout_s: float
-) -> Iterator[tuple[Any, np.ndarray]]:
+def _pictures(container: InputContainer, video: Any, clock: Deadline) -> Iterator[tuple[Any, np.ndarray]]:
     """Frames in the order of their times, each with a small BGR picture [h, w, 3] of one size throughout."""
-    context = video.codec_context
-    if context.width * context.height > cfg.max_pixels:
-        raise ClipError("TOO_LARGE", f"video of {context.width}x{context.height} px is over the limit")
-    context.options = {"max_pixels": str(cfg.max_pixels)}  # also refuses frames that grow on the way
-    context.thread_count, context.thread_type = cfg.decode_threads, "AUTO" if cfg.decode_threads > 1 else "NONE"
     scaler, size, before = VideoReformatter(), (0, 0), None
-    for packet in _packets(container, [video], timeout_s):
+    for packet in packets(container, [video], clock, to_the_break=True):
         try:
             frames = packet.decode()
         except av.FFmpegError:

@@ -44,6 +44,15 @@ def test_a_write_replaces_and_is_seen_at_once(base: str) -> None:
     assert storage.list_files(base) == [uri, uri + "2"], "a listing must not come from a cache"
 
 
+def test_a_new_file_never_replaces_one(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/a/f"
+    storage.write_bytes(uri, b"first", new=True)
+    with pytest.raises(FileExistsError):
+        storage.write_bytes(uri, b"second", new=True)
+    assert storage.read_bytes(uri) == b"first"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["f"]
+
+
 def test_list_files_is_recursive_sorted_and_filtered(base: str) -> None:
     for name in ("b.parquet", "a/z.parquet", "a/y.json"):
         storage.write_bytes(storage.join(base, name), b"1")

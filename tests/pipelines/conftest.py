@@ -14,12 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python(code: str, *args: str) -> "subprocess.Popen[str]":
+def python(code: str, *args: str, stdin: int | None = None) -> "subprocess.Popen[str]":
     """Starts a fresh Python process in the checkout."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *args],
         cwd=ROOT,
         text=True,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -2,7 +2,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from aai import storage
+from aai.errors import UserError
 from pipelines.ledger import Entry, Ledger, row_keys
 
 
@@ -46,6 +49,21 @@ def test_batches_add_up_and_survive(tmp_path: Path) -> None:
     assert Ledger(str(tmp_path)).shard_of == {
         "a": "shard-00000", "b": "shard-00000", "c": "shard-00001", "d": "shard-00002",
     }  # fmt: skip
+
+
+@pytest.fixture(params=["local", "s3"])
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An output folder of either kind."""
+    return str(tmp_path) if request.param == "local" else str(request.getfixturevalue("s3"))
+
+
+def test_a_batch_of_another_ledger_is_never_replaced(out: str) -> None:
+    first, second = Ledger(out), Ledger(out)
+    first.add(entries("a", "b"), rows_per_shard=2)
+    with pytest.raises(UserError, match=r"another run has planned _plan/batch-00000\.parquet"):
+        second.add(entries("c"), rows_per_shard=2)
+    assert second.shards == {}
+    assert Ledger(out).shard_of == {"a": "shard-00000", "b": "shard-00000"}
 
 
 def test_what_was_tried_again_counts_where_it_was_tried_last(tmp_path: Path) -> None:

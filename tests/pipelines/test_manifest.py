@@ -1,3 +1,4 @@
+import io
 import tarfile
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from aai.errors import UserError
-from pipelines.manifest import read_manifest
+from pipelines.__main__ import load_config
+from pipelines.curate import CurateConfig
+from pipelines.manifest import named_splits, read_manifest
 
 
 def write(path: Path, text: str) -> str:
@@ -90,3 +93,64 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no media files"):
         read_manifest(str(tmp_path / "empty"))
+
+
+def curated_splits(manifest: str, **settings: object) -> list[str]:
+    """The splits of the rows that curate takes from a manifest."""
+    return [row["split"] for row in CurateConfig.parse({"manifest": manifest, "out": "out", **settings}).rows()]
+
+
+def test_splits_that_no_stage_uses_are_refused_with_the_setting_that_mends_them(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "m.csv", "uri,split\na.mp4,train\nb.mp4,validation\nc.mp4,eval\nd.mp4,\n")
+    with pytest.raises(
+        UserError, match=r"row 2 \(.*b\.mp4\): split is 'validation', not one of train, val, test"
+    ) as error:
+        curated_splits(manifest)
+    assert error.value.remedy.endswith("""--set 'split_names={"validation": val, "eval": test}'""")
+    setting = error.value.remedy.split("'")[1]
+    config, _ = load_config("curate", ["--manifest", manifest, "--out", str(tmp_path / "out"), "--set", setting])
+    assert [row["split"] for row in config.rows()] == ["train", "val", "test", "train"]
+
+
+@pytest.mark.parametrize("name", ["fold3", "1", "no", "Train", " VAL2"])
+def test_a_split_of_another_name_can_be_mapped_whatever_it_is(tmp_path: Path, name: str) -> None:
+    manifest = write(tmp_path / "m.csv", f"uri,split\na.mp4,{name}\n")
+    with pytest.raises(UserError, match="one of train, val, test") as error:
+        curated_splits(manifest)
+    setting = error.value.remedy.split("'")[1].replace("?", "train")
+    config, _ = load_config("curate", ["--manifest", manifest, "--out", str(tmp_path / "out"), "--set", setting])
+    assert [row["split"] for row in config.rows()] == ["train"]
+
+
+def test_splits_are_mapped_to_known_ones_only(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "m.csv", "uri,split\na.mp4,eval\n")
+    for settings in ({"split_names": {"eval": "evaluation"}}, {"default_split": "validation"}):
+        with pytest.raises(UserError, match="'train', 'val' or 'test'"):
+            curated_splits(manifest, **settings)
+    rows = [{"uri": "a", "split": "test"}, {"uri": "b", "split": "val"}]
+    swapped = named_splits("m", rows, {"test": "val", "val": "test"})
+    assert [row["split"] for row in swapped] == ["val", "test"]
+    assert [row["split"] for row in rows] == ["test", "val"], "the given rows stay as they are"
+
+
+def test_an_empty_split_of_pandas_is_the_default(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"uri": ["a.mp4"], "split": [float("nan")]}), tmp_path / "m.parquet")
+    assert curated_splits(str(tmp_path / "m.parquet"), default_split="val") == ["val"]
+
+
+def test_splits_of_other_forms_of_manifests_are_checked_too(tmp_path: Path) -> None:
+    write(tmp_path / "videos/abcdefghij_.mp4", "x")
+    vggsound = write(tmp_path / "vggsound.csv", "abcdefghij_,30,dog barking,validation\n")
+    note = b'{"split": "dev"}'
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.mp4"))
+        info = tarfile.TarInfo("0.json")
+        info.size = len(note)
+        tar.addfile(info, io.BytesIO(note))
+    for manifest, name, settings in (
+        (vggsound, "validation", {"media_root": str(tmp_path / "videos")}),
+        (str(tmp_path / "a.tar"), "dev", {}),
+    ):
+        with pytest.raises(UserError, match=f"row 1 .*split is '{name}'"):
+            curated_splits(manifest, **settings)
+        assert curated_splits(manifest, **settings, split_names={name: "val"}) == ["val"]

@@ -10,6 +10,7 @@ from aai.errors import UserError
 from aai.painter import PaintRequest
 from pipelines.web import STATIC, Health, Limits, ServedModel, build_http
 from tests import hostile
+from tests.clips import latin1_title, make_moving
 from tests.hostile import png, wav
 
 LIMITS = Limits(max_upload_bytes=300_000, max_audio_s=2, max_image_pixels=128 * 128, request_timeout_s=60)
@@ -77,6 +78,15 @@ def test_generate_hands_over_sound_and_settings() -> None:
     assert audio.dtype == np.float32
     assert audio.size == pytest.approx(8000, abs=50)
     assert request == PaintRequest(prompt="a sketch of <sound>", seed=7, steps=3, sound_strength=1.5)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "avi"])
+def test_an_upload_may_have_a_title_that_is_no_utf8(container: str) -> None:
+    backend = Echo()
+    sound = latin1_title(make_moving("mpeg4", num_frames=20, sound="libmp3lame"), container)
+    response = ask("POST", "/v1/generate", backend, files={"audio": sound}, data={"prompt": "<sound>"})
+    assert response.status_code == 200, response.text
+    assert backend.calls[0][1].size == pytest.approx(16_000, abs=2500)
 
 
 @pytest.mark.parametrize("verb", ["edit", "stylize"])

@@ -1,0 +1,105 @@
+"""The one door to media files: what may be opened, which streams count, and their packets until the time is up."""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import av
+from av.container import InputContainer
+
+from aai.media.limits import ClipError, Deadline, DecodeConfig, reason
+
+FORMATS = "mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,aiff,au,caf,mp3,flac,ogg,aac,amr"
+"""Containers that are opened. Playlists are not among them: those name other files."""
+
+
+def open_media(data: bytes, max_bytes: int, max_streams: int, formats: str = FORMATS) -> InputContainer:
+    """Opens a file in memory; the caller closes it. Raises ClipError: EMPTY_FILE, TOO_LARGE or UNREADABLE."""
+    if not data:
+        raise ClipError("EMPTY_FILE", "file of 0 bytes")
+    if len(data) > max_bytes:
+        raise ClipError("TOO_LARGE", f"file of {len(data)} bytes is over the limit of {max_bytes}")
+    options = {"format_whitelist": formats, "protocol_whitelist": "none"}
+    try:
+        # Tags are in whatever encoding their writer had, and nothing here reads them.
+        container = av.open(io.BytesIO(data), "r", options=options, metadata_errors="replace")
+    except (av.FFmpegError, ValueError) as error:
+        raise ClipError("UNREADABLE", f"not a media file that can be opened ({reason(error)})") from error
+    if len(container.streams) > max_streams:
+        container.close()
+        raise ClipError("TOO_LARGE", f"{len(container.streams)} streams are over the limit of {max_streams}")
+    return container
+
+
+def find_video(container: InputContainer, cfg: DecodeConfig) -> Any | None:
+    """The first video stream that can be decoded and is no cover picture, set up for decoding within the limits.
+
+    Raises ClipError: TOO_LARGE.
+    """
+    cover = av.stream.Disposition.attached_pic
+    stream = next((s for s in container.streams.video if s.codec_context and not s.disposition & cover), None)
+    if stream is None:
+        return None
+    context = stream.codec_context
+    if context.width * context.height > cfg.max_pixels:
+        raise ClipError("TOO_LARGE", f"video of {context.width}x{context.height} px is over the limit")
+    context.options = {"max_pixels": str(cfg.max_pixels)}  # also refuses frames that grow on the way
+    context.thread_count = cfg.decode_threads
+    context.thread_type = "AUTO" if cfg.decode_threads > 1 else "NONE"
+    return stream
+
+
+def find_audio(container: InputContainer) -> Any | None:
+    """The first stream of sound that can be decoded."""
+    return next((s for s in container.streams.audio if s.codec_context and s.codec_context.sample_rate), None)
+
+
+def video_stream(container: InputContainer, cfg: DecodeConfig) -> Any:
+    """As `find_video`. Raises ClipError: NO_VIDEO or TOO_LARGE."""
+    stream = find_video(container, cfg)
+    if stream is None:
+        raise ClipError("NO_VIDEO", "no video stream that can be decoded")
+    return stream
+
+
+def audio_stream(container: InputContainer) -> Any:
+    """As `find_audio`. Raises ClipError: NO_AUDIO."""
+    stream = find_audio(container)
+    if stream is None:
+        raise ClipError("NO_AUDIO", "no audio stream that can be decoded")
+    return stream
+
+
+def stream_start_s(stream: Any) -> float:
+    """When a stream begins, in seconds on the file's own clock."""
+    return float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
+
+
+def shared_origin_s(streams: Sequence[Any]) -> float:
+    """The clip's time 0 on the file's own clock, in seconds: the earliest of the streams' starts."""
+    return min(stream_start_s(stream) for stream in streams)
+
+
+def packets(
+    container: InputContainer, streams: Sequence[Any], clock: Deadline, to_the_break: bool = False
+) -> Iterator[Any]:
+    """Packets in file order, and one without content for each stream at the end.
+
+    Ask `packet.stream.index` whose it is: the last one's `stream_index` is 0 whatever its stream.
+    to_the_break: end quietly where reading breaks off. Raises ClipError: TIMEOUT, else UNREADABLE.
+    """
+    found = container.demux(*streams)
+    while True:
+        clock.check()
+        try:
+            packet = next(found)
+        except StopIteration:
+            return
+        except IndexError:  # of a stream that shows up only now: the packets after it are still to come
+            found = container.demux(*streams)
+            continue
+        except (av.FFmpegError, ValueError) as error:
+            if to_the_break:
+                return
+            raise ClipError("UNREADABLE", f"reading broke off ({reason(error)})") from error
+        yield packet

@@ -1,0 +1,223 @@
+"""One driver at a time writes an output folder; a second one is told who the first is.
+
+On disk the kernel holds the lock (flock on OUT/_lock) and drops it with the process, however that ends. Under s3://,
+and on a file system without locks, OUT/_lock is a lease: its holder refreshes it, and one that was not refreshed for
+LEASE_S is taken over. Of two drivers that start at once the server's conditional write lets one through; where the
+server ignores conditions, both write, wait SETTLE_S, and the one that is read back goes on.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aai import storage
+from aai.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LOCK = "_lock"
+BEAT_S = 10.0
+"""How often a lease is refreshed."""
+LEASE_S = 60.0
+"""How long after its last refresh a lease can be taken over."""
+SETTLE_S = 1.0
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+C = TypeVar("C")
+Record = dict[str, Any]
+"""What the file says of the holder: holder (unique), host, pid, started (UTC), beat (time of the last refresh, s)."""
+
+
+def locked(run: Callable[[C], dict[str, Any]]) -> Callable[[C], dict[str, Any]]:
+    """A verb's `run(config)` under the lock of `config.out`."""
+
+    @wraps(run)
+    def alone(config: C) -> dict[str, Any]:
+        with output_lock(config.out):  # type: ignore[attr-defined]
+            return run(config)
+
+    return alone
+
+
+@contextmanager
+def output_lock(out: str) -> Iterator[None]:
+    """While the body runs, no other driver gets the lock of the folder or s3:// prefix `out`. Raises UserError."""
+    out = storage.absolute(out)
+    with ExitStack() as stack:
+        if out.startswith("s3://") or not stack.enter_context(_kernel_lock(out)):
+            stack.enter_context(_lease(out))
+        yield
+
+
+def is_empty(out: str) -> bool:
+    """Whether a folder holds nothing but its lock."""
+    return all(file.rsplit("/", 1)[1] == LOCK for file in storage.list_files(out))
+
+
+def _record() -> Record:
+    started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    who = {"holder": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+    return who | {"started": started, "beat": time.time()}
+
+
+def _busy(out: str, record: Record | None) -> UserError:
+    who = "another process"
+    if record and "holder" in record:
+        who = f"process {record['pid']} on {record['host']} since {record['started']}"
+    return UserError("out", out, f"is being written by {who}", "wait for its end, or give another folder")
+
+
+def _parsed(data: bytes) -> Record:
+    try:
+        record = json.loads(data)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+# ---------------------------------------------------------------- on disk
+
+
+@contextmanager
+def _kernel_lock(out: str) -> Iterator[bool]:
+    """Yields False where the file system knows no locks."""
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError("out", out, "is a file", "give a folder")
+    was_there = folder.is_dir()
+    try:
+        descriptor = _locked_file(out)
+    except OSError as error:
+        if error.errno in _READ_ONLY and was_there:
+            yield True  # nobody can write here; a finished result can be read
+        elif error.errno in _NO_LOCKS:
+            yield False
+        else:
+            raise
+        return
+    try:
+        yield True
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)  # before it is unlocked: it is still ours
+        os.close(descriptor)
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _locked_file(out: str) -> int:
+    """The descriptor of OUT/_lock, locked, with our record in it."""
+    path = Path(out) / LOCK
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.pread(descriptor, 4096, 0)
+            if held and "holder" not in _parsed(held):
+                raise UserError("out", out, f"holds a file {LOCK} of something else", "choose another folder")
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(_record()).encode(), 0)
+                return descriptor
+        except BlockingIOError as error:
+            busy = _busy(out, _parsed(os.pread(descriptor, 4096, 0)))
+            os.close(descriptor)
+            raise busy from error
+        except FileNotFoundError:
+            pass
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in _NO_LOCKS and not os.fstat(descriptor).st_size:
+                path.unlink(missing_ok=True)  # a lease begins with no file
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder removed it between our opening and our locking: try the new one
+
+
+# ---------------------------------------------------------------- by lease
+
+
+@contextmanager
+def _lease(out: str) -> Iterator[None]:
+    where, mine = storage.join(out, LOCK), _record()
+    _take(out, where, mine)
+    ended = threading.Event()
+    beat = threading.Thread(target=_refresh, args=(where, mine, ended), name="output-lock", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beat.join()
+        _give_back(where, mine)
+
+
+def _give_back(where: str, mine: Record) -> None:
+    try:
+        if (_read(where) or {}).get("holder") == mine["holder"]:
+            storage.remove(where)
+    except Exception as error:  # the lease runs out by itself; how the work ended must not be hidden by this
+        log.warning("the lock %s could not be removed (%s)", where, error)
+
+
+def _read(where: str) -> Record | None:
+    try:
+        return _parsed(storage.read_bytes(where))
+    except FileNotFoundError:
+        return None
+
+
+def _take(out: str, where: str, mine: Record) -> None:
+    """Writes our record; raises UserError when the lease is another's."""
+    found = _read(where)
+    if found is not None and not _is_over(where, found):
+        raise _busy(out, found)
+    data = json.dumps(mine).encode()
+    _written(where, data, new=found is None)
+    if found is not None or _written(where, data, new=True):  # the second time only where conditions are ignored
+        time.sleep(SETTLE_S)
+    now = _read(where)
+    if (now or {}).get("holder") != mine["holder"]:
+        raise _busy(out, now)
+
+
+def _written(where: str, data: bytes, new: bool) -> bool:
+    try:
+        storage.write_bytes(where, data, new=new)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_over(where: str, found: Record) -> bool:
+    """Whether a lease's holder is gone: by its clock, and as seen by ours, since clocks of two hosts may differ."""
+    watch_s = 1.5 * BEAT_S
+    if time.time() - found.get("beat", float("inf")) < LEASE_S - watch_s:
+        return False
+    time.sleep(watch_s)
+    return _read(where) in (found, None)
+
+
+def _refresh(where: str, mine: Record, ended: threading.Event) -> None:
+    while not ended.wait(BEAT_S):
+        try:
+            found = _read(where) or {}
+            if found.get("holder") != mine["holder"]:
+                log.error("%s was taken over by process %s on %s", where, found.get("pid"), found.get("host"))
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # ends even a waiting call
+                return
+            storage.write_bytes(where, json.dumps(mine | {"beat": time.time()}).encode())
+        except Exception as error:  # the network may be away for a while; the lease is longer than a few beats
+            log.warning("the lock %s could not be refreshed (%s)", where, error)
