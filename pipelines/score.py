@@ -34,7 +34,7 @@ class ScoreWorker:
         if self.config.bundle:
             bundle = read_bundle(self.config.bundle)
             _check_foundation(self.config, bundle.config.foundation)
-            foundation, self.aligner = bundle.config.foundation, load_aligner(bundle)
+            foundation, self.aligner = bundle.config.foundation, load_aligner(bundle).to(device)
         self.clip = FrozenClip(foundation, device, getattr(torch, self.config.dtype), self.config.batch_size)
 
     def __call__(self, shard: Shard) -> Result:
