@@ -35,7 +35,7 @@ from pipelines.cut import CutConfig, cut_rows
 from pipelines.judge import DIGEST as JUDGED
 from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
 from pipelines.ledger import row_keys
-from pipelines.manifest import Row, read_manifest
+from pipelines.manifest import Row, read_manifest, with_val_share
 from pipelines.measure import check_ratio, measure_rows, shard_file
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 from pipelines.shards import Shard, run_shards
@@ -57,6 +57,8 @@ class CurateConfig(VerbConfig):
     """Folder or s3:// prefix of the tables."""
     default_split: str = "train"
     """Split of rows that name none."""
+    val_share: float = pydantic.Field(0, ge=0, lt=1)
+    """Share of train's files, chosen by a hash of their URIs, that become the split val: for data that has none."""
     cut: CutConfig = CutConfig()
     rows_per_shard: int = pydantic.Field(128, ge=1)
     """Rows of one unit of work, and of one Parquet file."""
@@ -98,7 +100,8 @@ class CurateConfig(VerbConfig):
 
     def rows(self) -> list[Row]:
         """The manifest's rows, before any cutting."""
-        return read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
+        rows = read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
+        return with_val_share(rows, self.val_share) if self.val_share else rows
 
     def digests(self) -> dict[str, Any]:
         """Of the settings that decide what is measured, and how that is judged."""

@@ -20,6 +20,7 @@ from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.painter import PaintRequest
 from pipelines import tracking
+from pipelines.cluster import worker_dtype
 from pipelines.picture_cases import PictureWorker, loudness_cases, make_cases
 from pipelines.picture_grades import grade, grade_foundation, vectors
 from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
@@ -101,7 +102,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     storage.remove(config.out)
     test, train = load_clips(config)
     retrieval = evaluate_retrieval(config, bundle, test, train)
-    generation, samples = evaluate_pictures(config, test, train)
+    dtype = worker_dtype(config.dtype, config.device, config.cluster, config.out)
+    generation, samples = evaluate_pictures(config, test, train, dtype)
     foundation = generation.pop("foundation", {})
     if config.judge == "toy":
         foundation |= grade_foundation(config.clips, config.max_frames, bundle, test)
@@ -111,6 +113,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "retrieval": retrieval,
         "generation": generation,
         "samples": samples,
+        "dtype": dtype,
         "seconds": time.perf_counter() - start,
     }
     storage.write_json(done, result)
@@ -118,11 +121,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         mlrun.log_metrics({"retrieval": retrieval, "generation": generation})
         mlrun.log_artifact(done)
     log.info(
-        "evaluate: same-object R@1 %.3f of %d clips; %s; %d pictures in %.0f s -> %s",
+        "evaluate: same-object R@1 %.3f of %d clips; %s; %d pictures in %s, %.0f s -> %s",
         retrieval["same_object_r1"],
         retrieval["gallery"],
         headline(generation),
         generation["pictures"],
+        dtype,
         result["seconds"],
         done,
     )
@@ -182,7 +186,9 @@ def evaluate_retrieval(config: EvaluateConfig, bundle: Bundle, test: pa.Table, t
     }
 
 
-def evaluate_pictures(config: EvaluateConfig, test: pa.Table, train: pa.Table) -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluate_pictures(
+    config: EvaluateConfig, test: pa.Table, train: pa.Table, dtype: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Paints all cases on Ray and grades them; returns the figures and the sample cases for the report."""
     labels = test["labels"].to_pylist()
     cases = make_cases(labels, config.pictures)
@@ -203,7 +209,7 @@ def evaluate_pictures(config: EvaluateConfig, test: pa.Table, train: pa.Table) -
         "train": f"{inputs}/train.parquet",
         "request": config.request.model_dump(),
         "device": config.device,
-        "dtype": config.dtype,
+        "dtype": dtype,
         "judged": config.judge == "toy",
     }
     done = lambda shard: storage.exists(shard["out"])  # noqa: E731

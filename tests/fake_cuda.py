@@ -40,7 +40,7 @@ class CudaTensor(Tensor):
     data_cpu: Tensor
 
     @staticmethod
-    def __new__(cls, data_cpu: Tensor) -> "CudaTensor":
+    def __new__(cls: type, data_cpu: Tensor) -> "CudaTensor":
         out = Tensor._make_wrapper_subclass(
             cls, data_cpu.shape, data_cpu.stride(), data_cpu.storage_offset(), dtype=data_cpu.dtype, device=INNER
         )

@@ -141,6 +141,16 @@ def test_evaluation_paints_every_condition(workers: dict[str, PictureWorker], co
     np.testing.assert_allclose(features["cuda"], features["cpu"], atol=1e-2)
 
 
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_what_the_device_has(
+    files: Files, native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("aai.precision.native_bfloat16", lambda device: asked.append(device) or native)
+    assert Painter.load(files.bundle, "cuda", "auto").dtype == expected
+    assert asked == ["cuda"]
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -203,7 +213,11 @@ def test_featurize(files: Files, tmp_path: Path) -> None:
     for device in ("cuda", "cpu"):
         settings = {"input": files.clips, "out": str(tmp_path), "foundation": files.spec.model_dump(), "device": device}
         worker = FeaturizeWorker(settings, "digest")
-        shard = {"input": f"{files.clips}/shard-00000.parquet", "output": str(tmp_path / f"{device}.parquet"), "fingerprint": "f"}
+        shard = {
+            "input": f"{files.clips}/shard-00000.parquet",
+            "output": str(tmp_path / f"{device}.parquet"),
+            "fingerprint": "",
+        }
         assert worker(shard) == {"rows": 8}
     tables = [storage.read_table(str(tmp_path / f"{device}.parquet")) for device in ("cuda", "cpu")]
     for name in ("image_features", "text_features", "latents"):

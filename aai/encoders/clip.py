@@ -45,7 +45,7 @@ class FrozenClip:
 
     @torch.inference_mode()
     def images(self, frames: Frames) -> Tensor:
-        """Features [N, D], on the CPU, of pictures: a list of PIL pictures or of encoded ones (JPEG, ...), or uint8 [N, H, W, 3]."""
+        """Features [N, D], on the CPU, of pictures: PIL pictures or encoded ones (JPEG, ...), or uint8 [N, H, W, 3]."""
         empty = torch.empty(0, self.dim, device=self.device)
         # On a GPU `embed` returns at once: the next batch is decoded and framed while this one is computed.
         parts = self.batches.map(lambda some: self.embed(self.framed(some)), frames)
