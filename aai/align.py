@@ -161,11 +161,12 @@ def load_aligner(bundle: Bundle) -> AudioEncoder:
 
 
 def embed_files(aligner: AudioEncoder, sounds: Sequence[bytes], batch_size: int = 64) -> np.ndarray:
-    """Aligned embeddings [N, D] of FLAC sounds."""
+    """Aligned embeddings [N, D] of FLAC sounds, computed on the aligner's device."""
+    device = next(aligner.parameters()).device
     parts = [np.empty((0, aligner.config.embed_dim), np.float32)]
     for at in range(0, len(sounds), batch_size):
         waves = [torch.from_numpy(decode_flac(data)) for data in sounds[at : at + batch_size]]
         batch = torch.stack([fit_length(wave, aligner.config.clip_samples) for wave in waves])
         with torch.no_grad():
-            parts.append(aligner(batch).numpy())
+            parts.append(aligner(batch.to(device)).cpu().numpy())
     return np.concatenate(parts)

@@ -32,7 +32,7 @@ class Vocabulary(Config):
 
 
 class Concepts:
-    """CLIP text features of a vocabulary: reads embeddings and moves them."""
+    """CLIP text features of a vocabulary, on the CLIP's device: reads embeddings there and moves them."""
 
     def __init__(self, clip: FrozenClip, vocabulary: Vocabulary) -> None:
         self.clip, self.vocabulary = clip, vocabulary
@@ -42,7 +42,7 @@ class Concepts:
             "objects": [f"{head} {o}" for o in vocabulary.objects],
             "ambiences": [f"{head} {thing} {a}" for a in vocabulary.ambiences],
         }
-        self.features: dict[str, Tensor] = {kind: clip.texts(rows) for kind, rows in texts.items()}
+        self.features: dict[str, Tensor] = {kind: clip.texts(rows).to(clip.device) for kind, rows in texts.items()}
 
     def read(self, embed: Tensor, kind: Kind, sharpness: float = 50.0) -> Tensor:
         """Weights [B, n] over the vocabulary (softmax of cosine x sharpness) of embeddings [B, D] in CLIP space."""

@@ -93,7 +93,8 @@ class Conditions:
         """K directions drawn at random, as long as an ordinary word."""
         cfg = self.painter.adapter.cfg
         draw = torch.randn(cfg.num_tokens, cfg.token_dim, generator=torch.Generator().manual_seed(seed))
-        return F.normalize(draw, dim=-1) * self.painter.injector.median_norm
+        tokens = F.normalize(draw, dim=-1) * self.painter.injector.median_norm
+        return tokens.to(self.painter.device)  # drawn on the CPU, so that every device paints the same
 
     def _closed_form(self, heard: Tensor) -> Tensor:
         """Inverts the frozen text projection by Tikhonov least squares: no training at all.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from aai.config import Config
 from aai.errors import UserError
+from aai.precision import native_bfloat16
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,9 @@ class FitConfig(Config):
     warmup_steps: int = pydantic.Field(20, ge=0)
     grad_clip: float = pydantic.Field(1.0, gt=0)
     """Ceiling of the gradient's norm."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward pass; weights stay float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; weights stay float32. auto: bfloat16 where every worker's device has it natively,
+    float32 elsewhere; a run that is resumed, also on other machines, keeps what it began with."""
     log_every: int = pydantic.Field(10, ge=1)
     """Steps between two entries of the history."""
     eval_every: int = pydantic.Field(0, ge=0)
@@ -61,24 +63,27 @@ class State:
     """The trainable parameters by name."""
     moments: dict[str, Tensor]
     """AdamW's state, named `KIND/PARAMETER`."""
+    precision: str | None = None
+    """float32 or bfloat16; None in checkpoints of earlier versions."""
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
         tensors = {f"weights/{name}": value for name, value in self.weights.items()}
         tensors |= {f"moments/{name}": value for name, value in self.moments.items()}
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, {"step": json.dumps(self.step)})
+        about = {"step": json.dumps(self.step)} | ({"precision": self.precision} if self.precision else {})
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "State":
         """Reads what `save` wrote."""
         with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
+            about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
-        return cls(step, part("weights/"), part("moments/"))
+        return cls(int(about["step"]), part("weights/"), part("moments/"), about.get("precision"))
 
 
 def trainable(task: nn.Module) -> dict[str, nn.Parameter]:
@@ -117,6 +122,7 @@ def fit(
     if not params:
         raise ValueError("nothing to train: no parameter requires a gradient")
     device = next(iter(params.values())).device
+    precision = _precision(config, device, resume)
     optimizer = _optimizer(params, config)
     start = 0
     if resume is not None:
@@ -134,7 +140,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         _seed_step(config.seed, step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             loss, report = task(_to(batch, device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -150,8 +156,8 @@ def fit(
             with torch.no_grad():
                 on_log(step, evaluate())
         if last or step % config.checkpoint_every == 0:
-            on_checkpoint(_state(step, params, optimizer))
-    return _state(max(start, config.steps), params, optimizer)
+            on_checkpoint(_state(step, params, optimizer, precision))
+    return _state(max(start, config.steps), params, optimizer, precision)
 
 
 def learning_rate(step: int, config: FitConfig) -> float:
@@ -186,6 +192,18 @@ class Meter:
         return out
 
 
+def _precision(config: FitConfig, device: torch.device, resume: State | None) -> str:
+    """What `auto` stands for in this run: decided once, and by all ranks together."""
+    if config.precision != "auto":
+        return config.precision
+    if resume is not None and resume.precision:
+        return resume.precision
+    native = torch.tensor(int(native_bfloat16(device)), device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(native, dist.ReduceOp.MIN)
+    return "bfloat16" if native else "float32"
+
+
 def _to(batch: Batch, device: torch.device) -> Batch:
     """A batch with its tensors on a device; what is no tensor (captions) stays."""
     return {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in batch.items()}
@@ -218,13 +236,13 @@ def _check_finite(step: int, loss: Tensor, norm: Tensor, report: dict[str, Tenso
         )
 
 
-def _state(step: int, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+def _state(step: int, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, precision: str) -> State:
     moments = {
         f"{kind}/{name}": value.detach().clone()
         for name, param in params.items()
         for kind, value in optimizer.state[param].items()
     }
-    return State(step, {name: p.detach().clone() for name, p in params.items()}, moments)
+    return State(step, {name: p.detach().clone() for name, p in params.items()}, moments, precision)
 
 
 def _restore_moments(

@@ -24,6 +24,7 @@ from aai.errors import UserError
 from aai.foundation import load_diffusion
 from aai.foundation_id import FoundationSpec
 from aai.inject import Injector, Sound
+from aai.precision import dtype_of
 
 Sounds = np.ndarray | Mapping[str, np.ndarray]
 """One 16 kHz mono waveform float32 [S], or several by placeholder name."""
@@ -89,6 +90,8 @@ class Painter:
     def load(cls, bundle: Bundle | str | Path, device: str = "cpu", dtype: str = "float32") -> Self:
         """Loads a bundle (with adapter) and the foundation it names; refuses other foundation weights.
 
+        dtype: of the diffusion model; auto: see aai.precision.
+
         Raises UserError for a bundle without an adapter.
         """
         if not isinstance(bundle, Bundle):
@@ -97,7 +100,7 @@ class Painter:
         if bundle.config.adapter is None or adapter_state is None:
             raise UserError("bundle", bundle.folder, "has no adapter", "run `aai adapt` and use its bundle")
         bundle.verify_foundation()
-        pipe = load_diffusion(bundle.config.foundation, device, getattr(torch, dtype))
+        pipe = load_diffusion(bundle.config.foundation, device, dtype_of(dtype, device))
         aligner = load_aligner(bundle)
         adapter = AudioAdapter(AdapterConfig.parse(bundle.config.adapter, "bundle"))
         adapter.load_state_dict(adapter_state)
@@ -110,6 +113,11 @@ class Painter:
     def sample_rate_hz(self) -> int:
         """Sample rate of the waveforms that `hear` takes."""
         return self.aligner.config.sample_rate_hz
+
+    @property
+    def dtype(self) -> str:
+        """Arithmetic of the diffusion model: float32, bfloat16 or float16."""
+        return str(self.pipe.unet.dtype).removeprefix("torch.")
 
     @property
     def size_px(self) -> int:

@@ -25,7 +25,7 @@ from aai.inject import Injector
 from pipelines import training
 from pipelines.lock import locked
 from pipelines.settings import Plan
-from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage
+from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage, validates
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def adapt_worker(session: training.Session, settings: dict[str, Any]) -> None:
         config.cache_mb << 20,
     )
     evaluate = None
-    if reader.manifest.rows.get("val", 0) > 1:
+    if validates(config.fit, reader.manifest):
         held_out = (
             load_split(config.features, "val", samples, COLUMNS, config.max_val_clips) if session.rank == 0 else {}
         )

@@ -21,7 +21,7 @@ from aai.foundation_id import FoundationSpec
 from pipelines import training
 from pipelines.lock import locked
 from pipelines.settings import Plan
-from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage
+from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage, validates
 
 COLUMNS = ("audio", "image_features", "text_features")
 STATISTICS_CLIPS = 256
@@ -93,7 +93,7 @@ def align_worker(session: training.Session, settings: dict[str, Any]) -> None:
     torch.manual_seed(config.fit.seed)
     task = AlignTask(AudioEncoder(encoder), config.loss)
     evaluate = None
-    if reader.manifest.rows.get("val", 0) > 1:
+    if validates(config.fit, reader.manifest):
         held_out = _val(config, encoder) if session.rank == 0 else {}
         evaluate = lambda: {f"val_{k}": v for k, v in validate(task.encoder, held_out).items()}  # noqa: E731
     session.fit(task, reader.batches, config.fit, evaluate)

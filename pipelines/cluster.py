@@ -118,3 +118,18 @@ def shutdown() -> None:
 
     if ray.is_initialized():
         ray.shutdown()
+
+
+def worker_dtype(dtype: str, device: str, cluster: ClusterConfig, log_dir: str) -> str:
+    """What a `dtype` setting stands for where the workers run: `auto` is asked of one of them, for all alike."""
+    if dtype != "auto":
+        return dtype
+    from aai import precision  # only here: torch takes seconds to import
+
+    if cluster.address is None:
+        return precision.resolve(dtype, device)
+    import ray
+
+    connect(cluster, log_dir)
+    ask = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)(precision.resolve)
+    return str(ray.get(ask.remote(dtype, device)))

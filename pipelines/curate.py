@@ -36,7 +36,7 @@ from pipelines.judge import DIGEST as JUDGED
 from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
 from pipelines.ledger import row_keys
 from pipelines.lock import is_empty, locked
-from pipelines.manifest import Row, named_splits, read_manifest
+from pipelines.manifest import Row, named_splits, read_manifest, with_val_share
 from pipelines.measure import check_ratio, measure_rows, shard_file
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 from pipelines.shards import Shard, run_shards
@@ -62,6 +62,8 @@ class CurateConfig(VerbConfig):
     """Split of rows that name none."""
     split_names: dict[str, Split] = pydantic.Field(default_factory=dict)
     """What the manifest's splits are called here, where not train, val and test: {validation: val, eval: test}."""
+    val_share: float = pydantic.Field(0, ge=0, lt=1)
+    """Share of train's files, chosen by a hash of their URIs, that become the split val: for data that has none."""
     cut: CutConfig = CutConfig()
     rows_per_shard: int = pydantic.Field(128, ge=1)
     """Rows of one unit of work, and of one Parquet file."""
@@ -102,9 +104,10 @@ class CurateConfig(VerbConfig):
         )
 
     def rows(self) -> list[Row]:
-        """The manifest's rows with their splits by our names, before any cutting."""
+        """The manifest's rows with their splits by our names and with `val_share`, before any cutting."""
         rows = read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
-        return named_splits(self.manifest, rows, self.split_names)
+        rows = named_splits(self.manifest, rows, self.split_names)
+        return with_val_share(rows, self.val_share) if self.val_share else rows
 
     def digests(self) -> dict[str, Any]:
         """Of the settings that decide what is measured, and how that is judged."""

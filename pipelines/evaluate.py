@@ -20,6 +20,7 @@ from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.painter import PaintRequest
 from pipelines import tracking
+from pipelines.cluster import worker_dtype
 from pipelines.lock import is_empty, locked
 from pipelines.picture_cases import PictureWorker, loudness_cases, make_cases
 from pipelines.picture_grades import grade, grade_foundation, vectors
@@ -113,7 +114,8 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     test, train = load_clips(config)
     clear_out(config.out, stamp)
     retrieval = evaluate_retrieval(config, bundle, test, train)
-    generation, samples = evaluate_pictures(config, test, train)
+    dtype = worker_dtype(config.dtype, config.device, config.cluster, config.out)
+    generation, samples = evaluate_pictures(config, test, train, dtype)
     foundation = generation.pop("foundation", {})
     if config.judge == "toy":
         foundation |= grade_foundation(config.clips, config.max_frames, bundle, test)
@@ -123,6 +125,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "retrieval": retrieval,
         "generation": generation,
         "samples": samples,
+        "dtype": dtype,
         "seconds": time.perf_counter() - start,
     }
     storage.write_json(done, result)
@@ -130,11 +133,12 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         mlrun.log_metrics({"retrieval": retrieval, "generation": generation})
         mlrun.log_artifact(done)
     log.info(
-        "evaluate: same-object R@1 %.3f of %d clips; %s; %d pictures in %.0f s -> %s",
+        "evaluate: same-object R@1 %.3f of %d clips; %s; %d pictures in %s, %.0f s -> %s",
         retrieval["same_object_r1"],
         retrieval["gallery"],
         headline(generation),
         generation["pictures"],
+        dtype,
         result["seconds"],
         done,
     )
@@ -212,7 +216,9 @@ def evaluate_retrieval(config: EvaluateConfig, bundle: Bundle, test: pa.Table, t
     }
 
 
-def evaluate_pictures(config: EvaluateConfig, test: pa.Table, train: pa.Table) -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluate_pictures(
+    config: EvaluateConfig, test: pa.Table, train: pa.Table, dtype: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Paints all cases on Ray and grades them; returns the figures and the sample cases for the report."""
     labels = test["labels"].to_pylist()
     cases = make_cases(labels, config.pictures)
@@ -233,7 +239,7 @@ def evaluate_pictures(config: EvaluateConfig, test: pa.Table, train: pa.Table) -
         "train": f"{inputs}/train.parquet",
         "request": config.request.model_dump(),
         "device": config.device,
-        "dtype": config.dtype,
+        "dtype": dtype,
         "judged": config.judge == "toy",
     }
     done = lambda shard: storage.exists(shard["out"])  # noqa: E731

@@ -31,6 +31,8 @@ from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY, FeatureManifest
 from aai.features import VERSION as FEATURES_VERSION
 from aai.foundation import load_vae
 from aai.foundation_id import FoundationSpec, identity
+from aai.precision import dtype_of
+from pipelines.cluster import worker_dtype
 from pipelines.lock import locked
 from pipelines.settings import DType, Plan, VerbConfig
 from pipelines.shards import run_shards
@@ -55,7 +57,8 @@ class FeaturizeConfig(VerbConfig):
     latent_frame: int | None = pydantic.Field(None, ge=0)
     """Which picture of a clip the latents are of, from 0; empty = the middle one."""
     dtype: DType = "float32"
-    """Arithmetic of the frozen models; features are stored in float16."""
+    """Arithmetic of the frozen models; features are stored in float16. auto: decided once for the table, by a worker's
+    device; a table that was begun keeps what it was begun with."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when cluster.gpus_per_worker is not 0."""
     batch_size: int = pydantic.Field(64, ge=1)
@@ -71,6 +74,11 @@ class FeaturizeConfig(VerbConfig):
             if "{caption}" not in prompt:
                 raise ValueError(f"prompt {prompt!r} does not contain {{caption}}")
         return self
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether workers use a GPU."""
+        return self.device == "cuda" or (self.device == "auto" and self.cluster.gpus_per_worker > 0)
 
     def content_digest(self) -> str:
         """Of everything that determines a row's content: not where, or how fast, it is made."""
@@ -100,15 +108,13 @@ class FeaturizeWorker:
     def __init__(self, config: dict[str, Any], digest: str) -> None:
         self.config, self.digest = FeaturizeConfig.parse(config), digest
         c = self.config
-        dtype = getattr(torch, c.dtype)
-        on_gpu = c.device == "cuda" or (c.device == "auto" and c.cluster.gpus_per_worker > 0)
-        self.device = "cuda" if on_gpu else "cpu"
+        self.device = "cuda" if c.on_gpu else "cpu"
+        self.dtype = dtype_of(c.dtype, self.device)
         threads = max(1, int(c.cluster.cpus_per_worker))
-        if not on_gpu:  # the model itself takes the cores
+        if not c.on_gpu:  # the model itself takes the cores
             torch.set_num_threads(threads)
-        self.dtype = dtype
-        self.clip = FrozenClip(c.foundation, self.device, dtype, c.batch_size, threads if on_gpu else 1)
-        self.vae, self.edge_px = load_vae(c.foundation, self.device, dtype)
+        self.clip = FrozenClip(c.foundation, self.device, self.dtype, c.batch_size, threads if c.on_gpu else 1)
+        self.vae, self.edge_px = load_vae(c.foundation, self.device, self.dtype)
         self.batches = Batches(c.batch_size)
         self.texts: dict[str, np.ndarray] = {}
 
@@ -134,6 +140,7 @@ class FeaturizeWorker:
             "latent_shape": latents.shape[1:],
             "latent_frame": chosen,
             "processor": self.clip.describe()["processor"],
+            "dtype": self.clip.describe()["dtype"],
             "splits": Counter(clips["split"].to_pylist()),
         }
         features = {
@@ -224,7 +231,9 @@ def run(config: FeaturizeConfig) -> dict[str, Any]:
     """Featurizes all shards; returns the manifest's figures."""
     begin = time.monotonic()
     config = config.model_copy(update={"input": storage.absolute(config.input), "out": storage.absolute(config.out)})
-    digest, shards = config.content_digest(), list_shards(config)
+    shards = list_shards(config)
+    config = config.model_copy(update={"dtype": _settled_dtype(config)})
+    digest = config.content_digest()
     input_fingerprint = _hash([shard["fingerprint"] for shard in shards])
     if (found := up_to_date(config, digest, input_fingerprint)) is not None:
         log.info("featurize: up to date -> %s", config.out)
@@ -239,8 +248,17 @@ def run(config: FeaturizeConfig) -> dict[str, Any]:
     manifest = _manifest(config, shards, digest, input_fingerprint, time.monotonic() - begin)
     storage.write_json(storage.join(config.out, MANIFEST), manifest.model_dump(mode="json"))
     rows = sum(manifest.rows.values())
-    log.info("featurize: %d clips in %.0f s -> %s", rows, manifest.seconds, config.out)
+    log.info("featurize: %d clips in %s, %.0f s -> %s", rows, manifest.dtype, manifest.seconds, config.out)
     return figures(manifest)
+
+
+def _settled_dtype(config: FeaturizeConfig) -> str:
+    """What `dtype` stands for in this table; the digest has it, since features differ by it."""
+    if config.dtype == "auto":
+        for file in storage.list_files(config.out, ".parquet"):
+            if made := json.loads(_footer(file).get(SHAPES_KEY, b"{}")).get("dtype"):
+                return str(made)
+    return worker_dtype(config.dtype, "cuda" if config.on_gpu else "cpu", config.cluster, config.out)
 
 
 def figures(manifest: FeatureManifest) -> dict[str, Any]:
@@ -278,6 +296,7 @@ def _manifest(
     for shapes in found:
         rows.update(shapes.pop("splits"))
         del shapes["input"]
+        shapes.pop("dtype", None)  # the digest has it; tables of before do not name it here
     if any(shapes != found[0] for shapes in found):
         rule = "clips differ in their number of pictures"
         raise UserError("input", config.input, rule, "curate them with one setting")

@@ -1,6 +1,7 @@
 """Manifests: which clips there are. A table, a VGGSound or AudioSet CSV, WebDataset tars, or a folder of media."""
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -76,6 +77,21 @@ def named_splits(manifest: str, rows: Sequence[Row], split_names: Mapping[str, s
     if "?" in setting.values():
         remedy += f" with one of {', '.join(SPLITS)} for each ?"
     raise UserError("manifest", manifest, rule, remedy)
+
+
+def with_val_share(rows: Iterable[Row], share: float) -> list[Row]:
+    """The rows, with about this share of train's files moved to the split val.
+
+    A file, or a tar's member, is chosen by the hash of where it lies and of nothing else: all clips of a file stay
+    together, and the choice is the same however often, and with whatever other clips, it is made.
+    """
+    out = []
+    for row in rows:
+        part = storage.member(row["uri"])
+        name = f"{part.file}/{part.name}" if part else row["uri"]
+        chance = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
+        out.append({**row, "split": "val"} if row["split"] == "train" and chance < share else row)
+    return out
 
 
 def _check_columns(manifest: str, found: Iterable[str]) -> None:

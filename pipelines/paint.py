@@ -146,8 +146,9 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     if config.save_token:
         export_textual_inversion(painter.hear(sound), config.save_token)
         log.info("%s: A* -> %s (diffusers: pipe.load_textual_inversion)", verb, config.save_token)
-    log.info("%s: %d picture(s) of %s in %.1f s -> %s", verb, len(files), config.audio, seconds, ", ".join(files))
-    return {"files": files, "seconds": seconds}
+    made_in = f"{painter.dtype}, {seconds:.1f} s"
+    log.info("%s: %d picture(s) of %s in %s -> %s", verb, len(files), config.audio, made_in, ", ".join(files))
+    return {"files": files, "seconds": seconds, "dtype": painter.dtype}
 
 
 def write_picture(folder: str, name: str, image: Image.Image, made: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from aai.bundle import read_bundle
 from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
 from aai.foundation_id import FoundationSpec, identity
+from aai.precision import dtype_of
 from pipelines.measure import FOLDER as MEASURED
 from pipelines.measure import shard_file
 from pipelines.shards import Result, Shard
@@ -34,8 +35,8 @@ class ScoreWorker:
         if self.config.bundle:
             bundle = read_bundle(self.config.bundle)
             _check_foundation(self.config, bundle.config.foundation)
-            foundation, self.aligner = bundle.config.foundation, load_aligner(bundle)
-        self.clip = FrozenClip(foundation, device, getattr(torch, self.config.dtype), self.config.batch_size)
+            foundation, self.aligner = bundle.config.foundation, load_aligner(bundle).to(device)
+        self.clip = FrozenClip(foundation, device, dtype_of(self.config.dtype, device), self.config.batch_size)
 
     def __call__(self, shard: Shard) -> Result:
         """Shard: name, rows, digest, clips [{key, caption}]."""

@@ -61,7 +61,7 @@ class ServeConfig(VerbConfig):
     """Requests that may wait for a painter; one more is refused with 429."""
     limits: Limits = Limits()
     dtype: DType = "float32"
-    """Arithmetic of the diffusion model; on a GPU bfloat16 halves its memory."""
+    """Arithmetic of the diffusion model; auto: bfloat16 where the device has it natively. It halves the memory."""
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -103,6 +103,7 @@ class PainterReplica:
         if found.sha != sha:
             raise UserError("bundle", bundle, f"holds {found.sha}, the service was started for {sha}", "deploy again")
         self._painter = Painter.load(found, device, dtype)
+        logger.info("painter: %s on %s", self._painter.dtype, device)
         # One thread: diffusers' schedulers hold state. A request cancelled while it waits here never starts.
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._stuck_s, self._started_s, self._broken = stuck_s, 0.0, ""

@@ -63,5 +63,5 @@ class VerbConfig(Config):
         }
 
 
-DType = Literal["float32", "bfloat16", "float16"]
-"""Arithmetic type of frozen models."""
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+"""Arithmetic type of frozen models; auto: bfloat16 where the device has it natively, float32 elsewhere."""

@@ -67,6 +67,8 @@ def run_stage(
     """
     begin = time.monotonic()
     local_batch_size(config.fit, config.cluster.num_workers)
+    if not validates(config.fit, manifest):
+        log.warning("%s: no validation: the features have no clips of the split val", name)
     where = storage.join(config.out, f"{name}.json")
     if (found := up_to_date(where, digest, name)) is not None:
         return found
@@ -83,6 +85,7 @@ def run_stage(
             "digest": digest,
             "seconds": round(time.monotonic() - begin, 1),
             "steps": state.step,
+            "precision": state.precision,
             "workers": config.cluster.num_workers,
             "metrics": metrics,
             "data_fingerprint": manifest.fingerprint,
@@ -92,8 +95,30 @@ def run_stage(
         storage.write_json(where, result)
         storage.remove(training.checkpoints(config.out))
     shown = " ".join(f"{key} {value:.3f}" for key, value in metrics.items())
-    log.info("%s: %d steps in %.0f s, %s -> %s", name, state.step, result["seconds"], shown, result["bundle"])
+    log.info(
+        "%s: %d steps in %s, %.0f s, %s -> %s",
+        name,
+        state.step,
+        state.precision,
+        result["seconds"],
+        shown,
+        result["bundle"],
+    )
     return result
+
+
+def validates(fit: FitConfig, manifest: FeatureManifest) -> bool:
+    """Whether there are clips to validate on. Raises UserError when validations are asked for and there are none."""
+    if manifest.rows.get("val", 0) > 1:
+        return True
+    if fit.eval_every:
+        raise UserError(
+            "fit.eval_every",
+            fit.eval_every,
+            "the features have no clips of the split val to validate on",
+            "curate with val_share=0.02, or set fit.eval_every=0 to train without validation",
+        )
+    return False
 
 
 def up_to_date(result: str, digest: str, verb: str) -> dict[str, Any] | None:

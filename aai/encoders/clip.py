@@ -18,7 +18,11 @@ Frames = Sequence[Image.Image] | Sequence[bytes] | np.ndarray
 
 
 class FrozenClip:
-    """Both CLIP towers without gradients; all features are float32 with unit norm."""
+    """Both CLIP towers without gradients; all features are float32 with unit norm.
+
+    `images` and `texts` return them on the CPU, whatever the device: they go into tables. Who computes with them
+    beside a model moves them to its device. Only `embed` leaves them there.
+    """
 
     def __init__(
         self,
@@ -41,7 +45,7 @@ class FrozenClip:
 
     @torch.inference_mode()
     def images(self, frames: Frames) -> Tensor:
-        """Features [N, D] of pictures: a list of PIL pictures or of encoded ones (JPEG, ...), or uint8 [N, H, W, 3]."""
+        """Features [N, D], on the CPU, of pictures: PIL pictures or encoded ones (JPEG, ...), or uint8 [N, H, W, 3]."""
         empty = torch.empty(0, self.dim, device=self.device)
         # On a GPU `embed` returns at once: the next batch is decoded and framed while this one is computed.
         parts = self.batches.map(lambda some: self.embed(self.framed(some)), frames)
@@ -75,7 +79,7 @@ class FrozenClip:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Features [N, D] of texts; a text over the context length is cut there."""
+        """Features [N, D], on the CPU, of texts; a text over the context length is cut there."""
         return torch.cat([torch.empty(0, self.dim), *self.batches.map(self._embed_texts, texts)])
 
     def _embed_texts(self, texts: Sequence[str]) -> Tensor:

@@ -25,6 +25,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from aai.config import Config
+from aai.precision import native_bfloat16
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +108,9 @@ def train_steps(
 
 
 def autocast() -> Any:
-    """bf16 where the CPU multiplies it natively, on CUDA always."""
+    """bfloat16 where the device multiplies it natively."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, torch.bfloat16)
+    return torch.autocast(device, torch.bfloat16, enabled=native_bfloat16(device))
 
 
 def to_unit(pixels: Tensor) -> Tensor:

@@ -147,3 +147,25 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         found = State.load(tmp_path / f"{rank}.safetensors")
         for name, value in whole.weights.items():
             torch.testing.assert_close(found.weights[name], value, atol=1e-4, rtol=1e-4)
+
+
+def test_a_resumed_run_keeps_the_precision_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+
+    class Seen(Line):
+        def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            seen.append(self.linear(batch["x"]).dtype)
+            return super().forward(batch)
+
+    config = CONFIG.model_copy(update={"steps": 2})
+    state = None
+    for native, expected in ((True, torch.bfloat16), (False, torch.bfloat16)):
+        monkeypatch.setattr("aai.fit.native_bfloat16", lambda device, native=native: native)
+        first = fit(Seen(), batches, config, resume=state)
+        assert (first.precision, seen[-1]) == ("bfloat16", expected)
+        first.save(tmp_path / "state")
+        loaded = State.load(tmp_path / "state")
+        state = State(1, loaded.weights, loaded.moments, loaded.precision)
+    assert fit(Seen(), batches, config).precision == "float32"
+    assert seen[-1] == torch.float32
+    assert fit(Seen(), batches, config.model_copy(update={"precision": "float32"}), resume=state).precision == "float32"

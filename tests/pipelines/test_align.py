@@ -12,10 +12,13 @@ from aai.bundle import read_bundle
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
-from pipelines import align, featurize, training
+from aai.fit import FitConfig
+from aai.precision import resolve
+from pipelines import adapt, align, featurize, training
 from pipelines.align import AlignVerbConfig
 from pipelines.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
+from pipelines.stage import run_stage, validates
 from tests.tiny import write_clip, write_clip_table, write_diffusion
 
 ENCODER = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_mel_bins": 32, "head_size": 32}
@@ -45,6 +48,7 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     config = AlignVerbConfig.parse(settings)
     result = align.run(config)
     assert result["steps"] == 6
+    assert result["precision"] == resolve("auto", "cpu")
     assert {"val_a2v_r1", "val_a2t_r1"} <= result["metrics"].keys()
     history = training.history(config.out)
     assert [(e["step"], "loss" in e) for e in history] == [(2, True), (4, True), (4, False), (6, True), (6, False)]
@@ -79,3 +83,19 @@ def test_mistakes_are_found_before_anything_starts(settings: dict[str, Any], tmp
         with pytest.raises(UserError, match=message):
             align.run(AlignVerbConfig.parse({**fresh, **wrong}))
     assert not (tmp_path / "out").exists()
+
+
+def test_validation_is_never_left_out_in_silence(settings: dict[str, Any], tmp_path: Path) -> None:
+    manifest = FeatureManifest.read(settings["features"])
+    without = manifest.model_copy(update={"rows": {"train": manifest.rows["train"], "test": 12}})
+    for stage, more in ((align.AlignVerbConfig, {}), (adapt.AdaptConfig, {"bundle": "unused"})):
+        config = stage.parse({**_common(settings), **more, "out": str(tmp_path / "out")})
+        with pytest.raises(UserError, match=r"fit\.eval_every=4.*no clips of the split val.*val_share=0\.02"):
+            run_stage("x", config, without, "digest", lambda *_: None, dict, lambda *_: None)  # type: ignore[arg-type, return-value]
+    assert not (tmp_path / "out").exists()
+    assert not validates(FitConfig(eval_every=0), without)
+    assert validates(FitConfig(eval_every=4), manifest)
+
+
+def _common(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in ("features", "fit", "tracking")}

@@ -111,6 +111,24 @@ def test_other_settings_do_not_mix_into_a_table(inputs: dict[str, Any], tmp_path
     assert faster.content_digest() == FeaturizeConfig.parse({**inputs, "out": "elsewhere"}).content_digest()
 
 
+def test_auto_is_decided_once_for_a_table(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aai.precision.native_bfloat16", lambda device: True)
+    config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path), "dtype": "auto"})
+    first = featurize.run(config)
+    assert FeatureManifest.read(config.out).dtype == "bfloat16"
+    monkeypatch.setattr("aai.precision.native_bfloat16", lambda device: False)
+    (tmp_path / "shard-00001.parquet").unlink()
+    (tmp_path / "manifest.json").unlink()
+    assert featurize.run(config)["fingerprint"] == first["fingerprint"]  # the other shard is there: as it was made
+    assert ran() == ["shard-00001.parquet"]
+    assert FeatureManifest.read(config.out).dtype == "bfloat16"
+    elsewhere = config.model_copy(update={"out": str(tmp_path / "other")})
+    assert featurize.run(elsewhere)["fingerprint"] != first["fingerprint"]
+    assert FeatureManifest.read(elsewhere.out).dtype == "float32"
+
+
 def test_mistakes_are_user_errors(inputs: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no clips"):
         featurize.run(FeaturizeConfig.parse({**inputs, "input": str(tmp_path / "none"), "out": str(tmp_path)}))

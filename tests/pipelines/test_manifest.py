@@ -1,6 +1,7 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 from aai.errors import UserError
 from pipelines.__main__ import load_config
 from pipelines.curate import CurateConfig
-from pipelines.manifest import named_splits, read_manifest
+from pipelines.manifest import named_splits, read_manifest, with_val_share
 
 
 def write(path: Path, text: str) -> str:
@@ -72,6 +73,27 @@ def test_tars_and_media_of_a_folder_come_in_the_order_of_their_names(tmp_path: P
 def test_a_table_may_name_members(tmp_path: Path) -> None:
     manifest = write(tmp_path / "m.csv", 'uri\n"sub/t.tar#512,3,http://h/-a,b.mp4"\n')
     assert read_manifest(manifest)[0]["uri"] == f"{tmp_path}/sub/t.tar#512,3,http://h/-a,b.mp4"
+
+
+def test_a_val_share_keeps_files_together_and_is_stable() -> None:
+    def row(number: int, start_s: float, split: str = "train") -> dict[str, Any]:
+        return {"uri": f"/data/{number}/video.mp4", "start_s": start_s, "split": split}
+
+    rows = [row(number, start_s) for number in range(1000) for start_s in (0.0, 2.0)]
+    chosen = with_val_share(rows, 0.1)
+    assert [{**row, "split": "train"} for row in chosen] == rows
+    sides = {split: {r["uri"] for r in chosen if r["split"] == split} for split in ("train", "val")}
+    assert not sides["train"] & sides["val"]
+    assert 70 < len(sides["val"]) < 130
+    assert with_val_share(rows, 0.1) == chosen
+    assert with_val_share(rows[::-1][:500], 0.1) == chosen[::-1][:500]  # whatever the other clips are
+    assert {r["uri"] for r in with_val_share(rows, 0.2) if r["split"] == "val"} > sides["val"]
+    held_out = [row(number, 0.0, "test") for number in range(100)]
+    assert with_val_share(held_out, 0.9) == held_out
+    inside = [{"uri": f"/d/a.tar#{at},5,{name}.mp4", "split": "train"} for name in range(200) for at in (512, 1024)]
+    splits = [row["split"] for row in with_val_share(inside, 0.5)]
+    assert splits[::2] == splits[1::2]  # not where in the tar it stands
+    assert set(splits) == {"train", "val"}
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,341 @@
+"""Every path that runs on a GPU, run with a fake one: a tensor on the wrong device fails here, without a GPU.
+
+What is computed on the fake GPU is also held against the CPU's own result. The last tests plant mistakes and see them
+found, so that the fake GPU cannot go blind unnoticed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from aai import storage
+from aai.adapt import AdapterConfig, AudioAdapter, denoising_loss
+from aai.align import AlignConfig, AlignTask, embed_files
+from aai.align import validate as validate_align
+from aai.bundle import BundleConfig, read_bundle, write_bundle
+from aai.concepts import Concepts, Vocabulary
+from aai.conditions import CONDITIONS, Conditions
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.encoders.clip import FrozenClip
+from aai.fit import FitConfig, State, fit
+from aai.foundation_id import FoundationSpec
+from aai.media.audio import encode_flac
+from aai.painter import Painter, PaintRequest
+from pipelines.adapt import AdaptConfig, build_task
+from pipelines.adapt import validate as validate_adapt
+from pipelines.featurize import FeaturizeWorker
+from pipelines.measure import MEASURED_TABLE
+from pipelines.picture_cases import PictureWorker
+from pipelines.score import ScoreWorker
+from pipelines.similarity import ScoreConfig, read_scores
+from tests import tiny
+from tests.fake_cuda import CudaTensor, fake_cuda
+
+ENCODER = AudioEncoderConfig(
+    hidden_size=32, num_layers=1, num_heads=2, num_mel_bins=16, clip_s=0.5, head_size=16, embed_dim=32
+)
+ADAPTER = AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=32)
+VOCABULARY = Vocabulary(objects=("a dog", "a bell"), ambiences=("at night", "in the rain"))
+REQUEST = PaintRequest(steps=2)
+CAPTIONS = ["a sketch of a big dog in the rain", "a photo of a bell at night"]
+
+
+@dataclass(frozen=True)
+class Files:
+    """A tiny foundation, a bundle on it, eight clips of curate, and the clips of an evaluation."""
+
+    root: Path
+    spec: FoundationSpec
+    bundle: str
+    clips: str
+    cases: str
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    root = tmp_path_factory.mktemp("devices")
+    clip = tiny.write_clip(root / "clip")
+    spec = FoundationSpec(clip=str(clip), diffusion=str(tiny.write_diffusion(root / "diffusion", clip)))
+    torch.manual_seed(0)
+    aligner, adapter = AudioEncoder(ENCODER), AudioAdapter(ADAPTER)
+    config = BundleConfig(
+        foundation=spec, encoder=ENCODER.model_dump(), adapter=ADAPTER.model_dump(), vocabulary=VOCABULARY.model_dump()
+    )
+    meta = {"data_fingerprint": "d", "metrics": {}, "parents": []}
+    write_bundle(root / "bundle", config, aligner.state_dict(), adapter.state_dict(), meta)
+    tiny.write_clip_table(root / "accepted", 1, 8)
+    rows = storage.read_table(str(root / "accepted")).to_pylist()
+    measured = [{**row, "key": f"key{i}", "code": None} for i, row in enumerate(rows)]
+    storage.write_table(
+        str(root / "_measured/shard-00000.parquet"), pa.Table.from_pylist(measured, schema=MEASURED_TABLE)
+    )
+    cases = [{"audio": row["audio"], "frame": row["frames"][0], "caption": row["caption"]} for row in rows]
+    storage.write_table(str(root / "cases.parquet"), pa.Table.from_pylist(cases))
+    return Files(root, spec, str(root / "bundle"), str(root / "accepted"), str(root / "cases.parquet"))
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> Iterator[None]:
+    with fake_cuda():
+        yield
+
+
+def sound(seed: int) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(16_000)).astype(np.float32)
+
+
+def everything(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
+
+
+# ---------------------------------------------------------------- painting
+
+
+@pytest.fixture(scope="module")
+def painter(files: Files) -> Painter:
+    with fake_cuda():
+        return Painter.load(files.bundle, "cuda")
+
+
+def test_generate_edit_and_stylize(files: Files, painter: Painter) -> None:
+    assert painter.device == torch.device("cuda", 0)
+    picture = Image.new("RGB", (80, 70), "red")
+    cpu = Painter.load(files.bundle)
+    for paint in (
+        lambda p: p.generate({"dog": sound(0), "rain": sound(1)}, PaintRequest(steps=1, prompt="a <dog> in <rain>")),
+        lambda p: p.edit(sound(1), picture, PaintRequest(steps=2)),
+        lambda p: p.stylize(sound(1), picture, PaintRequest(steps=2, num_images=2)),
+    ):
+        ours, theirs = paint(painter), paint(cpu)
+        difference = np.asarray(ours[-1], np.int16) - np.asarray(theirs[-1], np.int16)
+        assert np.abs(difference).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def workers(files: Files) -> dict[str, PictureWorker]:
+    """What paints an evaluation's pictures, by device."""
+    made = {}
+    for device in ("cuda", "cpu"):
+        with fake_cuda():
+            arguments = (files.bundle, files.cases, files.cases, REQUEST.model_dump())
+            made[device] = PictureWorker(*arguments, device, "float32", True)
+    return made
+
+
+@pytest.mark.parametrize("condition", [*CONDITIONS, "loudness", "edit", "stylize"])
+def test_evaluation_paints_every_condition(workers: dict[str, PictureWorker], condition: str, tmp_path: Path) -> None:
+    case = {"case": 0, "condition": condition, "row": 0, "audio_row": 1, "picture_row": 2, "seed": 0, "gain_db": 0.0}
+    features = {}
+    for device, worker in workers.items():
+        out = str(tmp_path / f"{device}.parquet")
+        assert worker({"cases": [case, {**case, "case": 1, "seed": 1}], "out": out}) == {"rows": 2}
+        features[device] = np.array(storage.read_table(out)["clip_feature"].to_pylist())
+    np.testing.assert_allclose(features["cuda"], features["cpu"], atol=1e-2)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_what_the_device_has(
+    files: Files, native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("aai.precision.native_bfloat16", lambda device: asked.append(device) or native)
+    assert Painter.load(files.bundle, "cuda", "auto").dtype == expected
+    assert asked == ["cuda"]
+
+
+# ---------------------------------------------------------------- training
+
+
+def align_batch(size: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(1)
+    return {
+        "audio": 0.1 * torch.randn(size, ENCODER.clip_samples, generator=g),
+        "image_features": nn.functional.normalize(torch.randn(size, 3, 32, generator=g), dim=-1),
+        "text_features": nn.functional.normalize(torch.randn(size, 1, 32, generator=g), dim=-1),
+        "caption_id": torch.arange(size),  # the first has no caption
+        "clip_hash": torch.arange(11, size + 11),
+        "labels": [["dog" if i % 2 else "bell"] for i in range(size)],
+    }
+
+
+def adapt_batch(size: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "audio": 0.1 * torch.randn(size, ENCODER.clip_samples, generator=g),
+        "latents": torch.randn(size, 8, 8, 8, generator=g),
+        "image_features": nn.functional.normalize(torch.randn(size, 2, 32, generator=g), dim=-1),
+        "caption": [CAPTIONS[i % 2] for i in range(size)],
+    }
+
+
+def check_training(task: nn.Module, batch: dict[str, Any], evaluate: Callable[[], dict[str, float]]) -> None:
+    """Three steps with validation, and two more from a checkpoint, whose batches come from the CPU as the reader's."""
+    config = FitConfig(steps=3, batch_size=len(batch["audio"]), log_every=1, warmup_steps=1)
+    figures: list[dict[str, float]] = []
+
+    def batches(start: int) -> Iterator[dict[str, Any]]:
+        while True:
+            yield batch
+
+    state = fit(task, batches, config, lambda step, entry: figures.append(entry), evaluate=evaluate)
+    assert all(isinstance(value, CudaTensor) for value in state.weights.values())
+    assert any(key.startswith("val_") or "_r1" in key for key in figures[-1])
+    on_host = State(2, {k: v.cpu() for k, v in state.weights.items()}, {k: v.cpu() for k, v in state.moments.items()})
+    fit(task, batches, config, resume=on_host)
+
+
+def test_align_trains_validates_and_resumes() -> None:
+    task = AlignTask(AudioEncoder(ENCODER), AlignConfig()).to("cuda")
+    clips = align_batch(6)
+    check_training(task, clips, lambda: validate_align(task.encoder, clips))
+
+
+def test_adapt_trains_validates_and_resumes(files: Files) -> None:
+    config = AdaptConfig(features="unused", out="unused", bundle=files.bundle, adapter=ADAPTER)
+    task = build_task(config, read_bundle(files.bundle)).to("cuda")
+    assert task.text_projection is not None
+    batch = adapt_batch(3)
+    check_training(task, batch, lambda: validate_adapt(task, batch))
+
+
+# ---------------------------------------------------------------- features and scores
+
+
+def test_featurize(files: Files, tmp_path: Path) -> None:
+    for device in ("cuda", "cpu"):
+        settings = {"input": files.clips, "out": str(tmp_path), "foundation": files.spec.model_dump(), "device": device}
+        worker = FeaturizeWorker(settings, "digest")
+        shard = {
+            "input": f"{files.clips}/shard-00000.parquet",
+            "output": str(tmp_path / f"{device}.parquet"),
+            "fingerprint": "",
+        }
+        assert worker(shard) == {"rows": 8}
+    tables = [storage.read_table(str(tmp_path / f"{device}.parquet")) for device in ("cuda", "cpu")]
+    for name in ("image_features", "text_features", "latents"):
+        ours, theirs = (np.array(table[name].to_pylist()) for table in tables)
+        np.testing.assert_allclose(ours, theirs, atol=1e-2)
+
+
+def test_score(files: Files) -> None:
+    config = ScoreConfig(caption=True, foundation=files.spec, bundle=files.bundle)
+    clips = [{"key": f"key{i}", "caption": f"caption {i}"} for i in range(8)]
+    shard = {"name": "shard-00000", "rows": 8, "digest": "d", "clips": clips}
+    found = []
+    for gpu in (True, False):
+        worker = ScoreWorker(str(files.root), config.model_dump(mode="json"), 1, gpu)
+        assert worker.aligner is not None
+        assert next(worker.aligner.parameters()).is_cuda == gpu
+        assert worker(shard) == {"rows": 8}
+        scores = read_scores(str(files.root), "shard-00000").values()
+        found.append([[row["caption_similarity"], row["av_similarity"]] for row in scores])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+
+
+def test_embed_files_returns_arrays_of_the_host() -> None:
+    aligner = AudioEncoder(ENCODER).eval()
+    sounds = [encode_flac(sound(i), 16_000) for i in range(3)]
+    expected = embed_files(aligner, sounds, batch_size=2)
+    np.testing.assert_allclose(embed_files(aligner.to("cuda"), sounds, batch_size=2), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the fake GPU itself
+
+
+def x() -> Tensor:
+    return torch.ones(3, 4, device="cuda")
+
+
+MISTAKES: dict[str, Callable[[], Any]] = {
+    "a product with a CPU matrix": lambda: x() @ torch.ones(4, 2),
+    "arange without a device": lambda: x()[0] + torch.arange(4),
+    "a CPU vector times a cuda scalar": lambda: torch.ones(3) * torch.ones((), device="cuda"),
+    "a cuda index into a CPU tensor": lambda: torch.ones(3)[torch.arange(2, device="cuda")],
+    "a CPU index to gather": lambda: x().gather(1, torch.zeros(3, 1, dtype=torch.int64)),
+    "a cuda index to gather": lambda: torch.ones(3, 1).gather(1, torch.zeros(3, 1, dtype=torch.int64, device="cuda")),
+    "a CPU index to embedding": lambda: nn.functional.embedding(torch.zeros(2, dtype=torch.int64), x()),
+    "concatenation": lambda: torch.cat([x(), torch.ones(3, 4)]),
+    "a stack of scalars": lambda: torch.stack([x().sum(), torch.ones(())]),
+    "a CPU mask": lambda: x().masked_fill(torch.ones(3, 4, dtype=torch.bool), 0),
+    "assignment of a CPU row by index": lambda: x().__setitem__([0, 1], torch.ones(2, 4)),
+    "numpy without cpu": lambda: x().numpy(),
+    "asarray without cpu": lambda: np.asarray(x()),
+    "a CPU generator for cuda noise": lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
+    "a CPU generator for like": lambda: torch.empty(3, device="cuda").normal_(generator=torch.Generator()),
+    "a module left on the CPU": lambda: nn.Linear(4, 2)(x()),
+    "an input left on the CPU": lambda: nn.Linear(4, 2).to("cuda")(torch.ones(3, 4)),
+    "a loss against CPU targets": lambda: nn.functional.cross_entropy(x(), torch.zeros(3, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_fake_gpu_refuses(mistake: str) -> None:
+    with pytest.raises((RuntimeError, TypeError)):
+        MISTAKES[mistake]()
+
+
+ALLOWED: dict[str, Callable[[], Any]] = {
+    "a CPU scalar": lambda: x() * torch.tensor(2.0),
+    "CPU indices": lambda: x()[torch.tensor([0, 2])],
+    "a copy": lambda: x().copy_(torch.ones(3, 4)),
+    "assignment": lambda: x().__setitem__((0, [1, 2]), torch.zeros(2, device="cuda")),
+    "what depends on data": lambda: x()[x() > 0].sum().item() + sum(x().flatten().tolist()),
+}
+
+
+@pytest.mark.parametrize("use", ALLOWED)
+def test_the_fake_gpu_allows(use: str) -> None:
+    ALLOWED[use]()
+
+
+def test_numbers_and_gradients_are_those_of_the_cpu() -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 1)).to(device)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+        for _ in range(2):
+            loss = (layer(torch.linspace(-1, 1, 12).view(3, 4).to(device)) - 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        results.append([everything(p) for p in layer.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_mistakes_planted_in_our_own_code_are_found(
+    files: Files, painter: Painter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, states = torch.ones(1, 8, 8, 8, device="cuda"), torch.ones(1, 32, 32, device="cuda")
+    arguments = (painter.pipe.unet, painter.pipe.scheduler, latents, states)
+    noise, timesteps = torch.zeros_like(latents), torch.ones(1, dtype=torch.int64, device="cuda")
+    denoising_loss(*arguments, timesteps, noise)
+    with pytest.raises(RuntimeError, match="cpu"):
+        denoising_loss(*arguments, timesteps, noise.cpu())
+    with pytest.raises(RuntimeError, match="cpu"):
+        denoising_loss(*arguments, timesteps.cpu(), noise)
+
+    clip = FrozenClip(files.spec, "cuda")
+    concepts = Concepts(clip, VOCABULARY)
+    embed = painter.listen(sound(0))
+    concepts.read(embed, "objects")
+    monkeypatch.setitem(concepts.features, "objects", concepts.features["objects"].cpu())
+    with pytest.raises(RuntimeError, match="cpu"):
+        concepts.read(embed, "objects")
+
+    conditions = Conditions(painter, clip, CAPTIONS, [sound(1)])
+    with pytest.raises(RuntimeError, match="cpu"):
+        conditions._write(torch.ones(1, 2, 32), conditions.prompt)
+
+    task = AlignTask(AudioEncoder(ENCODER), AlignConfig()).to("cuda")
+    with pytest.raises(RuntimeError, match="cpu"):
+        task({name: value for name, value in align_batch(4).items() if name != "labels"})
