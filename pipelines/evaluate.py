@@ -19,6 +19,7 @@ from aai.align import embed_files, load_aligner
 from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.painter import PaintRequest
+from aai.version import code_version
 from pipelines import tracking
 from pipelines.picture_cases import PictureWorker, loudness_cases, make_cases
 from pipelines.picture_grades import grade, grade_foundation, vectors
@@ -117,6 +118,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "generation": generation,
         "samples": samples,
         "seconds": time.perf_counter() - start,
+        "written_by": code_version(),
     }
     storage.write_json(done, result)
     with tracking.run(config.tracking, "evaluate", config.model_dump(mode="json"), {"bundle": bundle.sha}) as mlrun:

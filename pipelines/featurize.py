@@ -31,6 +31,7 @@ from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY, FeatureManifest
 from aai.features import VERSION as FEATURES_VERSION
 from aai.foundation import load_vae
 from aai.foundation_id import FoundationSpec, identity
+from aai.version import code_version
 from pipelines.settings import DType, Plan, VerbConfig
 from pipelines.shards import run_shards
 
@@ -290,4 +291,5 @@ def _manifest(
         input_fingerprint=input_fingerprint,
         fingerprint=_hash([digest, input_fingerprint]),
         seconds=round(seconds, 1),
+        written_by=code_version(),
     )
