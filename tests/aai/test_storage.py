@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aai import storage
 from aai.errors import UserError
+from aai.version import code_version
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -113,6 +115,15 @@ def test_tables_come_back_in_file_order(base: str) -> None:
     assert storage.read_table(storage.join(base, "shard-00001.parquet"), ["x"]).column_names == ["x"]
     with pytest.raises(UserError, match="run the stage"):
         storage.read_table(storage.join(base, "absent"))
+
+
+def test_a_table_says_which_code_wrote_it(base: str, tmp_path: Path) -> None:
+    uri = storage.join(base, "a.parquet")
+    storage.write_table(uri, pa.table({"x": [1]}).replace_schema_metadata({"mine": "kept"}))
+    assert storage.written_by(uri) == code_version()
+    assert storage.read_table(uri).schema.metadata[b"mine"] == b"kept"
+    pq.write_table(pa.table({"x": [2]}), tmp_path / "old.parquet")  # as the code before wrote it
+    assert storage.written_by(str(tmp_path / "old.parquet")) == "unknown"
 
 
 def test_remove_takes_a_folder_and_may_find_nothing(base: str) -> None:

@@ -20,6 +20,7 @@ from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation_id import FoundationSpec
 from aai.media.audio import write_wav
+from aai.version import code_version
 from pipelines import tracking
 from pipelines.settings import TrackingConfig
 from tests.pipelines.conftest import python
@@ -75,6 +76,7 @@ def test_a_run_keeps_params_metrics_and_artifacts(cfg: TrackingConfig, tmp_path:
     assert found.data.params["odd name_"] == "null"
     assert len(found.data.params) == 155
     assert found.data.tags["digest"] == "abc"
+    assert found.data.tags["written_by"] == code_version()
     assert found.data.metrics == {"loss": 1.0, "nested.r1": 0.5}
     history = client(cfg).get_metric_history(run.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(1, 2.0), (2, 1.0)]
@@ -216,10 +218,10 @@ def test_champion_paints_in_a_fresh_process_without_pickle(cfg: TrackingConfig, 
         audio = open(sys.argv[2], "rb").read()
         table = pd.DataFrame({"audio": [audio, audio], "prompt": ["a sketch of <sound>", None]})
         for png in model.predict(table):
-            print(png[:8].hex())
+            print(png[:8].hex(), b"Software\\0aai " in png)
     """
     out, err = python(code, cfg.uri, str(tmp_path / "noise.wav")).communicate(timeout=300)
-    assert out.split() == [b"\x89PNG\r\n\x1a\n".hex()] * 2, err
+    assert out.split() == [b"\x89PNG\r\n\x1a\n".hex(), "True"] * 2, err
 
 
 def test_a_tracking_server_stores_and_returns_bundles(cfg: TrackingConfig, tmp_path: Path) -> None:
