@@ -231,7 +231,7 @@ def test_the_page_needs_nothing_else(page: str, run: tuple[Path, dict[str, Any]]
 
 def test_what_comes_from_data_is_escaped(page: str) -> None:
     assert "<script" not in page
-    assert text_of(page).count(HOSTILE) == 1 + 4 + 2 + 1 + 1  # the name of the model, messages of rejected clips, the code
+    assert text_of(page).count(HOSTILE) == 1 + 4 + 2 + 1 + 1  # model, messages of rejected clips, code
 
 
 def test_a_picture_is_green_only_when_the_judge_reads_the_object(page: str, run: tuple[Path, dict[str, Any]]) -> None:
