@@ -14,9 +14,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
-from aai.adapt import AdapterConfig, AudioAdapter
 from aai.bundle import PICKLE_SUFFIXES, Bundle, BundleConfig, read_bundle, write_bundle
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation_id import FoundationSpec
 from aai.media.audio import write_wav
@@ -24,7 +22,7 @@ from aai.version import code_version
 from pipelines import tracking
 from pipelines.settings import TrackingConfig
 from tests.pipelines.conftest import python
-from tests.tiny import SIZES, write_clip, write_diffusion
+from tests.tiny import paintable_bundle
 
 
 @pytest.fixture
@@ -186,20 +184,6 @@ def test_waits_for_another_process_lock(cfg: TrackingConfig, tmp_path: Path) -> 
         holder.close()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-
-
-def paintable_bundle(folder: Path) -> Path:
-    """A bundle of random weights that a Painter can load."""
-    clip = write_clip(folder / "clip")
-    spec = FoundationSpec(clip=str(clip), diffusion=str(write_diffusion(folder / "sd", clip)))
-    size = SIZES.hidden_size
-    encoder = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, embed_dim=size, clip_s=1)
-    adapter = AdapterConfig(hidden_size=32, embed_dim=size, token_dim=size)
-    config = BundleConfig(foundation=spec, encoder=encoder.model_dump(), adapter=adapter.model_dump())
-    made = write_bundle(
-        folder / "bundle", config, AudioEncoder(encoder).state_dict(), AudioAdapter(adapter).state_dict(), {}
-    )
-    return made.folder
 
 
 def test_champion_paints_in_a_fresh_process_without_pickle(cfg: TrackingConfig, tmp_path: Path) -> None:
