@@ -187,6 +187,7 @@ def test_writing_is_in_one_step_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.bin"]
 
 
+@pytest.mark.slow
 def test_writing_to_s3(s3: str) -> None:
     with storage.writing(f"{s3}/a.bin") as local:
         local.write_bytes(b"whole")
@@ -194,6 +195,7 @@ def test_writing_to_s3(s3: str) -> None:
     assert storage.read_bytes(f"{s3}/a.bin") == b"whole"
 
 
+@pytest.mark.slow
 def test_a_config_file_may_name_the_s3_server(s3: str, s3_server: dict[str, str], tmp_path: Path) -> None:
     storage.write_bytes(f"{s3}/a.bin", b"found")
     settings = {"s3": {"endpoint_url": s3_server["AWS_ENDPOINT_URL"]}}
@@ -204,6 +206,7 @@ def test_a_config_file_may_name_the_s3_server(s3: str, s3_server: dict[str, str]
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_copies_of_s3_folders_do_not_pile_up(s3: str, tmp_path: Path) -> None:
     storage.write_bytes(f"{s3}/b/a.bin", b"found")
     code = f"from aai import storage; print(storage.local_folder('{s3}/b'))"
