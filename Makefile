@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FAST := tests/aai tests/test_configs.py tests/test_imports.py tests/test_layering.py tests/test_lint.py tests/test_schema.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint accept foundation
+.PHONY: help setup demo test fast lint fix coverage accept foundation
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -27,9 +28,19 @@ demo: setup ## the whole chain on the toy world, ending with runs/demo/report.ht
 test: setup ## all tests, lint and type checks among them (one file: make test ARGS=tests/test_schema.py)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
+fast: setup ## lint, types and the tests without Ray, under a minute: for each change
+	$(BIN)/pytest -m 'not accept and not gpu and not slow' $(FAST) $(ARGS)
+
 lint: setup ## ruff and mypy alone
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+fix: setup ## let ruff mend and format what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+coverage: setup ## the tests with a report of the lines that none of them runs: htmlcov/index.html
+	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
 accept: setup ## the long evidence, one test per acceptance line
 	$(BIN)/pytest -m accept $(ARGS)

@@ -23,6 +23,7 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from aai.foundation_id import FoundationSpec, identity
+from aai.version import code_version
 
 VERSION = 1
 CONFIG_FILE, ALIGNER_FILE, ADAPTER_FILE, META_FILE = (
@@ -61,7 +62,8 @@ class Bundle:
     folder: Path
     config: BundleConfig
     meta: dict[str, Any]
-    """version, created_at (UTC), files {name: SHA-256}, foundation, data_fingerprint, metrics, parents."""
+    """version, created_at (UTC), written_by (the code; older ones lack it), files {name: SHA-256}, foundation,
+    data_fingerprint, metrics, parents."""
 
     @property
     def sha(self) -> str:
@@ -172,6 +174,7 @@ def _write_files(
         **meta,
         "version": VERSION,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "written_by": code_version(),
         "foundation": identity(config.foundation),
         "files": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
     }

@@ -17,6 +17,7 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from aai.media.audio import decode_flac
+from aai.version import UNKNOWN
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class FeatureManifest(Config):
     """Of the table: settings and clips."""
     seconds: float
     """How long it took."""
+    written_by: str = UNKNOWN
+    """The code that wrote it."""
 
     @classmethod
     def read(cls, uri: str) -> "FeatureManifest":

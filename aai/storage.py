@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from aai.errors import UserError
+from aai.version import METADATA_KEY, UNKNOWN, code_version
 
 SCHEMES = ("file", "s3")
 _MEMBER = re.compile(r"(?P<file>.+?\.tar)#(?P<offset>[0-9]+),(?P<size>[0-9]+),(?P<name>.*)", re.I | re.S)
@@ -192,10 +193,18 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def write_table(uri: str, table: pa.Table, row_group_size: int = 256, new: bool = False) -> None:
-    """Writes a Parquet file in one step (zstd). new: as for `write_bytes`."""
+    """Writes a Parquet file in one step (zstd); its metadata says which code wrote it. new: as for `write_bytes`."""
+    written_by = {METADATA_KEY: code_version().encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **written_by})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
     write_bytes(uri, sink.getvalue().to_pybytes(), new)
+
+
+def written_by(uri: str) -> str:
+    """Which code wrote a Parquet file; "unknown" for one that does not say."""
+    fs, path = filesystem(uri)
+    return (pq.read_schema(path, filesystem=fs).metadata or {}).get(METADATA_KEY, UNKNOWN.encode()).decode()
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:

@@ -11,9 +11,18 @@ from types import ModuleType
 import pydantic
 
 from aai.errors import UserError
+from aai.version import code_version
 from pipelines.settings import VerbConfig
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+def configs_folder() -> Path:
+    """The shipped configs: in an installed package within it, in a checkout beside it."""
+    here = Path(__file__).resolve().parent
+    installed = here / "configs"
+    return installed if installed.is_dir() else here.parent / "configs"
+
+
+CONFIGS = configs_folder()
 VERBS = {
     "world": "write a toy world of real .mp4 clips with planted defects",
     "foundation": "train the small CLIP, diffusion model and judge from captioned pictures",
@@ -84,8 +93,11 @@ def load_config(verb: str, argv: list[str]) -> tuple[VerbConfig, argparse.Namesp
     parser, flags = build_parser(verb)
     args = parser.parse_args(argv)
     given = {setting: getattr(args, flag) for flag, setting in flags.items()}
+    file, shipped = Path(args.config), CONFIGS.parent / args.config
+    if not file.exists() and shipped.is_relative_to(CONFIGS) and shipped.exists():  # named outside the checkout
+        file = shipped
     values = {setting: value for setting, value in given.items() if value is not None and value is not False}
-    return module_of(verb).CONFIG.load(args.config, args.set, values), args
+    return module_of(verb).CONFIG.load(file, args.set, values), args
 
 
 def print_plan(verb: str, config: VerbConfig) -> None:
@@ -105,6 +117,7 @@ def usage() -> str:
         "usage: aai VERB [--config FILE] [--set NAME=VALUE ...] [--address ADDR] [--dry-run]\n\n"
         f"Sound into pictures at cluster scale.\n\n{rows}\n\n"
         "`aai VERB --help` lists every setting. Without --config a verb uses configs/demo/VERB.yaml.\n"
+        f"The configs are in {CONFIGS}. `aai --version` names version and commit.\n"
         "Start with `aai demo`."
     )
 
@@ -114,6 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"aai {code_version()}")
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:

@@ -75,7 +75,7 @@ class BenchConfig(VerbConfig):
     overrides: tuple[str, ...] = ()
     """Settings of the measured command, as for its --set."""
     media: tuple[str, ...] = ()
-    """Files of `aai bench decode`; empty = clips that it makes."""
+    """Files of `aai bench decode`; empty = up to eight H.264 clips of 10 s at 720p, made once in OUT/clips."""
     model: ModelConfig = ModelConfig()
 
     def plan(self) -> Plan:
@@ -117,8 +117,9 @@ def _measure(config: BenchConfig) -> dict[str, Any]:
     """inputs, figures and ratios of the chosen bench."""
     if config.name == "decode":
         decode = importlib.import_module("pipelines.bench_decode")
-        inputs = {"media": list(config.media), "processes": config.cluster.num_workers, "repeats": config.repeats}
-        return {"inputs": inputs, **decode.run_decode(list(config.media), config.cluster.num_workers, config.repeats)}
+        media = list(config.media) or decode.made_clips(storage.join(config.out, "clips"), config.clips, config.seed)
+        inputs = {"media": media, "processes": config.cluster.num_workers, "repeats": config.repeats}
+        return {"inputs": inputs, **decode.run_decode(media, config.cluster.num_workers, config.repeats)}
     module = importlib.import_module(f"pipelines.bench_{config.name}")
     return dict(module.measure(config))
 

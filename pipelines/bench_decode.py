@@ -21,12 +21,14 @@ import av
 import numpy as np
 from av.container import InputContainer
 
+from aai import storage
 from aai.foundation_id import FoundationSpec
 from aai.media.container import open_media
 from aai.media.decode import decode_clip
 from aai.media.limits import DecodeConfig
 
 NUM_FRAMES, FRAME_SIZE_PX, SAMPLE_RATE_HZ = 8, 224, 16_000
+MADE_CLIPS = 8
 Decoder = Callable[[str], None]
 
 
@@ -113,6 +115,11 @@ def _timed(decoder: Decoder, path: str) -> float:
     return _cpu_s() - before
 
 
+def made_clips(folder: str, count: int, seed: int) -> list[str]:
+    """The clips to compare on where none are given: at most MADE_CLIPS, more would tell nothing new."""
+    return write_clips(folder, min(count, MADE_CLIPS), seed)
+
+
 def run_decode(clips: Sequence[str], processes: int = 2, repeats: int = 3) -> dict[str, Any]:
     """Compares all `decoders()` on the same files, in turns.
 
@@ -162,7 +169,8 @@ def write_clips(folder: str, count: int, seed: int, duration_s: float = 10.0, he
     for number, path in enumerate(paths):
         if not Path(path).exists():
             rng = np.random.default_rng([seed, number])
-            _write_clip(path, rng, duration_s, height_px, fps=(25, 30)[number % 2])
+            with storage.writing(path) as whole:  # a kill must not leave half a clip for the next run
+                _write_clip(whole, rng, duration_s, height_px, fps=(25, 30)[number % 2])
     return paths
 
 
@@ -177,11 +185,11 @@ def _landscape(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return (total * 0.6 + 120).clip(0, 255).astype(np.uint8)
 
 
-def _write_clip(path: str, rng: np.random.Generator, duration_s: float, height: int, fps: int) -> None:
+def _write_clip(path: Path, rng: np.random.Generator, duration_s: float, height: int, fps: int) -> None:
     width, margin = height * 16 // 9, height // 4
     scene = _landscape(rng, height + margin, width + margin)
     things = [(_landscape(rng, height // 5, height // 5), rng.uniform(0.3, 2, 4)) for _ in range(4)]
-    with av.open(path, "w") as out:
+    with av.open(path, "w", format="mp4") as out:
         video: Any = out.add_stream("libx264", rate=fps)
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         audio: Any = out.add_stream("aac", rate=44_100, layout="stereo")

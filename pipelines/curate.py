@@ -30,6 +30,7 @@ from aai.media.decode import DecodeConfig
 from aai.media.duplicates import DuplicateConfig
 from aai.media.filters import FilterConfig, broken_rules
 from aai.schema import VERSION
+from aai.version import code_version
 from pipelines import similarity, tracking_store
 from pipelines.cut import CutConfig, cut_rows
 from pipelines.judge import DIGEST as JUDGED
@@ -290,6 +291,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
         "measured": counts["measured"],
         "reused": counts["reused"],
         "seconds": round(time.monotonic() - begin, 1),
+        "written_by": code_version(),
     }
     check_ratio(config, result["rejected"], len(rows), f"({result['by_code']})")
     from pipelines.card import log_card, write_card  # only here: plots are a heavy import

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from aai import storage
 from aai.errors import UserError
 from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY
+from aai.version import METADATA_KEY as WRITTEN_BY
 from pipelines.data_resume import finished
 
 log = logging.getLogger(__name__)
@@ -81,23 +82,34 @@ def _size(file: str) -> int:
 def _common(files: Sequence[str], schemas: Sequence[pa.Schema]) -> tuple[pa.Schema, dict[str, dict[str, Any]]]:
     """The schema of all files with their metadata, and by file what each says of its shapes, where it does.
 
-    Raises UserError when files differ in columns or in metadata, such as the digest of the settings that made them.
+    Files may be written by several versions of the code; all of these are named. Raises UserError when files differ in
+    columns or in other metadata, such as the digest of the settings that made them.
     """
     first, shapes = schemas[0], {}
+    common, authors = _settings(first), set()
     for file, schema in zip(files, schemas, strict=True):
         if not schema.equals(first):
             rule = f"has other columns than {files[0]}"
             raise UserError("input", file, rule, "compact tables of one kind and version only")
-        metadata = dict(schema.metadata or {})
+        metadata = schema.metadata or {}
         if SHAPES_KEY in metadata:
-            shapes[file] = json.loads(metadata.pop(SHAPES_KEY))
-        if metadata != {k: v for k, v in (first.metadata or {}).items() if k != SHAPES_KEY}:
+            shapes[file] = json.loads(metadata[SHAPES_KEY])
+        if WRITTEN_BY in metadata:
+            authors.add(metadata[WRITTEN_BY])
+        if _settings(schema) != common:
             rule = f"was made with other settings than {files[0]}"
             raise UserError("input", file, rule, "tables of different settings cannot be mixed")
     constant = [{k: v for k, v in s.items() if k not in ("input", "splits")} for s in shapes.values()]
     if shapes and (len(shapes) != len(files) or any(c != constant[0] for c in constant)):
         raise UserError("input", files[0], "and its neighbours differ in their shapes", "featurize them anew")
+    if authors:
+        first = first.with_metadata({**(first.metadata or {}), WRITTEN_BY: b"; ".join(sorted(authors))})
     return first, shapes
+
+
+def _settings(schema: pa.Schema) -> dict[bytes, bytes]:
+    """The metadata in which all files of a table must agree."""
+    return {key: value for key, value in (schema.metadata or {}).items() if key not in (SHAPES_KEY, WRITTEN_BY)}
 
 
 def _write(

@@ -41,6 +41,7 @@ def show(wanted: str, table: str, features: str | None, out: str) -> Row:
     found = _features(features, first["clip_id"]) if features and first["clip_id"] else None
     for row, (file, number) in zip(rows, places, strict=True):
         _print_row(row, f"{file} row {number}")
+        print(f"  {'written by':<22} {storage.written_by(file)}")
     if features:
         _print_features(features, found)
     name = first["clip_id"] or first["uri"].rsplit("/", 1)[-1]
@@ -114,6 +115,7 @@ def _features(uri: str, clip_id: str) -> Row | None:
             continue
         row = _read((file, places))
         out: Row = {"file": file, "foundation": dict(manifest.foundation), "dtype": manifest.dtype}
+        out["written_by"] = storage.written_by(file)
         for name in ("image_features", "text_features", "latents"):
             values = np.array(row[name], np.float32).reshape(manifest.shape_of(name))
             norms = np.linalg.norm(values.reshape(len(values), -1), axis=1)
@@ -160,6 +162,7 @@ def _print_features(uri: str, found: Row | None) -> None:
     print(f"features: {found['file']}")
     models = ", ".join(f"{name} {value}" for name, value in found["foundation"].items())
     print(f"  {'foundation':<22} {models}; {found['dtype']}")
+    print(f"  {'written by':<22} {found['written_by']}")
     for name in ("image_features", "text_features", "latents"):
         part = found[name]
         shape = " x ".join(map(str, part["shape"]))

@@ -19,6 +19,7 @@ from aai.align import embed_files, load_aligner
 from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.painter import PaintRequest
+from aai.version import code_version
 from pipelines import tracking
 from pipelines.cluster import worker_dtype
 from pipelines.lock import is_empty, locked
@@ -127,6 +128,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "samples": samples,
         "dtype": dtype,
         "seconds": time.perf_counter() - start,
+        "written_by": code_version(),
     }
     storage.write_json(done, result)
     with tracking.run(config.tracking, "evaluate", config.model_dump(mode="json"), {"bundle": bundle.sha}) as mlrun:

@@ -32,6 +32,7 @@ from aai.features import VERSION as FEATURES_VERSION
 from aai.foundation import load_vae
 from aai.foundation_id import FoundationSpec, identity
 from aai.precision import dtype_of
+from aai.version import code_version
 from pipelines.cluster import worker_dtype
 from pipelines.lock import locked
 from pipelines.settings import DType, Plan, VerbConfig
@@ -311,4 +312,5 @@ def _manifest(
         input_fingerprint=input_fingerprint,
         fingerprint=_hash([digest, input_fingerprint]),
         seconds=round(seconds, 1),
+        written_by=code_version(),
     )

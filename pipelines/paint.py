@@ -1,8 +1,6 @@
 """What generate, edit and stylize share: settings, loading sound, picture and bundle, and writing the pictures."""
 
 import argparse
-import io
-import json
 import logging
 import time
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 import numpy as np
 import pydantic
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from aai import storage
 from aai.bundle import read_bundle
@@ -21,6 +18,7 @@ from aai.inject import export_textual_inversion
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import STILL_FORMATS, decode_still
 from aai.painter import Painter, PaintRequest, check_repaint
+from aai.png import encode_png, same_picture
 from pipelines import tracking
 from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
 
@@ -156,13 +154,11 @@ def write_picture(folder: str, name: str, image: Image.Image, made: dict[str, An
 
     A picture that was made otherwise is kept: the new one is then NAME_2.png, and so on. Returns where it is.
     """
-    text = PngInfo()
-    text.add_text("aai", json.dumps(made))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=text)
-    data, number = buffer.getvalue(), 1
+    data, number = encode_png(image, made), 1
     uri = storage.join(folder, f"{name}.png")
-    while storage.exists(uri) and storage.read_bytes(uri) != data:
+    while storage.exists(uri):
+        if same_picture(storage.read_bytes(uri), data):
+            return uri
         number += 1
         uri = storage.join(folder, f"{name}_{number}.png")
     storage.write_bytes(uri, data)

@@ -17,6 +17,7 @@ from aai.conditions import Conditions, HeldOutClip
 from aai.encoders.clip import FrozenClip
 from aai.media.audio import decode_flac
 from aai.painter import Painter, PaintRequest
+from aai.png import encode_png
 from aai.toy.judge import Judge
 
 PICTURE_TABLE = pa.schema(
@@ -119,7 +120,5 @@ class PictureWorker:
         readings = self.judge.read(pictures) if self.judge else [{}] * len(pictures)
         rows = []
         for case, picture, seen, feature in zip(cases, pictures, readings, features, strict=True):
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            rows.append({**case, **seen, "clip_feature": feature, "png": buffer.getvalue()})
+            rows.append({**case, **seen, "clip_feature": feature, "png": encode_png(picture)})
         storage.write_table(out, pa.Table.from_pylist(rows, schema=PICTURE_TABLE))

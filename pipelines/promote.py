@@ -21,6 +21,7 @@ from aai import storage
 from aai.bundle import Bundle, read_bundle
 from aai.config import Config
 from aai.errors import UserError
+from aai.version import code_version
 from pipelines import tracking
 from pipelines.figures import figure, numbers
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
@@ -357,12 +358,17 @@ def _record(config: PromoteConfig, audit: tracking.Run, result: dict[str, Any], 
 
 
 def _signature(config: PromoteConfig) -> dict[str, str]:
-    """Who, when and why."""
+    """Who, when, why, and by which code."""
     try:
         who = getpass.getuser()
     except (OSError, KeyError):  # a container whose user has no name
         who = "unknown"
-    return {"by": who, "at": datetime.now(UTC).isoformat(timespec="seconds"), "reason": config.reason}
+    return {
+        "by": who,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "reason": config.reason,
+        "written_by": code_version(),
+    }
 
 
 def _named(version: int | None) -> str:

@@ -4,13 +4,13 @@ MLflow is told this module's name and the bundle folder (`loader_module`, `data_
 table it takes has one row per sound: `audio` (bytes of a sound file) and optionally `prompt` and `seed`.
 """
 
-import io
 from typing import Any
 
 import pandas as pd
 
 from aai.media.decode import decode_audio
 from aai.painter import Painter, PaintRequest
+from aai.png import encode_png
 
 MAX_AUDIO_S, MAX_AUDIO_BYTES = 60, 32 * 2**20
 
@@ -28,10 +28,7 @@ class PainterModel:
     def _paint(self, row: dict[Any, Any]) -> bytes:
         sound = decode_audio(row["audio"], MAX_AUDIO_S, MAX_AUDIO_BYTES, self.painter.sample_rate_hz)
         given = {name: row[name] for name in ("prompt", "seed") if not pd.isna(row.get(name))}
-        picture = self.painter.generate(sound, PaintRequest.parse(given, source="the row"))[0]
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        return buffer.getvalue()
+        return encode_png(self.painter.generate(sound, PaintRequest.parse(given, source="the row"))[0])
 
 
 def _load_pyfunc(data_path: str) -> PainterModel:

@@ -10,6 +10,7 @@ from aai import storage
 from aai.encoders.audio import AudioEncoderConfig
 from aai.media.audio import decode_flac
 from aai.media.signals import level_db
+from aai.version import UNKNOWN
 from pipelines.report_plots import data_uri, lines, scatter, spectrogram, thumbnail
 from pipelines.report_run import Missing, Row, Run, find, need, spread
 
@@ -321,7 +322,18 @@ def reproduce(run: Run) -> Row:
         "promote/promote.json",
     )  # fmt: skip
     files = [name for name in names if storage.exists(storage.join(run.run_dir, name))]
-    return {"verbs": verbs, "files": files, "linked": local, "run_dir": run.run_dir, "examples": _examples(run)}
+    body: Row = {"verbs": verbs, "files": files, "linked": local, "run_dir": run.run_dir}
+    return {**body, "examples": _examples(run), "written_by": _written_by(run)}
+
+
+def _written_by(run: Run) -> Row:
+    """Which code made what: the file of each stage that says so."""
+    names = (
+        "curated/curate.json", "features/manifest.json", "align/bundle/meta.json", "adapt/bundle/meta.json",
+        "evaluate/evaluate.json", "promote/promote.json",
+    )  # fmt: skip
+    there = [name for name in names if storage.exists(storage.join(run.run_dir, name))]
+    return {name: find(run.json(name), "written_by") or UNKNOWN for name in there}
 
 
 def _examples(run: Run) -> list[Row]:

@@ -6,7 +6,6 @@ request at a time each. Between them stands a bounded queue: what does not fit i
 
 import argparse
 import asyncio
-import io
 import logging
 import os
 import signal
@@ -33,6 +32,7 @@ from aai.bundle import read_bundle
 from aai.encoders.audio import AudioEncoderConfig
 from aai.errors import UserError
 from aai.painter import Painter, PaintRequest
+from aai.png import encode_png
 from pipelines import tracking
 from pipelines.cluster import connect
 from pipelines.settings import ClusterConfig, DType, Plan, TrackingConfig, VerbConfig
@@ -126,7 +126,7 @@ class PainterReplica:
             raise
         finally:
             self._started_s = 0.0
-        return [_png(image) for image in images]
+        return [encode_png(image) for image in images]
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises: after a CUDA error, or when a painting never ends."""
@@ -134,12 +134,6 @@ class PainterReplica:
             raise RuntimeError(f"the device failed: {self._broken}")
         if self._started_s and time.monotonic() - self._started_s > self._stuck_s:
             raise RuntimeError(f"one request has been painting for more than {self._stuck_s:g} s")
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 class Gateway:

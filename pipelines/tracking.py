@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aai import storage
 from aai.bundle import read_bundle
 from aai.errors import UserError
+from aai.version import code_version
 from pipelines.figures import flatten, numbers
 from pipelines.settings import TrackingConfig
 from pipelines.tracking_store import check, database
@@ -189,7 +190,7 @@ def run(
     opened = Run(client, cfg, str(created.info.run_id))
     status = "FAILED"
     try:
-        opened.set_tags(tags or {})
+        opened.set_tags({"written_by": code_version(), **(tags or {})})
         _log_params(opened, params or {})
         yield opened
         status = "FINISHED"

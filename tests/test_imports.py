@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 PREPARE = """
@@ -60,6 +62,7 @@ def run_python(code: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_importing_does_no_work_and_aai_needs_no_cluster(tmp_path: Path) -> None:
     """One process for both checks: loading torch takes longer than everything else here."""
     empty = tmp_path / "cwd"

@@ -9,6 +9,10 @@ import torch
 from transformers import ASTConfig, ASTModel, CLIPTextModel, CLIPTokenizer
 
 from aai import schema, storage
+from aai.adapt import AdapterConfig, AudioAdapter
+from aai.bundle import BundleConfig, write_bundle
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.foundation_id import FoundationSpec
 from aai.media.audio import encode_flac
 from aai.toy.draw import draw_scene
 from aai.toy.grammar import full_caption, random_scene
@@ -87,3 +91,17 @@ def _clip_row(rng: np.random.Generator, name: str, split: str, num_frames: int) 
         "frames": frames,
         "frame_pts_s": [0.5 * i for i in range(num_frames)],
     }
+
+
+def paintable_bundle(folder: Path) -> Path:
+    """A bundle of random weights that a Painter can load."""
+    clip = write_clip(folder / "clip")
+    spec = FoundationSpec(clip=str(clip), diffusion=str(write_diffusion(folder / "sd", clip)))
+    size = SIZES.hidden_size
+    encoder = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, embed_dim=size, clip_s=1)
+    adapter = AdapterConfig(hidden_size=32, embed_dim=size, token_dim=size)
+    config = BundleConfig(foundation=spec, encoder=encoder.model_dump(), adapter=adapter.model_dump())
+    made = write_bundle(
+        folder / "bundle", config, AudioEncoder(encoder).state_dict(), AudioAdapter(adapter).state_dict(), {}
+    )
+    return made.folder

@@ -15,6 +15,7 @@ from aai import storage
 from aai.bundle import Bundle, BundleConfig, read_bundle, write_bundle
 from aai.errors import UserError
 from aai.foundation_id import FoundationSpec
+from aai.version import code_version
 
 ALIGNER = {"head.weight": torch.arange(6.0).reshape(2, 3), "steps": torch.tensor(7)}
 ADAPTER = {"net.weight": torch.linspace(-1, 1, 8, dtype=torch.float16).reshape(2, 4)}
@@ -71,6 +72,7 @@ def test_round_trip(bundle: Bundle) -> None:
     assert {k: found.meta[k] for k in META} == META
     assert found.meta["version"] == 1
     assert found.meta["created_at"].endswith("+00:00")
+    assert found.meta["written_by"] == code_version()
     assert found.meta["foundation"].keys() == {"clip", "clip_revision", "diffusion", "diffusion_revision"}
 
 
@@ -98,6 +100,20 @@ def test_sha_follows_content_only(tmp_path: Path, bundle: Bundle) -> None:
     assert write_bundle(tmp_path / "copy", config, ALIGNER, other, META).sha != bundle.sha
     newer = {"data_fingerprint": "d2"}
     assert write_bundle(tmp_path / "copy", config, ALIGNER, ADAPTER, newer).sha != bundle.sha
+
+
+def test_another_commit_makes_no_other_bundle(tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aai.bundle.code_version", lambda: "9.9 (commit fffffff)")
+    again = write_bundle(tmp_path / "copy", make_config(tmp_path / "f"), ALIGNER, ADAPTER, META)
+    assert again.meta["written_by"] != bundle.meta["written_by"]
+    assert again.sha == bundle.sha
+
+
+def test_a_bundle_of_before_is_still_read(bundle: Bundle) -> None:
+    meta = json.loads((bundle.folder / "meta.json").read_text())
+    del meta["written_by"]
+    (bundle.folder / "meta.json").write_text(json.dumps(meta))
+    assert read_bundle(bundle.folder).sha == bundle.sha
 
 
 def test_replaces_an_older_bundle_whole(tmp_path: Path, bundle: Bundle) -> None:

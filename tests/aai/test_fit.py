@@ -140,6 +140,7 @@ def _rank(rank: int, folder: str) -> None:
     final.save(f"{folder}/{rank}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     whole = fit(Plain(), batches, CONFIG)
     on_two_ranks(_rank, str(tmp_path))

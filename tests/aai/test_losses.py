@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.save(gradients(model), f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path: Path) -> None:
     whole = Tower()
     whole(unit(0), unit(1), KEYS).backward()

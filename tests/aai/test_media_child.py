@@ -65,6 +65,7 @@ def test_rows_are_those_of_a_call_in_place() -> None:
             assert list(row) == MEASURED_ROW.names
 
 
+@pytest.mark.slow
 def test_a_crash_costs_one_clip_only(slow: bytes) -> None:
     good = make_clip()
     with MediaChild(DecodeConfig()) as child:
@@ -79,6 +80,7 @@ def test_a_crash_costs_one_clip_only(slow: bytes) -> None:
         assert child.measure(good, None, None) == expected
 
 
+@pytest.mark.slow
 def test_a_kill_from_outside_costs_nothing_and_two_one_clip(slow: bytes) -> None:
     with MediaChild(DecodeConfig()) as child:
         expected = child.measure(slow, None, None)
@@ -106,6 +108,7 @@ def test_a_kill_from_outside_costs_nothing_and_two_one_clip(slow: bytes) -> None
         assert "SIGKILL" in row["message"]
 
 
+@pytest.mark.slow
 def test_a_file_that_is_to_be_cut_is_looked_through_in_the_child(slow: bytes) -> None:
     cfg = DecodeConfig()
     with MediaChild(cfg) as child:
@@ -124,6 +127,7 @@ def test_a_file_that_is_to_be_cut_is_looked_through_in_the_child(slow: bytes) ->
         assert child.measure(make_clip(), None, None)["code"] is None
 
 
+@pytest.mark.slow
 def test_the_kernel_ends_a_clip_that_does_not_end_itself(slow: bytes) -> None:
     with MediaChild(DecodeConfig(timeout_s=2)) as child:
         child.measure(make_clip(), None, None)
@@ -143,6 +147,7 @@ def test_the_kernel_ends_a_clip_that_does_not_end_itself(slow: bytes) -> None:
         assert child.measure(make_clip(), None, None)["code"] is None
 
 
+@pytest.mark.slow
 def test_the_parent_ends_a_child_that_is_stuck() -> None:
     with MediaChild(DecodeConfig(timeout_s=0.5)) as child:
         child.measure(make_clip(), None, None)
@@ -154,6 +159,7 @@ def test_the_parent_ends_a_child_that_is_stuck() -> None:
         assert (row["code"], row["transient"]) == ("TIMEOUT", True)
 
 
+@pytest.mark.slow
 def test_memory_is_limited() -> None:
     cfg = DecodeConfig(max_memory_mb=1024, num_frames=64, frame_size_px=2000)
     with MediaChild(cfg) as child:
@@ -163,6 +169,7 @@ def test_memory_is_limited() -> None:
         assert child.measure(b"", None, None)["code"] == "EMPTY_FILE"
 
 
+@pytest.mark.slow
 def test_the_child_is_replaced_in_time_and_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("HTTPS_PROXY", "secret")
@@ -176,6 +183,7 @@ def test_the_child_is_replaced_in_time_and_knows_no_keys(monkeypatch: pytest.Mon
     assert not Path(f"/proc/{pids[-1]}").exists()
 
 
+@pytest.mark.slow
 def test_it_ends_with_its_parent_and_starts_light() -> None:
     command = [sys.executable, "-m", "aai.media.child", DecodeConfig().model_dump_json()]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -217,6 +225,7 @@ def measure_damaged(count: int, seed: int) -> tuple[Counter[str], list[float], l
     return codes, child_mb, parent_mb
 
 
+@pytest.mark.slow
 def test_damaged_files_are_all_accounted_for() -> None:
     codes, _, _ = measure_damaged(40, seed=1)
     assert codes.total() == 40

@@ -109,6 +109,7 @@ def test_files_without_presentation_times_are_decoded_whole(codec: str, b_frames
 
 
 @pytest.mark.usefixtures("never_whole")
+@pytest.mark.slow
 def test_exact_on_odd_times() -> None:
     for data in (make_clip([0.0, 0.1, 0.15, 0.9, 1.0, 1.05, 1.8, 1.9]), make_clip(start_s=1.5)):
         assert_exact(decode_clip(data, None, None, DecodeConfig()), data)
@@ -120,6 +121,7 @@ def test_exact_on_odd_times() -> None:
 
 
 @pytest.mark.usefixtures("never_whole")
+@pytest.mark.slow
 def test_exact_on_the_toy_world(tmp_path: Path) -> None:
     world.write_world(str(tmp_path), 10, 3, 1)
     same = 0
@@ -145,6 +147,7 @@ def test_exact_on_real_clips(threads: int) -> None:
 
 
 @pytest.mark.usefixtures("never_whole")
+@pytest.mark.slow
 def test_key_frames_and_bounded_errors() -> None:
     data = make_moving(num_frames=120, options={"g": "50", "x264-params": "scenecut=0"})  # key frames at 0, 2.5, 5 s
     cfg = {"num_frames": 6, "frame_size_px": 64}

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aai import storage
 from aai.errors import UserError
+from aai.version import code_version
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -124,6 +126,15 @@ def test_tables_come_back_in_file_order(base: str) -> None:
         storage.read_table(storage.join(base, "absent"))
 
 
+def test_a_table_says_which_code_wrote_it(base: str, tmp_path: Path) -> None:
+    uri = storage.join(base, "a.parquet")
+    storage.write_table(uri, pa.table({"x": [1]}).replace_schema_metadata({"mine": "kept"}))
+    assert storage.written_by(uri) == code_version()
+    assert storage.read_table(uri).schema.metadata[b"mine"] == b"kept"
+    pq.write_table(pa.table({"x": [2]}), tmp_path / "old.parquet")  # as the code before wrote it
+    assert storage.written_by(str(tmp_path / "old.parquet")) == "unknown"
+
+
 def test_remove_takes_a_folder_and_may_find_nothing(base: str) -> None:
     storage.write_bytes(storage.join(base, "d/e/f"), b"1")
     storage.write_bytes(storage.join(base, "kept"), b"1")
@@ -185,6 +196,7 @@ def test_writing_is_in_one_step_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.bin"]
 
 
+@pytest.mark.slow
 def test_writing_to_s3(s3: str) -> None:
     with storage.writing(f"{s3}/a.bin") as local:
         local.write_bytes(b"whole")
@@ -192,6 +204,7 @@ def test_writing_to_s3(s3: str) -> None:
     assert storage.read_bytes(f"{s3}/a.bin") == b"whole"
 
 
+@pytest.mark.slow
 def test_a_config_file_may_name_the_s3_server(s3: str, s3_server: dict[str, str], tmp_path: Path) -> None:
     storage.write_bytes(f"{s3}/a.bin", b"found")
     settings = {"s3": {"endpoint_url": s3_server["AWS_ENDPOINT_URL"]}}
@@ -202,6 +215,7 @@ def test_a_config_file_may_name_the_s3_server(s3: str, s3_server: dict[str, str]
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_copies_of_s3_folders_do_not_pile_up(s3: str, tmp_path: Path) -> None:
     storage.write_bytes(f"{s3}/b/a.bin", b"found")
     code = f"from aai import storage; print(storage.local_folder('{s3}/b'))"

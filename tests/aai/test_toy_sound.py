@@ -45,6 +45,7 @@ def _held_out_accuracy(features: torch.Tensor, labels: list[int], num_train: int
     return right.float().mean().item()
 
 
+@pytest.mark.slow
 def test_object_and_ambience_are_linearly_separable(mixes: tuple[list[Scene], np.ndarray]) -> None:
     scenes, audio = mixes
     mel = torchaudio.transforms.MelSpectrogram(RATE, n_fft=512, hop_length=160, n_mels=48)

@@ -194,6 +194,7 @@ def test_index_first_changes_order_but_no_content() -> None:
 # ---------------------------------------------------------------- the world
 
 
+@pytest.mark.slow
 def test_world_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     figures = write_world(str(tmp_path / "one"), 24, seed=9, num_workers=1, progress=False)
     write_world(str(tmp_path / "two"), 24, seed=9, num_workers=2, progress=False)
@@ -205,6 +206,7 @@ def test_world_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     assert all(one[name].read_bytes() == two[name].read_bytes() for name in one)
 
 
+@pytest.mark.slow
 def test_written_tables_agree(tmp_path: Path) -> None:
     figures = write_world(str(tmp_path), 100, seed=1, num_workers=1, progress=False)
     with (tmp_path / "manifest.csv").open(encoding="utf-8") as file:

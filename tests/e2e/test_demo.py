@@ -1,5 +1,6 @@
 """The whole chain as `aai demo` runs it, on a small world: real clips, Ray, MLflow and diffusion, few steps."""
 
+import io
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image, ImageChops
 from aai import storage
 from aai.bundle import read_bundle
 from aai.painter import Painter, PaintRequest
+from aai.version import code_version
 from pipelines import cluster, demo, tracking
 from pipelines.__main__ import main
 from pipelines.paint import InputLimits, load_sound
@@ -132,6 +134,21 @@ def test_a_picture_tells_how_it_was_made_and_is_never_painted_over(summary: dict
         f"{stem}_2.png": "a sketch of <sound>",
     }
     assert all(facts["bundle"] == read_bundle(str(run_dir / "adapt" / "bundle")).sha for facts in made.values())
+
+
+def test_everything_says_which_code_wrote_it(summary: dict[str, Any], run_dir: Path) -> None:
+    for name in (
+        "curated/curate.json", "features/manifest.json", "align/bundle/meta.json", "adapt/bundle/meta.json",
+        "evaluate/evaluate.json", "promote/promote.json",
+    ):  # fmt: skip
+        assert json.loads((run_dir / name).read_text())["written_by"] == code_version(), name
+    for folder in ("curated/accepted", "curated/rejected", "features", "evaluate/pictures"):
+        files = storage.list_files(str(run_dir / folder), ".parquet")
+        assert {storage.written_by(file) for file in files} == {code_version()}, folder
+    for file in (run_dir / "pictures").glob("*_seed*.png"):
+        assert Image.open(file).info["Software"] == f"aai {code_version()}"
+    painted = storage.read_table(str(run_dir / "evaluate" / "pictures"), ["png"])["png"][0].as_py()
+    assert Image.open(io.BytesIO(painted)).info["Software"] == f"aai {code_version()}"
 
 
 def test_a9_mistakes_end_in_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

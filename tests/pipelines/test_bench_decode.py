@@ -1,4 +1,6 @@
+import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,8 @@ import pytest
 from aai.foundation_id import FoundationSpec
 from aai.media.decode import ClipError, DecodeConfig, decode_clip
 from aai.toy import world
+from pipelines import bench_decode
+from pipelines.__main__ import main
 from pipelines.bench_decode import auto_cosine, run_decode, write_clips
 
 CLIPS = Path(os.environ.get("AAI_REAL_CLIPS", Path(__file__).resolve().parents[3] / "shared" / "data" / "clips"))
@@ -21,6 +25,21 @@ def test_compares_all_that_is_there(tmp_path: Path) -> None:
         assert result["figures"][f"{name}_cpu_s_per_clip"] > 0
     assert ("exact/ffmpeg" in result["ratios"]) != ("ffmpeg" in result["absent"])
     assert auto_cosine(clips, TOY)["mean"] > 0.9
+
+
+def test_without_media_it_makes_clips_of_its_own_and_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_decode, "write_clips", partial(write_clips, duration_s=0.5, height_px=144))
+    argv = ["bench", "decode", "--clips", "1", "--set", f"out={tmp_path}", "--set", "repeats=1"]
+    assert main([*argv, "--set", "cluster.num_workers=1"]) == 0
+    (clip,) = (tmp_path / "clips").iterdir()  # and nothing half-written beside it
+    assert json.loads((tmp_path / "decode.json").read_text())["inputs"]["media"] == [str(clip)]
+    assert "exact" in capsys.readouterr().out
+    before = clip.stat().st_mtime_ns
+    assert bench_decode.made_clips(str(tmp_path / "clips"), 1, 1) == [str(clip)]
+    assert clip.stat().st_mtime_ns == before
+    assert len(bench_decode.made_clips(str(tmp_path / "many"), 2400, 1)) == bench_decode.MADE_CLIPS
 
 
 @pytest.mark.accept

@@ -16,6 +16,7 @@ from aai.media.audio import decode_flac
 from aai.schema import CLIP_TABLE, REJECT_TABLE
 from aai.toy.scoring import score_defects
 from aai.toy.world import write_world
+from aai.version import code_version
 from pipelines import measure
 from pipelines.__main__ import load_config
 from pipelines.cluster import connect, shutdown
@@ -225,6 +226,25 @@ def test_new_thresholds_need_no_decoding(tmp_path: Path) -> None:
     result = curate(tmp_path / "media", tmp_path / "out", **stricter, rejudge=True)
     assert (result["accepted"], result["by_code"], result["measured"]) == (0, {"TOO_SHORT": 3}, 0)
     assert curate(tmp_path / "media", tmp_path / "out", **stricter)["seconds"] == result["seconds"]
+
+
+@pytest.mark.usefixtures("shards_here")
+def test_tables_say_which_code_wrote_them_and_another_commit_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_media(tmp_path / "media", 2)
+    first = curate(tmp_path / "media", tmp_path / "out", **APART)
+    assert first["written_by"] == code_version()
+    files = sorted((tmp_path / "out").glob("*ed/*.parquet"))
+    assert {file.parent.name for file in files} >= {"accepted", "rejected"}
+    assert {storage.written_by(str(file)) for file in files} == {code_version()}
+    for module in ("aai.storage", "pipelines.curate"):
+        monkeypatch.setattr(f"{module}.code_version", lambda: "9.9 (commit fffffff)")
+    assert curate(tmp_path / "media", tmp_path / "out", **APART) == first
+    (tmp_path / "out/curate.json").unlink()
+    again = curate(tmp_path / "media", tmp_path / "out", **APART)
+    assert (again["measured"], again["written_by"]) == (0, "9.9 (commit fffffff)")
+    assert {storage.written_by(str(file)) for file in files} == {code_version()}
 
 
 @pytest.mark.usefixtures("ray_cluster")

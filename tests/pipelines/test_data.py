@@ -17,6 +17,8 @@ from aai import schema, storage
 from aai.errors import UserError
 from aai.features import METADATA_KEY, SHAPES_KEY, FeatureReader, load_split
 from aai.media.audio import decode_flac
+from aai.version import METADATA_KEY as WRITTEN_BY
+from aai.version import code_version
 from pipelines.__main__ import main
 from pipelines.data import DataConfig, run
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker, list_shards
@@ -77,6 +79,7 @@ def test_show_tells_everything_and_draws_a_sheet(
         assert text in out
     assert "image_features         2 x 32, norms 1" in out.replace("0.9999", "1").replace("1.0001", "1")
     assert "latents                8 x 8 x 8" in out
+    assert out.count(f"written by             {code_version()}") == 2  # the clip's table, and its features
     sheet = tmp_path / "clip-1-3.png"
     assert f"contact sheet: {sheet}" in out
     picture = Image.open(sheet)
@@ -164,7 +167,7 @@ def test_large_tables_are_written_group_by_group(tmp_path: Path) -> None:
     assert [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] == [256, 256, 256, 232]
     again = storage.read_table(f"{tmp_path}/out")
     assert again["n"].to_pylist() == list(range(2000))
-    assert again.schema.metadata == {b"who": b"me"}
+    assert again.schema.metadata == {b"who": b"me", WRITTEN_BY: code_version().encode()}
 
 
 def test_a_compacted_feature_table_trains_the_same(features: Path, tmp_path: Path) -> None:
@@ -183,6 +186,25 @@ def test_a_compacted_feature_table_trains_the_same(features: Path, tmp_path: Pat
         )
         splits.update(json.loads(metadata[SHAPES_KEY])["splits"])
     assert splits == storage.read_json(f"{out}/manifest.json")["rows"] == {"train": 18, "val": 6}
+
+
+def test_tables_of_several_commits_are_one_table(tmp_path: Path) -> None:
+    rows = pa.table({"n": [1, 2, 3]})
+    for number, metadata in enumerate(({WRITTEN_BY: "b"}, {WRITTEN_BY: "a"}, {WRITTEN_BY: "b"}, {})):
+        file = tmp_path / "in" / f"shard-{number:05d}.parquet"
+        file.parent.mkdir(exist_ok=True)
+        pq.write_table(rows.replace_schema_metadata(metadata), file)
+    data("compact", input=tmp_path / "in", out=tmp_path / "out", rows_per_file=12)
+    assert storage.written_by(str(tmp_path / "out/part-00000.parquet")) == "a; b"
+    assert storage.read_table(f"{tmp_path}/out")["n"].to_pylist() == [1, 2, 3] * 4
+
+
+def test_show_of_a_table_of_before(curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old").mkdir()
+    rows = storage.read_table(f"{curated}/accepted/shard-00000.parquet").replace_schema_metadata(None)
+    pq.write_table(rows, tmp_path / "old" / "a.parquet")
+    data("show", id="clip-0-1", table=tmp_path / "old", features=None, out=tmp_path)
+    assert "written by             unknown" in capsys.readouterr().out
 
 
 def test_tables_of_different_settings_are_not_mixed(features: Path, curated: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.foundation import load_diffusion
+from aai.version import code_version
 from pipelines import featurize
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker
 from tests.tiny import write_clip, write_clip_table, write_diffusion
@@ -86,6 +87,28 @@ def test_a_second_run_does_nothing_and_a_lost_shard_alone_is_made_again(inputs: 
     assert ran() == ["shard-00001.parquet"]
     assert again["fingerprint"] == first["fingerprint"]
     assert {file: (tmp_path / file).read_bytes() for file in before} == before
+
+
+def test_another_commit_keeps_what_is_there(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path)})
+    first = featurize.run(config)
+    assert FeatureManifest.read(str(tmp_path)).written_by == code_version()
+    assert storage.written_by(str(tmp_path / "shard-00000.parquet")) == code_version()
+    for module in ("aai.storage", "pipelines.featurize"):
+        monkeypatch.setattr(f"{module}.code_version", lambda: "9.9 (commit fffffff)")
+    featurize.run_shards.ran = ["none"]  # type: ignore[attr-defined]
+    assert featurize.run(config) == first
+    assert ran() == ["none"]
+    (tmp_path / "shard-00001.parquet").unlink()
+    (tmp_path / "manifest.json").unlink()
+    assert featurize.run(config)["fingerprint"] == first["fingerprint"]
+    assert ran() == ["shard-00001.parquet"]
+    manifest = storage.read_json(str(tmp_path / "manifest.json"))
+    assert manifest.pop("written_by") == "9.9 (commit fffffff)"
+    storage.write_json(str(tmp_path / "manifest.json"), manifest)  # as the code before wrote it
+    assert FeatureManifest.read(str(tmp_path)).written_by == "unknown"
 
 
 def test_changed_clips_are_made_again_and_lost_ones_go(inputs: dict[str, Any], tmp_path: Path) -> None:

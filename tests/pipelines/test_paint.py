@@ -1,14 +1,18 @@
-"""What the painting commands refuse before they load anything."""
+"""What the painting commands refuse before they load anything, and that no picture is written over."""
 
+import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from aai.errors import UserError
+from aai.version import code_version
 from pipelines.__main__ import main
-from pipelines.paint import InputLimits, load_picture
+from pipelines.paint import InputLimits, load_picture, write_picture
 from tests import hostile
+
+PICTURE = Image.new("RGB", (8, 8), "red")
 
 
 @pytest.mark.parametrize("verb", ["edit", "stylize"])
@@ -32,3 +36,18 @@ def test_pictures_of_all_named_formats_are_read(kind: str, tmp_path: Path) -> No
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a", kind)
     image = load_picture(str(tmp_path / "a"), InputLimits())
     assert (image.mode, image.size) == ("RGB", (40, 30))
+
+
+def test_a_picture_that_was_made_otherwise_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write_picture(str(tmp_path), "a", PICTURE, {"seed": 1})
+    facts = Image.open(first).info
+    assert (facts["Software"], json.loads(facts["aai"])) == (f"aai {code_version()}", {"seed": 1})
+    before = Path(first).read_bytes()
+    assert write_picture(str(tmp_path), "a", PICTURE, {"seed": 2}) == str(tmp_path / "a_2.png")
+    assert write_picture(str(tmp_path), "a", Image.new("RGB", (8, 8)), {"seed": 1}) == str(tmp_path / "a_3.png")
+    # The same picture by another commit is the same picture.
+    monkeypatch.setattr("aai.png.code_version", lambda: "9.9 (commit fffffff)")
+    assert write_picture(str(tmp_path), "a", PICTURE, {"seed": 1}) == first
+    assert write_picture(str(tmp_path), "a", PICTURE, {"seed": 2}) == str(tmp_path / "a_2.png")
+    assert Path(first).read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 3

@@ -13,6 +13,7 @@ from mlflow.entities import Run
 
 from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
+from aai.version import code_version
 from pipelines import promote, tracking
 from pipelines.__main__ import CONFIGS, main
 from pipelines.promote import Gate, PromoteConfig, check_gate
@@ -135,6 +136,7 @@ def test_promotes_and_tells(shop: Workshop, caplog: pytest.LogCaptureFixture) ->
     assert len(json.loads(tags["gates"])) == 6
     assert tags["by"]
     assert tags["at"].startswith("20")
+    assert tags["written_by"] == result["written_by"] == code_version()
     (audit,) = shop.audits()
     assert (audit.data.tags["outcome"], audit.data.tags["version"], audit.data.tags["was"]) == ("promoted", "1", "0")
     assert audit.data.metrics["retrieval.same_object_r1"] == 0.9

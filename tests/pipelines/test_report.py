@@ -123,7 +123,8 @@ def write_run(run: Path) -> dict[str, Any]:
                 entries.append({"step": step, "val_a2v_r1": step / 300, "val_label0_r1": step / 220, "val_loss": fall})
         text = "\n".join(json.dumps(entry) for entry in entries)
         storage.write_bytes(f"{run}/{stage}/history.jsonl", text.encode())
-    storage.write_json(f"{run}/promote/promote.json", {"gates": [{"gate": "g", "passed": True}]})
+    gates = {"gates": [{"gate": "g", "passed": True}], "written_by": f"1.2 (commit abcdef1{HOSTILE})"}
+    storage.write_json(f"{run}/promote/promote.json", gates)
     for name in ("0_dog_rain_given", "generate_0_dog_rain_seed0", "edit_0_dog_rain_seed0", "stylize_0_dog_rain_seed0"):
         storage.write_bytes(f"{run}/pictures/{name}.png", encoded(random_scene(rng), "PNG"))
     seconds = {"world": 41.5, "curate": 50.1, "align": 133.0, "evaluate": 190.4, "generate": 9.0, "total": 424.0}
@@ -207,6 +208,8 @@ def test_a_complete_run_has_every_section_and_its_figures(page: str) -> None:
         assert figure in text
     for name in CONDITIONS:
         assert name.replace("_", " ") in text
+    assert "promote/promote.json: aai 1.2 (commit abcdef1" in text
+    assert "evaluate/evaluate.json: aai unknown" in text
     assert page.count("<audio") == len(OBJECTS)
     assert len(re.findall(r"[+-]\d+ dB<", page)) == 3 * len(GAINS_DB)
     plots = re.findall(r'class="plot"><figcaption>([^<]*)', page)
@@ -228,7 +231,7 @@ def test_the_page_needs_nothing_else(page: str, run: tuple[Path, dict[str, Any]]
 
 def test_what_comes_from_data_is_escaped(page: str) -> None:
     assert "<script" not in page
-    assert text_of(page).count(HOSTILE) == 1 + 4 + 2 + 1  # the model's name, and the messages of rejected clips
+    assert text_of(page).count(HOSTILE) == 1 + 4 + 2 + 1 + 1  # model, messages of rejected clips, code
 
 
 def test_a_picture_is_green_only_when_the_judge_reads_the_object(page: str, run: tuple[Path, dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ from aai.errors import UserError
 from aai.foundation_id import FoundationSpec
 from aai.media.decode import decode_audio
 from aai.painter import Painter, PaintRequest
+from aai.version import code_version
 from pipelines import tracking
 from pipelines.__main__ import main
 from pipelines.serve import ServeConfig, build_app, check_address
@@ -142,7 +143,9 @@ def test_pictures_are_those_of_the_python_call(service: Service) -> None:
         assert response.status_code == 200, response.text
         assert response.headers["x-aai-model"] == "tiny/1@champion"
         assert response.headers["x-aai-bundle"] == service.health()["bundle"]
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(response.content))), np.asarray(expected)), verb
+        painted = Image.open(io.BytesIO(response.content))
+        assert np.array_equal(np.asarray(painted), np.asarray(expected)), verb
+        assert painted.info["Software"] == f"aai {code_version()}"
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

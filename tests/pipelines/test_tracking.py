@@ -14,16 +14,15 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
-from aai.adapt import AdapterConfig, AudioAdapter
 from aai.bundle import PICKLE_SUFFIXES, Bundle, BundleConfig, read_bundle, write_bundle
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation_id import FoundationSpec
 from aai.media.audio import write_wav
+from aai.version import code_version
 from pipelines import tracking
 from pipelines.settings import TrackingConfig
 from tests.pipelines.conftest import python
-from tests.tiny import SIZES, write_clip, write_diffusion
+from tests.tiny import paintable_bundle
 
 
 @pytest.fixture
@@ -75,6 +74,7 @@ def test_a_run_keeps_params_metrics_and_artifacts(cfg: TrackingConfig, tmp_path:
     assert found.data.params["odd name_"] == "null"
     assert len(found.data.params) == 155
     assert found.data.tags["digest"] == "abc"
+    assert found.data.tags["written_by"] == code_version()
     assert found.data.metrics == {"loss": 1.0, "nested.r1": 0.5}
     history = client(cfg).get_metric_history(run.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(1, 2.0), (2, 1.0)]
@@ -196,20 +196,6 @@ def test_waits_for_another_process_lock(cfg: TrackingConfig, tmp_path: Path) -> 
     assert process.returncode == 0, err
 
 
-def paintable_bundle(folder: Path) -> Path:
-    """A bundle of random weights that a Painter can load."""
-    clip = write_clip(folder / "clip")
-    spec = FoundationSpec(clip=str(clip), diffusion=str(write_diffusion(folder / "sd", clip)))
-    size = SIZES.hidden_size
-    encoder = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, embed_dim=size, clip_s=1)
-    adapter = AdapterConfig(hidden_size=32, embed_dim=size, token_dim=size)
-    config = BundleConfig(foundation=spec, encoder=encoder.model_dump(), adapter=adapter.model_dump())
-    made = write_bundle(
-        folder / "bundle", config, AudioEncoder(encoder).state_dict(), AudioAdapter(adapter).state_dict(), {}
-    )
-    return made.folder
-
-
 def test_champion_paints_in_a_fresh_process_without_pickle(cfg: TrackingConfig, tmp_path: Path) -> None:
     version = tracking.register(cfg, paintable_bundle(tmp_path / "b"), {}, {})
     tracking.set_alias(cfg, "champion", version)
@@ -226,10 +212,10 @@ def test_champion_paints_in_a_fresh_process_without_pickle(cfg: TrackingConfig, 
         audio = open(sys.argv[2], "rb").read()
         table = pd.DataFrame({"audio": [audio, audio], "prompt": ["a sketch of <sound>", None]})
         for png in model.predict(table):
-            print(png[:8].hex())
+            print(png[:8].hex(), b"Software\\0aai " in png)
     """
     out, err = python(code, cfg.uri, str(tmp_path / "noise.wav")).communicate(timeout=300)
-    assert out.split() == [b"\x89PNG\r\n\x1a\n".hex()] * 2, err
+    assert out.split() == [b"\x89PNG\r\n\x1a\n".hex(), "True"] * 2, err
 
 
 def test_a_tracking_server_stores_and_returns_bundles(cfg: TrackingConfig, tmp_path: Path) -> None:
