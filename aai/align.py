@@ -13,7 +13,7 @@ from aai.bundle import Bundle
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, fit_length
 from aai.losses import gather_with_grad, info_nce
-from aai.media.audio import decode_flac
+from aai.media.waveform import decode_flac
 from aai.metrics import retrieval
 
 

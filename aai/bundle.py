@@ -22,7 +22,7 @@ from torch import Tensor
 from aai import storage
 from aai.config import Config
 from aai.errors import UserError
-from aai.foundation_id import FoundationSpec, identity
+from aai.foundation.identity import FoundationSpec, identity
 from aai.version import code_version
 
 VERSION = 1

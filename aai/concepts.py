@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aai.config import Config
-from aai.encoders.clip import FrozenClip
+from aai.foundation.clip import FrozenClip
 
 Kind = Literal["heads", "objects", "ambiences"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aai.encoders.clip import FrozenClip
+from aai.foundation.clip import FrozenClip
 from aai.painter import DEFAULT_PROMPT, Painter
 
 CONDITIONS = (

@@ -16,7 +16,7 @@ import torch
 from aai import storage
 from aai.config import Config
 from aai.errors import UserError
-from aai.media.audio import decode_flac
+from aai.media.waveform import decode_flac
 from aai.version import UNKNOWN
 
 log = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from aai.bundle import Bundle, read_bundle
 from aai.concepts import Concepts, Kind, Vocabulary
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder
-from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
-from aai.foundation import load_diffusion
-from aai.foundation_id import FoundationSpec
+from aai.foundation.clip import FrozenClip
+from aai.foundation.identity import FoundationSpec
+from aai.foundation.loaders import load_diffusion
 from aai.inject import Injector, Sound
 from aai.precision import dtype_of
 

@@ -20,12 +20,12 @@ from aai.bundle import Bundle, read_bundle, write_bundle
 from aai.concepts import Vocabulary
 from aai.features import FeatureManifest, FeatureReader, load_split
 from aai.fit import State, local_batch_size, restore_weights
-from aai.foundation import load_clip, load_diffusion
+from aai.foundation.loaders import load_clip, load_diffusion
 from aai.inject import Injector
-from pipelines import training
-from pipelines.lock import locked
+from pipelines.engine.lock import locked
 from pipelines.settings import Plan
-from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage, validates
+from pipelines.training import ray_train
+from pipelines.training.stage import StageConfig, bundle_dir, check_foundation, run_stage, validates
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def run(config: AdaptConfig) -> dict[str, Any]:
     return run_stage("adapt", config, manifest, digest, adapt_worker, settings_for, write)
 
 
-def adapt_worker(session: training.Session, settings: dict[str, Any]) -> None:
+def adapt_worker(session: ray_train.Session, settings: dict[str, Any]) -> None:
     """Trains on one worker; rank 0 validates."""
     config = AdaptConfig.parse(settings["config"])
     bundle = read_bundle(config.bundle)

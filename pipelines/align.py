@@ -17,11 +17,11 @@ from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, mel_statistics
 from aai.errors import UserError
 from aai.features import FeatureManifest, FeatureReader, load_split
 from aai.fit import State, local_batch_size, restore_weights
-from aai.foundation_id import FoundationSpec
-from pipelines import training
-from pipelines.lock import locked
+from aai.foundation.identity import FoundationSpec
+from pipelines.engine.lock import locked
 from pipelines.settings import Plan
-from pipelines.stage import StageConfig, bundle_dir, check_foundation, run_stage, validates
+from pipelines.training import ray_train
+from pipelines.training.stage import StageConfig, bundle_dir, check_foundation, run_stage, validates
 
 COLUMNS = ("audio", "image_features", "text_features")
 STATISTICS_CLIPS = 256
@@ -75,7 +75,7 @@ def run(config: AlignVerbConfig) -> dict[str, Any]:
     return run_stage("align", config, manifest, digest, align_worker, settings_for, write)
 
 
-def align_worker(session: training.Session, settings: dict[str, Any]) -> None:
+def align_worker(session: ray_train.Session, settings: dict[str, Any]) -> None:
     """Trains on one worker; rank 0 validates."""
     config = AlignVerbConfig.parse(settings["config"])
     encoder = AudioEncoderConfig.parse(settings["encoder"])

@@ -20,12 +20,14 @@ import pydantic
 from aai import storage
 from aai.config import Config
 from aai.errors import UserError
-from pipelines.machine import machine
+from pipelines.engine.machine import machine
 from pipelines.settings import Plan, VerbConfig
 
 log = logging.getLogger(__name__)
 
-NAMES = ("decode", "curate", "featurize", "vitl14")
+MODULES = {"decode": "decoding", "curate": "curation", "featurize": "featurization", "vitl14": "vitl14"}
+"""Every bench and its module in pipelines.benches."""
+NAMES = tuple(MODULES)
 _UNITS = {
     "_clips_per_s": "clips/s",
     "_images_per_s": "images/s",
@@ -116,11 +118,11 @@ def run(config: BenchConfig) -> dict[str, Any]:
 def _measure(config: BenchConfig) -> dict[str, Any]:
     """inputs, figures and ratios of the chosen bench."""
     if config.name == "decode":
-        decode = importlib.import_module("pipelines.bench_decode")
+        decode = importlib.import_module("pipelines.benches.decoding")
         media = list(config.media) or decode.made_clips(storage.join(config.out, "clips"), config.clips, config.seed)
         inputs = {"media": media, "processes": config.cluster.num_workers, "repeats": config.repeats}
         return {"inputs": inputs, **decode.run_decode(media, config.cluster.num_workers, config.repeats)}
-    module = importlib.import_module(f"pipelines.bench_{config.name}")
+    module = importlib.import_module(f"pipelines.benches.{MODULES[config.name]}")
     return dict(module.measure(config))
 
 

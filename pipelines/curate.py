@@ -31,17 +31,18 @@ from aai.media.duplicates import DuplicateConfig
 from aai.media.filters import FilterConfig, broken_rules
 from aai.schema import VERSION
 from aai.version import code_version
-from pipelines import similarity, tracking_store
-from pipelines.cut import CutConfig, cut_rows
-from pipelines.judge import DIGEST as JUDGED
-from pipelines.judge import JudgeWorker, judge, judge_shards, read_measured
-from pipelines.ledger import row_keys
-from pipelines.lock import is_empty, locked
-from pipelines.manifest import Row, named_splits, read_manifest, with_val_share
-from pipelines.measure import check_ratio, measure_rows, shard_file
+from pipelines.curation import similarity
+from pipelines.curation.cut import CutConfig, cut_rows
+from pipelines.curation.ledger import row_keys
+from pipelines.curation.measuring import check_ratio, measure_rows, shard_file
+from pipelines.curation.similarity import Null, ScoreConfig
+from pipelines.curation.verdicts import DIGEST as JUDGED
+from pipelines.curation.verdicts import JudgeWorker, judge, judge_shards, read_measured
+from pipelines.engine.lock import is_empty, locked
+from pipelines.engine.shards import Shard, run_shards
+from pipelines.manifests.table import Row, named_splits, read_manifest, with_val_share
+from pipelines.registry import store
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
-from pipelines.shards import Shard, run_shards
-from pipelines.similarity import Null, ScoreConfig
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def _done_as(digests: dict[str, str]) -> Callable[[Shard], bool]:
 
 def _score(config: CurateConfig, out: str, shards: dict[str, list[str]], rows: dict[str, Row]) -> None:
     """Scores every shard whose scores are missing, or of other models or captions."""
-    from pipelines.score import ScoreWorker  # only here: torch takes seconds to import
+    from pipelines.curation.scores import ScoreWorker  # only here: torch takes seconds to import
 
     digest = config.scores.content_digest()
     todo = []
@@ -266,7 +267,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
     """Curates a manifest; returns what curate.json holds. A second run with nothing changed does nothing."""
     begin = time.monotonic()
     if config.tracking:
-        tracking_store.check(config.tracking)
+        store.check(config.tracking)
     rows = config.rows()
     out = storage.absolute(config.out)
     settings = config.digests()
@@ -294,7 +295,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
         "written_by": code_version(),
     }
     check_ratio(config, result["rejected"], len(rows), f"({result['by_code']})")
-    from pipelines.card import log_card, write_card  # only here: plots are a heavy import
+    from pipelines.curation.card import log_card, write_card  # only here: plots are a heavy import
 
     card = write_card(out, config.filters.model_dump(), result)
     if config.tracking:

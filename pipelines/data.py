@@ -14,7 +14,7 @@ import pydantic
 
 from aai import storage
 from aai.errors import UserError
-from pipelines.lock import output_lock
+from pipelines.engine.lock import output_lock
 from pipelines.settings import Plan, VerbConfig
 
 ACTIONS = ("show", "compact", "export")
@@ -74,7 +74,7 @@ def run(config: DataConfig) -> dict[str, Any]:
     if config.action == "show":
         if not config.id:
             raise UserError("id", "(missing)", "which clip?", "aai data show CLIP_ID (or a part of its uri)")
-        from pipelines.data_show import show
+        from pipelines.tables.show import show
 
         out = config.out or storage.join(config.run_dir, "clips")
         return show(config.id, config.table, config.features, out)
@@ -88,9 +88,9 @@ def run(config: DataConfig) -> dict[str, Any]:
         raise UserError("out", config.out, "lies in the input, or holds it", "give a folder of its own")
     with output_lock(out):
         if config.action == "compact":
-            from pipelines.data_compact import compact
+            from pipelines.tables.compact import compact
 
             return compact(given, out, config.rows_per_file)
-        from pipelines.data_export import export
+        from pipelines.tables.export import export
 
         return export(given, out, int(config.shard_mb * 1e6))

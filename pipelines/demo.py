@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 import pydantic
 
 from aai import storage
-from aai.media.audio import decode_flac, write_wav
+from aai.media.waveform import decode_flac, write_wav
 from aai.schema import VERSION
 from aai.toy.scoring import score_defects
-from pipelines import cluster, report
 from pipelines.__main__ import load_config, module_of
-from pipelines.machine import peak_memory
+from pipelines.engine import cluster
+from pipelines.engine.machine import peak_memory
+from pipelines.pages import report
 from pipelines.settings import Plan, VerbConfig
 
 log = logging.getLogger(__name__)

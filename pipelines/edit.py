@@ -5,7 +5,7 @@ aai edit --audio dog.wav --image cat.png
 
 import argparse
 
-from pipelines.paint import RepaintConfig, add_paint_flags, paint
+from pipelines.painting.paint import RepaintConfig, add_paint_flags, paint
 
 CONFIG = RepaintConfig
 

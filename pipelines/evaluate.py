@@ -20,13 +20,13 @@ from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.painter import PaintRequest
 from aai.version import code_version
-from pipelines import tracking
-from pipelines.cluster import worker_dtype
-from pipelines.lock import is_empty, locked
-from pipelines.picture_cases import PictureWorker, loudness_cases, make_cases
-from pipelines.picture_grades import grade, grade_foundation, vectors
+from pipelines.engine.cluster import worker_dtype
+from pipelines.engine.lock import is_empty, locked
+from pipelines.engine.shards import run_shards
+from pipelines.evaluation.cases import PictureWorker, loudness_cases, make_cases
+from pipelines.evaluation.grades import grade, grade_foundation, vectors
+from pipelines.registry import tracking
 from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
-from pipelines.shards import run_shards
 
 log = logging.getLogger(__name__)
 STARTED = "_started.json"

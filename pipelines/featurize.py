@@ -24,19 +24,19 @@ from PIL import Image
 from torch import Tensor
 
 from aai import schema, storage
-from aai.encoders.batches import Batches
-from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
 from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY, FeatureManifest
 from aai.features import VERSION as FEATURES_VERSION
-from aai.foundation import load_vae
-from aai.foundation_id import FoundationSpec, identity
+from aai.foundation.batches import Batches
+from aai.foundation.clip import FrozenClip
+from aai.foundation.identity import FoundationSpec, identity
+from aai.foundation.loaders import load_vae
 from aai.precision import dtype_of
 from aai.version import code_version
-from pipelines.cluster import worker_dtype
-from pipelines.lock import locked
+from pipelines.engine.cluster import worker_dtype
+from pipelines.engine.lock import locked
+from pipelines.engine.shards import run_shards
 from pipelines.settings import DType, Plan, VerbConfig
-from pipelines.shards import run_shards
 
 log = logging.getLogger(__name__)
 

@@ -22,14 +22,14 @@ from tqdm import tqdm
 from aai import storage
 from aai.errors import UserError
 from aai.media.decode import ClipError, DecodeConfig, decode_clip
-from aai.toy import world
+from aai.toy import writer
 from aai.toy.draw import draw_scene
 from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS, random_scene
 from aai.toy.judge import SIZE_PX, train_judge
-from aai.toy.recipe import FoundationConfig, train_clip
+from aai.toy.recipe_clip import FoundationConfig, train_clip
 from aai.toy.recipe_diffusion import train_diffusion
-from pipelines.lock import locked
-from pipelines.manifest import read_manifest
+from pipelines.engine.lock import locked
+from pipelines.manifests.table import read_manifest
 from pipelines.settings import Plan, VerbConfig
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def run(config: FoundationVerbConfig) -> dict[str, Any]:
     if not storage.exists(config.manifest):
         folder = config.manifest.rsplit("/", 1)[0]
         log.info("foundation: no manifest at %s; the toy world draws %d pictures", config.manifest, config.images)
-        world.write_images(folder, config.images, config.seed)
+        writer.write_images(folder, config.images, config.seed)
     out = Path(storage.absolute(config.out))
     seconds: dict[str, Any] = {}
     pixels, captions = load_pictures(config.manifest, config.recipe.image_size_px)

@@ -6,7 +6,7 @@ aai generate --audio dog.wav --prompt "a sketch of <sound>" --num-images 4
 
 import argparse
 
-from pipelines.paint import PaintConfig, add_paint_flags, paint
+from pipelines.painting.paint import PaintConfig, add_paint_flags, paint
 
 CONFIG = PaintConfig
 

@@ -18,9 +18,9 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from pipelines import world
-from pipelines.machine import machine
-from pipelines.manifest import Row, read_manifest
-from pipelines.plan_rates import Rates, measure_rates
+from pipelines.benches.rates import Rates, measure_rates
+from pipelines.engine.machine import machine
+from pipelines.manifests.table import Row, read_manifest
 from pipelines.settings import Plan, VerbConfig
 from pipelines.world import WorldConfig
 

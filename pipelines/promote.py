@@ -22,10 +22,10 @@ from aai.bundle import Bundle, read_bundle
 from aai.config import Config
 from aai.errors import UserError
 from aai.version import code_version
-from pipelines import tracking
-from pipelines.figures import figure, numbers
+from pipelines.registry import tracking
+from pipelines.registry.figures import figure, numbers
+from pipelines.registry.tracking import CANDIDATE, CHAMPION, PREVIOUS
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
-from pipelines.tracking import CANDIDATE, CHAMPION, PREVIOUS
 
 log = logging.getLogger(__name__)
 RESULT = "promote.json"

@@ -33,10 +33,10 @@ from aai.encoders.audio import AudioEncoderConfig
 from aai.errors import UserError
 from aai.painter import Painter, PaintRequest
 from aai.png import encode_png
-from pipelines import tracking
-from pipelines.cluster import connect
+from pipelines.engine.cluster import connect
+from pipelines.registry import tracking
+from pipelines.service.http import Health, Limits, ServedModel, Verb, build_http, busy
 from pipelines.settings import ClusterConfig, DType, Plan, TrackingConfig, VerbConfig
-from pipelines.web import Health, Limits, ServedModel, Verb, build_http, busy
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ aai stylize --audio rain.wav --image dog.png
 
 import argparse
 
-from pipelines.paint import RepaintConfig, add_paint_flags, paint
+from pipelines.painting.paint import RepaintConfig, add_paint_flags, paint
 
 CONFIG = RepaintConfig
 

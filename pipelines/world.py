@@ -13,8 +13,8 @@ import pydantic
 
 from aai import storage
 from aai.errors import UserError
-from aai.toy import world
-from pipelines.lock import is_empty, locked
+from aai.toy import writer
+from pipelines.engine.lock import is_empty, locked
 from pipelines.settings import Plan, VerbConfig
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ class WorldConfig(VerbConfig):
     @pydantic.field_validator("shares")
     @classmethod
     def _known_kinds(cls, shares: dict[str, float]) -> dict[str, float]:
-        if unknown := set(shares) - set(world.KINDS):
-            raise ValueError(f"no such kind: {', '.join(sorted(unknown))}; kinds: {', '.join(world.KINDS)}")
-        total = sum(shares.get(kind, spec.share) for kind, spec in world.KINDS.items())
+        if unknown := set(shares) - set(writer.KINDS):
+            raise ValueError(f"no such kind: {', '.join(sorted(unknown))}; kinds: {', '.join(writer.KINDS)}")
+        total = sum(shares.get(kind, spec.share) for kind, spec in writer.KINDS.items())
         if total > 1 or min(shares.values(), default=0) < 0:
             raise ValueError(f"shares of all kinds add up to {total:.2f}; they must be within 0..1")
         return shares
@@ -68,12 +68,12 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def _content(config: WorldConfig) -> dict[str, Any]:
     """The settings that decide what the files hold."""
-    content = {"version": world.VERSION, "seed": config.seed, "clips": config.clips, "images": config.images}
+    content = {"version": writer.VERSION, "seed": config.seed, "clips": config.clips, "images": config.images}
     return content | ({"shares": config.shares} if config.shares else {})
 
 
 def _state(config: WorldConfig, out: str) -> dict[str, Any]:
-    """What world.json in `out` says; empty for a fresh folder. Raises UserError for foreign files there."""
+    """What writer.json in `out` says; empty for a fresh folder. Raises UserError for foreign files there."""
     marker = storage.join(out, "world.json")
     if storage.exists(marker):
         state: dict[str, Any] = storage.read_json(marker)
@@ -98,9 +98,9 @@ def run(config: WorldConfig) -> dict[str, Any]:
     start, workers = time.monotonic(), config.cluster.num_workers
     figures: dict[str, Any] = {"clips": 0, "defects": 0, "oddities": 0, "images": config.images}
     if config.clips:
-        figures.update(world.write_world(out, config.clips, config.seed, workers, shares=config.shares))
+        figures.update(writer.write_world(out, config.clips, config.seed, workers, shares=config.shares))
     if config.images:
-        world.write_images(storage.join(out, "captioned"), config.images, config.seed, workers)
+        writer.write_images(storage.join(out, "captioned"), config.images, config.seed, workers)
     figures["seconds"] = round(time.monotonic() - start, 1)
     storage.write_json(marker, {"content": _content(config), "finished": True, "figures": figures})
     log.info(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aai.foundation_id import FoundationSpec
+from aai.foundation.identity import FoundationSpec
 from pipelines.__main__ import CONFIGS, VERBS, main, module_of, settings_help
 
 REAL = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "demo")

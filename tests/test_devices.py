@@ -24,18 +24,18 @@ from aai.bundle import BundleConfig, read_bundle, write_bundle
 from aai.concepts import Concepts, Vocabulary
 from aai.conditions import CONDITIONS, Conditions
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
-from aai.encoders.clip import FrozenClip
 from aai.fit import FitConfig, State, fit
-from aai.foundation_id import FoundationSpec
-from aai.media.audio import encode_flac
+from aai.foundation.clip import FrozenClip
+from aai.foundation.identity import FoundationSpec
+from aai.media.waveform import encode_flac
 from aai.painter import Painter, PaintRequest
 from pipelines.adapt import AdaptConfig, build_task
 from pipelines.adapt import validate as validate_adapt
+from pipelines.curation.measuring import MEASURED_TABLE
+from pipelines.curation.scores import ScoreWorker
+from pipelines.curation.similarity import ScoreConfig, read_scores
+from pipelines.evaluation.cases import PictureWorker
 from pipelines.featurize import FeaturizeWorker
-from pipelines.measure import MEASURED_TABLE
-from pipelines.picture_cases import PictureWorker
-from pipelines.score import ScoreWorker
-from pipelines.similarity import ScoreConfig, read_scores
 from tests import tiny
 from tests.fake_cuda import CudaTensor, fake_cuda
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from aai import storage
-from pipelines import bench_decode
 from pipelines.__main__ import VERBS, main, module_of, settings_help
+from pipelines.benches import decoding
 from tests.clips import make_clip
 from tests.tiny import write_clip_table
 
@@ -98,7 +98,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("AAI_BUCKET", str(folder))
         patch.setenv("AAI_API_KEY", "a-key-for-this-test")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setattr(bench_decode, "write_clips", partial(bench_decode.write_clips, duration_s=0.5, height_px=144))
+        patch.setattr(decoding, "write_clips", partial(decoding.write_clips, duration_s=0.5, height_px=144))
         yield folder
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aai.media.audio import write_wav
+from aai.media.waveform import write_wav
 from tests.tiny import paintable_bundle
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ from aai.version import commit
 ROOT = Path(__file__).resolve().parent.parent
 DATA = {
     "configs": "pipelines/configs",
-    "pipelines/static": "pipelines/static",
-    "pipelines/templates": "pipelines/templates",
+    "pipelines/service/static": "pipelines/service/static",
+    "pipelines/pages/templates": "pipelines/pages/templates",
     "aai/toy/weights": "aai/toy/weights",
 }
 """What is not code: folder of the repository -> of the wheel."""
@@ -80,8 +80,8 @@ def test_everything_that_is_not_code_is_in_it(installed: Path) -> None:
 
 def test_the_toy_world_is_painted_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from aai.foundation import load_diffusion\nfrom aai.foundation_id import FoundationSpec\n"
-        "from aai.toy.judge import Judge\nfrom pipelines.page import environment\n"
+        "from aai.foundation.loaders import load_diffusion\nfrom aai.foundation.identity import FoundationSpec\n"
+        "from aai.toy.judge import Judge\nfrom pipelines.pages.page import environment\n"
         "load_diffusion(FoundationSpec())\nJudge.load()\nenvironment().get_template('report.html.jinja')\n"
     )
     run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(installed))

@@ -12,13 +12,13 @@ from aai import schema, storage
 from aai.adapt import AdapterConfig, AudioAdapter
 from aai.bundle import BundleConfig, write_bundle
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
-from aai.foundation_id import FoundationSpec
-from aai.media.audio import encode_flac
+from aai.foundation.identity import FoundationSpec
+from aai.media.waveform import encode_flac
 from aai.toy.draw import draw_scene
 from aai.toy.grammar import full_caption, random_scene
-from aai.toy.recipe import FoundationConfig, build_clip, build_tokenizer, image_processor
+from aai.toy.recipe_clip import FoundationConfig, build_clip, build_tokenizer, image_processor
 from aai.toy.recipe_diffusion import build_unet, build_vae, save_pipeline
-from aai.toy.sound import synthesise
+from aai.toy.synthesis import synthesise
 
 SIZES = FoundationConfig(image_size_px=64, hidden_size=32, unet_channels=(32, 32), merges=60)
 CAPTIONS = ["a photo of a big dog in the rain", "a sketch of a small bell at night", "a clock", "thing"]

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from aai.media.audio import encode_flac
 from aai.media.decode import decode_clip
 from aai.media.limits import ClipError, DecodeConfig
 from aai.media.signals import measure
+from aai.media.waveform import encode_flac
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIGNALS
 
 log = logging.getLogger(__name__)

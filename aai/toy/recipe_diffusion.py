@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from aai.toy.recipe import FoundationConfig, autocast, clip_input, to_unit, train_steps
+from aai.toy.recipe_clip import FoundationConfig, autocast, clip_input, to_unit, train_steps
 
 
 def build_vae(cfg: FoundationConfig) -> AutoencoderKL:

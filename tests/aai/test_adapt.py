@@ -10,8 +10,8 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter, denoising_loss, prompt_of
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.foundation import load_clip, load_diffusion
-from aai.foundation_id import FoundationSpec
+from aai.foundation.identity import FoundationSpec
+from aai.foundation.loaders import load_clip, load_diffusion
 from aai.inject import Injector
 from tests import tiny
 

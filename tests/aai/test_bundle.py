@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from aai import storage
 from aai.bundle import Bundle, BundleConfig, read_bundle, write_bundle
 from aai.errors import UserError
-from aai.foundation_id import FoundationSpec
+from aai.foundation.identity import FoundationSpec
 from aai.version import code_version
 
 ALIGNER = {"head.weight": torch.arange(6.0).reshape(2, 3), "steps": torch.tensor(7)}

@@ -13,7 +13,7 @@ import torch
 from aai import schema, storage
 from aai.errors import UserError
 from aai.features import METADATA_KEY, FeatureManifest, FeatureReader, hash64, load_split
-from aai.media.audio import encode_flac
+from aai.media.waveform import encode_flac
 
 SAMPLES = 400
 

@@ -7,8 +7,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from aai.errors import UserError
-from aai.foundation import load_diffusion
-from aai.foundation_id import FoundationSpec
+from aai.foundation.identity import FoundationSpec
+from aai.foundation.loaders import load_diffusion
 from aai.inject import Injector, Sound, export_textual_inversion
 from tests import tiny
 

@@ -9,10 +9,10 @@ from aai.adapt import AdapterConfig, AudioAdapter
 from aai.concepts import Vocabulary
 from aai.conditions import CONDITIONS, Conditions, HeldOutClip
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
-from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
-from aai.foundation import load_diffusion
-from aai.foundation_id import FoundationSpec
+from aai.foundation.clip import FrozenClip
+from aai.foundation.identity import FoundationSpec
+from aai.foundation.loaders import load_diffusion
 from aai.painter import Painter, PaintRequest, check_repaint
 from tests import tiny
 

@@ -22,7 +22,7 @@ from aai.media.decode import decode_audio
 from aai.painter import Painter, PaintRequest
 from aai.toy.judge import Judge
 from aai.toy.scoring import score_defects
-from pipelines import tracking
+from pipelines.registry import tracking
 from pipelines.settings import TrackingConfig
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(3600)]

@@ -12,8 +12,9 @@ from ray.cluster_utils import Cluster
 from aai import storage
 from aai.align import load_aligner
 from aai.bundle import read_bundle
-from aai.toy.world import write_world
-from pipelines import align, cluster, curate, featurize
+from aai.toy.writer import write_world
+from pipelines import align, curate, featurize
+from pipelines.engine import cluster
 from pipelines.settings import VerbConfig
 from tests.pipelines.conftest import run_here
 

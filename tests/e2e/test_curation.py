@@ -17,8 +17,9 @@ import s3fs
 from ray.cluster_utils import Cluster
 
 from aai import storage
-from aai.toy.world import write_world
-from pipelines import cluster, curate
+from aai.toy.writer import write_world
+from pipelines import curate
+from pipelines.engine import cluster
 from tests.faults import faulty
 from tests.pipelines.conftest import run_here
 

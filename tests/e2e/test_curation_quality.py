@@ -15,7 +15,7 @@ from aai.align import embed_files, load_aligner
 from aai.bundle import read_bundle
 from aai.metrics import bootstrap_ci, first_hit_ranks, retrieval
 from aai.toy.scoring import score_defects
-from pipelines.picture_grades import vectors
+from pipelines.evaluation.grades import vectors
 from tests.e2e.test_curation import RUNS, run
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(3600)]

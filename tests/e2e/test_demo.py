@@ -16,9 +16,11 @@ from aai import storage
 from aai.bundle import read_bundle
 from aai.painter import Painter, PaintRequest
 from aai.version import code_version
-from pipelines import cluster, demo, tracking
+from pipelines import demo
 from pipelines.__main__ import main
-from pipelines.paint import InputLimits, load_sound
+from pipelines.engine import cluster
+from pipelines.painting.paint import InputLimits, load_sound
+from pipelines.registry import tracking
 from pipelines.settings import TrackingConfig
 
 QUICK = {

@@ -32,7 +32,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("store") / "new" / "mlflow.db"
     code = """
         import sys
-        from pipelines import tracking
+        from pipelines.registry import tracking
         from pipelines.settings import TrackingConfig
         with tracking.run(TrackingConfig(uri=sys.argv[1]), "first"):
             pass
@@ -68,7 +68,7 @@ def _run_shards_here(
 
 def run_here(patch: pytest.MonkeyPatch) -> None:
     """Shards of curate and featurize run in this process; the engine has its own tests, and so have they on it."""
-    for module in ("curate", "measure", "cut", "featurize", "near"):
+    for module in ("curate", "curation.measuring", "curation.cut", "featurize", "curation.near"):
         patch.setattr(importlib.import_module(f"pipelines.{module}"), "run_shards", _run_shards_here)
 
 

@@ -14,11 +14,12 @@ from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
 from aai.fit import FitConfig
 from aai.precision import resolve
-from pipelines import adapt, align, featurize, training
+from pipelines import adapt, align, featurize
 from pipelines.align import AlignVerbConfig
-from pipelines.cluster import connect, shutdown
+from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
-from pipelines.stage import run_stage, validates
+from pipelines.training import ray_train
+from pipelines.training.stage import run_stage, validates
 from tests.tiny import write_clip, write_clip_table, write_diffusion
 
 ENCODER = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_mel_bins": 32, "head_size": 32}
@@ -50,9 +51,9 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     assert result["steps"] == 6
     assert result["precision"] == resolve("auto", "cpu")
     assert {"val_a2v_r1", "val_a2t_r1"} <= result["metrics"].keys()
-    history = training.history(config.out)
+    history = ray_train.history(config.out)
     assert [(e["step"], "loss" in e) for e in history] == [(2, True), (4, True), (4, False), (6, True), (6, False)]
-    assert not Path(training.checkpoints(config.out)).exists()
+    assert not Path(ray_train.checkpoints(config.out)).exists()
 
     bundle = read_bundle(result["bundle"])
     manifest = FeatureManifest.read(config.features)

@@ -12,15 +12,15 @@ from PIL import Image
 
 from aai import storage
 from aai.errors import UserError
-from aai.media.audio import decode_flac
+from aai.media.waveform import decode_flac
 from aai.schema import CLIP_TABLE, REJECT_TABLE
 from aai.toy.scoring import score_defects
-from aai.toy.world import write_world
+from aai.toy.writer import write_world
 from aai.version import code_version
-from pipelines import measure
 from pipelines.__main__ import load_config
-from pipelines.cluster import connect, shutdown
 from pipelines.curate import CurateConfig, run
+from pipelines.curation import measuring
+from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
 from tests.clips import make_clip
 
@@ -251,7 +251,7 @@ def test_tables_say_which_code_wrote_them_and_another_commit_keeps_them(
 def test_a_job_that_goes_wrong_is_stopped_and_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "EARLY_ROWS", 4)
+    monkeypatch.setattr(measuring, "EARLY_ROWS", 4)
     for i in range(40):
         storage.write_bytes(str(tmp_path / f"media/{i}.mp4"), b"no clip")
     with pytest.raises(UserError, match="100% of 4 rows were rejected so far"):

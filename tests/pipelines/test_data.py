@@ -16,7 +16,7 @@ from PIL import Image
 from aai import schema, storage
 from aai.errors import UserError
 from aai.features import METADATA_KEY, SHAPES_KEY, FeatureReader, load_split
-from aai.media.audio import decode_flac
+from aai.media.waveform import decode_flac
 from aai.version import METADATA_KEY as WRITTEN_BY
 from aai.version import code_version
 from pipelines.__main__ import main

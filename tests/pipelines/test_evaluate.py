@@ -8,7 +8,7 @@ import torch
 from aai import storage
 from aai.bundle import BundleConfig, write_bundle
 from aai.errors import UserError
-from aai.foundation_id import FoundationSpec
+from aai.foundation.identity import FoundationSpec
 from pipelines import evaluate
 
 

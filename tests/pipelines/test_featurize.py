@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from aai import schema, storage
-from aai.encoders.clip import FrozenClip
 from aai.errors import UserError
 from aai.features import FeatureManifest
-from aai.foundation import load_diffusion
+from aai.foundation.clip import FrozenClip
+from aai.foundation.loaders import load_diffusion
 from aai.version import code_version
 from pipelines import featurize
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker

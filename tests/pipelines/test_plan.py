@@ -7,8 +7,8 @@ import pytest
 from aai.errors import UserError
 from pipelines import plan
 from pipelines.__main__ import main
+from pipelines.benches.rates import Rates
 from pipelines.plan import CapacityConfig
-from pipelines.plan_rates import Rates
 
 RATES = Rates(
     sample=64, accepted_share=0.5, frames=8, curate_cpu_s=0.1, prepare_cpu_s=0.02, images_per_s=10.0,

@@ -14,11 +14,12 @@ from mlflow.entities import Run
 from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.version import code_version
-from pipelines import promote, tracking
+from pipelines import promote
 from pipelines.__main__ import CONFIGS, main
 from pipelines.promote import Gate, PromoteConfig, check_gate
+from pipelines.registry import tracking
 from pipelines.settings import TrackingConfig
-from tests.pipelines.test_tracking import make_bundle
+from tests.pipelines.registry.test_tracking import make_bundle
 
 GOOD: dict[str, Any] = {
     "retrieval": {"overlap": 0, "batch_invariance_max_abs": 1e-6, "same_object_r1": 0.9, "a2v": {"ci95": [0.1, 0.2]}},

@@ -25,12 +25,12 @@ from aai.bundle import BundleConfig, write_bundle
 from aai.concepts import Vocabulary
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.foundation_id import FoundationSpec
+from aai.foundation.identity import FoundationSpec
 from aai.media.decode import decode_audio
 from aai.painter import Painter, PaintRequest
 from aai.version import code_version
-from pipelines import tracking
 from pipelines.__main__ import main
+from pipelines.registry import tracking
 from pipelines.serve import ServeConfig, build_app, check_address
 from pipelines.settings import TrackingConfig
 from tests.hostile import png, wav

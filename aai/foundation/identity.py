@@ -1,0 +1,61 @@
+"""Which frozen models a run stands on, without loading them (which takes seconds of imports alone)."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from aai.config import Config
+from aai.errors import UserError
+
+TOY_WEIGHTS = Path(__file__).parents[1] / "toy" / "weights"
+
+
+class FoundationSpec(Config):
+    """Which frozen models a run stands on; they are recorded in every table and bundle."""
+
+    clip: str = "toy:clip"
+    """CLIPModel: local folder, hub id, or toy:clip (in the package)."""
+    clip_revision: str | None = None
+    """Commit of the hub id; required for a hub id so that a run can be repeated."""
+    diffusion: str = "toy:diffusion"
+    """Stable Diffusion pipeline folder, hub id, or toy:diffusion (in the package)."""
+    diffusion_revision: str | None = None
+
+
+def locate(model_id: str, revision: str | None, setting: str) -> tuple[str, dict[str, Any]]:
+    """The argument for `from_pretrained`: a folder, or a pinned hub id."""
+    if model_id.startswith("toy:"):
+        model_id = str(TOY_WEIGHTS / model_id.removeprefix("toy:"))
+    if os.path.isdir(model_id):
+        return model_id, {"local_files_only": True}
+    if model_id.startswith(("/", ".", "s3://")) or model_id.count("/") != 1:
+        raise UserError(
+            f"foundation.{setting}", model_id, "is neither a folder nor a hub id", "give an existing folder"
+        )
+    if not revision:
+        raise UserError(
+            f"foundation.{setting}_revision", "(missing)", f"hub id {model_id} is not pinned", "give its commit hash"
+        )
+    return model_id, {"revision": revision}
+
+
+def identity(spec: FoundationSpec) -> dict[str, str]:
+    """What pins the foundation: for a hub id its revision, for a folder the hash of its safetensors files."""
+    out = {}
+    for name, model_id, revision in (
+        ("clip", spec.clip, spec.clip_revision),
+        ("diffusion", spec.diffusion, spec.diffusion_revision),
+    ):
+        where, _ = locate(model_id, revision, name)
+        out[name] = model_id
+        out[f"{name}_revision"] = _folder_hash(Path(where)) if os.path.isdir(where) else str(revision)
+    return out
+
+
+def _folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

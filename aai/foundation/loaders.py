@@ -1,0 +1,85 @@
+"""The frozen foundation models by id: a CLIP and a Stable Diffusion, each a local folder, a hub id, or `toy:NAME`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from aai.errors import UserError
+from aai.foundation.identity import FoundationSpec, locate
+
+
+def _load(setting: str, model_id: str, load: Callable[[], Any]) -> Any:
+    """Loads without the libraries' bars and notices (a tower of a whole CLIP is loaded with parts left over)."""
+    for library in (transformers.utils.logging, diffusers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"foundation.{setting}", model_id, f"cannot be loaded ({reason})", "give a folder or a reachable hub id"
+        ) from error
+
+
+def load_clip(
+    spec: FoundationSpec, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
+    """The frozen CLIP with its tokenizer and PIL image processor, in eval mode without gradients."""
+    where, kwargs = locate(spec.clip, spec.clip_revision, "clip")
+    model = _load(
+        "clip", spec.clip, lambda: CLIPModel.from_pretrained(where, dtype=dtype, use_safetensors=True, **kwargs)
+    )
+    tokenizer = _load("clip", spec.clip, lambda: CLIPTokenizer.from_pretrained(where, **kwargs))
+    processor = _load("clip", spec.clip, lambda: CLIPImageProcessorPil.from_pretrained(where, **kwargs))
+    return model.to(device).eval().requires_grad_(False), tokenizer, processor
+
+
+def load_diffusion(
+    spec: FoundationSpec, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
+    """The frozen diffusion pipeline, without safety checker, every part in eval mode without gradients."""
+    where, kwargs = locate(spec.diffusion, spec.diffusion_revision, "diffusion")
+    pipe = _load(
+        "diffusion",
+        spec.diffusion,
+        lambda: StableDiffusionPipeline.from_pretrained(
+            where,
+            dtype=dtype,
+            low_cpu_mem_usage=False,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            use_safetensors=True,
+            **kwargs,
+        ),
+    )
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.vae, pipe.unet, pipe.text_encoder):
+        part.eval().requires_grad_(False)
+    return pipe
+
+
+def load_vae(
+    spec: FoundationSpec, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[AutoencoderKL, int]:
+    """The frozen VAE of the diffusion model alone, and the edge in pixels of the pictures it was trained on."""
+    where, kwargs = locate(spec.diffusion, spec.diffusion_revision, "diffusion")
+    vae = _load(
+        "diffusion",
+        spec.diffusion,
+        lambda: AutoencoderKL.from_pretrained(
+            where, subfolder="vae", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, **kwargs
+        ),
+    )
+    unet = _load(
+        "diffusion", spec.diffusion, lambda: UNet2DConditionModel.load_config(where, subfolder="unet", **kwargs)
+    )
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.to(device).eval().requires_grad_(False), int(unet["sample_size"]) * factor

@@ -1,0 +1,1 @@
+"""What `aai bench` and `aai plan` measure."""

@@ -1,0 +1,1 @@
+"""What `aai curate` is made of."""

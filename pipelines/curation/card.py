@@ -1,0 +1,227 @@
+"""The data card of curated tables: what went in, what stayed, what each filter did and would do otherwise.
+
+One HTML page that needs nothing else, and card.json with all its figures.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from aai import storage
+from pipelines.curation import card_figures as figures_of
+from pipelines.curation.card_data import Entry, Rows, fetch, locate, read_rows
+from pipelines.curation.card_figures import Rule
+from pipelines.pages.page import environment
+from pipelines.pages.plots import COLOURS, histogram, thumbnail
+from pipelines.settings import TrackingConfig
+
+log = logging.getLogger(__name__)
+
+PAGE, FIGURES = "card.html", "card.json"
+VERSION = 1
+NEAR_DROPPED, NEAR_KEPT = 8, 4
+"""Borderline clips shown of every filter."""
+GROUPS, GROUP_DROPPED = 12, 3
+"""Duplicate groups shown, and dropped clips of each."""
+EXAMPLES = 3
+"""Rows shown of a reject code that no threshold stands for."""
+TRANSIENT = 8
+LABELS = 40
+"""Labels shown at once; the next ones are folded away, up to FOLDED."""
+FOLDED = 400
+KEPT, THIS, ELSE = COLOURS[0], COLOURS[1], "#8d929b"
+
+
+def write_card(out: str, config_filters: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes OUT/card.json and OUT/card.html about OUT/accepted and OUT/rejected; returns what card.json holds.
+
+    config_filters: the thresholds (FilterConfig as a mapping; null = not in force). result: what curate.json holds;
+    `correspondence` in it, where there is one, has threshold, false_accept_rate, null and matched.
+    """
+    rows = read_rows(out)
+    found = figures_of.rules(config_filters, result)
+    groups, ordered = figures_of.duplicates(rows)
+    card: dict[str, Any] = {
+        "version": VERSION,
+        "out": out,
+        "filters": dict(config_filters),
+        "funnel": figures_of.funnel(rows),
+        "signals": figures_of.histograms(rows, found),
+        "thresholds": figures_of.moves(rows, found),
+        "labels": figures_of.labels(rows),
+        "correspondence": figures_of.correspondence(result),
+        "duplicates": groups,
+    }
+    card |= _samples(rows, found, ordered)
+    storage.write_bytes(storage.join(out, PAGE), render(card).encode())
+    card = _without_pictures(card)
+    storage.write_json(storage.join(out, FIGURES), card)
+    log.info("card: %s", storage.join(out, PAGE))
+    return card
+
+
+def log_card(cfg: TrackingConfig, run_name: str, out: str, figures: Mapping[str, Any]) -> str:
+    """Logs the files of `write_card` and its counts as an MLflow run; returns the run's id. Raises UserError."""
+    from pipelines.registry import tracking  # only here: it takes seconds to import
+
+    funnel = figures["funnel"]
+    totals = {k: v for k, v in funnel.items() if not isinstance(v, list)}
+    by_code = {code["code"]: code["rows"] for stage in funnel["stages"] for code in stage["codes"]}
+    flags = {flag["code"]: flag["rows"] for flag in funnel["flags"]}
+    with tracking.run(cfg, run_name, {"out": out, "filters": figures["filters"]}, {"stage": "curate"}) as run:
+        duplicates = {k: figures["duplicates"][k] for k in ("groups", "dropped")}
+        run.log_metrics({**totals, "by_code": by_code, "flags": flags, "duplicates": duplicates})
+        for name in (PAGE, FIGURES):
+            run.log_artifact(storage.join(out, name))
+        return run.run_id
+
+
+def _samples(rows: Rows, found: Sequence[Rule], groups: Sequence[list[int]]) -> dict[str, Any]:
+    """Single clips, with pictures: borderline ones, duplicate groups, examples of other codes and transient errors."""
+    near = [(rule, *figures_of.borderline(rows, rule, NEAR_DROPPED)) for rule in found]
+    near = [(rule, dropped, kept[:NEAR_KEPT]) for rule, dropped, kept in near if dropped]
+    shown = figures_of.varied(rows, groups, GROUPS)
+    d = rows.duplicates
+    kept_rows = locate(rows, (d.kept[group[0]] for group in shown))
+    wanted = {i for _, dropped, kept in near for i in (*dropped, *kept)} | set(kept_rows.values())
+    wanted |= {d.row[i] for group in shown for i in group[:GROUP_DROPPED]}
+    clips = {row: _with_thumbnail(entry) for row, entry in fetch(rows, wanted).items()}
+    examples = {code: places for code in rows.codes if (places := _plain_rows(rows, found, code))}
+    broken = {code: places for code in rows.codes if (places := _transient_rows(rows, code))}
+    texts = fetch(rows, [i for part in (examples, broken) for places in part.values() for i in places], False)
+    rule_of = {rule: rows.values[rule.signal] for rule in found}
+    return {
+        "borderline": [
+            {
+                **{k: getattr(rule, k) for k in ("code", "signal", "setting", "unit", "sign", "limit")},
+                "dropped": [clips[i] | {"value": float(rule_of[rule][i])} for i in dropped],
+                "kept": [clips[i] | {"value": float(rule_of[rule][i])} for i in kept],
+            }
+            for rule, dropped, kept in near
+        ],
+        "duplicate_groups": [
+            {
+                "code": d.code[group[0]],
+                "kept": clips.get(kept_rows.get(d.kept[group[0]], -1)),
+                "dropped": [clips[d.row[i]] for i in group[:GROUP_DROPPED]],
+                "more": max(0, len(group) - GROUP_DROPPED),
+            }
+            for group in shown
+        ],
+        "examples": {code: [texts[i] for i in places] for code, places in examples.items()},
+        "transient": [
+            {"code": code, "rows": _number(rows, code, rows.transient), "examples": [texts[i] for i in places]}
+            for code, places in broken.items()
+        ],
+    }
+
+
+def _plain_rows(rows: Rows, found: Sequence[Rule], code: str) -> list[int]:
+    """A few rows with a code that neither a threshold nor a duplicate explains, at even distances."""
+    if code in {rule.code for rule in found} | set(rows.duplicates.code):
+        return []
+    chosen = ~rows.accepted & ~rows.transient & (rows.marks == rows.bits([code]))
+    return _spread(chosen, EXAMPLES)
+
+
+def _transient_rows(rows: Rows, code: str) -> list[int]:
+    return _spread(rows.transient & (rows.marks == rows.bits([code])), TRANSIENT)
+
+
+def _number(rows: Rows, code: str, chosen: Any) -> int:
+    return int((chosen & (rows.marks == rows.bits([code]))).sum())
+
+
+def _spread(chosen: Any, count: int) -> list[int]:
+    places = chosen.nonzero()[0]
+    return [int(places[i * len(places) // count]) for i in range(count)] if len(places) > count else places.tolist()
+
+
+def _with_thumbnail(entry: Entry) -> Entry:
+    return entry | {"picture": thumbnail(entry["picture"], 112) if entry["picture"] else None}
+
+
+def _without_pictures(value: Any) -> Any:
+    """The same figures without what only the page shows."""
+    if isinstance(value, dict):
+        return {k: _without_pictures(v) for k, v in value.items() if k != "picture"}
+    return [_without_pictures(v) for v in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------- the page
+
+
+def render(card: Mapping[str, Any]) -> str:
+    """The page as HTML."""
+    env = environment()
+    env.filters |= {"signed": _signed, "hours": _hours}
+    judged = [name for name, s in card["signals"].items() if s["thresholds"]]
+    plots = {name: _plot(name, card["signals"][name]) for name in card["signals"]}
+    labels = card["labels"]["rows"]
+    return (
+        env.get_template("card.html.jinja")
+        .render(
+            card=card,
+            funnel=card["funnel"],
+            plots=plots,
+            judged=judged,
+            moves_of=_moves_of(card),
+            labels=labels[:LABELS],
+            folded=labels[LABELS : LABELS + FOLDED],
+            pairs=_pairs_plot(card["correspondence"]),
+            most=max((row["accepted"] for row in labels), default=1) or 1,
+        )
+        .lstrip()
+    )
+
+
+def _moves_of(card: Mapping[str, Any]) -> dict[str, list[Entry]]:
+    """By signal: the thresholds whose moving is told below its histogram; each setting once."""
+    out: dict[str, list[Entry]] = {}
+    for setting, move in card["thresholds"].items():
+        out.setdefault(move["signals"][0], []).append({"setting": setting, **move})
+    return out
+
+
+def _plot(name: str, signal: Mapping[str, Any]) -> Markup:
+    """The histogram of one signal with its thresholds."""
+    inside = {t["setting"]: t["limit"] for t in signal["thresholds"]}
+    low, high = signal["edges"][0], signal["edges"][-1]
+    marks = {f"{k} {v:g}": v for k, v in inside.items() if low <= v <= high}
+    stacks, colours = {"kept": signal["kept"]}, [KEPT]
+    for key, text, colour in (("this", "dropped by this filter", THIS), ("other", "dropped for another reason", ELSE)):
+        if sum(signal[key]):
+            stacks[text] = signal[key]
+            colours.append(colour)
+    unit = signal["thresholds"][0]["unit"] if signal["thresholds"] else ""
+    return histogram(signal["edges"], stacks, name, unit, marks=marks, colours=colours)
+
+
+def _pairs_plot(found: Mapping[str, Any] | None) -> Markup | None:
+    """Scores of shuffled pairs over those of true pairs, each as a share of its own number."""
+    if found is None:
+        return None
+    shares = {
+        text: [count / max(1, sum(found[key])) for count in found[key]]
+        for key, text in (("null", "shuffled pairs"), ("matched", "true pairs"))
+    }
+    threshold = found.get("threshold")
+    marks = {} if threshold is None else {f"threshold {threshold:.3g}": threshold}
+    title = "Likeness of sound and pictures"
+    return histogram(found["edges"], shares, title, "av_similarity", "share", marks, (ELSE, KEPT), beside=True)
+
+
+def _signed(value: int, sign: str) -> str:
+    """12 -> +12 or − 12; nothing for 0."""
+    return f"{sign}{value:,}" if value else "·"
+
+
+def _hours(value: float | None) -> str:
+    """Hours for people: 0.0041 -> 15 s, 0.22 -> 13 min, 31.4 -> 31.4 h."""
+    if value is None:
+        return "–"
+    if value < 1 / 60:
+        return f"{3600 * value:.0f}\u00a0s"
+    return f"{60 * value:.1f}\u00a0min" if value < 1 else f"{value:,.1f}\u00a0h"

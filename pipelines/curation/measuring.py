@@ -1,0 +1,224 @@
+"""Measuring: every clip is read, decoded once in a child process, and becomes one row: good, or with a reason.
+
+The table knows no captions and no splits, so that a changed manifest costs no decoding.
+"""
+
+import hashlib
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from aai import storage
+from aai.errors import UserError
+from aai.media.child import MediaChild
+from aai.media.filters import RULES, FilterConfig, broken_rules
+from aai.media.limits import ClipError, DecodeConfig
+from aai.media.measure import MEASURED_ROW, clip_id
+from pipelines.curation.ledger import Entry, Ledger
+from pipelines.engine.shards import Result, Shard, run_shards
+from pipelines.manifests.table import Row
+
+if TYPE_CHECKING:
+    from pipelines.curate import CurateConfig
+
+log = logging.getLogger(__name__)
+
+FOLDER = "_measured"
+KNOWN = "_known.parquet"
+"""clip_id, shard and row of all clips measured before this run."""
+READ_AHEAD = 3
+"""Files read while one is decoded."""
+TRANSIENT = "TRANSIENT"
+"""Stands for every code in --retry that may pass next time."""
+EARLY_ROWS = 500
+"""Rows after which a job with too many rejects is stopped."""
+MEASURED_TABLE = pa.schema([pa.field("key", pa.string(), nullable=False), *MEASURED_ROW])
+SMALL = [name for name in MEASURED_TABLE.names if name not in ("audio", "frames", "frame_pts_s")]
+"""The columns that judging needs."""
+
+Clip = dict[str, Any]
+"""key, uri, start_s, end_s."""
+
+
+def shard_file(out: str, folder: str, name: str) -> str:
+    """Where the table of a shard lies."""
+    return storage.join(out, folder, f"{name}.parquet")
+
+
+class MeasureWorker:
+    """Measures the clips of one shard -> _measured/SHARD.parquet."""
+
+    def __init__(self, out: str, decode: dict[str, Any], filters: dict[str, Any]) -> None:
+        self.out, self.decode, self.filters = out, DecodeConfig.parse(decode), FilterConfig.parse(filters)
+        self.child = MediaChild(self.decode)
+
+    def __call__(self, shard: Shard) -> Result:
+        """Shard: name, rows, clips. `rejected` counts what cannot be decoded or breaks a filter."""
+        rows, reused = [], 0
+        for clips, data in self._read_ahead([list(group) for _, group in groupby(shard["clips"], lambda c: c["uri"])]):
+            content = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
+            for clip in clips:
+                if isinstance(data, ClipError):
+                    row = _unread(data)
+                elif known := self._known(content, clip):
+                    row, reused = known, reused + 1
+                else:
+                    row = self.child.measure(data, clip["start_s"], clip["end_s"])
+                rows.append({**row, "key": clip["key"]})
+        table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
+        storage.write_table(shard_file(self.out, FOLDER, shard["name"]), table, row_group_size=64)
+        rejected = sum(bool(row.get("code") or broken_rules(row, self.filters)) for row in rows)
+        return {"rows": len(rows), "rejected": rejected, "reused": reused}
+
+    def _read_ahead(self, groups: Sequence[list[Clip]]) -> Iterator[tuple[list[Clip], bytes | ClipError]]:
+        """The clips of each file with its content, or why it cannot be read; the next few files are on their way."""
+        waiting: deque[tuple[list[Clip], Future[bytes | ClipError]]] = deque()
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            for clips in groups:
+                waiting.append((clips, pool.submit(read_file, clips[0]["uri"], self.decode.max_bytes)))
+                if len(waiting) > READ_AHEAD:
+                    clips, future = waiting.popleft()
+                    yield clips, future.result()
+            while waiting:
+                clips, future = waiting.popleft()
+                yield clips, future.result()
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, int]]:
+        """{clip_id: (shard, row)} of what earlier runs measured."""
+        where = storage.join(self.out, KNOWN)
+        if not storage.exists(where):
+            return {}
+        rows = storage.read_table(where).to_pylist()
+        return {row["clip_id"]: (row["shard"], row["row"]) for row in rows}
+
+    def _known(self, content_hash: str, clip: Clip) -> dict[str, Any] | None:
+        """An earlier run's row of the same content and window: moved, copied and touched files are not decoded."""
+        if not self._places:
+            return None
+        place = self._places.get(clip_id(content_hash, clip["start_s"], clip["end_s"]))
+        if place is None:
+            return None
+        row: dict[str, Any] = storage.read_row(shard_file(self.out, FOLDER, place[0]), place[1])
+        return row
+
+
+def _unread(error: ClipError) -> dict[str, Any]:
+    return {"stage": "read", "code": error.code, "message": error.message, "transient": error.transient}
+
+
+def read_file(uri: str, max_bytes: int) -> bytes | ClipError:
+    """A file's content, or why it cannot be had."""
+    try:
+        return storage.read_bytes(uri, max_bytes)
+    except FileNotFoundError:
+        return ClipError("MISSING_FILE", "no such file")
+    except ValueError as error:
+        return ClipError("TOO_LARGE", str(error))
+    except Exception as error:  # storage clients raise many types; all mean "ask again later"
+        log.debug("reading %s", uri, exc_info=True)
+        return ClipError("IO_ERROR", f"{type(error).__name__}: {error}"[:300], transient=True)
+
+
+# ---------------------------------------------------------------- the driver's side
+
+
+class _RejectWatch:
+    """Stops a job that is going wrong: the shards that are done stay done."""
+
+    def __init__(self, config: "CurateConfig", total: int) -> None:
+        self.config, self.after = config, max(EARLY_ROWS, total // 50)
+        self.rows = self.rejected = 0
+
+    def __call__(self, result: Result) -> None:
+        self.rows, self.rejected = self.rows + result["rows"], self.rejected + result["rejected"]
+        if self.rows >= self.after:
+            check_ratio(self.config, self.rejected, self.rows, "so far")
+
+
+def check_ratio(config: "CurateConfig", rejected: int, rows: int, when: str) -> None:
+    """Raises UserError when more than `max_reject_ratio` of the rows were rejected."""
+    if rejected > config.max_reject_ratio * rows:
+        raise UserError(
+            "max_reject_ratio",
+            config.max_reject_ratio,
+            f"{rejected / rows:.0%} of {rows} rows were rejected {when}",
+            f"read the reasons under {config.out}, mend the input, or raise it; what is done is kept",
+        )
+
+
+def _retried(config: "CurateConfig", ledger: Ledger, keys: Sequence[str]) -> list[Entry]:
+    """The clips that --retry names. Raises UserError for a code that no undecodable row has."""
+    wanted, found, entries = set(config.retry), Counter[str](), []
+    for name, valid in ledger.valid(set(keys)).items():
+        file = shard_file(ledger.out, FOLDER, name)
+        if not storage.exists(file):
+            continue
+        here = {entry.key: entry for entry in valid}
+        for row in storage.read_table(file, ["key", "code", "transient"]).to_pylist():
+            if row["key"] in here and row["code"]:
+                found[row["code"]] += 1
+                if row["code"] in wanted or (TRANSIENT in wanted and row["transient"]):
+                    entries.append(here[row["key"]])
+    if unknown := wanted - set(found) - {TRANSIENT}:
+        known = ", ".join(f"{code} ({count})" for code, count in found.most_common()) or "none"
+        verdict = unknown & {rule[0] for rule in RULES}
+        remedy = "a filter's verdict changes with --rejudge" if verdict else f"undecodable rows here: {known}"
+        raise UserError("retry", ",".join(sorted(unknown)), "is no code of a row that could not be decoded", remedy)
+    return entries
+
+
+def _write_known(out: str, ledger: Ledger, done: set[str]) -> None:
+    """Where the good clips of the finished shards lie, so that the same content is not decoded again."""
+    places: dict[str, tuple[str, int]] = {}
+    for name in sorted(done & set(ledger.shards)):
+        rows = storage.read_table(shard_file(out, FOLDER, name), ["clip_id", "code"]).to_pylist()
+        places |= {row["clip_id"]: (name, i) for i, row in enumerate(rows) if row["clip_id"] and not row["code"]}
+    rows = [{"clip_id": clip, "shard": shard, "row": row} for clip, (shard, row) in places.items()]
+    table = pa.Table.from_pylist(rows, pa.schema({"clip_id": pa.string(), "shard": pa.string(), "row": pa.int64()}))
+    storage.write_table(storage.join(out, KNOWN), table, row_group_size=65_536)
+
+
+def measure_rows(
+    config: "CurateConfig", out: str, rows: Sequence[Row], keys: Sequence[str]
+) -> tuple[Ledger, Counter[str]]:
+    """Plans what is new, or to be tried again, and measures every shard that is missing."""
+    ledger = Ledger(out)
+    again = _retried(config, ledger, keys) if config.retry else []
+    new = [_entry(keys[i], rows[i]) for i in ledger.missing(keys)]
+    done = storage.shard_names(storage.join(out, FOLDER))
+    if done and new:
+        _write_known(out, ledger, done)
+    added = ledger.add([*again, *new], config.rows_per_shard)
+    if ledger.batches > 1 and added:
+        log.info("curate: %d new or changed rows, %d to try again", len(new), len(again))
+    shards = [
+        {"name": name, "rows": len(entries), "clips": [vars(entry) for entry in entries]}
+        for name, entries in ledger.shards.items()
+    ]
+    args = {"out": out, "decode": config.decode.model_dump(), "filters": config.filters.model_dump()}
+    counts: Counter[str] = Counter()
+    watch = _RejectWatch(config, len(rows))
+
+    def on_result(result: Result) -> None:
+        counts.update({"measured": result["rows"], "reused": result["reused"]})
+        watch(result)
+
+    logs = os.path.dirname(out)
+
+    def is_done(shard: Shard) -> bool:
+        return shard["name"] in done
+
+    run_shards("curate", shards, MeasureWorker, args, config.cluster, is_done, logs, on_result=on_result)
+    return ledger, counts
+
+
+def _entry(key: str, row: Row) -> Entry:
+    return Entry(key, row["uri"], row["start_s"], row["end_s"])

@@ -1,0 +1,82 @@
+"""Near duplicates among more clips than one process should compare: the search is spread over the cluster."""
+
+import math
+import os
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from aai import storage
+from aai.media.duplicates import BANDS, DuplicateConfig, near_pairs, near_pairs_of
+from pipelines.engine.shards import Result, Shard, run_shards
+from pipelines.settings import ClusterConfig
+
+FOLDER = "_near"
+"""Hashes and pairs, only while the search runs."""
+SPREAD_FROM = 100_000
+"""Clips from which on workers search; below, starting them takes longer."""
+PAIRS_PER_TASK = 1_000_000_000
+"""Comparisons of one unit of work: about half a minute."""
+HASHES = ("video_hash", "audio_hash")
+
+
+class NearWorker:
+    """Searches a share of one band -> _near/pairs/NAME.parquet. Holds the hashes of all clips, 64 bytes each."""
+
+    def __init__(self, out: str, duplicates: dict[str, Any]) -> None:
+        self.out, self.cfg = storage.join(out, FOLDER), DuplicateConfig.parse(duplicates)
+
+    @cached_property
+    def hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """video, audio uint64 [N, 4]."""
+        table = storage.read_table(storage.join(self.out, "hashes.parquet"))
+        video, audio = (np.concatenate([_words_of(chunk) for chunk in table[name].chunks]) for name in HASHES)
+        return video, audio
+
+    def __call__(self, shard: Shard) -> Result:
+        """Shard: name, rows, band, part, parts."""
+        pairs = near_pairs_of(*self.hashes, self.cfg, shard["band"], shard["part"], shard["parts"])
+        table = pa.table({"left": pairs[:, 0], "right": pairs[:, 1]})
+        storage.write_table(storage.join(self.out, "pairs", f"{shard['name']}.parquet"), table)
+        return {"rows": shard["rows"]}
+
+
+def _words_of(hashes: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """uint64 [N, 4], without a Python object for each."""
+    flat = np.frombuffer(hashes.buffers()[1], np.uint64).reshape(-1, 4)
+    return flat[hashes.offset : hashes.offset + len(hashes)]
+
+
+def parts_of(clips: int) -> int:
+    """Shares into which each band is divided."""
+    share = (1 + 16) / 2**16  # of the pairs that agree in 16 random bits up to one
+    return max(1, math.ceil(clips**2 / 2 * share / PAIRS_PER_TASK))
+
+
+def spread_near_pairs(
+    video: np.ndarray, audio: np.ndarray, cfg: DuplicateConfig, out: str, cluster: ClusterConfig
+) -> np.ndarray:
+    """What `near_pairs` finds; many clips are searched by the cluster's workers. out: folder or s3:// prefix."""
+    clips = len(video)
+    if clips < SPREAD_FROM:
+        return near_pairs(video, audio, cfg)
+    here, parts = storage.join(out, FOLDER), parts_of(clips)
+    storage.remove(here)  # of a run that was killed
+    columns = {
+        name: pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), clips, [None, pa.py_buffer(hashes.tobytes())])
+        for name, hashes in zip(HASHES, (video, audio), strict=True)
+    }
+    storage.write_table(storage.join(here, "hashes.parquet"), pa.table(columns))
+    shards = [
+        {"name": f"{band:02d}-{part:04d}", "rows": 1, "band": band, "part": part, "parts": parts}
+        for band in range(BANDS)
+        for part in range(parts)
+    ]
+    args = {"out": out, "duplicates": cfg.model_dump()}
+    name, logs = "curate: near duplicates", os.path.dirname(out)
+    run_shards(name, shards, NearWorker, args, cluster, lambda shard: False, logs, unit="part")
+    table = storage.read_table(storage.join(here, "pairs"))
+    storage.remove(here)
+    return np.unique(np.stack([table["left"].to_numpy(), table["right"].to_numpy()], axis=1), axis=0)

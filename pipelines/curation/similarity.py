@@ -1,0 +1,145 @@
+"""What models said of the clips: the table of similarities, and how alike sound and pictures are by chance."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pydantic
+
+from aai import correspondence, storage
+from aai.config import Config
+from aai.correspondence import sample
+from aai.foundation.identity import FoundationSpec, identity
+from aai.schema import SIMILARITIES
+from pipelines.curation.measuring import shard_file
+from pipelines.manifests.table import Row
+from pipelines.settings import DType
+
+log = logging.getLogger(__name__)
+
+FOLDER = "_scored"
+DIGEST = b"aai.scores"
+"""Where a scored file carries the digest of what it was made of."""
+EMBEDDINGS = ("audio_embed", "image_embed")
+
+
+class ScoreConfig(Config):
+    """Models that look at the clips; none by default."""
+
+    caption: bool = False
+    """Compare captions and pictures by the CLIP of `foundation` (signal caption_similarity)."""
+    foundation: FoundationSpec = FoundationSpec()
+    bundle: str | None = None
+    """Aligned bundle (of `aai align`) that compares each clip's sound with its pictures (signal av_similarity)."""
+    false_accept_rate: float = pydantic.Field(0.05, gt=0, lt=1)
+    """Clips are WRONG_AUDIO below the similarity that this share of shuffled pairs of sound and pictures reaches."""
+    dtype: DType = "float32"
+    """Arithmetic of the CLIP."""
+    batch_size: int = pydantic.Field(64, ge=1)
+    """Pictures per forward pass."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any model is to look."""
+        return self.caption or self.bundle is not None
+
+    def content_digest(self) -> str:
+        """Of everything that determines the scores, the weights themselves among it."""
+        models: dict[str, Any] = {"dtype": self.dtype}
+        if self.caption:
+            models["foundation"] = identity(self.foundation)
+        if self.bundle is not None:
+            from aai.bundle import read_bundle  # only here: torch takes seconds to import
+
+            models["bundle"] = read_bundle(self.bundle).sha
+        return hashlib.sha256(json.dumps([models, self.caption], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shard_digest(config_digest: str, clips: Sequence[dict[str, str]]) -> str:
+    """Of a shard's scores: the models, and its clips with their captions."""
+    return hashlib.sha256(json.dumps([config_digest, clips]).encode()).hexdigest()[:16]
+
+
+def similarity_table(dim: int) -> pa.Schema:
+    """key, the similarities, and the unit embeddings float16 [dim] they come from."""
+    vector = pa.list_(pa.float16(), dim)
+    return pa.schema([pa.field("key", pa.string()), *SIMILARITIES, *(pa.field(name, vector) for name in EMBEDDINGS)])
+
+
+def vectors(values: np.ndarray) -> pa.Array:
+    """float [N, D] as fixed_size_list<float16>[D]."""
+    flat = pa.array(values.astype(np.float16).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def read_scores(out: str, shard: str) -> dict[str, dict[str, float | None]]:
+    """{key: similarities} of a scored shard."""
+    names = [field.name for field in SIMILARITIES]
+    rows = storage.read_table(shard_file(out, FOLDER, shard), ["key", *names]).to_pylist()
+    return {row.pop("key"): row for row in rows}
+
+
+def sample_embeddings(out: str, shards: Sequence[str], among: Set[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Keys and unit embeddings audio [n, D], image [n, D] of an even sample of the clips `among`, flat in memory."""
+    keys: list[str] = []
+    vectors: list[np.ndarray] = []
+    for shard in shards:
+        table = storage.read_table(shard_file(out, FOLDER, shard), ["key", *EMBEDDINGS])
+        both = [table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in EMBEDDINGS]
+        pairs = np.stack([flat.reshape(len(table), -1) for flat in both], axis=1)  # [n, 2, D]
+        chosen = [i for i, key in enumerate(table["key"].to_pylist()) if key in among]
+        keys, vectors = [*keys, *table["key"].take(chosen).to_pylist()], [*vectors, *pairs[chosen]]
+        kept = sample(keys)
+        keys, vectors = [keys[i] for i in kept], [vectors[i] for i in kept]
+    stacked = np.array(vectors, np.float32)
+    return keys, stacked[:, 0], stacked[:, 1]
+
+
+class Null:
+    """What the similarity of sound and pictures is by chance, and the threshold that follows."""
+
+    def __init__(self, null: np.ndarray, matched: np.ndarray, false_accept_rate: float) -> None:
+        self.false_accept_rate = false_accept_rate
+        self.threshold = correspondence.threshold(null, false_accept_rate)
+        self.null, self.matched = null, matched
+
+    @classmethod
+    def measure(
+        cls, out: str, shards: Sequence[str], rows: Mapping[str, Row], among: Set[str], rate: float
+    ) -> "Null | None":
+        """From the scored clips `among` (keys); None, with a warning, when they are too few to tell what chance is."""
+        keys, audio, image = sample_embeddings(out, shards, among)
+        if len(keys) < correspondence.MIN_CLIPS:
+            log.warning("curate: correspondence is not judged: %d clips tell nothing of chance", len(keys))
+            return None
+        labels = [(rows[key]["labels"] or [""])[0] for key in keys]
+        null = correspondence.shuffled_null(audio, image, labels)
+        return cls(null, (audio * image).sum(1), rate)
+
+    def against(self, row: Mapping[str, Any]) -> str | None:
+        """What to say against a clip, if anything."""
+        value = row["av_similarity"]
+        if value is None or value >= self.threshold:
+            return None
+        share = float((self.null >= value).mean())
+        return (
+            f"av_similarity {value:.3f} is below {self.threshold:.3f}: {share:.0%} of shuffled pairs are as alike, "
+            f"false_accept_rate {self.false_accept_rate:g}"
+        )
+
+    def describe(self, bins: int = 60) -> dict[str, Any]:
+        """For curate.json and the data card: rates, and histograms of shuffled and true pairs."""
+        edges = np.linspace(-1, 1, bins + 1)
+        return {
+            "false_accept_rate": self.false_accept_rate,
+            "threshold": round(self.threshold, 6),
+            "share_below": round(float((self.matched < self.threshold).mean()), 6),
+            "pairs": {"null": len(self.null), "matched": len(self.matched)},
+            "edges": [round(float(edge), 4) for edge in edges],
+            "null": np.histogram(self.null, edges)[0].tolist(),
+            "matched": np.histogram(self.matched, edges)[0].tolist(),
+        }

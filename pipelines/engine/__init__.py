@@ -1,0 +1,1 @@
+"""Ray and this machine: connecting, work in shards."""

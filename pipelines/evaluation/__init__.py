@@ -1,0 +1,1 @@
+"""What `aai evaluate` paints and how it grades it."""

@@ -1,0 +1,1 @@
+"""Manifests of every kind: tables, tars, the lists of VGGSound and AudioSet."""

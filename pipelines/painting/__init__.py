@@ -1,0 +1,1 @@
+"""What generate, edit and stylize share."""

@@ -1,0 +1,165 @@
+"""What generate, edit and stylize share: settings, loading sound, picture and bundle, and writing the pictures."""
+
+import argparse
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+from PIL import Image
+
+from aai import storage
+from aai.bundle import read_bundle
+from aai.config import Config
+from aai.errors import UserError
+from aai.inject import export_textual_inversion
+from aai.media.decode import ClipError, decode_audio
+from aai.media.still import STILL_FORMATS, decode_still
+from aai.painter import Painter, PaintRequest, check_repaint
+from aai.png import encode_png, same_picture
+from pipelines.registry import tracking
+from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
+
+log = logging.getLogger(__name__)
+
+
+class InputLimits(Config):
+    """Limits on what a user hands in."""
+
+    max_audio_s: float = pydantic.Field(60, gt=0)
+    max_bytes: int = pydantic.Field(32 * 2**20, gt=0)
+    max_pixels: int = pydantic.Field(4096 * 4096, gt=0)
+
+
+class PaintConfig(VerbConfig):
+    """One sound, maybe one picture, and how to paint."""
+
+    bundle: str = "models:/aai@champion"
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder."""
+    audio: str | None = None
+    """Sound file: anything PyAV reads (wav, mp3, flac, the sound of a video)."""
+    out: str = "${run_dir}/pictures"
+    """Folder of the PNG files."""
+    request: PaintRequest = PaintRequest()
+    limits: InputLimits = InputLimits()
+    save_token: str | None = None
+    """Also save A* as a textual-inversion safetensors file that diffusers loads."""
+    device: str = "cpu"
+    dtype: DType = "float32"
+    tracking: TrackingConfig = TrackingConfig()
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        return Plan(
+            inputs={"bundle": self.bundle, "audio": self.audio or "(--audio)", **self.picture_input()},
+            outputs={"pictures": self.out},
+            resources={"device": f"{self.device}, {self.dtype}"},
+        )
+
+    def picture_input(self) -> dict[str, str]:
+        """The given picture's row of the plan, for the verbs that take one."""
+        return {}
+
+
+class RepaintConfig(PaintConfig):
+    """As PaintConfig, with the picture to change."""
+
+    image: str | None = None
+    """Picture to change: PNG, JPEG or WebP."""
+
+    def picture_input(self) -> dict[str, str]:
+        """See PaintConfig."""
+        return {"image": self.image or "(--image)"}
+
+
+def add_paint_flags(parser: argparse.ArgumentParser, with_image: bool = False) -> dict[str, str]:
+    """The short flags of the painting verbs and the settings they stand for."""
+    parser.add_argument("--audio", metavar="FILE", help="the sound")
+    flags = {"audio": "audio", "prompt": "request.prompt", "seed": "request.seed", "out": "out", "bundle": "bundle"}
+    if with_image:
+        parser.add_argument("--image", metavar="FILE", help="the picture to change")
+        flags["image"] = "image"
+    parser.add_argument("--prompt", metavar="TEXT", help="text with <sound> where the sound belongs")
+    parser.add_argument("--seed", metavar="N", help="picture i uses seed N + i")
+    parser.add_argument("--num-images", metavar="N", help="how many pictures")
+    parser.add_argument("--bundle", metavar="URI", help="models:/NAME@ALIAS or a bundle folder")
+    parser.add_argument("--out", metavar="DIR", help="folder of the PNG files")
+    return {**flags, "num_images": "request.num_images"}
+
+
+def load_sound(uri: str | None, limits: InputLimits, sample_rate_hz: int = 16000) -> np.ndarray:
+    """A user's sound as a mono waveform float32 [S]; UserError naming file and rule when it is none."""
+    data = _read("audio", uri, limits.max_bytes)
+    try:
+        return decode_audio(data, limits.max_audio_s, limits.max_bytes, sample_rate_hz)
+    except ClipError as error:
+        raise UserError("audio", uri, f"{error.code}: {error.message}", "give a readable sound file") from error
+
+
+def load_picture(uri: str | None, limits: InputLimits) -> Image.Image:
+    """A user's picture as upright RGB; UserError when it is unreadable or too large."""
+    data = _read("image", uri, limits.max_bytes)
+    try:
+        return decode_still(data, limits.max_pixels, (*STILL_FORMATS, "BMP", "GIF"))
+    except ClipError as error:
+        raise UserError("image", uri, f"{error.code}: {error.message}", "give a PNG, JPEG or WebP file") from error
+
+
+def _read(setting: str, uri: str | None, max_bytes: int) -> bytes:
+    if not uri:
+        raise UserError(setting, "(missing)", f"this command needs a file for {setting}", f"pass --{setting} FILE")
+    if not storage.exists(uri):
+        raise UserError(setting, uri, "no such file", "check the path")
+    try:
+        return storage.read_bytes(uri, max_bytes)
+    except ValueError as error:
+        raise UserError(setting, uri, str(error), "give a smaller file or raise limits.max_bytes") from error
+    except OSError as error:
+        raise UserError(setting, uri, f"cannot be read ({error})", "check the path and its permissions") from error
+
+
+def paint(verb: str, config: PaintConfig) -> dict[str, object]:
+    """Runs generate, edit or stylize and writes the PNG files; returns their paths and the time."""
+    if isinstance(config, RepaintConfig):
+        check_repaint(verb, config.request)  # before anything is loaded
+    sound = load_sound(config.audio, config.limits)
+    image = load_picture(config.image, config.limits) if isinstance(config, RepaintConfig) else None
+    bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
+    painter = Painter.load(bundle, config.device, config.dtype)
+    start = time.perf_counter()
+    if verb == "generate":
+        pictures = painter.generate(sound, config.request)
+    else:
+        assert image is not None
+        pictures = getattr(painter, verb)(sound, image, config.request)
+    seconds = time.perf_counter() - start
+    stem = Path(str(config.audio)).stem.lstrip("-") or "sound"
+    files = []
+    for i, picture in enumerate(pictures):
+        seed = config.request.seed + i
+        made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump(), "seed": seed}
+        files.append(write_picture(config.out, f"{verb}_{stem}_seed{seed}", picture, made))
+    if config.save_token:
+        export_textual_inversion(painter.hear(sound), config.save_token)
+        log.info("%s: A* -> %s (diffusers: pipe.load_textual_inversion)", verb, config.save_token)
+    made_in = f"{painter.dtype}, {seconds:.1f} s"
+    log.info("%s: %d picture(s) of %s in %s -> %s", verb, len(files), config.audio, made_in, ", ".join(files))
+    return {"files": files, "seconds": seconds, "dtype": painter.dtype}
+
+
+def write_picture(folder: str, name: str, image: Image.Image, made: dict[str, Any]) -> str:
+    """Writes FOLDER/NAME.png (local or s3://) with `made`, how it was made, as JSON in the PNG text `aai`.
+
+    A picture that was made otherwise is kept: the new one is then NAME_2.png, and so on. Returns where it is.
+    """
+    data, number = encode_png(image, made), 1
+    uri = storage.join(folder, f"{name}.png")
+    while storage.exists(uri):
+        if same_picture(storage.read_bytes(uri), data):
+            return uri
+        number += 1
+        uri = storage.join(folder, f"{name}_{number}.png")
+    storage.write_bytes(uri, data)
+    return uri

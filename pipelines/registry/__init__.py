@@ -1,0 +1,1 @@
+"""MLflow: runs, figures, registered bundles."""

@@ -1,0 +1,1 @@
+"""What `aai data` does with tables."""

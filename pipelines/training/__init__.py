@@ -1,0 +1,1 @@
+"""Both trainings: Ray Train around `aai.fit`."""

@@ -1,0 +1,233 @@
+"""Ray Train around `aai.fit`: workers, checkpoints, restarts, and what the driver sees of a running training.
+
+A run is named by its output folder and a digest of its settings; calling `train` again with both goes on from the last
+checkpoint, whether the workers, the driver or the whole cluster died.
+"""
+
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train.v2.api.config import LoggingConfig
+from torch import nn
+from tqdm import tqdm
+
+from aai import fit as loop
+from aai import storage
+from aai.errors import UserError
+from aai.fit import FitConfig, State
+from pipelines.engine.cluster import connect, native_stderr_held
+from pipelines.settings import ClusterConfig
+from pipelines.training.board import Board
+
+log = logging.getLogger(__name__)
+
+STATE = "state.safetensors"
+HISTORY = "history.jsonl"
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Session:
+    """A worker's place in the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    board: Any
+
+    def fit(
+        self,
+        task: nn.Module,
+        batches: Callable[[int], Iterator[dict[str, Any]]],
+        config: FitConfig,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        """`aai.fit.fit` under DistributedDataParallel with the run's checkpoints; see there. Rank 0 alone evaluates."""
+        wrapped = ray.train.torch.prepare_model(task, parallel_strategy_kwargs={"broadcast_buffers": False})
+        checked = None
+        if evaluate is not None:
+            checked = evaluate if self.rank == 0 else dict
+        loop.fit(wrapped, batches, config, self._log, self._checkpoint, checked, self._resume())
+
+    def _log(self, step: int, figures: dict[str, float]) -> None:
+        if self.rank == 0:
+            ray.get(self.board.post.remote({"step": step, **figures}))
+
+    def _checkpoint(self, state: State) -> None:
+        """Rank 0 writes; all report, since reporting is a barrier."""
+        if self.rank != 0:
+            ray.train.report({"step": state.step})
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            state.save(Path(folder) / STATE)
+            ray.train.report({"step": state.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    @staticmethod
+    def _resume() -> State | None:
+        checkpoint = ray.train.get_checkpoint()
+        return _load(checkpoint) if checkpoint else None
+
+
+WorkerFn = Callable[[Session, dict[str, Any]], None]
+
+
+def train(
+    name: str,
+    worker_fn: WorkerFn,
+    settings: dict[str, Any],
+    cluster: ClusterConfig,
+    out: str,
+    digest: str,
+    steps: int,
+    on_log: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+) -> State:
+    """Runs `worker_fn(session, settings)` on all workers and returns the final state.
+
+    name: of the progress line. worker_fn: importable on every node; it must call `session.fit`. out: local folder
+    (shared by all nodes) or s3:// prefix; history.jsonl there gets every entry, also of earlier, interrupted calls.
+    on_log is called on the driver, in another thread. Raises the workers' own UserError or FloatingPointError, else
+    RuntimeError.
+    """
+    connect(cluster, out)
+    if cluster.address is None:  # nobody preempts this machine: one process less to start
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    trainer = ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config={"fn": worker_fn, "settings": settings, "board": board, "cpus": cluster.cpus_per_worker},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker},
+        ),
+        run_config=ray.train.RunConfig(
+            name=digest,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            **_storage(checkpoints(out)),
+        ),
+    )
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    with _follow(name, board, out, steps, on_log):
+        try:
+            result = trainer.fit()
+        except ray.train.v2.api.exceptions.TrainingFailedError as error:
+            raise _cause(name, error) from error
+    if result.return_value:
+        raise FloatingPointError(f"{name}: {result.return_value}")
+    if result.checkpoint is None:
+        raise RuntimeError(f"{name}: training ended without a checkpoint")
+    return _load(result.checkpoint)
+
+
+def checkpoints(out: str) -> str:
+    """Where the checkpoints of a run with output `out` lie; remove it once the result is written."""
+    return storage.join(out, "_checkpoints")
+
+
+def history(out: str) -> list[dict[str, Any]]:
+    """The entries of history.jsonl by step; empty before the first."""
+    where = storage.join(out, HISTORY)
+    if not storage.exists(where):
+        return []
+    return [json.loads(line) for line in storage.read_bytes(where).decode().splitlines()]
+
+
+def _work(config: dict[str, Any]) -> str | None:
+    """What runs on a worker. Returns what went wrong when trying again cannot help, else None."""
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":  # two workers with all cores each would only wait for one another
+        torch.set_num_threads(max(1, int(config["cpus"])))
+    session = Session(context.get_world_rank(), context.get_world_size(), device, config["board"])
+    try:
+        config["fn"](session, config["settings"])
+    except FloatingPointError as error:
+        # The gradient is the same on all ranks, so all end here, and would again after a restart.
+        return str(error)
+    return None
+
+
+def _storage(uri: str) -> dict[str, Any]:
+    if not uri.startswith("s3://"):
+        return {"storage_path": storage.absolute(uri)}
+    fs, path = storage.filesystem(uri)
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
+def _load(checkpoint: Any) -> State:
+    with checkpoint.as_directory() as folder:
+        return State.load(Path(folder) / STATE)
+
+
+def _cause(name: str, error: Exception) -> Exception:
+    """The workers' UserError, or one line on what happened."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        inner: Any = failure
+        while inner is not None:
+            if isinstance(inner, UserError):
+                return inner
+            inner = getattr(inner, "cause", None) or inner.__cause__
+    first = next(iter(failures.values()), error)
+    return RuntimeError(f"{name}: training failed: {str(first).strip().splitlines()[-1]}")
+
+
+@contextmanager
+def _follow(
+    name: str, board: Any, out: str, steps: int, on_log: Callable[[int, dict[str, float]], None]
+) -> Iterator[None]:
+    """While the body runs: one progress line, history.jsonl, and `on_log` for every entry."""
+    entries = {_key(entry): entry for entry in history(out)}
+    stop = threading.Event()
+    with (
+        native_stderr_held() as terminal,
+        tqdm(total=steps, desc=name, unit="step", mininterval=1.0, file=terminal) as bar,
+    ):
+
+        def poll() -> None:
+            taken = ray.get(board.take.remote())
+            for entry in taken:
+                # After a restart steps come again: the newer entry counts.
+                entries[_key(entry)] = entry
+                bar.n = int(entry["step"])
+                if "loss" in entry:
+                    bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
+                on_log(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
+            if taken:
+                lines = [json.dumps(entries[key]) for key in sorted(entries)]
+                storage.write_bytes(storage.join(out, HISTORY), ("\n".join(lines) + "\n").encode())
+                bar.refresh()
+
+        def watch() -> None:
+            while not stop.wait(POLL_S):
+                poll()
+
+        thread = threading.Thread(target=watch, name="training-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            poll()
+
+
+def _key(entry: dict[str, Any]) -> tuple[int, bool]:
+    """A step may have two entries: training, then validation."""
+    return int(entry["step"]), "loss" not in entry

@@ -1,0 +1,51 @@
+import io
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from aai.media.decode import decode_clip
+from aai.media.limits import DecodeConfig
+from aai.media.measure import MEASURED_ROW, measure_bytes
+from aai.media.waveform import decode_flac
+from aai.schema import SIGNALS
+from tests.clips import make_clip
+
+
+def test_a_good_clip_is_a_row_without_an_error() -> None:
+    data, cfg = make_clip(), DecodeConfig()
+    row, clip = measure_bytes(data, None, None, cfg), decode_clip(data, None, None, cfg)
+    assert list(row) == MEASURED_ROW.names
+    assert pa.RecordBatch.from_pylist([row], schema=MEASURED_ROW).to_pylist() == [row]
+    assert [row[name] for name in ("stage", "code", "message", "transient")] == [None] * 4
+    assert all(row[field.name] is not None for field in SIGNALS)
+    assert np.abs(decode_flac(row["audio"]) - clip.audio).max() <= 1 / 32_768
+    assert row["frame_pts_s"] == clip.frame_pts_s
+    for jpeg, frame in zip(row["frames"], clip.frames, strict=True):
+        picture = np.asarray(Image.open(io.BytesIO(jpeg)))
+        assert np.abs(picture.astype(int) - frame).mean() < 3
+
+
+def test_ids_tell_content_and_window() -> None:
+    data, cfg = make_clip(), DecodeConfig()
+    whole, again, part, other = (
+        measure_bytes(*args, cfg)
+        for args in ((data, None, None), (data, None, None), (data, 0.0, 1.0), (make_clip(duration_s=1), None, None))
+    )
+    assert whole == again
+    assert whole["content_hash"] == part["content_hash"] != other["content_hash"]
+    assert len({row["clip_id"] for row in (whole, part, other)}) == 3
+
+
+def test_a_bad_clip_is_a_row_with_the_reason() -> None:
+    for data, cfg, code, transient in (
+        (b"", DecodeConfig(), "EMPTY_FILE", False),
+        (b"x" * 500, DecodeConfig(), "UNREADABLE", False),
+        (make_clip(), DecodeConfig(timeout_s=1e-9), "TIMEOUT", True),
+    ):
+        row = measure_bytes(data, None, None, cfg)
+        assert list(row) == MEASURED_ROW.names
+        assert (row["stage"], row["code"], row["transient"]) == ("decode", code, transient)
+        assert row["message"]
+        assert row["clip_id"]
+        assert row["audio"] is None

@@ -1,0 +1,38 @@
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aai.media.waveform import decode_flac, encode_flac, write_wav
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("length", [1, 4608, 32_000])
+def test_flac_is_exact_to_16_bits(length: int) -> None:
+    audio = RNG.uniform(-1, 0.9999, length).astype(np.float32)
+    back = decode_flac(encode_flac(audio, 16_000))
+    assert back.shape == (length,)
+    assert back.dtype == np.float32
+    assert np.abs(back - audio).max() <= 0.5 / 32_768 + 1e-7
+    assert np.array_equal(decode_flac(encode_flac(back, 16_000)), back)  # a second trip changes nothing
+
+
+def test_too_loud_samples_are_clipped_not_wrapped() -> None:
+    back = decode_flac(encode_flac(np.array([1.5, -1.5, 1.0], np.float32), 16_000))
+    assert back == pytest.approx([1, -1, 1], abs=1e-4)
+
+
+def test_an_empty_signal_is_an_error() -> None:
+    with pytest.raises(ValueError, match="S > 0"):
+        encode_flac(np.zeros(0, np.float32), 16_000)
+
+
+def test_write_wav(tmp_path: Path) -> None:
+    audio = RNG.uniform(-0.5, 0.5, 1000).astype(np.float32)
+    write_wav(str(tmp_path / "a.wav"), audio, 22_050)
+    with wave.open(str(tmp_path / "a.wav")) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (22_050, 1, 1000)
+        samples = np.frombuffer(file.readframes(1000), np.int16)
+    assert samples / 32_768 == pytest.approx(audio, abs=1e-4)

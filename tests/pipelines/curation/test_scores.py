@@ -1,0 +1,82 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from aai import storage
+from aai.align import embed_files
+from aai.bundle import BundleConfig, write_bundle
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.errors import UserError
+from aai.foundation.clip import FrozenClip
+from aai.foundation.identity import FoundationSpec
+from pipelines.curate import CurateConfig
+from pipelines.curation.measuring import MEASURED_TABLE
+from pipelines.curation.scores import ScoreWorker
+from pipelines.curation.similarity import ScoreConfig, read_scores
+from tests.tiny import write_clip, write_clip_table, write_diffusion
+
+ENCODER = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, num_mel_bins=16, embed_dim=32)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], FoundationSpec]:
+    """An output folder with one measured shard of eight clips, the third of them not decodable; and a tiny CLIP."""
+    out = tmp_path_factory.mktemp("score")
+    clips = storage.read_table(str(write_clip_table(out / "clips", 1, 8))).to_pylist()
+    rows = [{**clip, "key": f"key{i}", "code": "UNREADABLE" if i == 2 else None} for i, clip in enumerate(clips)]
+    table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
+    storage.write_table(str(out / "_measured/shard-00000.parquet"), table)
+    clip = write_clip(out / "clip")
+    return out, rows, FoundationSpec(clip=str(clip), diffusion=str(write_diffusion(out / "diffusion", clip)))
+
+
+def shard(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    clips = [{"key": row["key"], "caption": row["caption"] if i else ""} for i, row in enumerate(rows)]
+    return {"name": "shard-00000", "rows": len(rows), "digest": "d", "clips": clips}
+
+
+def image_features(clip: FrozenClip, frames: list[bytes]) -> np.ndarray:
+    mean = clip.images([Image.open(io.BytesIO(data)) for data in frames]).numpy().mean(0)
+    return np.asarray(mean / np.linalg.norm(mean))
+
+
+def test_scores_are_cosines_of_the_models_own_features(
+    measured: tuple[Path, list[dict[str, Any]], FoundationSpec], tmp_path: Path
+) -> None:
+    out, rows, foundation = measured
+    torch.manual_seed(0)
+    encoder = AudioEncoder(ENCODER).eval()
+    settings = BundleConfig(foundation=foundation, encoder=ENCODER.model_dump())
+    write_bundle(tmp_path / "bundle", settings, encoder.state_dict(), None, {"data_fingerprint": "d"})
+    config = ScoreConfig(caption=True, foundation=foundation, bundle=str(tmp_path / "bundle"))
+    assert ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows)) == {"rows": 8}
+    scores = read_scores(str(out), "shard-00000")
+    assert list(scores) == [f"key{i}" for i in range(8) if i != 2]
+    clip = FrozenClip(foundation)
+    for i in (0, 5):
+        image = image_features(clip, rows[i]["frames"])
+        sound = embed_files(encoder, [rows[i]["audio"]])[0]
+        assert scores[f"key{i}"]["av_similarity"] == pytest.approx(float(image @ sound), abs=1e-5)
+    text = clip.texts([rows[5]["caption"]]).numpy()[0]
+    assert scores["key5"]["caption_similarity"] == pytest.approx(float(text @ image), abs=1e-5)
+    assert scores["key0"]["caption_similarity"] is None  # it has no caption
+
+
+def test_captions_alone_need_no_bundle(measured: tuple[Path, list[dict[str, Any]], FoundationSpec]) -> None:
+    out, rows, foundation = measured
+    config = ScoreConfig(caption=True, foundation=foundation)
+    ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows))
+    scores = read_scores(str(out), "shard-00000")
+    assert all(score["av_similarity"] is None for score in scores.values())
+    assert all(-1 <= scores[f"key{i}"]["caption_similarity"] <= 1 for i in range(3, 8))  # type: ignore[operator]
+
+
+def test_a_caption_threshold_needs_scores() -> None:
+    with pytest.raises(UserError, match=r"scores\.caption=true"):
+        CurateConfig.parse({"manifest": "m", "out": "o", "filters": {"min_caption_similarity": 0.2}})

@@ -1,0 +1,103 @@
+"""Real Ray Train on two gloo workers. Worker functions travel by value: Ray's processes cannot import test files."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aai.fit import FitConfig, fit
+from pipelines.engine.cluster import connect, shutdown
+from pipelines.settings import ClusterConfig
+from pipelines.training import ray_train
+
+CLUSTER = ClusterConfig(num_workers=2, max_failures=1)
+CONFIG = FitConfig(steps=12, learning_rate=0.1, warmup_steps=2, checkpoint_every=4, log_every=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    connect(CLUSTER)
+    yield
+    shutdown()
+
+
+def make_parts() -> tuple[type, Callable[..., Any], Callable[..., Any]]:
+    """A task, its data and a worker function that dies, or meets a NaN, as its settings say."""
+
+    class Line(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = torch.nn.Linear(1, 1)
+
+        def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+            return (self.linear(batch["x"]) - batch["y"]).square().mean(), {}
+
+    def batches(first: int, part: slice, hook: Callable[[int], float]) -> Iterator[dict[str, Any]]:
+        for step in itertools.count(first):
+            factor = hook(step)
+            x = torch.randn(8, 1, generator=torch.Generator().manual_seed(step))[part]
+            yield {"x": x * factor, "y": 3 * x - 1}
+
+    def worker(session: ray_train.Session, settings: dict[str, Any]) -> None:
+        import os
+        import pathlib
+
+        folder = pathlib.Path(settings["folder"])
+
+        def hook(step: int) -> float:
+            if session.rank == 1 and step == settings.get("die_at") and not (folder / "died").exists():
+                (folder / "died").write_text("")
+                os._exit(1)
+            return float("nan") if step == settings.get("nan_at") else 1.0
+
+        def data(first: int) -> Iterator[dict[str, Any]]:
+            if session.rank == 0:
+                with (folder / "starts").open("a") as file:
+                    file.write(f"{first}\n")
+            return batches(first, slice(session.rank * 4, session.rank * 4 + 4), hook)
+
+        session.fit(Line(), data, settings["fit"], lambda: {"val": 1.0})
+
+    return Line, batches, worker
+
+
+def starts(folder: Path) -> list[int]:
+    return [int(line) for line in (folder / "starts").read_text().split()]
+
+
+def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) -> None:
+    line, batches, worker = make_parts()
+    settings = {"folder": str(tmp_path), "fit": CONFIG, "die_at": 9}
+    seen: list[int] = []
+
+    def call() -> Any:
+        return ray_train.train(
+            "test", worker, settings, CLUSTER, str(tmp_path / "out"), "run1", CONFIG.steps, lambda s, f: seen.append(s)
+        )
+
+    final = call()
+    # The new workers begin at a checkpoint; the last one may have died with the old before it was registered.
+    assert starts(tmp_path)[0] == 0
+    assert starts(tmp_path)[1] in (4, 8)
+    assert max(seen) == 12
+    whole = fit(line(), lambda first: batches(first, slice(None), lambda step: 1.0), CONFIG)
+    for name, value in whole.weights.items():
+        torch.testing.assert_close(final.weights[name], value, atol=1e-5, rtol=1e-5)
+    history = ray_train.history(str(tmp_path / "out"))
+    assert [(e["step"], "val" in e) for e in history] == [(s, False) for s in (2, 4, 6, 8, 10, 12)] + [(12, True)]
+    again = call()  # the same call finds the finished run in storage
+    assert again.step == 12
+    assert all(torch.equal(again.weights[name], value) for name, value in final.weights.items())
+    assert len(starts(tmp_path)) == 3
+
+
+def test_a_nan_ends_the_run_at_once(tmp_path: Path) -> None:
+    _, _, worker = make_parts()
+    settings = {"folder": str(tmp_path), "fit": CONFIG, "nan_at": 2}
+    with pytest.raises(FloatingPointError, match="step 3"):
+        ray_train.train("test", worker, settings, CLUSTER, str(tmp_path / "out"), "run1", CONFIG.steps)
+    assert starts(tmp_path) == [0]
