@@ -53,6 +53,10 @@ class BundleConfig(Config):
     """Words for what pictures show (`aai.concepts`), used to edit and stylize."""
     neutral_word: str = "thing"
     """The word that stands in the prompt where a sound has strength 0."""
+    prompt: str = "a photo of <sound>"
+    """The prompt that the adapter was trained in where a caption has no head of its own; painting's default."""
+    head_pattern: str = r"^a \w+ of\b"
+    """What a caption says that cannot be heard: it stayed text in front of <sound> when the adapter was trained."""
 
 
 @dataclass(frozen=True)

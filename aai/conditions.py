@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aai.foundation.clip import FrozenClip
-from aai.painter import DEFAULT_PROMPT, Painter
+from aai.painter import Painter
 
 CONDITIONS = (
     "caption",
@@ -41,9 +41,9 @@ class HeldOutClip:
 class Conditions:
     """Prompt embeddings of test clips under each condition.
 
-    head_pattern: what a caption says that cannot be heard; the ceiling replaces it by the head of the prompt, so that
-    all conditions ask for the same medium. train_audio: some training sounds, whose mean embedding the closed form is
-    taken around. ridge: its Tikhonov lambda, as a share of the projection's mean squared row length.
+    What a caption says that cannot be heard (the bundle's head_pattern) is replaced by the head of the bundle's prompt,
+    so that all conditions ask for the same medium. audio_mean: mean embedding [D] of training sounds, which the closed
+    form is taken around. ridge: its Tikhonov lambda, as a share of the projection's mean squared row length.
     """
 
     def __init__(
@@ -51,15 +51,13 @@ class Conditions:
         painter: Painter,
         clip: FrozenClip,
         train_captions: Sequence[str],
-        train_audio: Sequence[np.ndarray],
-        head_pattern: str = r"^a \w+ of\b",
+        audio_mean: Tensor,
         ridge: float = 1e-2,
     ) -> None:
-        self.painter, self.clip, self.head_pattern, self.ridge = painter, clip, head_pattern, ridge
-        self.prompt = DEFAULT_PROMPT
+        self.painter, self.clip, self.audio_mean, self.ridge = painter, clip, audio_mean, ridge
+        self.prompt, self.head_pattern = painter.prompt, painter.head_pattern
         self.captions = sorted({self._with_head(text) for text in train_captions})
         self.caption_features = clip.texts(self.captions)
-        self.audio_mean = torch.cat([painter.listen(audio) for audio in train_audio]).mean(0)
 
     def _with_head(self, caption: str) -> str:
         """The caption under the common prompt's head: "a sketch of a dog" -> "a photo of a dog"."""

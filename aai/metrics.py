@@ -36,6 +36,12 @@ def first_hit_ranks(
     return ranks
 
 
+def nearest(queries: np.ndarray, gallery: np.ndarray, chunk: int = 1024) -> np.ndarray:
+    """Place int [N] of the gallery item [M, D] most similar to each query [N, D]. Memory: chunk x M."""
+    parts = [(queries[start : start + chunk] @ gallery.T).argmax(1) for start in range(0, len(queries), chunk)]
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
 def retrieval(
     queries: np.ndarray,
     gallery: np.ndarray,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aai.adapt import AdapterConfig, AudioAdapter
 from aai.align import load_aligner
-from aai.bundle import Bundle, read_bundle
+from aai.bundle import Bundle, BundleConfig, read_bundle
 from aai.concepts import Concepts, Kind, Vocabulary
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder
@@ -30,7 +30,8 @@ Sounds = np.ndarray | Mapping[str, np.ndarray]
 """One 16 kHz mono waveform float32 [S], or several by placeholder name."""
 
 
-DEFAULT_PROMPT = "a photo of <sound>"
+DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default
+HEAD_PATTERN: str = BundleConfig.model_fields["head_pattern"].default
 REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.8), "stylize": ("objects", 0.8)}
 """Per verb: what of the given picture stays, and how much of it is painted anew by default."""
 
@@ -39,8 +40,8 @@ class PaintRequest(Config):
     """What to paint and how; the bounds protect a service."""
 
     prompt: str | None = pydantic.Field(None, max_length=500)
-    """Text with <sound> (or the <NAME> of each sound) where the sound belongs; empty = "a photo of <sound>"; edit and
-    stylize read the medium off the picture instead."""
+    """Text with <sound> (or the <NAME> of each sound) where the sound belongs; empty = the bundle's own ("a photo of
+    <sound>"); edit and stylize read the medium off the picture instead."""
     negative_prompt: str = pydantic.Field("", max_length=500)
     num_images: int = pydantic.Field(1, ge=1, le=8)
     steps: int = pydantic.Field(20, ge=1, le=100)
@@ -78,7 +79,10 @@ class Painter:
         foundation: FoundationSpec,
         vocabulary: Vocabulary | None = None,
         neutral_word: str = "thing",
+        prompt: str = DEFAULT_PROMPT,
+        head_pattern: str = HEAD_PATTERN,
     ) -> None:
+        self.prompt, self.head_pattern = prompt, head_pattern
         self.pipe, self.aligner, self.adapter = pipe, aligner, adapter
         self.foundation, self.vocabulary = foundation, vocabulary
         self.image_pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
@@ -107,7 +111,8 @@ class Painter:
         for part in (aligner, adapter):
             part.to(device).eval().requires_grad_(False)
         vocabulary = Vocabulary.parse(bundle.config.vocabulary, "bundle") if bundle.config.vocabulary else None
-        return cls(pipe, aligner, adapter, bundle.config.foundation, vocabulary, bundle.config.neutral_word)
+        c = bundle.config
+        return cls(pipe, aligner, adapter, c.foundation, vocabulary, c.neutral_word, c.prompt, c.head_pattern)
 
     @property
     def sample_rate_hz(self) -> int:
@@ -184,7 +189,7 @@ class Painter:
 
     def generate(self, sounds: Sounds, request: PaintRequest) -> list[Image.Image]:
         """Pictures of a sound (or several) in the prompt."""
-        embeds = self.embed(sounds, request.prompt or DEFAULT_PROMPT, request.sound_strength)
+        embeds = self.embed(sounds, request.prompt or self.prompt, request.sound_strength)
         seeds = [request.seed + i for i in range(request.num_images)]
         return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request)
 

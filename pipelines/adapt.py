@@ -164,6 +164,8 @@ def _write(
             "adapter": task.adapter.cfg.model_dump(mode="json"),
             "vocabulary": config.vocabulary.model_dump(mode="json") if config.vocabulary else None,
             "neutral_word": config.neutral_word,
+            "prompt": config.loss.prompt,
+            "head_pattern": config.loss.head_pattern,
         }
     )
     meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": [parent.sha]}

@@ -35,11 +35,11 @@ from pipelines.curation import similarity
 from pipelines.curation.cut import CutConfig, cut_rows
 from pipelines.curation.ledger import row_keys
 from pipelines.curation.measuring import check_ratio, measure_rows, shard_file
-from pipelines.curation.similarity import Null, ScoreConfig
+from pipelines.curation.similarity import CaptionedClip, Null, ScoreConfig, ScoreShard
 from pipelines.curation.verdicts import DIGEST as JUDGED
-from pipelines.curation.verdicts import JudgeWorker, judge, judge_shards, read_measured
+from pipelines.curation.verdicts import JudgeShard, JudgeWorker, judge, judge_shards, read_measured
 from pipelines.engine.lock import is_empty, locked
-from pipelines.engine.shards import Shard, run_shards
+from pipelines.engine.shards import run_shards
 from pipelines.manifests.table import Row, named_splits, read_manifest, with_val_share
 from pipelines.registry import store
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
@@ -160,8 +160,8 @@ def _footers(out: str, folder: str, key: bytes) -> dict[str, str]:
         return dict(zip(names, pool.map(read, names), strict=True))
 
 
-def _done_as(digests: dict[str, str]) -> Callable[[Shard], bool]:
-    return lambda shard: digests.get(shard["name"]) == shard["digest"]
+def _done_as(digests: dict[str, str]) -> Callable[[ScoreShard | JudgeShard], bool]:
+    return lambda shard: digests.get(shard.name) == shard.digest
 
 
 def _score(config: CurateConfig, out: str, shards: dict[str, list[str]], rows: dict[str, Row]) -> None:
@@ -171,8 +171,9 @@ def _score(config: CurateConfig, out: str, shards: dict[str, list[str]], rows: d
     digest = config.scores.content_digest()
     todo = []
     for name, keys in shards.items():
-        clips = [{"key": key, "caption": rows[key]["caption"]} for key in keys]
-        todo.append({"name": name, "rows": len(keys), "clips": clips, "digest": similarity.shard_digest(digest, clips)})
+        clips = [CaptionedClip(key, rows[key]["caption"]) for key in keys]
+        of_shard = similarity.shard_digest(digest, clips)
+        todo.append(ScoreShard(name=name, rows=len(keys), clips=clips, digest=of_shard))
     cluster = config.cluster
     args = {
         "out": out,

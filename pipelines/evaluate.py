@@ -1,42 +1,48 @@
 """Quality on held-out clips: retrieval, and pictures painted from sound beside their floors and their ceiling.
 
-Pictures are read by the judge of the toy world and by the frozen CLIP. Ray actors share the painting; every picture
-has its own seed, so the figures do not depend on how many actors there are. All pictures stay in OUT/pictures.
+First every held-out clip is heard, then pictures are painted and read, both by workers on their device; each picture
+has its own seed, so the figures do not depend on how many workers there are. The same command goes on after a kill.
+All that was made stays in OUT: evaluate.json, heard/, inputs/, pictures/.
 """
 
 import argparse
 import logging
 import time
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pydantic
 
-from aai import metrics, storage
-from aai.align import embed_files, load_aligner
+from aai import storage
 from aai.bundle import Bundle, read_bundle
+from aai.config import Config
+from aai.digest import digest
 from aai.errors import UserError
-from aai.painter import PaintRequest
+from aai.features import FeatureManifest
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
-from pipelines.engine.lock import is_empty, locked
+from pipelines.engine.lock import is_empty, output_lock
 from pipelines.engine.shards import run_shards
-from pipelines.evaluation.cases import PictureWorker, loudness_cases, make_cases
-from pipelines.evaluation.grades import grade, grade_foundation, vectors
+from pipelines.evaluation import grades
+from pipelines.evaluation.cases import (
+    PICTURES,
+    Case,
+    PictureWorker,
+    check_conditions,
+    loudness_cases,
+    make_cases,
+    picture_shards,
+)
+from pipelines.evaluation.clips import EvaluatedClips, find_clips, listen_shards
+from pipelines.evaluation.judges import JudgeConfig
+from pipelines.evaluation.listening import HEARD, ListenWorker
 from pipelines.registry import tracking
 from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
 
 log = logging.getLogger(__name__)
-STARTED = "_started.json"
-"""Written first: what the folder is an evaluation of."""
-WRITTEN = (STARTED, "inputs", "pictures", "evaluate.json")
-"""All that an evaluation writes below its output folder; nothing else there is ever removed."""
+STARTED, RESULT = "_started.json", "evaluate.json"
+"""Written first: what the folder is an evaluation of; written last: its figures."""
 LOUDNESS_GAINS_DB = [-18.0, -12.0, -6.0, 0.0, 6.0]
-
-
-PICTURES = {
+NUM_PICTURES = {
     "caption": 300,
     "sound": 320,
     "ceiling": 320,
@@ -50,39 +56,73 @@ PICTURES = {
 }
 
 
+class SamplingConfig(Config):
+    """How every picture of an evaluation is painted; prompt and seed are the condition's."""
+
+    steps: int = pydantic.Field(10, ge=1, le=100)
+    """Denoising steps."""
+    guidance_scale: float = pydantic.Field(3.0, ge=0, le=30)
+    negative_prompt: str = ""
+    denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
+    """Edit and stylize: how much of the given picture is painted anew; empty = each command's default."""
+
+
 class EvaluateConfig(VerbConfig):
     """What is evaluated and how many pictures are painted."""
-
-    summary: ClassVar[str] = "retrieval and generation quality on held-out clips, with floors and ceilings"
 
     features: str = "${run_dir}/features"
     """FeatureTable."""
     clips: str = "${run_dir}/curated/accepted"
     """ClipTable of the same clips: the frames that are edited."""
     bundle: str = "${run_dir}/adapt/bundle"
+    """Bundle of `aai adapt`."""
     out: str = "${run_dir}/evaluate"
+    """Folder or s3:// prefix of the result; it must be new, or of this very evaluation."""
     split: str = "test"
+    """The held-out split."""
     max_clips: int = pydantic.Field(2000, ge=10)
     """Size of the retrieval gallery at most; clips are taken in order of clip_id."""
-    pictures: dict[str, int] = PICTURES
+    pictures: dict[str, pydantic.PositiveInt] = NUM_PICTURES
     """Pictures per condition (see docs/evaluation.md)."""
-    judge: Literal["toy", "none"] = "toy"
-    """Who reads the pictures beside the CLIP: the toy world's judge (object, ambience, medium, size), or nobody."""
+    judge: JudgeConfig = JudgeConfig()
+    """Who reads the pictures beside the CLIP."""
     max_frames: int = pydantic.Field(1200, ge=1)
-    """Held-out frames that the judge and the CLIP are themselves graded on."""
+    """Held-out frames that the toy world's judge and CLIP are themselves graded on."""
+    clips_per_shard: int = pydantic.Field(128, ge=1)
+    """Clips of one unit of listening."""
     cases_per_shard: int = pydantic.Field(25, ge=1)
-    request: PaintRequest = PaintRequest(steps=10)
-    device: str = "cpu"
+    """Pictures of one unit of painting, which is also a batch."""
+    request: SamplingConfig = SamplingConfig()
+    """How pictures are painted."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU when cluster.gpus_per_worker is not 0."""
     dtype: DType = "float32"
+    """Arithmetic of the diffusion model."""
     tracking: TrackingConfig = TrackingConfig()
+
+    @pydantic.field_validator("judge", mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"model": value} if isinstance(value, str) else value
 
     def plan(self) -> Plan:
         """See VerbConfig."""
         return Plan(
             inputs={"features": self.features, "clips": self.clips, "bundle": self.bundle},
-            outputs={"result": storage.join(self.out, "evaluate.json"), "pictures": storage.join(self.out, "pictures")},
+            outputs={"result": storage.join(self.out, RESULT), "pictures": storage.join(self.out, PICTURES)},
             resources={**self.resources(), "pictures": str(sum(self.pictures.values()))},
         )
+
+    def content_digest(self) -> str:
+        """Of everything that determines the figures: not where, or by how many workers, they are made."""
+        names = {"split", "max_clips", "pictures", "judge", "max_frames", "request", "dtype"}
+        return digest(self.model_dump(mode="json", include=names))
+
+    @property
+    def worker_device(self) -> str:
+        """Where models run."""
+        on_gpu = self.device == "cuda" or (self.device == "auto" and self.cluster.gpus_per_worker > 0)
+        return "cuda" if on_gpu else "cpu"
 
 
 CONFIG = EvaluateConfig
@@ -92,160 +132,144 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Short flags and the settings they stand for."""
     parser.add_argument("--bundle", metavar="DIR", help="bundle to evaluate")
     parser.add_argument("--features", metavar="DIR", help="FeatureTable with the held-out split")
-    return {"bundle": "bundle", "features": "features"}
+    parser.add_argument("--out", metavar="DIR", help="folder of the result")
+    return {"bundle": "bundle", "features": "features", "out": "out"}
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates a bundle; returns and writes evaluate.json (see docs/architecture.md)."""
-    check_out(config.out)  # before the lock: a foreign folder is not touched at all
-    return _evaluate(config)
-
-
-@locked
-def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    start = time.perf_counter()
+    places = {name: storage.absolute(getattr(config, name)) for name in ("features", "clips", "bundle", "out")}
+    config = config.model_copy(update=places)
     bundle = read_bundle(config.bundle)
-    manifest = storage.read_json(storage.join(config.features, "manifest.json"))
-    stamp = {"config": config.digest(), "bundle": bundle.sha, "data_fingerprint": manifest["fingerprint"]}
-    done = storage.join(config.out, "evaluate.json")
-    if storage.exists(done) and {k: storage.read_json(done).get(k) for k in stamp} == stamp:
-        log.info("evaluate: up to date -> %s", done)
-        return dict(storage.read_json(done))
-    check_out(config.out)
-    test, train = load_clips(config)
-    clear_out(config.out, stamp)
-    retrieval = evaluate_retrieval(config, bundle, test, train)
-    dtype = worker_dtype(config.dtype, config.device, config.cluster, config.out)
-    generation, samples = evaluate_pictures(config, test, train, dtype)
-    foundation = generation.pop("foundation", {})
-    if config.judge == "toy":
-        foundation |= grade_foundation(config.clips, config.max_frames, bundle, test)
-    result = {
-        **stamp,
-        "foundation": foundation,
-        "retrieval": retrieval,
-        "generation": generation,
-        "samples": samples,
-        "dtype": dtype,
-        "seconds": time.perf_counter() - start,
-        "written_by": code_version(),
-    }
+    fingerprint = FeatureManifest.read(config.features).fingerprint
+    stamp = {"config": config.content_digest(), "bundle": bundle.sha, "data_fingerprint": fingerprint}
+    # Asked before the lock, too: a foreign folder is not touched at all.
+    if (found := up_to_date(config.out, stamp)) is None:
+        with output_lock(config.out):
+            if (found := up_to_date(config.out, stamp)) is None:
+                return _evaluate(config, bundle, stamp)
+    log.info("evaluate: up to date -> %s", storage.join(config.out, RESULT))
+    return found
+
+
+def _evaluate(config: EvaluateConfig, bundle: Bundle, stamp: dict[str, str]) -> dict[str, Any]:
+    begin = time.monotonic()
+    clips = find_clips(config.features, config.clips, config.split, config.max_clips)
+    check_conditions(config.pictures, clips.labels, config.judge, bundle.config)
+    config = config.model_copy(update={"dtype": settled_dtype(config, stamp)})
+    cases, samples = plan_pictures(config, clips)
+    listen(config, clips, cases)
+    paint(config, cases)
+    result = {**stamp, **figures(config, clips), "samples": samples, "dtype": config.dtype}
+    result |= {"seconds": time.monotonic() - begin, "written_by": code_version()}
+    done = storage.join(config.out, RESULT)
     storage.write_json(done, result)
-    with tracking.run(config.tracking, "evaluate", config.model_dump(mode="json"), {"bundle": bundle.sha}) as mlrun:
-        mlrun.log_metrics({"retrieval": retrieval, "generation": generation})
-        mlrun.log_artifact(done)
+    _track(config, bundle, result, done)
     log.info(
         "evaluate: same-object R@1 %.3f of %d clips; %s; %d pictures in %s, %.0f s -> %s",
-        retrieval["same_object_r1"],
-        retrieval["gallery"],
-        headline(generation),
-        generation["pictures"],
-        dtype,
-        result["seconds"],
-        done,
-    )
+        result["retrieval"]["same_object_r1"], result["retrieval"]["gallery"], headline(result["generation"]),
+        result["generation"]["pictures"], config.dtype, result["seconds"], done,
+    )  # fmt: skip
     return result
 
 
-def check_out(out: str) -> None:
-    """Raises UserError when the output folder holds something that no evaluation began; nothing is touched."""
-    done = storage.join(out, "evaluate.json")
-    begun = storage.exists(storage.join(out, STARTED)) or (storage.exists(done) and "bundle" in storage.read_json(done))
-    if not begun and not is_empty(out):
+def up_to_date(out: str, stamp: dict[str, str]) -> dict[str, Any] | None:
+    """The finished result of this very evaluation, None when there is work left.
+
+    Raises UserError when the folder holds anything else; nothing in it is touched.
+    """
+    started, done = storage.join(out, STARTED), storage.join(out, RESULT)
+    if storage.exists(started):
+        before = storage.read_json(started)
+        if any(before.get(name) != value for name, value in stamp.items()):
+            rule = "holds the evaluation of another bundle, other data or other settings"
+            raise UserError("out", out, rule, "give another --out, or delete it")
+        return dict(storage.read_json(done)) if storage.exists(done) else None
+    if not is_empty(out):
         raise UserError("out", out, "is not empty, nor written by evaluate", "choose another folder")
+    return None
 
 
-def clear_out(out: str, stamp: dict[str, str]) -> None:
-    """Removes what an evaluation of other settings left, and notes the present ones."""
-    started = storage.join(out, STARTED)
-    if storage.exists(started) and storage.read_json(started) == stamp:
-        return
-    for name in WRITTEN:
-        storage.remove(storage.join(out, name))
-    storage.write_json(started, stamp)
+def settled_dtype(config: EvaluateConfig, stamp: dict[str, str]) -> str:
+    """What `dtype` stands for in this evaluation, noted when it begins: one that goes on keeps it."""
+    started = storage.join(config.out, STARTED)
+    if storage.exists(started):
+        return str(storage.read_json(started)["dtype"])
+    dtype = worker_dtype(config.dtype, config.worker_device, config.cluster, config.out)
+    storage.write_json(started, {**stamp, "dtype": dtype})
+    return dtype
+
+
+def plan_pictures(config: EvaluateConfig, clips: EvaluatedClips) -> tuple[list[Case], dict[str, Any]]:
+    """Every picture to paint, and which test clips the report shows."""
+    labels = clips.labels
+    cases = make_cases(labels, config.pictures)
+    first = {
+        labels[case.row][0]: case.row for case in reversed(cases) if case.condition == "sound" and labels[case.row]
+    }
+    if "size" in config.judge.attributes:
+        cases += loudness_cases(list(first.values())[:3], LOUDNESS_GAINS_DB, len(cases))
+    return cases, {"objects": first, "loudness_gains_db": LOUDNESS_GAINS_DB}
+
+
+def listen(config: EvaluateConfig, clips: EvaluatedClips, cases: list[Case]) -> None:
+    """Hears every held-out clip and some training clips; finished shards stay."""
+    texts = [grades.class_prompt(name) for name in grades.class_names(clips.labels)]
+    painted = set().union(*(case.rows for case in cases))
+    frames = len(clips.labels) * FeatureManifest.read(config.features).num_frames
+    args = {
+        "bundle": config.bundle,
+        "out": config.out,
+        "judge": config.judge.model_dump(mode="json"),
+        "device": config.worker_device,
+        "graded_frames_every": max(1, frames // config.max_frames) if config.judge.model == "toy" else 0,
+    }
+    shards = listen_shards(clips, config.clips_per_shard, texts, painted)
+    there = storage.shard_names(storage.join(config.out, HEARD))
+    run_shards("evaluate: listen", shards, ListenWorker, args, config.cluster, lambda s: s.name in there, config.out)
+
+
+def paint(config: EvaluateConfig, cases: list[Case]) -> None:
+    """Paints and reads every picture; finished shards stay."""
+    request = config.request.model_dump(exclude_none=True)
+    args = {
+        "bundle": config.bundle,
+        "out": config.out,
+        "judge": config.judge.model_dump(mode="json"),
+        "request": request,
+        "device": config.worker_device,
+        "dtype": config.dtype,
+    }
+    shards = picture_shards(cases, config.cases_per_shard, config.out)
+    there = storage.shard_names(storage.join(config.out, PICTURES))
+    done = lambda shard: shard.name in there  # noqa: E731
+    run_shards("evaluate: paint", shards, PictureWorker, args, config.cluster, done, config.out, unit="picture")
+
+
+def figures(config: EvaluateConfig, clips: EvaluatedClips) -> dict[str, Any]:
+    """foundation, retrieval and generation, from the tables in OUT."""
+    heard = grades.Heard(config.out)
+    generation = grades.picture_figures(config.out, clips, heard, config.judge.attributes)
+    foundation = generation.pop("foundation", {})
+    if config.judge.model == "toy":
+        foundation |= grades.foundation_figures(config.out, clips.labels)
+    return {
+        "foundation": foundation,
+        "retrieval": grades.retrieval_figures(clips, heard),
+        "generation": generation,
+    }
 
 
 def headline(generation: dict[str, Any]) -> str:
     """The pictures' figures in a few words."""
     sound, ceiling = generation.get("sound", {}), generation.get("ceiling", {})
-    if "object" in sound and "object" in ceiling:
-        return ", ".join(f"{a} {sound[a]:.3f} (caption {ceiling[a]:.3f})" for a in ("object", "ambience"))
+    read = [name for name in ("object", "ambience") if name in sound and name in ceiling]
+    if read:
+        return ", ".join(f"{name} {sound[name]:.3f} (caption {ceiling[name]:.3f})" for name in read)
     return "CLIP-based: " + ", ".join(f"{k} {v:.3f}" for k, v in generation["clip"].get("sound", {}).items())
 
 
-def load_clips(config: EvaluateConfig) -> tuple[pa.Table, pa.Table]:
-    """The held-out clips with one frame each, and the training clips (features only), both in order of clip_id."""
-    table = storage.read_table(config.features).sort_by("clip_id")
-    test = table.filter(pc.field("split") == config.split).slice(0, config.max_clips)
-    if len(test) < 10:
-        raise UserError("split", config.split, f"has {len(test)} clips in {config.features}", "give a split with more")
-    frames = storage.read_table(config.clips, ["clip_id", "frames"])
-    frames = frames.filter(pc.is_in(frames["clip_id"], test["clip_id"])).sort_by("clip_id")
-    if frames["clip_id"].to_pylist() != test["clip_id"].to_pylist():
-        raise UserError(
-            "clips", config.clips, "does not hold the clips of the FeatureTable", "give the ClipTable it came from"
-        )
-    middle = [rows[len(rows) // 2] for rows in frames["frames"].to_pylist()]
-    return test.append_column("frame", pa.array(middle, pa.binary())), table.filter(pc.field("split") == "train")
-
-
-def evaluate_retrieval(config: EvaluateConfig, bundle: Bundle, test: pa.Table, train: pa.Table) -> dict[str, Any]:
-    """Retrieval in all four directions, audited for overlap with training and for batch invariance."""
-    dim = int(bundle.config.encoder["embed_dim"])
-    aligner = load_aligner(bundle)
-    sounds = test["audio"].to_pylist()
-    audio, image, text = (
-        embed_files(aligner, sounds),
-        vectors(test, "image_features", dim),
-        vectors(test, "text_features", dim),
-    )
-    alone = embed_files(aligner, sounds[:64], batch_size=1)
-    objects = np.array([labels[0] if labels else "" for labels in test["labels"].to_pylist()])
-    nearest = (audio @ image.T).argmax(1)
-    captions = test["caption"].to_numpy()
-    trained = {*train["clip_id"].to_pylist(), *train["content_hash"].to_pylist()}
-    tested = [*test["clip_id"].to_pylist(), *test["content_hash"].to_pylist()]
-    return {
-        "gallery": len(test),
-        "overlap": sum(item in trained for item in tested),
-        "batch_invariance_max_abs": float(np.abs(alone - audio[: len(alone)]).max()),
-        "same_object_r1": float((objects[nearest] == objects).mean()),
-        "same_object_chance": float(np.mean([(objects == o).mean() for o in objects])),
-        "a2v": metrics.retrieval(audio, image),
-        "v2a": metrics.retrieval(image, audio),
-        "a2t": metrics.retrieval(audio, text, captions, captions),
-        "t2a": metrics.retrieval(text, audio, captions, captions),
-    }
-
-
-def evaluate_pictures(
-    config: EvaluateConfig, test: pa.Table, train: pa.Table, dtype: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Paints all cases on Ray and grades them; returns the figures and the sample cases for the report."""
-    labels = test["labels"].to_pylist()
-    cases = make_cases(labels, config.pictures)
-    first = {labels[case["row"]][0]: case["row"] for case in reversed(cases) if case["condition"] == "sound"}
-    series = loudness_cases(list(first.values())[:3], LOUDNESS_GAINS_DB, len(cases)) if config.judge == "toy" else []
-    inputs = storage.absolute(storage.join(config.out, "inputs"))
-    storage.write_table(f"{inputs}/test.parquet", test.select(["clip_id", "audio", "frame", "caption", "labels"]))
-    storage.write_table(f"{inputs}/train.parquet", train.select(["caption", "audio"]).slice(0, 256))
-    shards = []
-    for group in [[c for c in [*cases, *series] if c["condition"] == name] for name in [*config.pictures, "loudness"]]:
-        for at in range(0, len(group), config.cases_per_shard):
-            part = group[at : at + config.cases_per_shard]
-            out = storage.join(storage.absolute(config.out), "pictures", f"{part[0]['condition']}-{at:05d}.parquet")
-            shards.append({"out": out, "rows": len(part), "cases": part})
-    worker_args = {
-        "bundle": storage.absolute(config.bundle),
-        "clips": f"{inputs}/test.parquet",
-        "train": f"{inputs}/train.parquet",
-        "request": config.request.model_dump(),
-        "device": config.device,
-        "dtype": dtype,
-        "judged": config.judge == "toy",
-    }
-    done = lambda shard: storage.exists(shard["out"])  # noqa: E731
-    run_shards("evaluate", shards, PictureWorker, worker_args, config.cluster, done, unit="picture")
-    painted = storage.read_table(storage.join(config.out, "pictures")).sort_by("case")
-    figures = grade(painted, test, read_bundle(config.bundle), judged=config.judge == "toy")
-    return figures, {"objects": first, "loudness_gains_db": LOUDNESS_GAINS_DB}
+def _track(config: EvaluateConfig, bundle: Bundle, result: dict[str, Any], file: str) -> None:
+    with tracking.run(config.tracking, "evaluate", config.model_dump(mode="json"), {"bundle": bundle.sha}) as run:
+        run.log_metrics({"retrieval": result["retrieval"], "generation": result["generation"]})
+        run.log_artifact(file)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +36,7 @@ from aai.precision import dtype_of
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
 from pipelines.engine.lock import locked
-from pipelines.engine.shards import run_shards
+from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.settings import DType, Plan, VerbConfig
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,16 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     return {"input": "input", "out": "out"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class FeaturizeShard(Shard):
+    """One file of clips."""
+
+    input: str
+    output: str
+    fingerprint: str
+    """Of the clips."""
+
+
 class FeaturizeWorker:
     """Holds the frozen models; turns one shard of clips into one Parquet file of features."""
 
@@ -119,13 +130,13 @@ class FeaturizeWorker:
         self.batches = Batches(c.batch_size)
         self.texts: dict[str, np.ndarray] = {}
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """Reads one file of clips and writes its features; returns {"rows"}."""
+    def __call__(self, shard: FeaturizeShard) -> Result:
+        """Reads one file of clips and writes its features."""
         names = [*schema.feature_table(1, 1, 1, 1, 1).names]
         kept = [n for n in names if n not in ("image_features", "text_features", "latents")]
-        clips = storage.read_table(shard["input"], columns=[*kept, "frames"])
+        clips = storage.read_table(shard.input, columns=[*kept, "frames"])
         frames = clips["frames"].to_pylist()
-        num_frames = _equal_count(shard["input"], frames)
+        num_frames = _equal_count(shard.input, frames)
         chosen = num_frames // 2 if self.config.latent_frame is None else self.config.latent_frame
         if chosen >= num_frames:
             raise UserError("latent_frame", chosen, f"clips have {num_frames} pictures", "choose a smaller one")
@@ -133,7 +144,7 @@ class FeaturizeWorker:
         texts = np.stack([self.text_features(caption) for caption in clips["caption"].to_pylist()])
         latents = self.latents([_decode(row[chosen]) for row in frames])
         shapes = {
-            "input": shard["fingerprint"],
+            "input": shard.fingerprint,
             "num_frames": num_frames,
             "image_dim": self.clip.dim,
             "num_texts": texts.shape[1],
@@ -153,8 +164,8 @@ class FeaturizeWorker:
             num_frames, self.clip.dim, texts.shape[1], texts.shape[2], features["latents"].shape[1]
         ).with_metadata({METADATA_KEY: self.digest.encode(), SHAPES_KEY: json.dumps(shapes).encode()})
         columns = [_fixed_list(features[n]) if n in features else clips[n] for n in out_schema.names]
-        storage.write_table(shard["output"], pa.table(columns, schema=out_schema))
-        return {"rows": len(frames)}
+        storage.write_table(shard.output, pa.table(columns, schema=out_schema))
+        return Result(rows=len(frames))
 
     def text_features(self, caption: str) -> np.ndarray:
         """[T, D] of a caption in each template; captions repeat, so each is embedded once."""
@@ -211,7 +222,7 @@ def _footer(uri: str) -> dict[bytes, bytes]:
     return dict(pq.read_schema(path, filesystem=fs).metadata or {})
 
 
-def list_shards(config: FeaturizeConfig) -> list[dict[str, Any]]:
+def list_shards(config: FeaturizeConfig) -> list[FeaturizeShard]:
     """One shard for each file of the input that has rows. Raises UserError when there is none."""
     shards = []
     for file in storage.list_files(config.input, ".parquet"):
@@ -220,8 +231,8 @@ def list_shards(config: FeaturizeConfig) -> list[dict[str, Any]]:
             fs, path = storage.filesystem(file)
             name = file.rsplit("/", 1)[1]
             fingerprint = _hash([name, fs.size(path), table.to_pylist()])
-            output = storage.join(config.out, name)
-            shards.append({"input": file, "output": output, "rows": table.num_rows, "fingerprint": fingerprint})
+            places = {"input": file, "output": storage.join(config.out, name)}
+            shards.append(FeaturizeShard(name=name, rows=table.num_rows, fingerprint=fingerprint, **places))
     if not shards:
         raise UserError("input", config.input, "holds no clips", "run `aai curate` first, or give its accepted/ folder")
     return shards
@@ -235,12 +246,12 @@ def run(config: FeaturizeConfig) -> dict[str, Any]:
     shards = list_shards(config)
     config = config.model_copy(update={"dtype": _settled_dtype(config)})
     digest = config.content_digest()
-    input_fingerprint = _hash([shard["fingerprint"] for shard in shards])
+    input_fingerprint = _hash([shard.fingerprint for shard in shards])
     if (found := up_to_date(config, digest, input_fingerprint)) is not None:
         log.info("featurize: up to date -> %s", config.out)
         return figures(found)
     storage.remove(storage.join(config.out, MANIFEST))
-    wanted = {shard["output"] for shard in shards}
+    wanted = {shard.output for shard in shards}
     for file in storage.list_files(config.out, ".parquet"):
         if storage.absolute(file) not in wanted:
             storage.remove(file)
@@ -279,20 +290,20 @@ def up_to_date(config: FeaturizeConfig, digest: str, input_fingerprint: str) -> 
     return manifest if (manifest.settings_digest, manifest.input_fingerprint) == (digest, input_fingerprint) else None
 
 
-def _done(shard: dict[str, Any], digest: str) -> bool:
+def _done(shard: FeaturizeShard, digest: str) -> bool:
     """Whether a shard's output is there, with these settings and of these very clips."""
-    if not storage.exists(shard["output"]):
+    if not storage.exists(shard.output):
         return False
-    metadata = _footer(shard["output"])
+    metadata = _footer(shard.output)
     made_of = json.loads(metadata.get(SHAPES_KEY, b"{}")).get("input")
-    return metadata.get(METADATA_KEY, b"").decode() == digest and made_of == shard["fingerprint"]
+    return metadata.get(METADATA_KEY, b"").decode() == digest and made_of == shard.fingerprint
 
 
 def _manifest(
-    config: FeaturizeConfig, shards: list[dict[str, Any]], digest: str, input_fingerprint: str, seconds: float
+    config: FeaturizeConfig, shards: list[FeaturizeShard], digest: str, input_fingerprint: str, seconds: float
 ) -> FeatureManifest:
     """The manifest, from what the finished files carry. Raises UserError when their shapes differ."""
-    found = [json.loads(_footer(shard["output"])[SHAPES_KEY]) for shard in shards]
+    found = [json.loads(_footer(shard.output)[SHAPES_KEY]) for shard in shards]
     rows: Counter[str] = Counter()
     for shapes in found:
         rows.update(shapes.pop("splits"))

@@ -1,6 +1,7 @@
 """Small foundation models with random weights as ordinary Hugging Face folders, and a small ClipTable."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import ASTConfig, ASTModel, CLIPTextModel, CLIPTokenizer
 from aai import schema, storage
 from aai.adapt import AdapterConfig, AudioAdapter
 from aai.bundle import BundleConfig, write_bundle
+from aai.concepts import Vocabulary
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import encode_flac
@@ -61,11 +63,34 @@ def write_ast(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def write_clip_table(folder: str | Path, num_shards: int = 2, rows_per_shard: int = 8, num_frames: int = 2) -> Path:
+def write_bundle_of(folder: str | Path, foundation: FoundationSpec) -> Path:
+    """A bundle with aligner and adapter of random weights around `write_clip` and `write_diffusion`."""
+    torch.manual_seed(3)
+    encoder = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, head_size=32, embed_dim=32)
+    adapter = AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=32)
+    vocabulary = Vocabulary(objects=("a dog", "a bell", "a clock"), ambiences=("at night", "in the rain"))
+    config = BundleConfig(
+        foundation=foundation,
+        encoder=encoder.model_dump(mode="json"),
+        adapter=adapter.model_dump(mode="json"),
+        vocabulary=vocabulary.model_dump(mode="json"),
+    )
+    weights = AudioEncoder(encoder).state_dict(), AudioAdapter(adapter, 1.0).state_dict()
+    write_bundle(folder, config, *weights, {})
+    return Path(folder)
+
+
+def write_clip_table(
+    folder: str | Path,
+    num_shards: int = 2,
+    rows_per_shard: int = 8,
+    num_frames: int = 2,
+    splits_in_turn: Sequence[str] = ("train", "train", "train", "val"),
+) -> Path:
     """A ClipTable of toy scenes as curate's accepted/ holds them; every fourth clip is of the val split."""
     rng = np.random.default_rng(0)
     for shard in range(num_shards):
-        splits = ["val" if i % 4 == 3 else "train" for i in range(rows_per_shard)]
+        splits = [splits_in_turn[i % len(splits_in_turn)] for i in range(rows_per_shard)]
         rows = [_clip_row(rng, f"{shard}-{i}", split, num_frames) for i, split in enumerate(splits)]
         table = pa.Table.from_pylist(rows, schema=schema.CLIP_TABLE)
         storage.write_table(f"{folder}/shard-{shard:05d}.parquet", table)

@@ -1,6 +1,7 @@
 """`aai bench curate`: the command on Ray, its workers in a plain pool of processes, and decoding alone."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,21 +16,28 @@ from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.table import Row, read_manifest
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeShard(Shard):
+    """Rows of the manifest."""
+
+    clips: list[Row]
+
+
 class DecodeWorker:
     """The floor: reads and decodes the clips of a shard, and keeps nothing."""
 
     def __init__(self, decode: dict[str, Any]) -> None:
         self.cfg = DecodeConfig.parse(decode)
 
-    def __call__(self, shard: Shard) -> Result:
-        """Shard: name, rows, clips (manifest rows)."""
+    def __call__(self, shard: DecodeShard) -> Result:
+        """Decodes the shard's clips."""
         rejected = 0
-        for row in shard["clips"]:
+        for row in shard.clips:
             try:
                 decode_clip(storage.read_bytes(row["uri"]), row["start_s"], row["end_s"], self.cfg)
             except ClipError:
                 rejected += 1
-        return {"rows": shard["rows"], "rejected": rejected}
+        return Result(rows=shard.rows, rejected=rejected)
 
 
 def curate_config(config: BenchConfig, manifest: str, out: str) -> CurateConfig:
@@ -78,6 +86,6 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 def _decode_alone(rows: list[Row], config: CurateConfig) -> None:
     size = config.rows_per_shard
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    shards = [{"name": str(number), "rows": len(part), "clips": part} for number, part in enumerate(parts)]
+    shards = [DecodeShard(name=str(number), rows=len(part), clips=part) for number, part in enumerate(parts)]
     args = {"decode": config.decode.model_dump()}
-    run_shards("decode alone", shards, DecodeWorker, args, config.cluster, lambda shard: False)
+    run_shards("decode alone", shards, DecodeWorker, args, config.cluster)

@@ -27,12 +27,12 @@ class ModelWorker:
         self.picture = Image.new("RGB", (self.worker.edge_px, self.worker.edge_px))
 
     def __call__(self, shard: Shard) -> Result:
-        """Shard: rows."""
-        count = shard["rows"] * self.num_frames
+        """Computes the features of as many clips as the shard has rows."""
+        count = shard.rows * self.num_frames
         for start in range(0, count, len(self.pixels)):
             self.worker.clip.embed(self.pixels[: count - start]).cpu()
-        self.worker.latents([self.picture] * shard["rows"])
-        return {"rows": shard["rows"]}
+        self.worker.latents([self.picture] * shard.rows)
+        return Result(rows=shard.rows)
 
 
 def accepted_clips(config: BenchConfig) -> str:
@@ -85,6 +85,6 @@ def _config(config: BenchConfig, clips: str, out: str) -> FeaturizeConfig:
 
 
 def _models_alone(config: FeaturizeConfig, num_frames: int) -> None:
-    shards = [{"name": shard["output"], "rows": shard["rows"]} for shard in featurize.list_shards(config)]
+    shards = [Shard(name=shard.name, rows=shard.rows) for shard in featurize.list_shards(config)]
     args = {"config": config.model_dump(mode="json"), "num_frames": num_frames}
-    run_shards("models alone", shards, ModelWorker, args, config.cluster, lambda shard: False)
+    run_shards("models alone", shards, ModelWorker, args, config.cluster)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Self
 
@@ -96,6 +97,14 @@ def spans(probe: Probe, cfg: CutConfig) -> list[Span]:
     return kept if probe["is_whole"] or not kept else [*kept, (duration_s, None)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CutShard(Shard):
+    """Files to look through."""
+
+    files: dict[str, str]
+    """{key: uri}."""
+
+
 class CutWorker:
     """Looks through the files of one shard -> _cut/SHARD.json."""
 
@@ -105,11 +114,11 @@ class CutWorker:
             require_shots()  # on every node
         self.child = MediaChild(self.decode)
 
-    def __call__(self, shard: Shard) -> Result:
-        """Shard: name, rows, files ({key: uri})."""
-        found = {key: self.probe(uri) for key, uri in shard["files"].items()}
-        storage.write_json(storage.join(self.out, FOLDER, f"{shard['name']}.json"), found)
-        return {"rows": len(found)}
+    def __call__(self, shard: CutShard) -> Result:
+        """Looks through the shard's files."""
+        found = {key: self.probe(uri) for key, uri in shard.files.items()}
+        storage.write_json(storage.join(self.out, FOLDER, f"{shard.name}.json"), found)
+        return Result(rows=len(found))
 
     def probe(self, uri: str) -> Probe:
         """What is found in one file; a file that cannot be read is told of, nothing is raised."""
@@ -140,13 +149,13 @@ def _known(out: str) -> dict[str, Probe]:
     return found
 
 
-def _shards(keys: Mapping[str, str], known: Mapping[str, Probe], size: int) -> list[Shard]:
+def _shards(keys: Mapping[str, str], known: Mapping[str, Probe], size: int) -> list[CutShard]:
     """New files, and those whose failure may have been a passing one."""
     todo = {key: uri for uri, key in keys.items() if known.get(key, {"transient": True}).get("transient")}
     names = list(todo)
     parts = [names[i : i + size] for i in range(0, len(names), size)]
     return [
-        {"name": f"shard-{_short_hash(part)}", "rows": len(part), "files": {key: todo[key] for key in part}}
+        CutShard(name=f"shard-{_short_hash(part)}", rows=len(part), files={key: todo[key] for key in part})
         for part in parts
     ]
 
@@ -170,7 +179,7 @@ def cut_rows(
     keys = _keys(uris, cfg)
     shards = _shards(keys, _known(out), _FILES_PER_SHARD[cfg.mode])
     arguments = {"out": out, "cut": cfg.model_dump(), "decode": decode_cfg.model_dump()}
-    run_shards("cut", shards, CutWorker, arguments, cluster, lambda _: False, log_dir, unit="file")
+    run_shards("cut", shards, CutWorker, arguments, cluster, log_dir=log_dir, unit="file")
     found = _known(out)
     cut: list[Row] = []
     for row in rows:

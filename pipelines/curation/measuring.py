@@ -9,6 +9,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -43,13 +44,26 @@ MEASURED_TABLE = pa.schema([pa.field("key", pa.string(), nullable=False), *MEASU
 SMALL = [name for name in MEASURED_TABLE.names if name not in ("audio", "frames", "frame_pts_s")]
 """The columns that judging needs."""
 
-Clip = dict[str, Any]
-"""key, uri, start_s, end_s."""
-
 
 def shard_file(out: str, folder: str, name: str) -> str:
     """Where the table of a shard lies."""
     return storage.join(out, folder, f"{name}.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureShard(Shard):
+    """Clips to measure, those of one file together."""
+
+    clips: list[Entry]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureResult(Result):
+    """`rejected` counts what cannot be decoded or breaks a filter."""
+
+    rejected: int
+    reused: int
+    """Clips whose content an earlier run had measured."""
 
 
 class MeasureWorker:
@@ -59,10 +73,10 @@ class MeasureWorker:
         self.out, self.decode, self.filters = out, DecodeConfig.parse(decode), FilterConfig.parse(filters)
         self.child = MediaChild(self.decode)
 
-    def __call__(self, shard: Shard) -> Result:
-        """Shard: name, rows, clips. `rejected` counts what cannot be decoded or breaks a filter."""
+    def __call__(self, shard: MeasureShard) -> MeasureResult:
+        """Measures the shard's clips."""
         rows, reused = [], 0
-        for clips, data in self._read_ahead([list(group) for _, group in groupby(shard["clips"], lambda c: c["uri"])]):
+        for clips, data in self._read_ahead([list(group) for _, group in groupby(shard.clips, lambda c: c.uri)]):
             content = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
             for clip in clips:
                 if isinstance(data, ClipError):
@@ -70,19 +84,19 @@ class MeasureWorker:
                 elif known := self._known(content, clip):
                     row, reused = known, reused + 1
                 else:
-                    row = self.child.measure(data, clip["start_s"], clip["end_s"])
-                rows.append({**row, "key": clip["key"]})
+                    row = self.child.measure(data, clip.start_s, clip.end_s)
+                rows.append({**row, "key": clip.key})
         table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
-        storage.write_table(shard_file(self.out, FOLDER, shard["name"]), table, row_group_size=64)
+        storage.write_table(shard_file(self.out, FOLDER, shard.name), table, row_group_size=64)
         rejected = sum(bool(row.get("code") or broken_rules(row, self.filters)) for row in rows)
-        return {"rows": len(rows), "rejected": rejected, "reused": reused}
+        return MeasureResult(rows=len(rows), rejected=rejected, reused=reused)
 
-    def _read_ahead(self, groups: Sequence[list[Clip]]) -> Iterator[tuple[list[Clip], bytes | ClipError]]:
+    def _read_ahead(self, groups: Sequence[list[Entry]]) -> Iterator[tuple[list[Entry], bytes | ClipError]]:
         """The clips of each file with its content, or why it cannot be read; the next few files are on their way."""
-        waiting: deque[tuple[list[Clip], Future[bytes | ClipError]]] = deque()
+        waiting: deque[tuple[list[Entry], Future[bytes | ClipError]]] = deque()
         with ThreadPoolExecutor(READ_AHEAD) as pool:
             for clips in groups:
-                waiting.append((clips, pool.submit(read_file, clips[0]["uri"], self.decode.max_bytes)))
+                waiting.append((clips, pool.submit(read_file, clips[0].uri, self.decode.max_bytes)))
                 if len(waiting) > READ_AHEAD:
                     clips, future = waiting.popleft()
                     yield clips, future.result()
@@ -99,11 +113,11 @@ class MeasureWorker:
         rows = storage.read_table(where).to_pylist()
         return {row["clip_id"]: (row["shard"], row["row"]) for row in rows}
 
-    def _known(self, content_hash: str, clip: Clip) -> dict[str, Any] | None:
+    def _known(self, content_hash: str, clip: Entry) -> dict[str, Any] | None:
         """An earlier run's row of the same content and window: moved, copied and touched files are not decoded."""
         if not self._places:
             return None
-        place = self._places.get(clip_id(content_hash, clip["start_s"], clip["end_s"]))
+        place = self._places.get(clip_id(content_hash, clip.start_s, clip.end_s))
         if place is None:
             return None
         row: dict[str, Any] = storage.read_row(shard_file(self.out, FOLDER, place[0]), place[1])
@@ -137,8 +151,8 @@ class _RejectWatch:
         self.config, self.after = config, max(EARLY_ROWS, total // 50)
         self.rows = self.rejected = 0
 
-    def __call__(self, result: Result) -> None:
-        self.rows, self.rejected = self.rows + result["rows"], self.rejected + result["rejected"]
+    def __call__(self, result: MeasureResult) -> None:
+        self.rows, self.rejected = self.rows + result.rows, self.rejected + result.rejected
         if self.rows >= self.after:
             check_ratio(self.config, self.rejected, self.rows, "so far")
 
@@ -199,22 +213,19 @@ def measure_rows(
     added = ledger.add([*again, *new], config.rows_per_shard)
     if ledger.batches > 1 and added:
         log.info("curate: %d new or changed rows, %d to try again", len(new), len(again))
-    shards = [
-        {"name": name, "rows": len(entries), "clips": [vars(entry) for entry in entries]}
-        for name, entries in ledger.shards.items()
-    ]
+    shards = [MeasureShard(name=name, rows=len(entries), clips=entries) for name, entries in ledger.shards.items()]
     args = {"out": out, "decode": config.decode.model_dump(), "filters": config.filters.model_dump()}
     counts: Counter[str] = Counter()
     watch = _RejectWatch(config, len(rows))
 
-    def on_result(result: Result) -> None:
-        counts.update({"measured": result["rows"], "reused": result["reused"]})
+    def on_result(result: MeasureResult) -> None:
+        counts.update({"measured": result.rows, "reused": result.reused})
         watch(result)
 
     logs = os.path.dirname(out)
 
-    def is_done(shard: Shard) -> bool:
-        return shard["name"] in done
+    def is_done(shard: MeasureShard) -> bool:
+        return shard.name in done
 
     run_shards("curate", shards, MeasureWorker, args, config.cluster, is_done, logs, on_result=on_result)
     return ledger, counts

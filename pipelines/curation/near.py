@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,15 @@ PAIRS_PER_TASK = 1_000_000_000
 HASHES = ("video_hash", "audio_hash")
 
 
+@dataclass(frozen=True, kw_only=True)
+class NearShard(Shard):
+    """A share of one band of the hashes."""
+
+    band: int
+    part: int
+    parts: int
+
+
 class NearWorker:
     """Searches a share of one band -> _near/pairs/NAME.parquet. Holds the hashes of all clips, 64 bytes each."""
 
@@ -35,12 +45,12 @@ class NearWorker:
         video, audio = (np.concatenate([_words_of(chunk) for chunk in table[name].chunks]) for name in HASHES)
         return video, audio
 
-    def __call__(self, shard: Shard) -> Result:
-        """Shard: name, rows, band, part, parts."""
-        pairs = near_pairs_of(*self.hashes, self.cfg, shard["band"], shard["part"], shard["parts"])
+    def __call__(self, shard: NearShard) -> Result:
+        """Compares the clips that agree in the band's bits."""
+        pairs = near_pairs_of(*self.hashes, self.cfg, shard.band, shard.part, shard.parts)
         table = pa.table({"left": pairs[:, 0], "right": pairs[:, 1]})
-        storage.write_table(storage.join(self.out, "pairs", f"{shard['name']}.parquet"), table)
-        return {"rows": shard["rows"]}
+        storage.write_table(storage.join(self.out, "pairs", f"{shard.name}.parquet"), table)
+        return Result(rows=shard.rows)
 
 
 def _words_of(hashes: pa.FixedSizeBinaryArray) -> np.ndarray:
@@ -70,13 +80,13 @@ def spread_near_pairs(
     }
     storage.write_table(storage.join(here, "hashes.parquet"), pa.table(columns))
     shards = [
-        {"name": f"{band:02d}-{part:04d}", "rows": 1, "band": band, "part": part, "parts": parts}
+        NearShard(name=f"{band:02d}-{part:04d}", rows=1, band=band, part=part, parts=parts)
         for band in range(BANDS)
         for part in range(parts)
     ]
     args = {"out": out, "duplicates": cfg.model_dump()}
     name, logs = "curate: near duplicates", os.path.dirname(out)
-    run_shards(name, shards, NearWorker, args, cluster, lambda shard: False, logs, unit="part")
+    run_shards(name, shards, NearWorker, args, cluster, log_dir=logs, unit="part")
     table = storage.read_table(storage.join(here, "pairs"))
     storage.remove(here)
     return np.unique(np.stack([table["left"].to_numpy(), table["right"].to_numpy()], axis=1), axis=0)

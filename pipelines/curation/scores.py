@@ -18,8 +18,8 @@ from aai.foundation.identity import FoundationSpec, identity
 from aai.precision import dtype_of
 from pipelines.curation.measuring import FOLDER as MEASURED
 from pipelines.curation.measuring import shard_file
-from pipelines.curation.similarity import DIGEST, FOLDER, ScoreConfig, similarity_table, vectors
-from pipelines.engine.shards import Result, Shard
+from pipelines.curation.similarity import DIGEST, FOLDER, ScoreConfig, ScoreShard, similarity_table, vectors
+from pipelines.engine.shards import Result
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ class ScoreWorker:
             foundation, self.aligner = bundle.config.foundation, load_aligner(bundle).to(device)
         self.clip = FrozenClip(foundation, device, dtype_of(self.config.dtype, device), self.config.batch_size)
 
-    def __call__(self, shard: Shard) -> Result:
-        """Shard: name, rows, digest, clips [{key, caption}]."""
-        captions = {clip["key"]: clip["caption"] for clip in shard["clips"]}
+    def __call__(self, shard: ScoreShard) -> Result:
+        """Scores the shard's good clips."""
+        captions = {clip.key: clip.caption for clip in shard.clips}
         columns = ["key", "code", "frames"] + (["audio"] if self.aligner else [])
-        measured = storage.read_table(shard_file(self.out, MEASURED, shard["name"]), columns)
+        measured = storage.read_table(shard_file(self.out, MEASURED, shard.name), columns)
         rows = [row for row in measured.to_pylist() if row["key"] in captions and row["code"] is None]
         image = self._images([row["frames"] for row in rows])
         out: dict[str, Any] = {"key": [row["key"] for row in rows]}
@@ -54,10 +54,10 @@ class ScoreWorker:
             out["av_similarity"] = (audio * image).sum(1).tolist()
         out |= {"audio_embed": vectors(audio), "image_embed": vectors(image)}
         table = pa.table(out, schema=similarity_table(image.shape[1])).replace_schema_metadata(
-            {DIGEST: shard["digest"].encode()}
+            {DIGEST: shard.digest.encode()}
         )
-        storage.write_table(shard_file(self.out, FOLDER, shard["name"]), table)
-        return {"rows": shard["rows"]}
+        storage.write_table(shard_file(self.out, FOLDER, shard.name), table)
+        return Result(rows=shard.rows)
 
     def _images(self, frames: list[list[bytes]]) -> np.ndarray:
         """Unit mean feature [N, D] of each clip's pictures."""

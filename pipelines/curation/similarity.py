@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from aai.correspondence import sample
 from aai.foundation.identity import FoundationSpec, identity
 from aai.schema import SIMILARITIES
 from pipelines.curation.measuring import shard_file
+from pipelines.engine.shards import Shard
 from pipelines.manifests.table import Row
 from pipelines.settings import DType
 
@@ -59,9 +61,26 @@ class ScoreConfig(Config):
         return hashlib.sha256(json.dumps([models, self.caption], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def shard_digest(config_digest: str, clips: Sequence[dict[str, str]]) -> str:
+@dataclass(frozen=True)
+class CaptionedClip:
+    """What scoring needs to know of a clip beside what was measured."""
+
+    key: str
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreShard(Shard):
+    """Clips to score."""
+
+    clips: list[CaptionedClip]
+    digest: str
+    """Of the models and the clips."""
+
+
+def shard_digest(config_digest: str, clips: Sequence[CaptionedClip]) -> str:
     """Of a shard's scores: the models, and its clips with their captions."""
-    return hashlib.sha256(json.dumps([config_digest, clips]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([config_digest, [vars(clip) for clip in clips]]).encode()).hexdigest()[:16]
 
 
 def similarity_table(dim: int) -> pa.Schema:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -79,23 +80,48 @@ def judge(rows: Sequence[dict[str, Any]], config: "CurateConfig", null: Null | N
     return verdicts
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgedClip:
+    """A measured clip as its manifest row now describes it, with its scores and what speaks against it."""
+
+    key: str
+    uri: str
+    start_s: float | None
+    end_s: float | None
+    caption: str
+    labels: list[str]
+    split: str
+    caption_similarity: float | None
+    av_similarity: float | None
+    reasons: list[Reason]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeShard(Shard):
+    """The clips of a measured shard that the manifest still names."""
+
+    clips: list[JudgedClip]
+    digest: str
+    """Of the clips and of what is done with flagged ones."""
+
+
 class JudgeWorker:
     """Splits one measured shard into accepted/SHARD.parquet and rejected/SHARD.parquet."""
 
     def __init__(self, out: str, flag_only: bool) -> None:
         self.out, self.flag_only = out, flag_only
 
-    def __call__(self, shard: Shard) -> Result:
-        """Shard: name, rows, digest, clips [manifest row + key + similarities + reasons]."""
-        clips = {clip["key"]: clip for clip in shard["clips"]}
-        measured = storage.read_table(shard_file(self.out, MEASURED, shard["name"]))
+    def __call__(self, shard: JudgeShard) -> Result:
+        """Writes the shard's two tables."""
+        clips = {clip.key: clip for clip in shard.clips}
+        measured = storage.read_table(shard_file(self.out, MEASURED, shard.name))
         accepted, rejected = [], []
         for row in measured.to_pylist():
             if row["key"] not in clips:
                 continue
             clip = clips[row["key"]]
-            reasons = clip.pop("reasons")
-            row |= clip
+            reasons = clip.reasons
+            row |= {name: value for name, value in vars(clip).items() if name != "reasons"}
             if row["code"] is None and reasons and not self.flag_only:
                 row |= dict(zip(("stage", "code", "message"), reasons[0], strict=True)) | {"transient": False}
             if row["code"]:
@@ -104,20 +130,21 @@ class JudgeWorker:
                 accepted.append(row | {"flags": [code for _, code, _ in reasons]})
         # accepted/ is written last: when it is there, both are.
         for folder, rows, schema in (("rejected", rejected, REJECT_TABLE), ("accepted", accepted, CLIP_TABLE)):
-            table = pa.Table.from_pylist(rows, schema=schema.with_metadata({DIGEST: shard["digest"].encode()}))
-            storage.write_table(shard_file(self.out, folder, shard["name"]), table)
-        return {"rows": shard["rows"], "rejected": len(rejected)}
+            table = pa.Table.from_pylist(rows, schema=schema.with_metadata({DIGEST: shard.digest.encode()}))
+            storage.write_table(shard_file(self.out, folder, shard.name), table)
+        return Result(rows=shard.rows, rejected=len(rejected))
 
 
 def judge_shards(
     rows: Sequence[dict[str, Any]], shards: Mapping[str, Sequence[str]], verdicts: Verdicts, flag_only: bool
-) -> list[Shard]:
+) -> list[JudgeShard]:
     """What each JudgeWorker needs: its clips with provenance, scores and reasons, under a digest of all that."""
     names = (*PROVENANCE, *(field.name for field in SIMILARITIES))
     small = {row["key"]: {"key": row["key"], **{name: row[name] for name in names}} for row in rows}
     out = []
     for shard, keys in shards.items():
-        clips = [{**small[key], "reasons": verdicts.reasons.get(key, [])} for key in keys]
-        digest = hashlib.sha256(json.dumps([clips, flag_only]).encode()).hexdigest()[:16]
-        out.append({"name": shard, "rows": len(clips), "clips": clips, "digest": digest})
+        clips = [JudgedClip(**small[key], reasons=verdicts.reasons.get(key, [])) for key in keys]
+        content = json.dumps([[vars(clip) for clip in clips], flag_only])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        out.append(JudgeShard(name=shard, rows=len(clips), clips=clips, digest=digest))
     return out

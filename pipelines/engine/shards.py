@@ -1,8 +1,19 @@
 """Work in shards: one engine for every stage that reads rows and writes tables.
 
-A shard is a small dict of names and numbers. A worker does all the work of one shard and writes its outputs
+A shard is a small record of names and numbers. A worker does all the work of one shard and writes its outputs
 itself, under names that the shard determines, so a finished shard is never made again and a re-run after a kill
 goes on. Ray Data spreads the shards over a pool of actors.
+
+    @dataclass(frozen=True, kw_only=True)
+    class CountShard(Shard):
+        file: str
+
+    class CountWorker:
+        def __call__(self, shard: CountShard) -> Result:
+            ...  # reads shard.file, writes its output
+            return Result(rows=shard.rows)
+
+    run_shards("count", shards, CountWorker, {}, cluster, done=lambda shard: exists(output_of(shard)))
 """
 
 import json
@@ -17,8 +28,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast, get_type_hints
 
+import pydantic
 from tqdm import tqdm
 
 from aai.errors import UserError
@@ -27,18 +39,57 @@ from pipelines.settings import ClusterConfig
 
 log = logging.getLogger(__name__)
 
-Shard = dict[str, Any]
-Result = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One unit of work. A stage adds what its worker needs: values that JSON knows, and dataclasses of such."""
+
+    name: str
+    """Of the shard's outputs."""
+    rows: int
+    """How many units of work it holds, for the progress line."""
 
 
-class Worker(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of a shard; a stage may add small figures of its own."""
+
+    rows: int
+    rejected: int | None = None
+    """Shown beside the progress, where a stage rejects rows."""
+
+
+S = TypeVar("S", bound=Shard)
+R = TypeVar("R", bound=Result)
+S_in = TypeVar("S_in", bound=Shard, contravariant=True)
+R_out = TypeVar("R_out", bound=Result, covariant=True)
+
+
+class Worker(Protocol[S_in, R_out]):
     """What runs in an actor: made once per process, called once per shard.
 
-    It handles bad rows itself; whatever it raises ends the job. The result needs `rows`, and may hold `rejected`.
+    It handles bad rows itself; whatever it raises ends the job. The annotations of `__call__` say which records it
+    takes and returns.
     """
 
-    def __call__(self, shard: Shard) -> Result:
-        """Does one shard's work and writes its files; returns small JSON values."""
+    def __call__(self, shard: S_in) -> R_out:
+        """Does one shard's work and writes its files."""
+
+
+def _pack(record: Shard | Result) -> Any:
+    """A record as JSON values."""
+    return pydantic.TypeAdapter(type(record)).dump_python(record, mode="json")
+
+
+def _unpack(kind: type[R], values: Any) -> R:
+    """A record from JSON values."""
+    return pydantic.TypeAdapter(kind).validate_python(values)
+
+
+def _records(worker_cls: Callable[..., Worker[S, R]]) -> tuple[type[S], type[R]]:
+    """The types of shard and result of a worker class, read off its `__call__`."""
+    hints = get_type_hints(cast(Any, worker_cls).__call__)
+    return hints["shard"], hints["return"]
 
 
 class _Actor:
@@ -48,24 +99,27 @@ class _Actor:
     made on the first shard, so that an error in making it takes the same way.
     """
 
-    def __init__(self, worker_cls: Callable[..., Worker], worker_args: Mapping[str, Any]) -> None:
+    def __init__(self, worker_cls: Callable[..., Worker[Any, Any]], worker_args: Mapping[str, Any]) -> None:
         self.make = partial(worker_cls, **worker_args)
-        self.worker: Worker | None = None
+        self.shard_type, _ = _records(worker_cls)
+        self.worker: Worker[Any, Any] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self.work(json.loads(text))) for text in batch["shard"]]}
+        return {"answer": [self.work(text) for text in batch["shard"]]}
 
-    def work(self, shard: Shard) -> Result:
-        """The worker's result with its `call`, or `user_error` or `error`."""
+    def work(self, text: str) -> str:
+        """A shard's answer: `result` and `call` (see Stage), or `user_error`, or `error` with the shard's name."""
+        values = json.loads(text)
         try:
             self.worker = self.worker or self.make()
             started_s = time.monotonic()
-            result = self.worker(shard)
-            return {**result, "call": (os.getpid(), int(result["rows"]), started_s, time.monotonic())}
+            result = self.worker(_unpack(self.shard_type, values))
+            call = (os.getpid(), result.rows, started_s, time.monotonic())
+            return json.dumps({"result": _pack(result), "call": call})
         except UserError as error:
-            return {"user_error": [str(arg) for arg in error.args]}
+            return json.dumps({"user_error": [str(arg) for arg in error.args]})
         except Exception:
-            return {"error": traceback.format_exc(), "shard": str(shard.get("name") or shard.get("output"))}
+            return json.dumps({"error": traceback.format_exc(), "shard": values["name"]})
 
 
 @dataclass
@@ -96,19 +150,18 @@ def recorded(bare: bool = False) -> Iterator[list[Stage]]:
         _RECORD.reset(token)
 
 
-def _once(batch: dict[str, Any], worker_cls: Callable[..., Worker], worker_args: Mapping[str, Any]) -> Any:
+def _once(batch: dict[str, Any], worker_cls: Callable[..., Worker[Any, Any]], worker_args: Mapping[str, Any]) -> Any:
     return _Actor(worker_cls, worker_args)(batch)
 
 
-def _check(name: str, result: Result) -> Result:
+def _raise_for(name: str, answer: Mapping[str, Any]) -> None:
     """Raises what a worker raised."""
-    if "user_error" in result:
-        raise UserError(*result["user_error"])
-    if "error" in result:
-        log.error("%s", result["error"].rstrip())
-        last = result["error"].rstrip().split("\n")[-1]
-        raise RuntimeError(f"{name}: {result['shard']} failed: {last}")
-    return result
+    if "user_error" in answer:
+        raise UserError(*answer["user_error"])
+    if "error" in answer:
+        log.error("%s", answer["error"].rstrip())
+        last = answer["error"].rstrip().split("\n")[-1]
+        raise RuntimeError(f"{name}: {answer['shard']} failed: {last}")
 
 
 def _quiet_ray_data() -> None:
@@ -126,48 +179,50 @@ def _quiet_ray_data() -> None:
 
 def run_shards(
     name: str,
-    shards: Sequence[Shard],
-    worker_cls: Callable[..., Worker],
+    shards: Sequence[S],
+    worker_cls: Callable[..., Worker[S, R]],
     worker_args: Mapping[str, Any],
     cluster: ClusterConfig,
-    done: Callable[[Shard], bool],
+    done: Callable[[S], bool] = lambda shard: False,
     log_dir: str | None = None,
     stateful: bool = True,
     unit: str = "clip",
-    on_result: Callable[[Result], None] = lambda result: None,
-) -> list[Result]:
+    on_result: Callable[[R], None] = lambda result: None,
+) -> list[R]:
     """Runs every shard that is not `done`, and returns the results of those that ran, in any order.
 
-    name and unit: of the progress line; shards: JSON values, with `rows`, how many units each has; worker_cls and its
-    keyword arguments must be importable on every node. stateful: keep one worker per process; False makes a worker
-    for each shard and saves the start of the processes. on_result: sees every result as it comes, and may raise to stop
-    the job. A worker's UserError is raised as it is, any other error of
-    a worker as a RuntimeError with its last line.
+    name and unit: of the progress line; worker_cls and its keyword arguments must be importable on every node.
+    stateful: keep one worker per process; False makes a worker for each shard and saves the start of the processes.
+    on_result: sees every result as it comes, and may raise to stop the job. A worker's UserError is raised as it is,
+    any other error of a worker as a RuntimeError with its last line.
     """
     todo = [shard for shard in shards if not done(shard)]
-    rows, skipped = sum(int(s["rows"]) for s in todo), len(shards) - len(todo)
-    if skipped:
-        log.info("%s: %d of %d shards are there already", name, skipped, len(shards))
+    if len(todo) < len(shards):
+        log.info("%s: %d of %d shards are there already", name, len(shards) - len(todo), len(shards))
     if not todo:
         return []
     stages, bare = _RECORD.get() or ([], False)
     stages.append(stage := Stage(name, time.monotonic()))
     if not bare:
         connect(cluster, log_dir)
-    stream = _pool_results if bare else _ray_results
-    results: list[Result] = []
+    texts = [json.dumps(_pack(shard)) for shard in todo]
+    _, result_type = _records(worker_cls)
+    stream = _pool_answers if bare else _ray_answers
+    results: list[R] = []
     rejected = 0
     with (
         native_stderr_held() as terminal,
-        tqdm(total=rows, desc=name, unit=unit, mininterval=1.0, file=terminal) as bar,
+        tqdm(total=sum(s.rows for s in todo), desc=name, unit=unit, mininterval=1.0, file=terminal) as bar,
     ):
-        for result in stream(todo, worker_cls, worker_args, cluster, stateful):
-            stage.calls.append(_check(name, result).pop("call"))
-            results.append(result)
-            if "rejected" in result:
-                rejected += int(result["rejected"])
+        for text in stream(texts, worker_cls, worker_args, cluster, stateful):
+            answer = json.loads(text)
+            _raise_for(name, answer)
+            stage.calls.append(tuple(answer["call"]))
+            results.append(result := _unpack(result_type, answer["result"]))
+            if result.rejected is not None:
+                rejected += result.rejected
                 bar.set_postfix(rejected=rejected, refresh=False)
-            bar.update(int(result["rows"]))
+            bar.update(result.rows)
             on_result(result)
     if len(results) != len(todo):
         raise RuntimeError(f"{name}: {len(results)} results for {len(todo)} shards")
@@ -179,44 +234,44 @@ _pooled: _Actor
 """The worker of a process of the bare pool."""
 
 
-def _start_pooled(worker_cls: Callable[..., Worker], worker_args: Mapping[str, Any]) -> None:
+def _start_pooled(worker_cls: Callable[..., Worker[Any, Any]], worker_args: Mapping[str, Any]) -> None:
     global _pooled
     _pooled = _Actor(worker_cls, worker_args)
 
 
-def _work_pooled(shard: Shard) -> Result:
-    return _pooled.work(shard)
+def _work_pooled(text: str) -> str:
+    return _pooled.work(text)
 
 
-def _pool_results(
-    todo: Sequence[Shard],
-    worker_cls: Callable[..., Worker],
+def _pool_answers(
+    todo: Sequence[str],
+    worker_cls: Callable[..., Worker[Any, Any]],
     worker_args: Mapping[str, Any],
     cluster: ClusterConfig,
     stateful: bool,
-) -> Iterator[Result]:
-    """The results by a plain pool of fresh processes, one worker in each."""
+) -> Iterator[str]:
+    """The answers of a plain pool of fresh processes, one worker in each."""
     workers, context = min(cluster.num_workers, len(todo)), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_pooled, (worker_cls, dict(worker_args))) as pool:
-        for future in as_completed([pool.submit(_work_pooled, shard) for shard in todo]):
+        for future in as_completed([pool.submit(_work_pooled, text) for text in todo]):
             yield future.result()
 
 
-def _ray_results(
-    todo: Sequence[Shard],
-    worker_cls: Callable[..., Worker],
+def _ray_answers(
+    todo: Sequence[str],
+    worker_cls: Callable[..., Worker[Any, Any]],
     worker_args: Mapping[str, Any],
     cluster: ClusterConfig,
     stateful: bool,
-) -> Iterator[Result]:
-    """The results by Ray Data: one block, one task and one batch per shard."""
+) -> Iterator[str]:
+    """The answers by way of Ray Data: one block, one task and one batch per shard."""
     import ray
 
     _quiet_ray_data()
     resources = {"batch_size": 1, "num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
     arguments: dict[str, Any] = {"worker_cls": worker_cls, "worker_args": dict(worker_args)}
     workers = min(cluster.num_workers, len(todo))
-    dataset = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo))
+    dataset = ray.data.from_items([{"shard": text} for text in todo], override_num_blocks=len(todo))
     if stateful:
         pool = ray.data.ActorPoolStrategy(size=workers)
         dataset = dataset.map_batches(_Actor, fn_constructor_kwargs=arguments, compute=pool, **resources)
@@ -224,4 +279,4 @@ def _ray_results(
         tasks = ray.data.TaskPoolStrategy(size=workers)
         dataset = dataset.map_batches(_once, fn_kwargs=arguments, compute=tasks, **resources)
     for row in dataset.iter_rows():
-        yield json.loads(row["result"])
+        yield str(row["answer"])

@@ -1,121 +1,167 @@
-"""Grades the pictures of an evaluation: by the toy world's judge, and by the frozen CLIP (see docs/evaluation.md)."""
+"""The figures of an evaluation, from the tables that its workers wrote (see docs/evaluation.md). Loads no model."""
 
-import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from PIL import Image
 
 from aai import grading, metrics, storage
-from aai.align import embed_files, load_aligner
-from aai.bundle import Bundle
-from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import TOY_WEIGHTS
-from aai.media.waveform import decode_flac
 from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS
-from aai.toy.judge import Judge
+from pipelines.evaluation.cases import PICTURES, REPAINTED
+from pipelines.evaluation.clips import EvaluatedClips
+from pipelines.evaluation.judges import ATTRIBUTES
+from pipelines.evaluation.listening import FRAMES, HEARD, TEXTS
 
 Rows = list[dict[str, Any]]
+KEPT = {"edit": ("ambience", "medium"), "stylize": ("object", "medium")}
+"""What of a given picture must stay."""
 
 
-def grade(painted: pa.Table, test: pa.Table, bundle: Bundle, judged: bool) -> dict[str, Any]:
-    """All figures of the painted pictures; those of the judge only when it read them."""
+class Heard:
+    """What listening found: embeddings of the held-out clips by row, all of unit norm."""
+
+    def __init__(self, out: str) -> None:
+        files = [file for file in storage.list_files(storage.join(out, HEARD)) if "/test-" in file]
+        columns = ["row", "audio", "image", "text", "rms_db", "alone_max_abs"]
+        table = pa.concat_tables([storage.read_table(file, columns) for file in files]).sort_by("row")
+        self.audio, self.image, self.text = (_matrix(table[name]) for name in ("audio", "image", "text"))
+        self.rms_db = table["rms_db"].to_numpy()
+        gaps = [gap for gap in table["alone_max_abs"].to_pylist() if gap is not None]
+        self.batch_invariance_max_abs = max(gaps)
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """float32 [N, D] of a column of lists of one length."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.array(flat, np.float32).reshape(len(column), -1)
+
+
+def retrieval_figures(clips: EvaluatedClips, heard: Heard) -> dict[str, Any]:
+    """Retrieval in all four directions, audited for overlap with training and for batch invariance."""
+    objects = np.array([labels[0] if labels else "" for labels in clips.labels])
+    nearest = metrics.nearest(heard.audio, heard.image)
+    captions = np.array(clips.test["caption"].to_pylist())
+    _, counts = np.unique(objects, return_counts=True)
+    return {
+        "gallery": len(objects),
+        "overlap": clips.overlap(),
+        "batch_invariance_max_abs": heard.batch_invariance_max_abs,
+        "same_object_r1": float((objects[nearest] == objects).mean()),
+        "same_object_chance": float(np.square(counts / len(objects)).sum()),
+        "a2v": metrics.retrieval(heard.audio, heard.image),
+        "v2a": metrics.retrieval(heard.image, heard.audio),
+        "a2t": metrics.retrieval(heard.audio, heard.text, captions, captions),
+        "t2a": metrics.retrieval(heard.text, heard.audio, captions, captions),
+    }
+
+
+def picture_figures(out: str, clips: EvaluatedClips, heard: Heard, attributes: Sequence[str]) -> dict[str, Any]:
+    """All figures of the painted pictures; attributes: what the judge has read."""
+    columns = ["case", "condition", "row", "picture_row", *ATTRIBUTES, "clip_feature"]
     by_condition: dict[str, Rows] = {}
+    painted = storage.read_table(storage.join(out, PICTURES), columns).sort_by("case")
     for row in painted.to_pylist():
         by_condition.setdefault(row["condition"], []).append(row)
-    figures = {
+    figures: dict[str, Any] = {
         name: {"pictures": len(rows)} for name, rows in by_condition.items() if name not in ("loudness", "caption")
     }
-    if judged:
-        for name, found in judge_figures(by_condition, test).items():
+    if attributes:
+        for name, found in judge_figures(by_condition, clips.labels, heard.rms_db, attributes).items():
             figures[name] = figures.get(name, {}) | found if isinstance(found, dict) else found
-    return {"pictures": len(painted), **figures, "clip": clip_scores(by_condition, test, bundle)}
+    return {"pictures": len(painted), **figures, "clip": clip_figures(by_condition, clips.labels, heard, out)}
 
 
-def judge_figures(by_condition: dict[str, Rows], test: pa.Table) -> dict[str, Any]:
-    """What the judge read against the labels (object, ambience, medium, size) of the clips."""
-    names = ("object", "ambience", "medium", "size")
-    truth = [dict(zip(names, row, strict=False)) for row in test["labels"].to_pylist()]
-    figures: dict[str, Any] = {
-        "chance": {"object": 1 / len(OBJECTS), "ambience": 1 / len(AMBIENCES), "medium": 1 / len(MEDIA)}
-    }
+def judge_figures(
+    by_condition: Mapping[str, Rows], labels: Sequence[Sequence[str]], rms_db: np.ndarray, attributes: Sequence[str]
+) -> dict[str, Any]:
+    """What the judge read against the labels (object, ambience, medium, size) of the clips. rms_db: of the clips."""
+    truth = [dict(zip(ATTRIBUTES, row, strict=False)) for row in labels]
+    figures: dict[str, Any] = {"chance": _chance(truth, attributes)}
     for name, seen in by_condition.items():
         heard = [truth[row["row"]] for row in seen]
         if name == "caption":
-            figures["foundation"] = {f"caption_{a}": grading.accuracy(seen, heard, a) for a in names[:3]}
+            words = [a for a in ATTRIBUTES[:3] if a in attributes]
+            figures["foundation"] = {f"caption_{a}": grading.accuracy(seen, heard, a) for a in words}
             figures["foundation"]["caption_pictures"] = len(seen)
         elif name != "loudness":
-            asked = {"edit": ("object",), "stylize": ("ambience",)}.get(name, ("object", "ambience"))
-            figures[name] = {a: grading.accuracy(seen, heard, a) for a in asked}
+            asked = (ATTRIBUTES[REPAINTED[name]],) if name in REPAINTED else ("object", "ambience")
+            figures[name] = {a: grading.accuracy(seen, heard, a) for a in asked if a in attributes}
     if "sketch" in figures:
         figures["sketch"]["medium"] = float(np.mean([row["medium"] == "sketch" for row in by_condition["sketch"]]))
-    for name, attributes in (("edit", ("ambience", "medium")), ("stylize", ("object", "medium"))):
-        if name in figures:
+    for name, kept in KEPT.items():
+        if name in figures and set(kept) <= set(attributes):
             seen = by_condition[name]
             given = [truth[row["picture_row"]] for row in seen]
-            figures[name]["kept"] = grading.kept(seen, given, attributes)
-            figures[name] |= {f"kept_{a}": grading.accuracy(seen, given, a) for a in attributes}
-    if "sound" in figures:
+            figures[name]["kept"] = grading.kept(seen, given, kept)
+            figures[name] |= {f"kept_{a}": grading.accuracy(seen, given, a) for a in kept}
+    if "sound" in figures and "size" in attributes:
         sound = by_condition["sound"]
-        loudness = np.array([rms_db(decode_flac(test["audio"][row["row"]].as_py())) for row in sound])
-        figures["loudness_size_spearman"] = metrics.spearman(loudness, np.array([row["size"] for row in sound]))
+        loudness_db = rms_db[[row["row"] for row in sound]]
+        figures["loudness_size_spearman"] = metrics.spearman(loudness_db, np.array([row["size"] for row in sound]))
     return figures
 
 
-def grade_foundation(clips: str, max_frames: int, bundle: Bundle, test: pa.Table) -> dict[str, Any]:
-    """The judge and the CLIP on held-out frames with known truth, and the size of the toy world's weights."""
-    frames = storage.read_table(clips, ["clip_id", "frames", "labels"])
-    frames = frames.filter(pc.is_in(frames["clip_id"], test["clip_id"]))
-    rows = [
-        (data, labels) for row in frames.to_pylist() for data, labels in ((f, row["labels"]) for f in row["frames"])
-    ]
-    rows = rows[:: max(1, len(rows) // max_frames)]
-    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data, _ in rows]
-    truth = [labels[0] for _, labels in rows]
-    read = [seen["object"] for seen in Judge.load().read(pictures)]
-    clip = FrozenClip(bundle.config.foundation)
-    classes = clip.texts([f"a photo of a {name}" for name in OBJECTS])
-    return {
-        "frames": len(rows),
-        "judge_object": float(np.mean([a == b for a, b in zip(read, truth, strict=True)])),
-        "clip_object": grading.zero_shot(clip.images(pictures), classes, [OBJECTS.index(name) for name in truth]),
-        "weights_mb": sum(file.stat().st_size for file in TOY_WEIGHTS.rglob("*.safetensors")) / 1e6,
-    }
+def _chance(truth: Sequence[Mapping[str, str]], attributes: Sequence[str]) -> dict[str, float]:
+    """What guessing reaches; in the toy world all values are equally likely."""
+    known = {"object": OBJECTS, "ambience": AMBIENCES, "medium": MEDIA}
+    if "medium" in attributes:
+        return {name: 1 / len(values) for name, values in known.items()}
+    names = [row["object"] for row in truth if "object" in row]
+    _, counts = np.unique(names, return_counts=True)
+    return {"object": float(np.square(counts / max(1, len(names))).sum())}
 
 
-def rms_db(audio: np.ndarray) -> float:
-    """Loudness of a waveform in dB full scale."""
-    return float(10 * np.log10(np.mean(np.square(audio)) + 1e-10))
-
-
-def clip_scores(by_condition: dict[str, list[dict[str, Any]]], test: pa.Table, bundle: Bundle) -> dict[str, Any]:
-    """AIC, AIS, IIS and CLIP-MMD of the pictures from sound and from the true caption."""
-    clip = FrozenClip(bundle.config.foundation)
-    audio = torch.from_numpy(embed_files(load_aligner(bundle), test["audio"].to_pylist()))
-    image = torch.from_numpy(vectors(test, "image_features", clip.dim))
-    names = sorted({labels[0] for labels in test["labels"].to_pylist() if labels})
-    classes = clip.texts([f"a photo of a {name}" for name in names])
-    out: dict[str, Any] = {}
-    for condition in ("sound", "ceiling", "shuffled_audio"):
-        rows = by_condition.get(condition, [])
-        if not rows:
+def clip_figures(
+    by_condition: Mapping[str, Rows], labels: Sequence[Sequence[str]], heard: Heard, out: str
+) -> dict[str, Any]:
+    """AIC, AIS, IIS and CLIP-MMD of the pictures under every condition that fills one prompt."""
+    names = class_names(labels)
+    audio, image = torch.from_numpy(heard.audio), torch.from_numpy(heard.image)
+    features: dict[str, Any] = {}
+    if names:
+        texts = storage.read_table(storage.join(out, TEXTS)).to_pylist()
+        features = {row["text"]: row["feature"] for row in texts}
+    classes = torch.tensor([features[class_prompt(name)] for name in names])
+    found: dict[str, Any] = {}
+    for condition, rows in by_condition.items():
+        if condition == "loudness" or condition in REPAINTED:
             continue
         painted = torch.tensor([row["clip_feature"] for row in rows])
         of = [row["row"] for row in rows]
-        out[condition] = {
-            "aic": grading.zero_shot(painted, classes, [names.index(test["labels"][i].as_py()[0]) for i in of]),
+        found[condition] = {
             "ais": grading.similarity_rank(painted, audio[of], audio),
             "iis": grading.similarity_rank(painted, image[of], image),
             "clip_mmd": grading.clip_mmd(painted, image),
         }
-    return out
+        labelled = [i for i, row in enumerate(of) if labels[row]]
+        if labelled:
+            wanted = [names.index(labels[of[i]][0]) for i in labelled]
+            found[condition] = {"aic": grading.zero_shot(painted[labelled], classes, wanted), **found[condition]}
+    return found
 
 
-def vectors(table: pa.Table, column: str, dim: int) -> np.ndarray:
-    """Mean unit feature [N, dim] of a flattened [N, K * dim] column."""
-    flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    mean = flat.reshape(len(table), -1, dim).mean(1)
-    return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+def class_names(labels: Sequence[Sequence[str]]) -> list[str]:
+    """The first labels that occur, sorted."""
+    return sorted({row[0] for row in labels if row})
+
+
+def class_prompt(name: str) -> str:
+    """The text that stands for a class."""
+    return f"a photo of a {name}"
+
+
+def foundation_figures(out: str, labels: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Judge and CLIP on true held-out frames of the toy world, and the size of its weights."""
+    rows = storage.read_table(storage.join(out, FRAMES)).to_pylist()
+    truth = [labels[row["row"]][0] for row in rows]
+    return {
+        "frames": len(rows),
+        "judge_object": float(np.mean([row["object"] == name for row, name in zip(rows, truth, strict=True)])),
+        "clip_object": float(
+            np.mean([OBJECTS[row["clip_class"]] == name for row, name in zip(rows, truth, strict=True)])
+        ),
+        "weights_mb": sum(file.stat().st_size for file in TOY_WEIGHTS.rglob("*.safetensors")) / 1e6,
+    }

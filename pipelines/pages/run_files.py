@@ -52,10 +52,10 @@ class Run:
         return dict(need(self.json("evaluate/evaluate.json"), "samples"))
 
     @cached_property
-    def clips(self) -> list[Row]:
-        """The test clips by row number: clip_id, audio (FLAC), frame (JPEG), caption, labels."""
-        columns = ["clip_id", "audio", "frame", "caption", "labels"]
-        return self.table("evaluate/inputs/test.parquet", columns).to_pylist()
+    def clips(self) -> dict[int, Row]:
+        """The painted test clips by row number: clip_id, audio (FLAC), frame (JPEG), caption, labels."""
+        columns = ["row", "clip_id", "audio", "frame", "caption", "labels"]
+        return {clip.pop("row"): clip for clip in self.table("evaluate/inputs", columns).to_pylist()}
 
     @cached_property
     def pictures(self) -> dict[str, list[Row]]:

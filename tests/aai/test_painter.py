@@ -94,7 +94,7 @@ def test_no_sound_is_refused(painter: Painter) -> None:
 
 def test_every_condition_gives_a_prompt_and_none_depends_on_its_batch(painter: Painter) -> None:
     captions = ["a sketch of a big dog in the rain", "a photo of a bell at night"]
-    conditions = Conditions(painter, FrozenClip(painter.foundation), captions, [sound(3), sound(4)])
+    conditions = Conditions(painter, FrozenClip(painter.foundation), captions, torch.zeros(32))
     clips = [HeldOutClip(sound(i), captions[i % 2], i) for i in range(3)]
     seen = {}
     for name in CONDITIONS:

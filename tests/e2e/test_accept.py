@@ -173,8 +173,8 @@ def service(summary: dict[str, Any]) -> Iterator[str]:
 
 def held_out(count: int) -> list[dict[str, Any]]:
     """Held-out clips: audio (FLAC), frame (JPEG) and labels."""
-    table = storage.read_table(str(RUN / "evaluate" / "inputs" / "test.parquet"), ["audio", "frame", "labels"])
-    return table.slice(0, count).to_pylist()
+    table = storage.read_table(str(RUN / "evaluate" / "inputs"), ["row", "audio", "frame", "labels"])
+    return table.sort_by("row").slice(0, count).to_pylist()
 
 
 @pytest.mark.parametrize(("verb", "asked", "kept"), [("generate", 0, None), ("edit", 0, 1), ("stylize", 1, 0)])

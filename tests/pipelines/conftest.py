@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,30 +47,32 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def _run_shards_here(
+def run_shards_here(
     name: str,
-    shards: Sequence[dict[str, Any]],
+    shards: Sequence[Any],
     worker_cls: Callable[..., Any],
     worker_args: Mapping[str, Any],
     cluster: Any,
-    done: Callable[[dict[str, Any]], bool],
+    done: Callable[[Any], bool] = lambda shard: False,
     log_dir: str | None = None,
     stateful: bool = True,
     unit: str = "clip",
-    on_result: Callable[[dict[str, Any]], None] = lambda result: None,
-) -> list[dict[str, Any]]:
+    on_result: Callable[[Any], None] = lambda result: None,
+) -> list[Any]:
+    """`run_shards` in this process, one shard after the other; records travel as JSON text as they do there."""
     worker, results = worker_cls(**worker_args), []
     for shard in shards:
         if not done(shard):
-            results.append(worker(json.loads(json.dumps(shard))))
+            kind = pydantic.TypeAdapter(type(shard))
+            results.append(worker(kind.validate_python(json.loads(json.dumps(kind.dump_python(shard, mode="json"))))))
             on_result(results[-1])
     return results
 
 
 def run_here(patch: pytest.MonkeyPatch) -> None:
     """Shards of curate and featurize run in this process; the engine has its own tests, and so have they on it."""
-    for module in ("curate", "curation.measuring", "curation.cut", "featurize", "curation.near"):
-        patch.setattr(importlib.import_module(f"pipelines.{module}"), "run_shards", _run_shards_here)
+    for module in ("curate", "curation.measuring", "curation.cut", "featurize", "curation.near", "evaluate"):
+        patch.setattr(importlib.import_module(f"pipelines.{module}"), "run_shards", run_shards_here)
 
 
 @pytest.fixture

@@ -1,34 +1,134 @@
-"""Evaluate's output folder: nobody else's files are ever touched."""
+"""Evaluate on a small world: its figures, its output folder, what it refuses, and how it goes on."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from aai import storage
-from aai.bundle import BundleConfig, write_bundle
+from aai import metrics, storage
+from aai.align import embed_files, load_aligner
+from aai.bundle import read_bundle
 from aai.errors import UserError
+from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
-from pipelines import evaluate
+from aai.toy.grammar import OBJECTS
+from pipelines import evaluate, featurize
+from pipelines.evaluate import EvaluateConfig
+from pipelines.featurize import FeaturizeConfig
+from tests import tiny
+from tests.pipelines.conftest import run_here
+
+COUNTS = {
+    "caption": 2, "sound": 5, "ceiling": 3, "nearest_caption": 2, "closed_form": 2, "shuffled_audio": 2,
+    "random_token": 2, "sketch": 2, "edit": 3, "stylize": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """clips, features and bundle of a small world with 12 held-out clips in two files."""
+    root = tmp_path_factory.mktemp("evaluate")
+    clip = tiny.write_clip(root / "clip")
+    spec = FoundationSpec(clip=str(clip), diffusion=str(tiny.write_diffusion(root / "diffusion", clip)))
+    clips = tiny.write_clip_table(root / "accepted", 2, 12, splits_in_turn=("train", "test"))
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        settings = {"input": str(clips), "out": str(root / "features"), "foundation": spec.model_dump()}
+        featurize.run(FeaturizeConfig.parse(settings))
+    bundle = tiny.write_bundle_of(root / "bundle", spec)
+    return {"clips": str(clips), "features": str(root / "features"), "bundle": str(bundle)}
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> evaluate.EvaluateConfig:
-    """Settings that are refused only once clips are read: there is a bundle, and a FeatureTable without rows."""
-    config = BundleConfig(foundation=FoundationSpec(), encoder={})
-    write_bundle(tmp_path / "bundle", config, {"weight": torch.zeros(2)}, None, {})
-    storage.write_json(str(tmp_path / "features" / "manifest.json"), {"fingerprint": "0"})
-    places = {"features": tmp_path / "features", "bundle": tmp_path / "bundle", "out": tmp_path / "out"}
-    return evaluate.EvaluateConfig.parse({name: str(place) for name, place in places.items()})
+def config(world: dict[str, str], tmp_path: Path, shards_here: None) -> EvaluateConfig:
+    return settings(world, tmp_path)
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def settings(world: dict[str, str], folder: Path, **changed: Any) -> EvaluateConfig:
+    values = {
+        **world, "out": str(folder / "out"), "pictures": COUNTS, "request": {"steps": 2}, "cases_per_shard": 2,
+        "clips_per_shard": 4, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}, **changed,
+    }  # fmt: skip
+    return EvaluateConfig.parse(values)
+
+
+def content(folder: str | Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_the_figures_are_those_of_the_clips(config: EvaluateConfig, world: dict[str, str]) -> None:
+    result = evaluate.run(config)
+    assert result == json.loads(Path(config.out, "evaluate.json").read_text())
+    clips = storage.read_table(world["features"]).sort_by("clip_id").to_pylist()
+    test = [row for row in clips if row["split"] == "test"]
+    bundle = read_bundle(world["bundle"])
+    audio = embed_files(load_aligner(bundle), [row["audio"] for row in test])
+    image = np.array([row["image_features"] for row in test], np.float32).reshape(12, 2, 32).mean(1)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    retrieval = result["retrieval"]
+    assert (retrieval["gallery"], retrieval["overlap"]) == (12, 0)
+    expected = metrics.retrieval(audio, image, draws=0)
+    assert {name: retrieval["a2v"][name] for name in expected} == pytest.approx(expected)
+    assert retrieval["batch_invariance_max_abs"] < 1e-5
+    objects = np.array([row["labels"][0] for row in test])
+    assert retrieval["same_object_r1"] == (objects[(audio @ image.T).argmax(1)] == objects).mean()
+    generation = result["generation"]
+    assert {name: generation[name]["pictures"] for name in COUNTS if name != "caption"} == {
+        name: count for name, count in COUNTS.items() if name != "caption"
+    }
+    assert set(generation["clip"]) == set(COUNTS) - {"edit", "stylize"}
+    assert set(generation["edit"]) == {"pictures", "object", "kept", "kept_ambience", "kept_medium"}
+    assert set(result["foundation"]) == {
+        "caption_object", "caption_ambience", "caption_medium", "caption_pictures", "frames", "judge_object",
+        "clip_object", "weights_mb",
+    }  # fmt: skip
+    assert result["foundation"]["frames"] == 24
+    assert result["foundation"]["judge_object"] > 0.9  # the judge is trained, whatever the CLIP
+
+
+def test_pictures_are_of_the_clips_they_name(config: EvaluateConfig, world: dict[str, str]) -> None:
+    evaluate.run(config)
+    clips = [row for row in storage.read_table(world["clips"]).sort_by("clip_id").to_pylist() if row["split"] == "test"]
+    inputs = {row["row"]: row for row in storage.read_table(f"{config.out}/inputs").to_pylist()}
+    pictures = storage.read_table(f"{config.out}/pictures").to_pylist()
+    assert {row["row"] for row in pictures} | {row["audio_row"] for row in pictures} <= set(inputs)
+    for row, clip in inputs.items():
+        assert (clip["clip_id"], clip["audio"]) == (clips[row]["clip_id"], clips[row]["audio"])
+        assert clip["frame"] == clips[row]["frames"][1]
+    for case in pictures:
+        if case["condition"] == "edit":
+            assert clips[case["picture_row"]]["labels"][0] != clips[case["audio_row"]]["labels"][0]
+        if case["condition"] == "shuffled_audio":
+            assert case["audio_row"] != case["row"]
+
+
+def test_only_what_is_missing_is_made_again(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = evaluate.run(config)
+    before = content(config.out)
+    assert evaluate.run(config) == first
+    moved = {"num_workers": 5, "address": None}
+    assert evaluate.run(config.model_copy(update={"cluster": config.cluster.model_copy(update=moved)})) == first
+    gone = ["evaluate.json", "heard/test-00001.parquet", "pictures/edit-00000.parquet"]
+    for name in gone:
+        Path(config.out, name).unlink()
+    kept = {name: Path(config.out, name).stat().st_mtime_ns for name in before if name not in gone}
+    again = evaluate.run(config)
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    assert {name: data for name, data in content(config.out).items() if name != "evaluate.json"} == {
+        name: data for name, data in before.items() if name != "evaluate.json"
+    }
+    rewritten = {name for name, time in kept.items() if Path(config.out, name).stat().st_mtime_ns != time}
+    assert rewritten <= {"_started.json", "inputs/test-00001.parquet", "frames/test-00001.parquet"}
 
 
 @pytest.mark.parametrize("foreign", ["thesis.tex", "pictures/holiday.png", "inputs/a.csv", "evaluate.json"])
-def test_a_foreign_folder_survives_byte_for_byte(config: evaluate.EvaluateConfig, foreign: str) -> None:
+def test_a_foreign_folder_survives_byte_for_byte(config: EvaluateConfig, foreign: str) -> None:
     out = Path(config.out)
     (out / foreign).parent.mkdir(parents=True)
     (out / foreign).write_text("{}")
@@ -38,12 +138,101 @@ def test_a_foreign_folder_survives_byte_for_byte(config: evaluate.EvaluateConfig
     assert content(out) == before
 
 
-def test_settings_are_checked_before_an_earlier_result_goes(config: evaluate.EvaluateConfig) -> None:
-    out = Path(config.out)
-    storage.write_json(str(out / "_started.json"), {"bundle": "another"})
-    (out / "pictures").mkdir()
-    (out / "pictures" / "sound-00000.parquet").write_bytes(b"earlier")
-    before = content(out)
-    with pytest.raises(UserError, match="holds no Parquet files"):
-        evaluate.run(config)
-    assert content(out) == before
+@pytest.mark.parametrize(
+    "changed",
+    [{"split": "train"}, {"request": {"steps": 3}}, {"max_clips": 11}, {"judge": "none", "pictures": {"sound": 2}}],
+)
+def test_another_evaluation_is_never_written_over(
+    config: EvaluateConfig, world: dict[str, str], tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    storage.write_json(f"{config.out}/_started.json", {"config": "0", "bundle": "0", "data_fingerprint": "0"})
+    storage.write_json(f"{config.out}/pictures/sound-00000.parquet", "earlier")
+    before = content(config.out)
+    with pytest.raises(UserError, match="holds the evaluation of another"):
+        evaluate.run(settings(world, tmp_path, **changed))
+    assert content(config.out) == before
+    assert settings(world, tmp_path, **changed).content_digest() != config.content_digest()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"split": "nosuch"}, r"split=nosuch: has 0 clips .*there: test, train"),
+        ({"pictures": {"sonud": 3}}, "pictures.sonud=3: no such condition"),
+        ({"pictures": {"sketch": 3}, "judge": "none"}, "pictures.sketch=3: is graded by the medium"),
+        ({"pictures": {"edit": 3}, "judge": "none"}, "pictures.edit=3: is graded by the object"),
+        ({"judge": "/nowhere/model"}, "judge.model=/nowhere/model: holds no model"),
+    ],
+)
+def test_what_would_yield_no_figure_is_refused_before_anything_is_made(
+    config: EvaluateConfig, world: dict[str, str], tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate.run(settings(world, tmp_path, **changed))
+    assert not Path(config.out).exists()
+
+
+def test_clips_without_labels_have_no_judge_but_scores(
+    world: dict[str, str], tmp_path: Path, shards_here: None
+) -> None:
+    features = tmp_path / "features"
+    features.mkdir()
+    for file in Path(world["features"]).iterdir():
+        (features / file.name).write_bytes(file.read_bytes())
+    for file in features.glob("*.parquet"):
+        table = storage.read_table(str(file))
+        at = table.schema.get_field_index("labels")
+        empty = table.set_column(at, table.schema.field(at), pa.array([[]] * len(table), pa.list_(pa.string())))
+        storage.write_table(str(file), empty)
+    with pytest.raises(UserError, match=r"judge.model=toy: reads object, ambience, medium, but clips have 0 labels"):
+        evaluate.run(settings(world, tmp_path, features=str(features)))
+    quiet = settings(world, tmp_path, features=str(features), judge="none", pictures={"sound": 2, "ceiling": 2})
+    scores = evaluate.run(quiet)["generation"]["clip"]["sound"]
+    assert set(scores) == {"ais", "iis", "clip_mmd"}
+
+
+def write_classifier(folder: Path, classes: list[str]) -> Path:
+    """A random image classifier of transformers."""
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=16, **sizes, **labels))
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_any_image_classifier_judges(world: dict[str, str], tmp_path: Path, shards_here: None) -> None:
+    classes = [f"n{i} {name}" for i, name in enumerate(OBJECTS)]
+    judge = {"model": str(write_classifier(tmp_path / "judge", classes))}
+    counts = {"sound": 3, "ceiling": 2, "edit": 2}
+    with pytest.raises(UserError, match="does not know 'b"):
+        evaluate.run(settings(world, tmp_path, judge=judge, pictures=counts))
+    judge |= {"names": {name: name.split(" ")[1] for name in classes}}
+    result = evaluate.run(settings(world, tmp_path, judge=judge, pictures=counts))
+    assert set(result["generation"]["sound"]) == {"pictures", "object"}
+    assert set(result["generation"]["edit"]) == {"pictures", "object"}
+    assert set(result["generation"]["chance"]) == {"object"}
+    read = storage.read_table(f"{tmp_path}/out/pictures")["object"].to_pylist()
+    assert set(read) <= set(OBJECTS)
+    with pytest.raises(UserError, match=r"judge.names=cat: is no class"):
+        evaluate.run(settings(world, tmp_path, judge={**judge, "names": {"cat": "dog"}}, out=str(tmp_path / "x")))
+
+
+def test_overlap_with_training_is_counted(world: dict[str, str], tmp_path: Path) -> None:
+    from pipelines.evaluation.clips import find_clips
+
+    features = tmp_path / "features"
+    for file in storage.list_files(world["features"], ".parquet"):
+        table = storage.read_table(file)
+        at = table.schema.get_field_index("content_hash")
+        storage.write_table(
+            str(features / Path(file).name), table.set_column(at, table.schema.field(at), [["same"] * len(table)])
+        )
+    assert find_clips(world["features"], world["clips"], "test", 100).overlap() == 0
+    assert find_clips(str(features), world["clips"], "test", 100).overlap() == 12
+
+
+def test_the_clip_is_the_frozen_one(world: dict[str, str]) -> None:
+    """The embeddings that pictures are compared with come from the bundle's own CLIP."""
+    assert FrozenClip(read_bundle(world["bundle"]).config.foundation).dim == 32

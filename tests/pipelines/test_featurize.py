@@ -17,6 +17,7 @@ from aai.foundation.loaders import load_diffusion
 from aai.version import code_version
 from pipelines import featurize
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker
+from tests.pipelines.conftest import run_shards_here
 from tests.tiny import write_clip, write_clip_table, write_diffusion
 
 
@@ -33,9 +34,8 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards run in this process, one after the other; the engine has its own tests."""
 
     def in_process(name: str, shards: Any, cls: Any, args: Any, cluster: Any, done: Any, log_dir: Any) -> list[Any]:
-        worker = cls(**args)
-        in_process.ran = [s["output"].rsplit("/", 1)[1] for s in shards if not done(s)]  # type: ignore[attr-defined]
-        return [worker(shard) for shard in shards if not done(shard)]
+        in_process.ran = [shard.name for shard in shards if not done(shard)]  # type: ignore[attr-defined]
+        return run_shards_here(name, shards, cls, args, cluster, done)
 
     monkeypatch.setattr(featurize, "run_shards", in_process)
 

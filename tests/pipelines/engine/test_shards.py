@@ -1,6 +1,7 @@
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,20 @@ import pytest
 
 from aai.errors import UserError
 from pipelines.engine.cluster import connect, shutdown
-from pipelines.engine.shards import recorded, run_shards
+from pipelines.engine.shards import Result, Shard, recorded, run_shards
 from pipelines.settings import ClusterConfig
 
 CLUSTER = ClusterConfig(num_workers=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SleepShard(Shard):
+    bad: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SleepResult(Result):
+    name: str
 
 
 class Sleeper:
@@ -20,34 +31,50 @@ class Sleeper:
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        if shard.get("bad"):
+    def __call__(self, shard: SleepShard) -> SleepResult:
+        if shard.bad:
             raise UserError("clips", 3, "is wrong", "mend it")
         time.sleep(0.02)
-        (Path(self.folder) / shard["name"]).write_text("done")
-        return {"rows": shard["rows"], "name": shard["name"]}
+        (Path(self.folder) / shard.name).write_text("done")
+        return SleepResult(rows=shard.rows, name=shard.name)
 
 
-def make_worker() -> type:
-    """A worker class that travels by value: Ray's processes cannot import test files."""
+@dataclass(frozen=True)
+class Note:
+    text: str | None
 
-    class Writer:
-        def __init__(self, folder: str) -> None:
-            self.folder, self.calls = folder, 0
 
-        def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-            import os
+@dataclass(frozen=True, kw_only=True)
+class WriteShard(Shard):
+    notes: list[Note]
+    bad: bool = False
+    mistake: bool = False
 
-            if shard.get("mistake"):
-                raise UserError("clips", 3, "is wrong", "mend it")
-            if shard.get("bad"):
-                raise ArithmeticError(f"shard {shard['name']} is bad")
-            self.calls += 1
-            with open(f"{self.folder}/{shard['name']}", "a") as file:
-                file.write(f"{shard['value']}\n")
-            return {"rows": shard["rows"], "rejected": 1, "name": shard["name"], "pid": os.getpid()}
 
-    return Writer
+@dataclass(frozen=True, kw_only=True)
+class WriteResult(Result):
+    name: str
+    pid: int
+
+
+class Writer:
+    """A worker that appends to a file of its shard's name."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self, shard: WriteShard) -> WriteResult:
+        if shard.mistake:
+            raise UserError("clips", 3, "is wrong", "mend it")
+        if shard.bad:
+            raise ArithmeticError(f"shard {shard.name} is bad")
+        with open(f"{self.folder}/{shard.name}", "a") as file:
+            file.write(f"{shard.notes[0].text}\n")
+        return WriteResult(rows=shard.rows, rejected=1, name=shard.name, pid=os.getpid())
+
+
+def make(number: int, **fields: bool) -> WriteShard:
+    return WriteShard(name=f"s{number}", rows=10, notes=[Note(None if number % 2 else "♪")], **fields)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,22 +84,18 @@ def ray_cluster() -> Iterator[None]:
     shutdown()
 
 
-def shards(count: int) -> list[dict[str, Any]]:
-    return [{"name": f"s{i}", "rows": 10, "value": None if i % 2 else "♪"} for i in range(count)]
-
-
 @pytest.mark.parametrize("stateful", [True, False])
 def test_each_shard_runs_once_and_finished_ones_never(tmp_path: Path, stateful: bool) -> None:
     (tmp_path / "s1").write_text("kept\n")
 
-    def run() -> list[dict[str, Any]]:
+    def run() -> list[Any]:
         return run_shards(
-            "test", shards(5), make_worker(), {"folder": str(tmp_path)}, CLUSTER,
-            done=lambda shard: (tmp_path / shard["name"]).exists(), stateful=stateful,
+            "test", [make(i) for i in range(5)], Writer, {"folder": str(tmp_path)}, CLUSTER,
+            done=lambda shard: (tmp_path / shard.name).exists(), stateful=stateful,
         )  # fmt: skip
 
     results = run()
-    assert sorted(result["name"] for result in results) == ["s0", "s2", "s3", "s4"]
+    assert sorted(result.name for result in results) == ["s0", "s2", "s3", "s4"]
     assert (tmp_path / "s1").read_text() == "kept\n"
     assert [(tmp_path / f"s{i}").read_text() for i in (0, 2, 3, 4)] == ["♪\n", "♪\n", "None\n", "♪\n"]
     assert run() == []
@@ -81,21 +104,16 @@ def test_each_shard_runs_once_and_finished_ones_never(tmp_path: Path, stateful: 
 def test_the_workers_error_ends_the_job_and_a_second_run_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    todo = shards(4)
-    todo[2]["bad"] = True
 
-    def run() -> list[dict[str, Any]]:
-        return run_shards(
-            "test", todo, make_worker(), {"folder": str(tmp_path)}, CLUSTER,
-            done=lambda shard: (tmp_path / shard["name"]).exists(),
-        )  # fmt: skip
+    def run(**fields: bool) -> list[Any]:
+        todo = [make(i, **(fields if i == 2 else {})) for i in range(4)]
+        done = lambda shard: (tmp_path / shard.name).exists()  # noqa: E731
+        return run_shards("test", todo, Writer, {"folder": str(tmp_path)}, CLUSTER, done)
 
     with pytest.raises(RuntimeError, match="test: s2 failed: ArithmeticError: shard s2 is bad"):
-        run()
-    todo[2] |= {"bad": False, "mistake": True}
+        run(bad=True)
     with pytest.raises(UserError, match="clips=3: is wrong; mend it"):
-        run()
-    todo[2]["mistake"] = False
+        run(mistake=True)
     capfd.readouterr()
     run()
     assert all((tmp_path / f"s{i}").read_text().count("\n") == 1 for i in range(4))
@@ -107,17 +125,17 @@ def test_the_workers_error_ends_the_job_and_a_second_run_goes_on(
 
 
 def test_a_plain_pool_does_the_same_work_and_its_calls_are_recorded(tmp_path: Path) -> None:
-    def run(todo: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def run(todo: list[SleepShard]) -> list[SleepResult]:
         args = {"folder": str(tmp_path)}
-        return run_shards("test", todo, Sleeper, args, CLUSTER, lambda shard: (tmp_path / shard["name"]).exists())
+        return run_shards("test", todo, Sleeper, args, CLUSTER, lambda shard: (tmp_path / shard.name).exists())
 
+    shards = [SleepShard(name=f"s{i}", rows=10) for i in range(6)]
     with recorded(bare=True) as stages:
-        results = run(shards(6))
-        assert run(shards(6)) == []
+        results = run(shards)
+        assert run(shards) == []
         with pytest.raises(UserError, match="clips=3: is wrong; mend it"):
-            run([{**shards(1)[0], "name": "other", "bad": True}])
-    assert sorted(result["name"] for result in results) == [f"s{i}" for i in range(6)]
-    assert all(set(result) == {"rows", "name"} for result in results)
+            run([SleepShard(name="other", rows=10, bad=True)])
+    assert sorted(results, key=lambda result: result.name) == [SleepResult(rows=10, name=f"s{i}") for i in range(6)]
     stage = stages[0]
     assert (stage.name, len(stages)) == ("test", 2)
     assert [rows for _, rows, _, _ in stage.calls] == [10] * 6
@@ -127,7 +145,5 @@ def test_a_plain_pool_does_the_same_work_and_its_calls_are_recorded(tmp_path: Pa
 
 def test_ray_is_recorded_alike(tmp_path: Path) -> None:
     with recorded() as stages:
-        args = {"folder": str(tmp_path)}
-        results = run_shards("test", shards(3), make_worker(), args, CLUSTER, done=lambda shard: False)
-    assert {pid for pid, _, _, _ in stages[0].calls} == {result["pid"] for result in results}
-    assert "call" not in results[0]
+        results = run_shards("test", [make(i) for i in range(3)], Writer, {"folder": str(tmp_path)}, CLUSTER)
+    assert {pid for pid, _, _, _ in stages[0].calls} == {result.pid for result in results}

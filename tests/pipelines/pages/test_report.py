@@ -39,7 +39,7 @@ def write_evaluation(run: Path, rng: np.random.Generator) -> dict[str, Any]:
     scenes = [Scene(OBJECTS[i % 10], AMBIENCES[i % 4], "photo", float(rng.random()), i) for i in range(14)]
     clips = [
         {
-            "clip_id": f"clip-{i}", "audio": encode_flac(synthesise(scene, 1.0), 16_000),
+            "row": i, "clip_id": f"clip-{i}", "audio": encode_flac(synthesise(scene, 1.0), 16_000),
             "frame": encoded(scene, "JPEG"), "caption": full_caption(scene), "labels": scene.labels,
         }
         for i, scene in enumerate(scenes)
@@ -51,9 +51,9 @@ def write_evaluation(run: Path, rng: np.random.Generator) -> dict[str, Any]:
     rows = []
     for case in cases:
         good = rng.random() < 0.8
-        scene = scenes[case["audio_row"]] if good else random_scene(rng)
+        scene = scenes[case.audio_row] if good else random_scene(rng)
         seen = {"object": scene.obj, "ambience": scene.ambience, "medium": scene.medium, "size": scene.size}
-        rows.append({**case, **seen, "clip_feature": [0.0], "png": encoded(scene, "PNG")})
+        rows.append({**vars(case), **seen, "clip_feature": [0.0], "png": encoded(scene, "PNG")})
     storage.write_table(f"{run}/evaluate/pictures/all.parquet", pa.Table.from_pylist(rows, schema=PICTURE_TABLE))
     figure = {"object": 0.8125, "ambience": 0.7, "pictures": 14}
     generation: dict[str, Any] = {name: dict(figure) for name in CONDITIONS}

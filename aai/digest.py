@@ -1,0 +1,14 @@
+"""The one way to name content by a short hash."""
+
+import hashlib
+import json
+from typing import Any
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """`length` hex digits of the SHA-256 of a value as canonical JSON: equal values, equal digest.
+
+    value: what JSON knows (tuples count as lists). The order of keys does not matter, the order of items does.
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
