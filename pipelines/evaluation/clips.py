@@ -12,6 +12,7 @@ from aai.errors import UserError
 from pipelines.engine.shards import Shard
 
 MIN_CLIPS = 10
+ALONE = 64
 TRAIN_SAMPLES = 256
 """Training clips whose captions are looked up and whose sounds give the mean embedding."""
 
@@ -37,6 +38,8 @@ class ListenShard(Shard):
     features: str
     clips: list[ClipPlace]
     texts: list[str]
+    alone: int
+    """So many clips are also embedded one by one: an embedding must not depend on its batch."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,17 @@ def listen_shards(
         count = 0
         for file, places in groups.items():
             for start in range(0, len(places), clips_per_shard):
-                part = places[start : start + clips_per_shard]
+                part, first = places[start : start + clips_per_shard], not shards
                 name = f"{kind}-{count:05d}"
                 shards.append(
-                    ListenShard(name=name, rows=len(part), features=file, clips=part, texts=[] if shards else texts)
+                    ListenShard(
+                        name=name,
+                        rows=len(part),
+                        features=file,
+                        clips=part,
+                        texts=texts if first else [],
+                        alone=ALONE if first else 0,
+                    )  # fmt: skip
                 )
                 count += 1
     return shards

@@ -24,8 +24,6 @@ from pipelines.evaluation.clips import ClipPlace, ListenShard
 from pipelines.evaluation.judges import JudgeConfig, load_judge
 
 HEARD, INPUTS, FRAMES, TEXTS = "heard", "inputs", "frames", "texts"
-ALONE = 64
-"""Clips that are also embedded one by one: an embedding must not depend on its batch."""
 _VECTOR = pa.list_(pa.float32())
 HEARD_TABLE = pa.schema(
     [
@@ -125,8 +123,8 @@ class ListenWorker:
         sounds = table["audio"].to_pylist()
         audio = embed_files(self.aligner, sounds)
         gaps: list[float | None] = [None] * len(sounds)
-        if shard.texts:  # the first shard
-            alone = embed_files(self.aligner, sounds[:ALONE], batch_size=1)
+        if shard.alone:
+            alone = embed_files(self.aligner, sounds[: shard.alone], batch_size=1)
             gaps[: len(alone)] = np.abs(alone - audio[: len(alone)]).max(1).tolist()
         image, text = (mean_vectors(table, name, self.clip.dim) for name in ("image_features", "text_features"))
         rows = []
