@@ -1,6 +1,7 @@
 """Which clips are evaluated, and where they lie: an index of the tables' small columns, never their content."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ class ListenShard(Shard):
 
     features: str
     clips: list[ClipPlace]
-    texts: list[str]
-    alone: int
+    texts: list[str] = field(default_factory=list)
+    alone: int = 0
     """So many clips are also embedded one by one: an embedding must not depend on its batch."""
 
 
@@ -103,32 +104,23 @@ def listen_shards(
     """
     columns = ["file", "at", "clips_file", "clips_at"]
     wanted = enumerate(clips.test.select(columns).to_pylist())
-    held_out = _by_file([{"row": row, "painted": row in painted, **place} for row, place in wanted])
+    held_out = [{"row": row, "painted": row in painted, **place} for row, place in wanted]
     samples = clips.train.select(["file", "at"]).slice(0, TRAIN_SAMPLES).to_pylist()
-    train = _by_file([{"row": row, **place} for row, place in enumerate(samples)])
+    train = [{"row": row, **place} for row, place in enumerate(samples)]
     shards: list[ListenShard] = []
-    for kind, groups in (("test", held_out), ("train", train)):
-        count = 0
-        for file, places in groups.items():
-            for start in range(0, len(places), clips_per_shard):
-                part, first = places[start : start + clips_per_shard], not shards
-                name = f"{kind}-{count:05d}"
-                shards.append(
-                    ListenShard(
-                        name=name,
-                        rows=len(part),
-                        features=file,
-                        clips=part,
-                        texts=texts if first else [],
-                        alone=ALONE if first else 0,
-                    )  # fmt: skip
-                )
-                count += 1
-    return shards
+    for kind, places in (("test", held_out), ("train", train)):
+        for number, (file, part) in enumerate(_parts(places, clips_per_shard)):
+            name = f"{kind}-{number:05d}"
+            shards.append(ListenShard(name=name, rows=len(part), features=file, clips=part))
+    return [replace(shards[0], texts=texts, alone=ALONE), *shards[1:]]
 
 
-def _by_file(places: list[dict[str, Any]]) -> dict[str, list[ClipPlace]]:
-    groups: dict[str, list[ClipPlace]] = {}
+def _parts(places: list[dict[str, Any]], size: int) -> Iterator[tuple[str, list[ClipPlace]]]:
+    """At most `size` clips of one file at a time, in order of their rows there."""
+    by_file: dict[str, list[ClipPlace]] = {}
     for place in places:
-        groups.setdefault(place.pop("file"), []).append(ClipPlace(**place))
-    return {file: sorted(found, key=lambda place: place.at) for file, found in sorted(groups.items())}
+        by_file.setdefault(place.pop("file"), []).append(ClipPlace(**place))
+    for file, found in sorted(by_file.items()):
+        found.sort(key=lambda place: place.at)
+        for start in range(0, len(found), size):
+            yield file, found[start : start + size]
