@@ -17,7 +17,7 @@ from pipelines.manifests.table import read_manifest
 from pipelines.settings import ClusterConfig
 from tests.aai.media.test_shots import make_shots
 from tests.clips import index_first, make_clip
-from tests.pipelines.test_manifest_tar import make_tar
+from tests.pipelines.manifests.test_tar import make_tar
 
 CLUSTER = ClusterConfig(num_workers=2)
 DECODE = DecodeConfig()
