@@ -15,7 +15,7 @@ from aai.align import embed_files, load_aligner
 from aai.bundle import read_bundle
 from aai.metrics import bootstrap_ci, first_hit_ranks, retrieval
 from aai.toy.scoring import score_defects
-from pipelines.evaluation.grades import vectors
+from pipelines.evaluation.listening import mean_vectors
 from tests.e2e.test_curation import RUNS, run
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(3600)]
@@ -114,7 +114,7 @@ def test_b8_curated_data_is_worth_its_price() -> None:
     take(base / "raw/curated/accepted", base / "same/accepted", pa.concat_tables([drawn, rest]))
     figures: dict[str, Any] = {"train_clips": size, "planted_wrong_in_uncurated": 0.35}
     test = held_out(base)
-    images, labels = vectors(test, "image_features", 128), np.array([row[0] for row in test["labels"].to_pylist()])
+    images, labels = mean_vectors(test, "image_features", 128), np.array([row[0] for row in test["labels"].to_pylist()])
     hits = {}
     for name, clips in (("uncurated", base / "same/accepted"), ("curated", base / "clean/curated/accepted")):
         sounds = trained_on(base, name, clips)
