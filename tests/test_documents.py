@@ -18,6 +18,7 @@ from tests.tiny import write_clip_table
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("examples/*.md"))]
 TEMPLATES = {
+    "aai VERB --help": "VERB is any",
     "aai VERB --config FILE --set a.b=c": "VERB is any",
     "aai curate --config ...": "what follows `ray job submit`; the whole line stands above it",
     "aai serve --address": "the flag alone is meant",
@@ -64,7 +65,8 @@ def prepared(command: str) -> list[str]:
     if "--help" in words:
         return words
     for start, small in REAL.items():
-        if tuple(words[: len(start)]) == start:
+        # A verb that a sentence only names (`aai data show`) has nothing to work on.
+        if tuple(words[: len(start)]) == start and (words[0] != "data" or len(words) > 2):
             return [*words, *shlex.split(small)]
     return [*words, "--dry-run"]
 
