@@ -1,0 +1,101 @@
+"""Bundles of meaningless weights, their evaluations, and a registry to promote them in."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from aai.bundle import Bundle, read_bundle
+from pipelines import promote
+from pipelines.__main__ import CONFIGS
+from pipelines.promote import PromoteConfig
+from pipelines.registry import tracking
+from pipelines.settings import TrackingConfig
+from tests.pipelines.registry.test_tracking import make_bundle
+
+GOOD: dict[str, Any] = {
+    "retrieval": {"overlap": 0, "batch_invariance_max_abs": 1e-6, "same_object_r1": 0.9, "a2v": {"ci95": [0.1, 0.2]}},
+    "generation": {
+        "sound": {"object": 0.8, "ambience": 0.8},
+        "ceiling": {"object": 0.95, "ambience": 0.95},
+        "random_token": {"object": 0.1},
+    },
+    "data_fingerprint": "d",
+}
+
+
+def changed(figures: dict[str, Any]) -> dict[str, Any]:
+    """GOOD with some figures changed (None removes one); "__" stands for the dot of their names."""
+    evaluation: dict[str, Any] = json.loads(json.dumps(GOOD))
+    for name, value in figures.items():
+        *path, last = name.split("__")
+        place = evaluation
+        for part in path:
+            place = place[part]
+        place[last] = value
+        if value is None:
+            del place[last]
+    return evaluation
+
+
+class Workshop:
+    """A run folder with bundles, their evaluations and a registry."""
+
+    def __init__(self, folder: Path, store: Path) -> None:
+        self.folder = folder
+        shutil.copy(store, folder / "mlflow.db")
+        self.cfg = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="promotions", model_name="aai-demo")
+
+    def bundle(self, seed: int, **figures: Any) -> Bundle:
+        """A bundle and its evaluation, see `changed`."""
+        made = make_bundle(self.folder / str(seed), seed)
+        evaluation = changed(figures) | {"bundle": made.sha}
+        (self.folder / str(seed) / "evaluate.json").write_text(json.dumps(evaluation))
+        return made
+
+    def config(self, seed: int, **settings: Any) -> PromoteConfig:
+        """The demo's gates on one of the bundles."""
+        places = {
+            "run_dir": str(self.folder),
+            "bundle": str(self.folder / str(seed) / "bundle"),
+            "evaluation": str(self.folder / str(seed) / "evaluate.json"),
+            "out": str(self.folder / "promote"),
+            "tracking": self.cfg.model_dump(),
+        }
+        return PromoteConfig.load(CONFIGS / "demo" / "promote.yaml", values=places | settings)
+
+    def promote(self, seed: int, **settings: Any) -> dict[str, Any]:
+        """Runs the verb."""
+        return promote.run(self.config(seed, **settings))
+
+    def fork(self, name: str) -> "Workshop":
+        """The same bundles, with a registry of their own that goes on from here."""
+        (self.folder / name).mkdir()
+        other = Workshop(self.folder / name, self.folder / "mlflow.db")
+        other.folder = self.folder
+        return other
+
+    def evaluate(self, seed: int, **figures: Any) -> None:
+        """Another evaluation of a bundle, see `changed`."""
+        sha = read_bundle(self.folder / str(seed) / "bundle").sha
+        (self.folder / str(seed) / "evaluate.json").write_text(json.dumps(changed(figures) | {"bundle": sha}))
+
+    def figure(self, version: int, alias: str = "champion") -> float:
+        """The figure a version was promoted by."""
+        recorded = json.loads(tracking.version_tags(self.cfg, version)[f"metrics-{alias}"])
+        return float(recorded["generation.sound.object"])
+
+    def aliases(self) -> dict[str, int]:
+        """All aliases now."""
+        return tracking.aliases(self.cfg)
+
+    def audits(self) -> list[Run]:
+        """The audit runs, oldest first."""
+        client = MlflowClient(self.cfg.uri)
+        experiment = client.get_experiment_by_name("promotions")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+        return [run for run in runs if run.info.run_name == "promotion"]
