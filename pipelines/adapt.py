@@ -15,9 +15,9 @@ from torch import nn
 
 from aai import storage
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
-from aai.align import load_aligner
 from aai.bundle import Bundle, read_bundle, write_bundle
 from aai.concepts import Vocabulary
+from aai.encoders.aligner import load_aligner
 from aai.features import FeatureManifest, FeatureReader, load_split
 from aai.fit import State, local_batch_size, restore_weights
 from aai.foundation.loaders import load_clip, load_diffusion

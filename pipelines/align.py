@@ -11,7 +11,7 @@ import pydantic
 import torch
 
 from aai import storage
-from aai.align import AlignConfig, AlignTask, validate
+from aai.align import AlignLossConfig, AlignTask, validate
 from aai.bundle import Bundle, BundleConfig, write_bundle
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, mel_statistics
 from aai.errors import UserError
@@ -28,7 +28,7 @@ STATISTICS_CLIPS = 256
 """Training clips that the mean and deviation of the log-mel are taken over."""
 
 
-class AlignVerbConfig(StageConfig):
+class AlignConfig(StageConfig):
     """The align stage."""
 
     summary: ClassVar[str] = "train the audio encoder against the frozen CLIP -> bundle"
@@ -37,7 +37,7 @@ class AlignVerbConfig(StageConfig):
     """Must be what the features were made with."""
     encoder: AudioEncoderConfig = AudioEncoderConfig()
     """mel_mean, mel_std and embed_dim are taken from the data."""
-    loss: AlignConfig = AlignConfig()
+    loss: AlignLossConfig = AlignLossConfig()
     max_val_clips: int = pydantic.Field(1000, ge=2)
     """Validation takes at most this many clips of the val split."""
 
@@ -46,7 +46,7 @@ class AlignVerbConfig(StageConfig):
         return self.plan_stage("align")
 
 
-CONFIG = AlignVerbConfig
+CONFIG = AlignConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 @locked
-def run(config: AlignVerbConfig) -> dict[str, Any]:
+def run(config: AlignConfig) -> dict[str, Any]:
     """Trains and writes the bundle; returns what align.json holds."""
     places = {name: storage.absolute(getattr(config, name)) for name in ("features", "out")}
     config = config.model_copy(update=places)
@@ -77,7 +77,7 @@ def run(config: AlignVerbConfig) -> dict[str, Any]:
 
 def align_worker(session: ray_train.Session, settings: dict[str, Any]) -> None:
     """Trains on one worker; rank 0 validates."""
-    config = AlignVerbConfig.parse(settings["config"])
+    config = AlignConfig.parse(settings["config"])
     encoder = AudioEncoderConfig.parse(settings["encoder"])
     reader = FeatureReader(
         config.features,
@@ -99,11 +99,11 @@ def align_worker(session: ray_train.Session, settings: dict[str, Any]) -> None:
     session.fit(task, reader.batches, config.fit, evaluate)
 
 
-def _val(config: AlignVerbConfig, encoder: AudioEncoderConfig) -> dict[str, Any]:
+def _val(config: AlignConfig, encoder: AudioEncoderConfig) -> dict[str, Any]:
     return load_split(config.features, "val", encoder.clip_samples, COLUMNS, config.max_val_clips)
 
 
-def measured(config: AlignVerbConfig, manifest: FeatureManifest) -> AudioEncoderConfig:
+def measured(config: AlignConfig, manifest: FeatureManifest) -> AudioEncoderConfig:
     """The encoder's settings with what only the data knows: the log-mel's statistics and the CLIP's dimension."""
     encoder = config.encoder
     if encoder.sample_rate_hz != manifest.sample_rate_hz:
@@ -121,7 +121,7 @@ def measured(config: AlignVerbConfig, manifest: FeatureManifest) -> AudioEncoder
 
 
 def _write(
-    config: AlignVerbConfig,
+    config: AlignConfig,
     encoder: AudioEncoderConfig,
     state: State,
     manifest: FeatureManifest,
