@@ -1,7 +1,6 @@
 """Stage one, align: the audio encoder learns to land where the frozen CLIP puts the clip's pictures and captions."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,15 +8,14 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from aai.bundle import Bundle
 from aai.config import Config
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, fit_length
+from aai.encoders.aligner import embed
+from aai.encoders.audio import AudioEncoder
 from aai.losses import gather_with_grad, info_nce
-from aai.media.waveform import decode_flac
 from aai.metrics import retrieval
 
 
-class AlignConfig(Config):
+class AlignLossConfig(Config):
     """Loss and augmentation of the align stage."""
 
     w_image: float = pydantic.Field(1.0, ge=0)
@@ -36,7 +34,7 @@ class AlignConfig(Config):
     """Largest share of mel bins, and of frames, that is blanked while training (SpecAugment, arXiv 1904.08779)."""
 
     @pydantic.model_validator(mode="after")
-    def _some_loss(self) -> "AlignConfig":
+    def _some_loss(self) -> "AlignLossConfig":
         if self.w_image == 0 and self.w_text == 0:
             raise ValueError("w_image and w_text are both 0: nothing to learn from")
         return self
@@ -48,7 +46,7 @@ class AlignTask(nn.Module):
     loss = w_image InfoNCE(audio, image) + w_text InfoNCE(audio, text), each term with its own temperature.
     """
 
-    def __init__(self, encoder: AudioEncoder, config: AlignConfig) -> None:
+    def __init__(self, encoder: AudioEncoder, config: AlignLossConfig) -> None:
         super().__init__()
         self.encoder, self.config = encoder, config
         start = torch.tensor(math.log(1 / config.temperature))
@@ -120,17 +118,6 @@ def _stretch(batch: int, length: int, share: float, device: torch.device) -> Ten
     return (position < start) | (position >= start + width)
 
 
-@torch.no_grad()
-def embed(encoder: AudioEncoder, waveforms: Tensor, batch_size: int = 128) -> Tensor:
-    """Embeddings [N, D] on the CPU of waveforms [N, S] in -1..1, in eval mode."""
-    was_training = encoder.training
-    encoder.eval()
-    device = next(encoder.parameters()).device
-    parts = [encoder(part.to(device)).float().cpu() for part in waveforms.split(batch_size)]
-    encoder.train(was_training)
-    return torch.cat(parts)
-
-
 def validate(encoder: AudioEncoder, clips: dict[str, Any]) -> dict[str, float]:
     """Retrieval on held-out clips as `aai.features.load_split` returns them.
 
@@ -151,22 +138,3 @@ def validate(encoder: AudioEncoder, clips: dict[str, Any]) -> dict[str, float]:
         if len(set(keys)) <= len(keys) / 2:
             out[f"label{position}_r1"] = retrieval(audio, images, keys, keys, draws=0)["r1"]
     return out
-
-
-def load_aligner(bundle: Bundle) -> AudioEncoder:
-    """A bundle's audio encoder, frozen."""
-    aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
-    aligner.load_state_dict(bundle.aligner())
-    return aligner.eval().requires_grad_(False)
-
-
-def embed_files(aligner: AudioEncoder, sounds: Sequence[bytes], batch_size: int = 64) -> np.ndarray:
-    """Aligned embeddings [N, D] of FLAC sounds, computed on the aligner's device."""
-    device = next(aligner.parameters()).device
-    parts = [np.empty((0, aligner.config.embed_dim), np.float32)]
-    for at in range(0, len(sounds), batch_size):
-        waves = [torch.from_numpy(decode_flac(data)) for data in sounds[at : at + batch_size]]
-        batch = torch.stack([fit_length(wave, aligner.config.clip_samples) for wave in waves])
-        with torch.no_grad():
-            parts.append(aligner(batch.to(device)).cpu().numpy())
-    return np.concatenate(parts)

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from aai.adapt import AdapterConfig, AudioAdapter
-from aai.align import load_aligner
 from aai.bundle import Bundle, BundleConfig, read_bundle
 from aai.concepts import Concepts, Kind, Vocabulary
 from aai.config import Config
+from aai.encoders.aligner import load_aligner
 from aai.encoders.audio import AudioEncoder
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from aai import storage
 from aai.adapt import AdapterConfig, AudioAdapter, denoising_loss
-from aai.align import AlignConfig, AlignTask, embed_files
+from aai.align import AlignLossConfig, AlignTask
 from aai.align import validate as validate_align
 from aai.bundle import BundleConfig, read_bundle, write_bundle
 from aai.concepts import Concepts, Vocabulary
 from aai.conditions import CONDITIONS, Conditions
+from aai.encoders.aligner import embed_files
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.fit import FitConfig, State, fit
 from aai.foundation.clip import FrozenClip
@@ -193,7 +194,7 @@ def check_training(task: nn.Module, batch: dict[str, Any], evaluate: Callable[[]
 
 
 def test_align_trains_validates_and_resumes() -> None:
-    task = AlignTask(AudioEncoder(ENCODER), AlignConfig()).to("cuda")
+    task = AlignTask(AudioEncoder(ENCODER), AlignLossConfig()).to("cuda")
     clips = align_batch(6)
     check_training(task, clips, lambda: validate_align(task.encoder, clips))
 
@@ -336,6 +337,6 @@ def test_mistakes_planted_in_our_own_code_are_found(
     with pytest.raises(RuntimeError, match="cpu"):
         conditions._write(torch.ones(1, 2, 32), conditions.prompt)
 
-    task = AlignTask(AudioEncoder(ENCODER), AlignConfig()).to("cuda")
+    task = AlignTask(AudioEncoder(ENCODER), AlignLossConfig()).to("cuda")
     with pytest.raises(RuntimeError, match="cpu"):
         task({name: value for name, value in align_batch(4).items() if name != "labels"})

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from aai import storage
-from aai.align import embed_files, load_aligner
 from aai.bundle import read_bundle
+from aai.encoders.aligner import embed_files, load_aligner
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec, identity

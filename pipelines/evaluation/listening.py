@@ -14,8 +14,8 @@ import pyarrow as pa
 from PIL import Image
 
 from aai import storage
-from aai.align import embed_files, load_aligner
 from aai.bundle import read_bundle
+from aai.encoders.aligner import embed_files, load_aligner
 from aai.foundation.clip import FrozenClip
 from aai.media.waveform import decode_flac
 from aai.toy.grammar import OBJECTS

@@ -26,80 +26,85 @@ from tqdm import tqdm
 
 from aai import fit as loop
 from aai import storage
+from aai.config import Config
 from aai.errors import UserError
 from aai.fit import FitConfig, State
 from pipelines.engine.cluster import connect, native_stderr_held
 from pipelines.settings import ClusterConfig
 from pipelines.training.board import Board
+from pipelines.training.recipe import Trained
 
 log = logging.getLogger(__name__)
 
 STATE = "state.safetensors"
+"""In every checkpoint: what the next step depends on."""
+TRAINED = "trained.safetensors"
+"""In the last checkpoint also: what the driver gets."""
 HISTORY = "history.jsonl"
 POLL_S = 0.5
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one worker trains: made there, once all workers are up."""
+
+    task: nn.Module
+    """`task(batch) -> (loss, report)`."""
+    batches: Callable[[int], Iterator[dict[str, Any]]]
+    """Given the first step's number, yields this rank's batch of every step from there on."""
+    export: Callable[[], tuple[nn.Module, Config]]
+    """The module whose whole state the driver gets, and the settings that build it again."""
+    evaluate: Callable[[], dict[str, float]] | None = None
+    """Figures on held-out clips; rank 0 alone evaluates."""
+
+
+MakeWork = Callable[[int, int, Any], Work]
+"""(rank, world size, settings) -> Work."""
+
+
+@dataclass(frozen=True)
 class Session:
-    """A worker's place in the run."""
+    """A worker's place in the run, and what it does there between steps."""
 
     rank: int
-    world_size: int
-    device: torch.device
+    steps: int
+    work: Work
     board: Any
 
-    def fit(
-        self,
-        task: nn.Module,
-        batches: Callable[[int], Iterator[dict[str, Any]]],
-        config: FitConfig,
-        evaluate: Callable[[], dict[str, float]] | None = None,
-    ) -> None:
-        """`aai.fit.fit` under DistributedDataParallel with the run's checkpoints; see there. Rank 0 alone evaluates."""
-        wrapped = ray.train.torch.prepare_model(task, parallel_strategy_kwargs={"broadcast_buffers": False})
-        checked = None
-        if evaluate is not None:
-            checked = evaluate if self.rank == 0 else dict
-        loop.fit(wrapped, batches, config, self._log, self._checkpoint, checked, self._resume())
-
-    def _log(self, step: int, figures: dict[str, float]) -> None:
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Rank 0 posts an entry of the history."""
         if self.rank == 0:
             ray.get(self.board.post.remote({"step": step, **figures}))
 
-    def _checkpoint(self, state: State) -> None:
-        """Rank 0 writes; all report, since reporting is a barrier."""
+    def checkpoint(self, state: State) -> None:
+        """Rank 0 writes, with the last step also what the driver gets; all report, since reporting is a barrier."""
         if self.rank != 0:
             ray.train.report({"step": state.step})
             return
         with tempfile.TemporaryDirectory() as folder:
             state.save(Path(folder) / STATE)
+            if state.step == self.steps:
+                module, settings = self.work.export()
+                final = Trained(module.state_dict(), settings.model_dump(mode="json"), state.step, state.precision)
+                final.save(Path(folder) / TRAINED)
             ray.train.report({"step": state.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-    @staticmethod
-    def _resume() -> State | None:
-        checkpoint = ray.train.get_checkpoint()
-        return _load(checkpoint) if checkpoint else None
-
-
-WorkerFn = Callable[[Session, dict[str, Any]], None]
 
 
 def train(
     name: str,
-    worker_fn: WorkerFn,
-    settings: dict[str, Any],
+    make_work: MakeWork,
+    settings: Any,
     cluster: ClusterConfig,
     out: str,
     digest: str,
-    steps: int,
+    fit: FitConfig,
     on_log: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
-) -> State:
-    """Runs `worker_fn(session, settings)` on all workers and returns the final state.
+) -> Trained:
+    """Trains `make_work(rank, world_size, settings)` on all workers and returns what rank 0 exports at the end.
 
-    name: of the progress line. worker_fn: importable on every node; it must call `session.fit`. out: local folder
-    (shared by all nodes) or s3:// prefix; history.jsonl there gets every entry, also of earlier, interrupted calls.
-    on_log is called on the driver, in another thread. Raises the workers' own UserError or FloatingPointError, else
-    RuntimeError.
+    name: of the progress line. make_work: importable on every node. out: local folder (shared by all nodes) or s3://
+    prefix; history.jsonl there gets every entry, also of earlier, interrupted calls. on_log is called on the driver,
+    in another thread. Raises the workers' own UserError or FloatingPointError, else RuntimeError.
     """
     connect(cluster, out)
     if cluster.address is None:  # nobody preempts this machine: one process less to start
@@ -107,7 +112,13 @@ def train(
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"fn": worker_fn, "settings": settings, "board": board, "cpus": cluster.cpus_per_worker},
+        train_loop_config={
+            "make_work": make_work,
+            "settings": settings,
+            "fit": fit,
+            "board": board,
+            "cpus": cluster.cpus_per_worker,
+        },
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
@@ -123,7 +134,7 @@ def train(
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-    with _follow(name, board, out, steps, on_log):
+    with _follow(name, board, out, fit.steps, on_log):
         try:
             result = trainer.fit()
         except ray.train.v2.api.exceptions.TrainingFailedError as error:
@@ -132,7 +143,8 @@ def train(
         raise FloatingPointError(f"{name}: {result.return_value}")
     if result.checkpoint is None:
         raise RuntimeError(f"{name}: training ended without a checkpoint")
-    return _load(result.checkpoint)
+    with result.checkpoint.as_directory() as folder:
+        return Trained.load(Path(folder) / TRAINED)
 
 
 def checkpoints(out: str) -> str:
@@ -154,13 +166,26 @@ def _work(config: dict[str, Any]) -> str | None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":  # two workers with all cores each would only wait for one another
         torch.set_num_threads(max(1, int(config["cpus"])))
-    session = Session(context.get_world_rank(), context.get_world_size(), device, config["board"])
+    rank, fit = context.get_world_rank(), config["fit"]
+    work = config["make_work"](rank, context.get_world_size(), config["settings"])
+    task = ray.train.torch.prepare_model(work.task, parallel_strategy_kwargs={"broadcast_buffers": False})
+    session = Session(rank, fit.steps, work, config["board"])
+    evaluate = work.evaluate if rank == 0 else None
     try:
-        config["fn"](session, config["settings"])
+        loop.fit(task, work.batches, fit, session.log, session.checkpoint, evaluate, _resume())
     except FloatingPointError as error:
         # The gradient is the same on all ranks, so all end here, and would again after a restart.
         return str(error)
     return None
+
+
+def _resume() -> State | None:
+    """The last checkpoint of this run, if there is one."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return State.load(Path(folder) / STATE)
 
 
 def _storage(uri: str) -> dict[str, Any]:
@@ -168,11 +193,6 @@ def _storage(uri: str) -> dict[str, Any]:
         return {"storage_path": storage.absolute(uri)}
     fs, path = storage.filesystem(uri)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
-
-
-def _load(checkpoint: Any) -> State:
-    with checkpoint.as_directory() as folder:
-        return State.load(Path(folder) / STATE)
 
 
 def _cause(name: str, error: Exception) -> Exception:

@@ -1,111 +1,121 @@
-"""What `aai align` and `aai adapt` share: skip what is done, refuse what does not fit, train, keep the result.
+"""The way every trained stage runs: skip what is done, refuse what does not fit, train, keep the result.
 
 OUT holds the bundle, history.jsonl and, written last, NAME.json; a folder with NAME.json is finished.
 """
 
-import hashlib
 import logging
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import pydantic
+import torch
 
 from aai import storage
-from aai.bundle import Bundle
+from aai.digest import digest
 from aai.errors import UserError
-from aai.features import FeatureManifest
-from aai.fit import FitConfig, State, local_batch_size
-from aai.foundation.identity import FoundationSpec, identity
+from aai.features import FeatureManifest, FeatureReader, load_split
+from aai.fit import FitConfig, local_batch_size
+from pipelines.engine.lock import locked
 from pipelines.registry import tracking
-from pipelines.settings import Plan, TrackingConfig, VerbConfig
 from pipelines.training import ray_train
+from pipelines.training.recipe import C, StageConfig, TrainRecipe, bundle_dir
 
 log = logging.getLogger(__name__)
 
 
-class StageConfig(VerbConfig):
-    """Settings of every training stage."""
+def run_stage(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
+    """Trains and writes the result; returns what NAME.json holds.
 
-    features: str
-    """Folder or s3:// prefix of the FeatureTable."""
-    out: str
-    """Folder or s3:// prefix for the bundle, the history and the figures."""
-    fit: FitConfig = FitConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    cache_mb: int = pydantic.Field(1024, ge=1)
-    """Memory of each worker for decoded clips."""
-
-    def plan_stage(self, name: str, **inputs: str) -> Plan:
-        """The plan of the stage `name`; `inputs` besides the features."""
-        outputs = {"bundle": bundle_dir(self.out), "figures": storage.join(self.out, f"{name}.json")}
-        return Plan(inputs={"features": self.features, **inputs}, outputs=outputs, resources=self.resources())
-
-    def content_digest(self, fields: set[str], **data: str) -> str:
-        """Of everything that determines the weights: the settings `fields`, the number of workers, and the data."""
-        settings = {**self.model_dump(mode="json", include=fields), "workers": self.cluster.num_workers, **data}
-        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-
-
-def bundle_dir(out: str) -> str:
-    """Where a stage with output `out` puts its bundle."""
-    return storage.join(out, "bundle")
-
-
-def run_stage(
-    name: str,
-    config: StageConfig,
-    manifest: FeatureManifest,
-    digest: str,
-    worker_fn: ray_train.WorkerFn,
-    settings_for: Callable[[], dict[str, Any]],
-    write: Callable[[State, dict[str, Any], dict[str, float]], Bundle],
-) -> dict[str, Any]:
-    """Trains, writes the bundle with `write(state, settings, metrics)`, and returns what NAME.json holds.
-
-    settings_for: gives what `worker_fn` needs, "config" among it; called only when there is something to train. A
-    finished run with the same digest is returned as it is. Raises UserError when OUT holds one with another.
+    A finished run with the same settings and data is returned as it is; the same call goes on after a kill. Raises
+    UserError when OUT holds a run with others.
     """
+    return locked(partial(_run, recipe_class))(config)
+
+
+def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
     begin = time.monotonic()
+    config = config.model_copy(update={name: storage.absolute(getattr(config, name)) for name in config.places})
+    manifest = FeatureManifest.read(config.features)
     local_batch_size(config.fit, config.cluster.num_workers)
     if not validates(config.fit, manifest):
-        log.warning("%s: no validation: the features have no clips of the split val", name)
-    where = storage.join(config.out, f"{name}.json")
-    if (found := up_to_date(where, digest, name)) is not None:
+        log.warning("%s: no validation: the features have no clips of the split val", config.stage)
+    recipe = recipe_class(config)
+    run_digest = content_digest(recipe, manifest)
+    if (found := up_to_date(config, run_digest)) is not None:
         return found
-    settings = settings_for()
-    params = {"fingerprint": manifest.fingerprint, **settings["config"]}
-    with tracking.run(config.tracking, name, params, {"digest": digest}) as run:
-        state = ray_train.train(name, worker_fn, settings, config.cluster, config.out, digest, config.fit.steps)
+    settings = recipe.prepare(manifest).model_dump(mode="json")
+    params = {"fingerprint": manifest.fingerprint, **settings}
+    with tracking.run(config.tracking, config.stage, params, {"digest": run_digest}) as run:
+        trained = ray_train.train(
+            config.stage, make_work, (recipe_class, settings), config.cluster, config.out, run_digest, config.fit
+        )
         entries = ray_train.history(config.out)
         for entry in entries:
-            run.log_metrics({k: v for k, v in entry.items() if k != "step"}, step=int(entry["step"]))
-        metrics = {k: v for k, v in entries[-1].items() if k != "step"}
-        bundle = write(state, settings, metrics)
+            run.log_metrics(_figures(entry), step=int(entry["step"]))
+        metrics = _figures(entries[-1])
+        folder = bundle_dir(config.out)
+        meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": list(recipe.parents)}
+        sha = recipe.write(folder, trained, meta)
         result = {
-            "digest": digest,
+            "digest": run_digest,
             "seconds": round(time.monotonic() - begin, 1),
-            "steps": state.step,
-            "precision": state.precision,
+            "steps": trained.step,
+            "precision": trained.precision,
             "workers": config.cluster.num_workers,
             "metrics": metrics,
             "data_fingerprint": manifest.fingerprint,
-            "bundle": bundle_dir(config.out),
-            "sha": bundle.sha,
+            "bundle": folder,
+            "sha": sha,
         }
-        storage.write_json(where, result)
+        storage.write_json(config.result, result)
         storage.remove(ray_train.checkpoints(config.out))
-    shown = " ".join(f"{key} {value:.3f}" for key, value in metrics.items())
-    log.info(
-        "%s: %d steps in %s, %.0f s, %s -> %s",
-        name,
-        state.step,
-        state.precision,
-        result["seconds"],
-        shown,
-        result["bundle"],
-    )
+    _log_summary(config.stage, result)
     return result
+
+
+def make_work(rank: int, world_size: int, settings: tuple[type[TrainRecipe[Any]], dict[str, Any]]) -> ray_train.Work:
+    """What one worker trains; only rank 0 gets held-out clips.
+
+    settings: the recipe's class, which Ray sends by name, and its config as JSON.
+    """
+    recipe_class, values = settings
+    config = recipe_class.config_class.parse(values)
+    recipe = recipe_class(config)
+    reader = FeatureReader(
+        config.features,
+        "train",
+        local_batch_size(config.fit, world_size),
+        recipe.clip_samples,
+        rank,
+        world_size,
+        config.fit.seed,
+        recipe.columns,
+        config.cache_mb << 20,
+    )
+    torch.manual_seed(config.fit.seed)  # all ranks begin with the same weights
+    task = recipe.build()
+    evaluate = None
+    if rank == 0 and validates(config.fit, reader.manifest):
+        held_out = load_split(config.features, "val", recipe.clip_samples, recipe.columns, config.max_val_clips)
+        evaluate = partial(_validate, recipe, task, held_out)
+    return ray_train.Work(task, reader.batches, partial(recipe.export, task), evaluate)
+
+
+def _validate(recipe: TrainRecipe[Any], task: torch.nn.Module, held_out: dict[str, Any]) -> dict[str, float]:
+    return {f"val_{name}": value for name, value in recipe.validate(task, held_out).items()}
+
+
+def content_digest(recipe: TrainRecipe[Any], manifest: FeatureManifest) -> str:
+    """Of everything that determines the weights: settings, number of workers, features, and what else goes in."""
+    config = recipe.config
+    return digest(
+        {
+            "settings": config.content(),
+            "workers": config.cluster.num_workers,
+            "data": manifest.fingerprint,
+            "parents": recipe.parents,
+        }
+    )
 
 
 def validates(fit: FitConfig, manifest: FeatureManifest) -> bool:
@@ -122,25 +132,30 @@ def validates(fit: FitConfig, manifest: FeatureManifest) -> bool:
     return False
 
 
-def up_to_date(result: str, digest: str, verb: str) -> dict[str, Any] | None:
+def up_to_date(config: StageConfig, run_digest: str) -> dict[str, Any] | None:
     """The stored result when it was made with the same settings and data. Raises UserError when it was not."""
-    if not storage.exists(result):
+    if not storage.exists(config.result):
         return None
-    found: dict[str, Any] = storage.read_json(result)
-    if found.get("digest") != digest:
-        raise UserError("out", result, "was made with other settings or data", "give another --out, or delete it")
-    log.info("%s: up to date -> %s", verb, result)
+    found: dict[str, Any] = storage.read_json(config.result)
+    if found.get("digest") != run_digest:
+        rule, remedy = "was made with other settings or data", "give another --out, or delete it"
+        raise UserError("out", config.result, rule, remedy)
+    log.info("%s: up to date -> %s", config.stage, config.result)
     return found
 
 
-def check_foundation(spec: FoundationSpec, manifest: FeatureManifest) -> None:
-    """Raises UserError when the features were made with another foundation than the bundle would name."""
-    found = identity(spec)
-    for key in ("clip_revision", "diffusion_revision"):
-        if found[key] != manifest.foundation[key]:
-            raise UserError(
-                f"foundation.{key.removesuffix('_revision')}",
-                found[key],
-                f"the features were made with {manifest.foundation[key]}",
-                "set the foundation that `aai featurize` used, or featurize again",
-            )
+def _figures(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in entry.items() if name != "step"}
+
+
+def _log_summary(stage: str, result: dict[str, Any]) -> None:
+    shown = " ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items())
+    log.info(
+        "%s: %d steps in %s, %.0f s, %s -> %s",
+        stage,
+        result["steps"],
+        result["precision"],
+        result["seconds"],
+        shown,
+        result["bundle"],
+    )

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aai.align import AlignConfig, AlignTask, embed, mask, rotate, validate
+from aai.align import AlignLossConfig, AlignTask, mask, rotate, validate
+from aai.encoders.aligner import embed
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.losses import info_nce
@@ -17,7 +18,7 @@ SMALL = AudioEncoderConfig(
 
 def make_task(**settings: object) -> AlignTask:
     torch.manual_seed(0)
-    return AlignTask(AudioEncoder(SMALL), AlignConfig.parse(settings))
+    return AlignTask(AudioEncoder(SMALL), AlignLossConfig.parse(settings))
 
 
 def make_batch(size: int = 6) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def test_without_text_weight_there_is_no_text_term() -> None:
     assert "loss_text" not in report
     assert all(p.grad is not None for p in task.parameters())
     with pytest.raises(UserError, match="both 0"):
-        AlignConfig.parse({"w_image": 0, "w_text": 0})
+        AlignLossConfig.parse({"w_image": 0, "w_text": 0})
 
 
 def test_equal_captions_and_copies_are_not_negatives() -> None:

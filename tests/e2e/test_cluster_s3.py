@@ -10,8 +10,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from aai import storage
-from aai.align import load_aligner
 from aai.bundle import read_bundle
+from aai.encoders.aligner import load_aligner
 from aai.toy.writer import write_world
 from pipelines import align, curate, featurize
 from pipelines.engine import cluster

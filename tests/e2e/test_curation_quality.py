@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import pytest
 
 from aai import storage
-from aai.align import embed_files, load_aligner
 from aai.bundle import read_bundle
+from aai.encoders.aligner import embed_files, load_aligner
 from aai.metrics import bootstrap_ci, first_hit_ranks, retrieval
 from aai.toy.scoring import score_defects
 from pipelines.evaluation.listening import mean_vectors

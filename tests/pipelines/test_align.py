@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from aai.align import embed, validate
+from aai.align import validate
 from aai.bundle import read_bundle
+from aai.encoders.aligner import embed
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
 from aai.fit import FitConfig
 from aai.precision import resolve
 from pipelines import adapt, align, featurize
-from pipelines.align import AlignVerbConfig
+from pipelines.align import AlignConfig
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
 from pipelines.training import ray_train
@@ -46,7 +47,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
 
 
 def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
-    config = AlignVerbConfig.parse(settings)
+    config = AlignConfig.parse(settings)
     result = align.run(config)
     assert result["steps"] == 6
     assert result["precision"] == resolve("auto", "cpu")
@@ -70,7 +71,7 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
 
     assert align.run(config) == result  # nothing to do
     with pytest.raises(UserError, match="other settings or data"):
-        align.run(AlignVerbConfig.parse({**settings, "loss": {"w_text": 0}}))
+        align.run(AlignConfig.parse({**settings, "loss": {"w_text": 0}}))
 
 
 def test_mistakes_are_found_before_anything_starts(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -82,14 +83,14 @@ def test_mistakes_are_found_before_anything_starts(settings: dict[str, Any], tmp
         ({"foundation": {"clip": str(tmp_path), "diffusion": str(tmp_path)}}, "features were made with"),
     ):
         with pytest.raises(UserError, match=message):
-            align.run(AlignVerbConfig.parse({**fresh, **wrong}))
+            align.run(AlignConfig.parse({**fresh, **wrong}))
     assert not (tmp_path / "out").exists()
 
 
 def test_validation_is_never_left_out_in_silence(settings: dict[str, Any], tmp_path: Path) -> None:
     manifest = FeatureManifest.read(settings["features"])
     without = manifest.model_copy(update={"rows": {"train": manifest.rows["train"], "test": 12}})
-    for stage, more in ((align.AlignVerbConfig, {}), (adapt.AdaptConfig, {"bundle": "unused"})):
+    for stage, more in ((align.AlignConfig, {}), (adapt.AdaptConfig, {"bundle": "unused"})):
         config = stage.parse({**_common(settings), **more, "out": str(tmp_path / "out")})
         with pytest.raises(UserError, match=r"fit\.eval_every=4.*no clips of the split val.*val_share=0\.02"):
             run_stage("x", config, without, "digest", lambda *_: None, dict, lambda *_: None)  # type: ignore[arg-type, return-value]

@@ -11,8 +11,8 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from aai import metrics, storage
-from aai.align import embed_files, load_aligner
 from aai.bundle import read_bundle
+from aai.encoders.aligner import embed_files, load_aligner
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec

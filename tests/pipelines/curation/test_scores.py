@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from aai import storage
-from aai.align import embed_files
 from aai.bundle import BundleConfig, write_bundle
+from aai.encoders.aligner import embed_files
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip

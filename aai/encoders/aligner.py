@@ -1,0 +1,41 @@
+"""The trained audio encoder apart from its training: out of a bundle, and applied to many sounds."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aai.bundle import Bundle
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, fit_length
+from aai.media.waveform import decode_flac
+
+
+def load_aligner(bundle: Bundle) -> AudioEncoder:
+    """A bundle's audio encoder, frozen."""
+    aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
+    aligner.load_state_dict(bundle.aligner())
+    return aligner.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def embed(encoder: AudioEncoder, waveforms: Tensor, batch_size: int = 128) -> Tensor:
+    """Embeddings [N, D] on the CPU of waveforms [N, S] in -1..1, in eval mode."""
+    was_training = encoder.training
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    parts = [encoder(part.to(device)).float().cpu() for part in waveforms.split(batch_size)]
+    encoder.train(was_training)
+    return torch.cat(parts)
+
+
+def embed_files(aligner: AudioEncoder, sounds: Sequence[bytes], batch_size: int = 64) -> np.ndarray:
+    """Aligned embeddings [N, D] of FLAC sounds, computed on the aligner's device."""
+    device = next(aligner.parameters()).device
+    parts = [np.empty((0, aligner.config.embed_dim), np.float32)]
+    for at in range(0, len(sounds), batch_size):
+        waves = [torch.from_numpy(decode_flac(data)) for data in sounds[at : at + batch_size]]
+        batch = torch.stack([fit_length(wave, aligner.config.clip_samples) for wave in waves])
+        with torch.no_grad():
+            parts.append(aligner(batch.to(device)).cpu().numpy())
+    return np.concatenate(parts)

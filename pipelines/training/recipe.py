@@ -1,0 +1,150 @@
+"""What a trained stage is: its settings, and a recipe that builds, validates and writes.
+
+A stage is one file: a StageConfig, a TrainRecipe, and `run(config)` that calls `stage.run_stage(Recipe, config)`.
+All else is the same for all stages and lives in `pipelines.training`: batches, workers, checkpoints, restarts, figures.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import pydantic
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aai import storage
+from aai.config import Config
+from aai.errors import UserError
+from aai.features import FeatureManifest
+from aai.fit import FitConfig
+from aai.foundation.identity import FoundationSpec, identity
+from pipelines.settings import Plan, TrackingConfig, VerbConfig
+
+
+class StageConfig(VerbConfig):
+    """Settings of every training stage."""
+
+    stage: ClassVar[str]
+    """The verb's name, and of the JSON file with the result."""
+    places: ClassVar[tuple[str, ...]] = ("features", "out")
+    """The settings that are folders or s3:// prefixes: what lies there counts, not where it lies."""
+
+    features: str
+    """Folder or s3:// prefix of the FeatureTable."""
+    out: str
+    """Folder or s3:// prefix for the bundle, the history and the figures."""
+    fit: FitConfig = FitConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cache_mb: int = pydantic.Field(1024, ge=1)
+    """Memory of each worker for decoded clips."""
+    max_val_clips: int = pydantic.Field(1000, ge=2)
+    """Validation takes at most this many clips of the val split."""
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        inputs = {name: getattr(self, name) for name in self.places if name != "out"}
+        outputs = {"bundle": bundle_dir(self.out), "figures": self.result}
+        return Plan(inputs=inputs, outputs=outputs, resources=self.resources())
+
+    @property
+    def result(self) -> str:
+        """The file that is written last; a folder that has it is finished."""
+        return storage.join(self.out, f"{self.stage}.json")
+
+    def content(self) -> dict[str, Any]:
+        """The settings that determine the weights: all but places, machines and what is only looked at."""
+        elsewhere = {"run_dir", "cluster", "tracking", "cache_mb", "max_val_clips", *self.places}
+        return self.model_dump(mode="json", exclude=elsewhere)
+
+
+C = TypeVar("C", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished training hands to the driver, which builds no model to save one."""
+
+    weights: dict[str, Tensor]
+    """The whole state of the exported module: trained weights, frozen ones, buffers."""
+    settings: dict[str, Any]
+    """What builds the module again."""
+    step: int
+    """Steps done."""
+    precision: str | None
+    """Arithmetic of the forward pass."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file."""
+        weights = {name: x.detach().cpu().contiguous() for name, x in self.weights.items()}
+        about = {"settings": self.settings, "step": self.step, "precision": self.precision}
+        save_file(weights, path, {"about": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trained":
+        """Reads what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return cls(weights, **json.loads(file.metadata()["about"]))
+
+
+class TrainRecipe(ABC, Generic[C]):
+    """One training. Made on the driver and again on every worker, from the class and the settings as JSON.
+
+    On the driver: `prepare`, then, when the workers are done, `write`. On the workers: `build`, and on rank 0
+    `validate` and `export`.
+    """
+
+    config_class: ClassVar[type[StageConfig]]
+    columns: ClassVar[tuple[str, ...]]
+    """Columns of the FeatureTable that a batch holds (see `aai.features.FeatureReader`)."""
+    clip_samples: int = 0
+    """Length that sounds are padded or cut to; for recipes with the column audio."""
+    parents: tuple[str, ...] = ()
+    """Hashes of what the stage takes besides the features, such as an earlier bundle."""
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def prepare(self, manifest: FeatureManifest) -> C:
+        """The settings with what only the data knows. Raises UserError for what does not fit together."""
+        return self.config
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The task, `task(batch) -> (loss, terms)`; only its parameters that require a gradient are trained."""
+
+    @abstractmethod
+    def validate(self, task: nn.Module, held_out: dict[str, Any]) -> dict[str, float]:
+        """Figures on clips of the val split, as `aai.features.load_split` returns them; called without gradients."""
+
+    @abstractmethod
+    def export(self, task: nn.Module) -> tuple[nn.Module, Config]:
+        """The module whose whole state is kept, and the settings that build it again."""
+
+    @abstractmethod
+    def write(self, folder: str, trained: Trained, meta: dict[str, Any]) -> str:
+        """Writes the result into a folder or s3:// prefix, and returns its hash; it loads no model.
+
+        meta: data_fingerprint, metrics, parents.
+        """
+
+
+def bundle_dir(out: str) -> str:
+    """Where a stage with output `out` puts its bundle."""
+    return storage.join(out, "bundle")
+
+
+def check_foundation(spec: FoundationSpec, manifest: FeatureManifest) -> None:
+    """Raises UserError when the features were made with another foundation than the bundle would name."""
+    found = identity(spec)
+    for key in ("clip_revision", "diffusion_revision"):
+        if found[key] != manifest.foundation[key]:
+            raise UserError(
+                f"foundation.{key.removesuffix('_revision')}",
+                found[key],
+                f"the features were made with {manifest.foundation[key]}",
+                "set the foundation that `aai featurize` used, or featurize again",
+            )
