@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
@@ -16,7 +15,6 @@ from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_clip, load_diffusion
 from aai.inject import Injector
-
 
 CAPTIONS = ("a sketch of a small bell at night", "a clock", "a photo of a big dog in the rain", "a clock")
 
