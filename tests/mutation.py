@@ -131,6 +131,7 @@ class Runner:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.folder.mkdir(exist_ok=True)
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
@@ -143,9 +144,16 @@ class Runner:
         self.limits_s: dict[str, float] = {}
 
     def warm(self, modules: Sequence[str]) -> None:
-        """Imports what the test files import, then forgets our own packages: a fork imports those anew."""
+        """Imports what the test files import, makes their small models, and forgets our own packages.
+
+        A fork imports our own packages anew, from the copy.
+        """
         for module in modules:
             importlib.import_module(mirror(module).removesuffix(".py").replace("/", "."))
+        tiny = importlib.import_module("tests.tiny")
+        models = self.folder / "tiny"
+        tiny.write_diffusion(models / "diffusion", tiny.write_clip(models / "clip"))
+        os.environ["AAI_TINY_MODELS"] = str(models)
         for name in list(sys.modules):
             if name.split(".")[0] in ("aai", "pipelines", "tests"):
                 del sys.modules[name]
@@ -226,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for mutant in tqdm(sample, unit="mutant", file=sys.stderr):
             if not runner.killed(mutant.module, mutant.source()):
                 survivors.append(mutant.describe())
+                tqdm.write(f"survived: {json.dumps(survivors[-1])}", file=sys.stderr)
     killed = len(sample) - len(survivors)
     report = {
         "seed": options.seed,

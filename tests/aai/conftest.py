@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,9 +21,11 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> FoundationSpec:
     from aai.foundation.identity import FoundationSpec
     from tests import tiny
 
-    folder = tmp_path_factory.mktemp("tiny")
-    clip = tiny.write_clip(folder / "clip")
-    return FoundationSpec(clip=str(clip), diffusion=str(tiny.write_diffusion(folder / "diffusion", clip)))
+    made = os.environ.get("AAI_TINY_MODELS")  # by the mutation run, once for its hundreds of short sessions
+    folder = Path(made) if made else tmp_path_factory.mktemp("tiny")
+    if not made:
+        tiny.write_diffusion(folder / "diffusion", tiny.write_clip(folder / "clip"))
+    return FoundationSpec(clip=str(folder / "clip"), diffusion=str(folder / "diffusion"))
 
 
 @pytest.fixture(scope="session")

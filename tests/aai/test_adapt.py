@@ -46,14 +46,14 @@ def make_batch() -> dict[str, Any]:
 
 
 def test_only_the_adapter_learns_and_its_losses_fall(spec: FoundationSpec, pipe: StableDiffusionPipeline) -> None:
-    task = make_task(spec, pipe, AdaptLossConfig())
+    task = make_task(spec, pipe, AdaptLossConfig(denoise_rows=1))
     trained = {name for name, p in task.named_parameters() if p.requires_grad}
     assert trained
     assert all(name.startswith("adapter.") for name in trained)
     frozen = {k: v.clone() for k, v in task.state_dict().items() if not k.startswith("adapter.")}
-    optimizer = torch.optim.Adam(task.adapter.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(task.adapter.parameters(), lr=2e-2)
     losses = []
-    for _ in range(10):
+    for _ in range(6):
         torch.manual_seed(1)
         loss, terms = task.train()(make_batch())
         assert set(terms) == {"denoise", "clip", "hidden", "norm"}
@@ -61,7 +61,7 @@ def test_only_the_adapter_learns_and_its_losses_fall(spec: FoundationSpec, pipe:
         loss.backward()
         optimizer.step()
         losses.append(float(terms["hidden"] + terms["clip"]))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     after = task.state_dict()
     assert all(torch.equal(after[k], v) for k, v in frozen.items())
 
@@ -104,28 +104,26 @@ def test_denoising_loss_by_hand() -> None:
         assert unet.states is states
 
 
-def denoised(task: AdaptTask, times: int, batch: dict[str, Any]) -> list[Tensor]:
-    """The noise levels of so many steps, with an echo in the UNet's place and embeddings in the sounds' place."""
+def noise_levels(task: AdaptTask, batch: dict[str, Any], rows: int) -> Tensor:
+    """The levels drawn for so many rows, with an echo in the UNet's place and embeddings in the sounds' place."""
     task.unet, task.aligner = Echo(), nn.Identity()
-    batch = {**batch, "audio": batch["audio"][:, :32]}
-    return [task.unet.timesteps for _ in range(times) if task(batch)]
+    task({**batch, "audio": batch["audio"][:, :32], "latents": batch["latents"][:1].expand(rows, -1, -1, -1)})
+    return task.unet.timesteps
 
 
 def test_noise_levels_cover_the_whole_schedule_and_are_drawn_anew(
     spec: FoundationSpec, pipe: StableDiffusionPipeline
 ) -> None:
     task, batch = make_task(spec, pipe, AdaptLossConfig(w_clip=0, w_hidden=0, w_norm=0)), make_batch()
-    drawn = denoised(task, 60, batch)
-    levels = torch.cat(drawn)
-    assert levels.shape == (240,)
-    assert (levels.float().histc(10, 0, 1000) > 5).all()
-    assert not torch.equal(drawn[0], drawn[1])
-    assert len(set(drawn[0].tolist())) > 1
+    torch.manual_seed(0)
+    levels = noise_levels(task, batch, 400)
+    noisy = task.unet.noisy
+    assert levels.shape == (400,)
+    assert (levels.float().histc(10, 0, 1000) > 20).all()
+    assert not torch.equal(noise_levels(task, batch, 400), levels)
+    assert (task.unet.noisy - noisy).std() > 0.01
     task.scheduler = DDPMScheduler(num_train_timesteps=3)
-    assert set(torch.cat(denoised(task, 20, batch)).tolist()) == {0, 1, 2}
-    before = task.unet.noisy
-    denoised(task, 1, batch)
-    assert (task.unet.noisy - before).std() > 0.01
+    assert set(noise_levels(task, batch, 60).tolist()) == {0, 1, 2}
 
 
 def test_denoise_rows_are_the_first_clips_with_their_own_prompts(
@@ -139,7 +137,9 @@ def test_denoise_rows_are_the_first_clips_with_their_own_prompts(
     prompts = ["a sketch of <sound>", "a photo of <sound>"]
     torch.testing.assert_close(task.unet.states, task.injector.encode(prompts, tokens[:2])[0])
     torch.testing.assert_close(task.unet.noisy, batch["latents"][:2], atol=0.02, rtol=0)
-    assert len(denoised(make_task(spec, pipe, AdaptLossConfig()), 1, batch)[0]) == 4
+    task.cfg = AdaptLossConfig()
+    task(batch)
+    assert len(task.unet.noisy) == 4
 
 
 def test_every_term_by_hand(spec: FoundationSpec, pipe: StableDiffusionPipeline) -> None:
