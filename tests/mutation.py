@@ -17,7 +17,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict
+import traceback
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ MODULES = (
     "aai/painter.py",
 )
 COPIED = ("aai", "pipelines", "tests", "configs", "pyproject.toml")
-LONGEST_S = 180.0
+LONGEST_S = 300.0
+OVER_TIME = -9
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,9 @@ def draw(modules: Sequence[str], count: int, seed: int) -> list[Mutant]:
 class Runner:
     """A copy of the repository in which a module can be replaced and its test file run, in a fork of this process."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, limits_s: dict[str, float] | None = None) -> None:
+        """limits_s: seconds that a module's test file may take, as `check` finds them."""
+        self.folder, self.limits_s = Path(folder), dict(limits_s or {})
         self.folder.mkdir(exist_ok=True)
         for name in COPIED:
             source = ROOT / name
@@ -141,19 +144,11 @@ class Runner:
                 shutil.copy(source, self.folder / name)
         for weights in ROOT.glob("aai/**/weights"):
             (self.folder / weights.relative_to(ROOT)).symlink_to(weights)
-        self.limits_s: dict[str, float] = {}
 
     def warm(self, modules: Sequence[str]) -> None:
-        """Imports what the test files import, makes their small models, and forgets our own packages.
-
-        A fork imports our own packages anew, from the copy.
-        """
+        """Imports what the test files import, then forgets our own packages: a fork imports those anew."""
         for module in modules:
             importlib.import_module(mirror(module).removesuffix(".py").replace("/", "."))
-        tiny = importlib.import_module("tests.tiny")
-        models = self.folder / "tiny"
-        tiny.write_diffusion(models / "diffusion", tiny.write_clip(models / "clip"))
-        os.environ["AAI_TINY_MODELS"] = str(models)
         for name in list(sys.modules):
             if name.split(".")[0] in ("aai", "pipelines", "tests"):
                 del sys.modules[name]
@@ -168,8 +163,8 @@ class Runner:
         self.limits_s[module] = 10 + 4 * seconds
         return seconds
 
-    def killed(self, module: str, source: str) -> bool:
-        """Whether the module's test file fails, or does not end, with `source` in the module's place."""
+    def outcome(self, module: str, source: str) -> str:
+        """What the module's test file says of `source` in the module's place: survived, killed or over time."""
         file = self.folder / module
         original = file.read_text(encoding="utf-8")
         try:
@@ -177,10 +172,10 @@ class Runner:
             code, _ = self._run(module, self.limits_s.get(module, LONGEST_S))
         finally:
             file.write_text(original, encoding="utf-8")
-        return code != 0
+        return {0: "survived", OVER_TIME: "over time"}.get(code, "killed")
 
     def _run(self, module: str, limit_s: float) -> tuple[int, str]:
-        """Exit status (-9 when over the limit) and output of a module's test file."""
+        """Exit status (OVER_TIME when it was stopped) and output of a module's test file."""
         log = self.folder / "output.txt"
         child = os.fork()
         if child == 0:
@@ -193,7 +188,7 @@ class Runner:
             time.sleep(0.02)
         os.killpg(child, signal.SIGKILL)  # with the processes that the tests started
         os.waitpid(child, 0)
-        return -9, "over the time limit"
+        return OVER_TIME, ""
 
     def _enter(self, test_file: str, log: Path) -> None:
         """The forked process: runs pytest in the copy and ends."""
@@ -206,6 +201,7 @@ class Runner:
             os.dup2(sink, 2)
             sys.path.insert(0, str(self.folder))
             os.environ["PYTHONPATH"] = str(self.folder)
+            os.environ["AAI_TINY_MODELS"] = str(self.folder / "tiny")  # the first session makes them
             os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
             sys.dont_write_bytecode = True  # a file changed twice within a second would be taken from the cache
             importlib.invalidate_caches()
@@ -216,48 +212,77 @@ class Runner:
             os._exit(code)
 
 
+def run(sample: Sequence[Mutant], folder: Path, limits_s: dict[str, float], workers: int) -> list[str]:
+    """The outcome of each mutant, found by so many processes, each with a copy of its own."""
+    processes = []
+    for number in range(workers):
+        process = os.fork()
+        if process == 0:
+            _work(sample[number::workers], folder / str(number), limits_s, hidden=number > 0)
+        processes.append(process)
+    failed = [process for process in processes if os.waitpid(process, 0)[1] != 0]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {workers} processes failed; their errors stand above")
+    outcomes = [""] * len(sample)
+    for number in range(workers):
+        outcomes[number::workers] = json.loads((folder / str(number) / "outcomes.json").read_text())
+    return outcomes
+
+
+def _work(part: Sequence[Mutant], folder: Path, limits_s: dict[str, float], hidden: bool) -> None:
+    """One process of `run`: leaves its outcomes in its folder and ends."""
+    code = 1
+    try:
+        runner, outcomes = Runner(folder, limits_s), []
+        for mutant in tqdm(part, unit="mutant", file=sys.stderr, disable=hidden):
+            outcomes.append(runner.outcome(mutant.module, mutant.source()))
+            if outcomes[-1] == "survived":
+                tqdm.write(f"survived: {json.dumps(mutant.describe())}", file=sys.stderr)
+        (folder / "outcomes.json").write_text(json.dumps(outcomes))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Draws, runs and reports; returns what it writes."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("--sample", type=int, default=300, help="mutants to run")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, default=Path("runs/mutation.json"))
     parser.add_argument("modules", nargs="*", help="files to change (default: those of docs/testing.md)")
     options = parser.parse_args(arguments)
     modules = options.modules or MODULES
     sample = draw(modules, options.sample, options.seed)
-    survivors = []
     with tempfile.TemporaryDirectory(prefix="aai-mutation-") as folder:
-        runner = Runner(folder)
+        runner = Runner(Path(folder) / "check")
         runner.warm(modules)
         seconds = {module: round(runner.check(module), 1) for module in modules}
-        for mutant in tqdm(sample, unit="mutant", file=sys.stderr):
-            if not runner.killed(mutant.module, mutant.source()):
-                survivors.append(mutant.describe())
-                tqdm.write(f"survived: {json.dumps(survivors[-1])}", file=sys.stderr)
-    killed = len(sample) - len(survivors)
-    report = {
-        "seed": options.seed,
-        "mutants": len(sample),
-        "killed": killed,
-        "share_killed": round(killed / max(1, len(sample)), 4),
-        "by_module": _by_module(sample, survivors),
-        "test_file_s": seconds,
-        "survivors": survivors,
-    }
+        outcomes = run(sample, Path(folder), runner.limits_s, options.workers)
+    report = {"seed": options.seed, **summary(sample, outcomes), "test_file_s": seconds}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"{killed} of {len(sample)} mutants killed ({report['share_killed']:.1%}); survivors in {options.out}")
+    share = report["share_killed"]
+    print(f"{share:.1%} of {len(sample)} mutants killed; the survivors are listed in {options.out}")
     return report
 
 
-def _by_module(sample: Sequence[Mutant], survivors: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    out: dict[str, dict[str, int]] = {}
-    for mutant in sample:
-        out.setdefault(mutant.module, {"mutants": 0, "survived": 0})["mutants"] += 1
-    for survivor in survivors:
-        out[survivor["module"]]["survived"] += 1
-    return out
+def summary(sample: Sequence[Mutant], outcomes: Sequence[str]) -> dict[str, Any]:
+    """Counts as a whole and by module, and the mutants that survived."""
+    by_module: dict[str, Counter[str]] = defaultdict(Counter)
+    for mutant, outcome in zip(sample, outcomes, strict=True):
+        by_module[mutant.module][outcome] += 1
+    survived = [m.describe() for m, outcome in zip(sample, outcomes, strict=True) if outcome == "survived"]
+    return {
+        "mutants": len(sample),
+        "share_killed": round(1 - len(survived) / max(1, len(sample)), 4),
+        "over_time": outcomes.count("over time"),
+        "by_module": {module: dict(counts) for module, counts in by_module.items()},
+        "survivors": survived,
+    }
 
 
 if __name__ == "__main__":

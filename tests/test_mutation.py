@@ -42,12 +42,19 @@ def test_a_small_run_finds_what_lives_and_what_dies(tmp_path: Path) -> None:
         ["--sample", "6", "--seed", "1", "--out", str(tmp_path / "mutation.json"), "aai/grading.py", "aai/concepts.py"]
     )
     assert report["mutants"] == 6
-    assert report["killed"] + len(report["survivors"]) == 6
     assert report["share_killed"] >= 0.8
-    runner = mutation.Runner(tmp_path / "copy")
+    runner = mutation.Runner(tmp_path / "copy", {"aai/grading.py": 20.0})
     text = (mutation.ROOT / "aai/grading.py").read_text()
-    assert not runner.killed("aai/grading.py", text + "\n# a comment changes nothing\n")
-    assert runner.killed("aai/grading.py", text.replace("all(r[a]", "any(r[a]"))
     endless = text.replace("    return float(1000", "    while True:\n        pass\n    return float(1000")
-    runner.limits_s["aai/grading.py"] = 20.0
-    assert runner.killed("aai/grading.py", endless)
+    assert runner.outcome("aai/grading.py", text + "\n# a comment changes nothing\n") == "survived"
+    assert runner.outcome("aai/grading.py", text.replace("all(r[a]", "any(r[a]")) == "killed"
+    assert runner.outcome("aai/grading.py", endless) == "over time"
+
+
+def test_the_summary_counts() -> None:
+    sample = mutation.draw(["aai/losses.py", "aai/grading.py"], 4, 1)
+    report = mutation.summary(sample, ["killed", "survived", "over time", "killed"])
+    assert report["share_killed"] == 0.75
+    assert report["over_time"] == 1
+    assert [survivor["line"] for survivor in report["survivors"]] == [sample[1].line]
+    assert sum(sum(counts.values()) for counts in report["by_module"].values()) == report["mutants"] == 4

@@ -21,9 +21,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> FoundationSpec:
     from aai.foundation.identity import FoundationSpec
     from tests import tiny
 
-    made = os.environ.get("AAI_TINY_MODELS")  # by the mutation run, once for its hundreds of short sessions
-    folder = Path(made) if made else tmp_path_factory.mktemp("tiny")
-    if not made:
+    # The mutation run keeps the folder for its hundreds of short sessions.
+    folder = Path(os.environ.get("AAI_TINY_MODELS") or tmp_path_factory.mktemp("tiny"))
+    if not (folder / "diffusion").exists():
         tiny.write_diffusion(folder / "diffusion", tiny.write_clip(folder / "clip"))
     return FoundationSpec(clip=str(folder / "clip"), diffusion=str(folder / "diffusion"))
 
