@@ -76,9 +76,9 @@ class Mutant:
 
 
 def mirror(module: str) -> str:
-    """The test file of a module: aai/toy/world.py -> tests/aai/test_toy_world.py."""
-    package, *rest = Path(module).with_suffix("").parts
-    return f"tests/{package}/test_{'_'.join(rest)}.py"
+    """The test file of a module: aai/toy/writer.py -> tests/aai/toy/test_writer.py."""
+    path = Path(module)
+    return f"tests/{path.parent.as_posix()}/test_{path.name}"
 
 
 def annotations(text: str) -> set[tuple[int, int]]:

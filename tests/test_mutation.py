@@ -8,7 +8,7 @@ from tests import mutation
 
 
 def test_each_module_has_the_test_file_of_its_name() -> None:
-    assert mutation.mirror("aai/toy/world.py") == "tests/aai/test_toy_world.py"
+    assert mutation.mirror("aai/toy/writer.py") == "tests/aai/toy/test_writer.py"
     missing = [module for module in mutation.MODULES if not (mutation.ROOT / mutation.mirror(module)).is_file()]
     assert missing == []
 

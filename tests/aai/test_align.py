@@ -12,7 +12,7 @@ from aai.align import AlignConfig, AlignTask, embed, embed_files, load_aligner, 
 from aai.bundle import BundleConfig, write_bundle
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.foundation_id import FoundationSpec
+from aai.foundation.identity import FoundationSpec
 from aai.losses import info_nce
 from aai.media.audio import encode_flac
 

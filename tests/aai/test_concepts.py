@@ -31,6 +31,8 @@ TEXTS = [
 class Axes:
     """In CLIP's place: the i-th text of TEXTS is the i-th axis of the space."""
 
+    device = "cpu"
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         return torch.eye(len(TEXTS))[[TEXTS.index(text) for text in texts]]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aai.conditions import CONDITIONS, Conditions, HeldOutClip
-from aai.encoders.clip import FrozenClip
+from aai.foundation.clip import FrozenClip
 from aai.painter import Painter
 
 CAPTIONS = ("a sketch of a big dog in the rain", "a photo of a bell at night", "a clock")
@@ -25,7 +25,7 @@ def clip(painter: Painter) -> FrozenClip:
 
 @pytest.fixture(scope="module")
 def conditions(painter: Painter, clip: FrozenClip) -> Conditions:
-    return Conditions(painter, clip, CAPTIONS, [sound(3), sound(4)])
+    return Conditions(painter, clip, CAPTIONS, painter.listen(sound(3))[0])
 
 
 def test_every_condition_gives_a_prompt_and_none_depends_on_its_batch(conditions: Conditions) -> None:
@@ -46,9 +46,20 @@ def test_captions_as_they_are_and_under_the_common_head(painter: Painter, condit
     assert conditions.captions == ["a clock", "a photo of a bell at night", "a photo of a big dog in the rain"]
 
 
-def test_another_head_pattern(painter: Painter, clip: FrozenClip) -> None:
-    other = Conditions(painter, clip, ["hearing a dog"], [sound(3)], head_pattern="^hearing")
-    assert other.captions == ["a photo of a dog"]
+def test_prompt_and_head_are_the_bundles(painter: Painter, clip: FrozenClip) -> None:
+    own = Painter(
+        painter.pipe,
+        painter.aligner,
+        painter.adapter,
+        painter.foundation,
+        None,
+        "thing",
+        "hear <sound>",
+        "^the noise of",
+    )
+    other = Conditions(own, clip, ["the noise of a dog", "a photo of a dog"], torch.zeros(32))
+    assert other.captions == ["a photo of a dog", "hear a dog"]
+    torch.testing.assert_close(other.embed("sound", CLIPS[:1]), painter.embed(CLIPS[0].audio, "hear <sound>"))
 
 
 def test_sounds_are_written_into_the_prompt(painter: Painter, conditions: Conditions) -> None:
@@ -83,7 +94,7 @@ def test_the_nearest_caption_is_the_one_most_similar_to_the_sound(
     expected = painter.embed_text([conditions.captions[i] for i in chosen])
     torch.testing.assert_close(conditions.embed("nearest_caption", CLIPS), expected)
     # Let each sound have a caption of its own that is exactly where the sound is.
-    exact = Conditions(painter, clip, CAPTIONS, [sound(3)])
+    exact = Conditions(painter, clip, CAPTIONS, torch.zeros(32))
     exact.caption_features = torch.cat([painter.listen(held.audio) for held in reversed(CLIPS)])
     backwards = painter.embed_text(list(reversed(exact.captions)))
     torch.testing.assert_close(exact.embed("nearest_caption", CLIPS), backwards)
@@ -92,7 +103,8 @@ def test_the_nearest_caption_is_the_one_most_similar_to_the_sound(
 def test_the_closed_form_is_taken_around_the_mean_sound(painter: Painter, clip: FrozenClip) -> None:
     """A sound that is the mean of the training sounds says what the mean caption says."""
     held = HeldOutClip(sound(3), "", 0)
-    found = Conditions(painter, clip, CAPTIONS, [held.audio]).embed("closed_form", [held])
+    mean = painter.listen(held.audio)[0]
+    found = Conditions(painter, clip, CAPTIONS, mean).embed("closed_form", [held])
     _, pooled = painter.injector.encode(["a clock", "a photo of a bell at night", "a photo of a big dog in the rain"])
     end = painter.injector.slots("a photo of thing", {}).end
     torch.testing.assert_close(found[0, end:], pooled.mean(0).expand(32 - end, -1), atol=1e-5, rtol=0)
@@ -102,9 +114,9 @@ def test_the_closed_form_is_taken_around_the_mean_sound(painter: Painter, clip: 
 def test_the_closed_form_is_the_tikhonov_solution(painter: Painter, clip: FrozenClip) -> None:
     """min |W x - e|^2 + lambda |x|^2 as an ordinary least-squares problem with lambda's root as further rows."""
     for ridge in (1e-2, 0.5):
-        conditions = Conditions(painter, clip, CAPTIONS, [sound(3), sound(4)], ridge=ridge)
+        mean = (painter.listen(sound(3)) + painter.listen(sound(4)))[0] / 2
+        conditions = Conditions(painter, clip, CAPTIONS, mean, ridge=ridge)
         weight = clip.model.text_projection.weight.double().numpy()
-        mean = (painter.listen(sound(3)) + painter.listen(sound(4))) / 2
         _, pooled = painter.injector.encode(conditions.captions)
         length = np.linalg.norm(pooled.double().numpy() @ weight.T, axis=1).mean()
         wanted = (painter.listen(CLIPS[1].audio) - mean)[0].double().numpy() * length

@@ -267,7 +267,7 @@ def test_bounds_and_defaults_of_the_settings() -> None:
         "weight_decay": 0.05,
         "warmup_steps": 20,
         "grad_clip": 1.0,
-        "precision": "float32",
+        "precision": "auto",
         "log_every": 10,
         "eval_every": 0,
         "checkpoint_every": 100,

@@ -63,3 +63,5 @@ def test_clip_mmd_by_hand() -> None:
     within, across = (1 + math.exp(-2)) / 2, math.exp(-1)
     assert clip_mmd(two, b, sigma=1.0) == pytest.approx(1000 * (within + 1 - 2 * across), rel=1e-4)
     assert clip_mmd(two, two) == pytest.approx(0, abs=1e-3)
+    many = two.repeat(1025, 1)  # more than are compared at a time
+    assert clip_mmd(many, b, sigma=1.0) == pytest.approx(1000 * (within + 1 - 2 * across), rel=1e-4)

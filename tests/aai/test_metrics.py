@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from aai.metrics import bootstrap_ci, first_hit_ranks, retrieval, spearman
+from aai.metrics import bootstrap_ci, first_hit_ranks, nearest, retrieval, spearman
 
 
 def unit(rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -94,6 +94,14 @@ def test_chunks_change_nothing_and_orphans_are_an_error() -> None:
     assert (first_hit_ranks(a, b, keys, keys, chunk=7) == whole).all()
     with pytest.raises(ValueError, match="no match"):
         first_hit_ranks(a, b, keys + 1, keys)
+
+
+def test_nearest_by_hand_and_in_chunks() -> None:
+    gallery = np.eye(3, dtype=np.float32)
+    queries = np.array([[0.1, 0.9, 0.3], [0.9, 0.1, 0.3], [0.1, 0.2, 0.3]], np.float32)
+    for chunk in (1, 2, 3, 1024):
+        assert nearest(queries, gallery, chunk).tolist() == [1, 0, 2]
+    assert nearest(queries[:0], gallery).shape == (0,)
 
 
 def test_bootstrap_interval_covers_the_mean() -> None:
