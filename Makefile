@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 FAST := tests/aai tests/test_configs.py tests/test_imports.py tests/test_layering.py tests/test_lint.py tests/test_schema.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast lint fix coverage accept foundation
+.PHONY: help setup demo test fast lint fix coverage accept mutation foundation
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,10 @@ coverage: setup ## the tests with a report of the lines that none of them runs: 
 
 accept: setup ## the long evidence, one test per acceptance line
 	$(BIN)/pytest -m accept $(ARGS)
+
+# One thread a process: the tests' models are too small for more.
+mutation: setup ## change the code in 300 places and count the changes that the tests catch (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(ARGS)
 
 foundation: setup ## train the toy foundation models again from nothing (hours on a CPU)
 	$(BIN)/aai foundation

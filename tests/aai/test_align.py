@@ -1,15 +1,21 @@
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aai.align import AlignLossConfig, AlignTask, mask, rotate, validate
-from aai.encoders.aligner import embed
+from aai.bundle import BundleConfig, write_bundle
+from aai.encoders.aligner import embed, embed_files, load_aligner
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
+from aai.foundation.identity import FoundationSpec
 from aai.losses import info_nce
+from aai.media.waveform import encode_flac
 
 SMALL = AudioEncoderConfig(
     hidden_size=32, num_layers=1, num_heads=2, clip_s=0.5, embed_dim=8, head_size=16, num_mel_bins=32, dropout=0.0
@@ -40,6 +46,35 @@ def test_the_loss_is_the_weighted_sum_of_both_terms() -> None:
     image = F.normalize(batch["image_features"].mean(1), dim=-1)
     expected = info_nce(task.encoder(batch["audio"]), image, 1 / 0.07)
     torch.testing.assert_close(report["loss_image"], expected.detach())
+
+
+def test_every_figure_by_hand_with_copies_and_equal_captions() -> None:
+    batch = {
+        **make_batch(),
+        "caption_id": torch.tensor([3, 3, 0, 5, 0, 6]),
+        "clip_hash": torch.tensor([1, 2, 3, 3, 4, 5]),
+    }
+    task = make_task(w_image=0.5, w_text=2.0, temperature=0.2).eval()
+    with torch.no_grad():
+        task.log_scale["text"].fill_(math.log(8.0))
+    loss, report = task(batch)
+    audio = task.encoder(batch["audio"])
+    image, text = (F.normalize(batch[f"{name}_features"].mean(1), dim=-1) for name in ("image", "text"))
+    same = torch.eye(6, dtype=torch.bool)
+    for a, b in ((0, 1), (2, 3)):  # an equal caption, a copy; two clips without a caption are not alike
+        same[a, b] = same[b, a] = True
+    heard = torch.tensor([0, 1, 3, 5])
+    expected = {
+        "loss_image": info_nce(audio, image, 5.0, same),
+        "loss_text": info_nce(audio[heard], text[heard], 8.0, same[heard][:, heard]),
+        "temperature_image": torch.tensor(0.2),
+        "temperature_text": torch.tensor(1 / 8),
+    }
+    assert report.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(report[name], value.detach())
+        assert not report[name].requires_grad
+    torch.testing.assert_close(loss, 0.5 * expected["loss_image"] + 2 * expected["loss_text"])
 
 
 def test_without_text_weight_there_is_no_text_term() -> None:
@@ -106,6 +141,56 @@ def test_training_draws_one_of_the_pictures() -> None:
     assert drawn == {tuple(row) for row in features[0].tolist()}
 
 
+def test_the_mean_of_the_pictures_where_it_is_asked_for() -> None:
+    features = make_batch()["image_features"]
+    mean = F.normalize(features.mean(1), dim=-1)
+    torch.testing.assert_close(make_task(frames="mean").train()._pick(features), mean)
+    torch.testing.assert_close(make_task().eval()._pick(features), mean)
+    rows = [tuple(row) for row in make_task().train()._pick(features.repeat(20, 1, 1)).tolist()]
+    assert len(set(rows)) == 18  # each clip draws for itself: all three pictures of all six
+
+
+def test_a_sound_is_rotated_by_up_to_its_share_either_way() -> None:
+    torch.manual_seed(0)
+    turned = rotate(torch.arange(10.0).expand(200, 10), 0.25)
+    assert set(turned[:, 0].tolist()) == {8.0, 9.0, 0.0, 1.0, 2.0}
+    assert ((turned.diff(dim=1) % 10) == 1).all()
+
+
+def test_one_stretch_of_frames_and_one_of_bins_is_blanked() -> None:
+    torch.manual_seed(0)
+    masked = mask(torch.ones(400, 40, 20), 0.25) == 0
+    frames, bins = masked.all(dim=2), masked.all(dim=1)
+    assert torch.equal(masked, frames[:, :, None] | bins[:, None, :])
+    for blanked, longest in ((frames, 10), (bins, 5)):
+        length = blanked.sum(dim=1)
+        assert length.max() == longest  # the largest share, and no more
+        assert length.min() <= 1
+        assert (blanked[:, 1:] & ~blanked[:, :-1]).sum(dim=1).max() == 1
+        assert blanked.any(dim=0)[1:].all()
+    assert (frames != frames[0]).any()
+
+
+def test_training_augments_by_the_configs_shares() -> None:
+    task = make_task(time_shift=0.0, mask_share=0.0).train()
+    batch = make_batch()["audio"]
+    torch.testing.assert_close(task.encode(batch), task.encoder(batch))
+    for settings in ({"time_shift": 0.0}, {"mask_share": 0.0}):
+        task = make_task(**settings).train()
+        assert not torch.allclose(task.encode(batch), task.encoder(batch))
+
+
+def test_embedding_leaves_the_encoder_as_it_was() -> None:
+    encoder, audio = AudioEncoder(SMALL.model_copy(update={"dropout": 0.5})), make_batch(7)["audio"]
+    for mode in (True, False):
+        encoder.train(mode)
+        found = embed(encoder, audio, batch_size=3)
+        assert encoder.training is mode
+        assert not found.requires_grad
+        torch.testing.assert_close(found, encoder.eval()(audio).detach())
+        torch.testing.assert_close(embed(encoder, audio), found)
+
+
 def test_validate_scores_a_perfect_encoder() -> None:
     encoder = make_task().encoder
     audio = make_batch(8)["audio"]
@@ -120,3 +205,83 @@ def test_validate_scores_a_perfect_encoder() -> None:
     assert validate(encoder, clips) == {"a2v_r1": 1.0, "a2t_r1": 1.0, "label0_r1": 1.0}
     clips["image_features"] = target.roll(1, 0)
     assert validate(encoder, clips)["a2v_r1"] == 0.0
+
+
+class Given(torch.nn.Module):
+    """In the encoder's place: the "waveforms" are the embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        return waveforms * self.weight
+
+
+def test_validate_by_hand() -> None:
+    """Pictures by the clip itself, texts by equal captions, labels by position; the means of several features."""
+    axes = torch.eye(6)
+    clips = {
+        "audio": axes,
+        # The two views average to an axis: the own one of clips 0 to 2, the next clip's of 3 to 5.
+        "image_features": torch.stack(
+            [axes[[0, 1, 2, 4, 5, 3]] + axes.roll(2, 1), axes[[0, 1, 2, 4, 5, 3]] - axes.roll(2, 1)], dim=1
+        ),
+        "text_features": axes[[1, 0, 3, 2, 5, 4]][:, None],
+        "caption_id": torch.tensor([7, 7, 8, 8, 9, 10]),
+        "labels": [
+            ["dog", "a", "x"],
+            ["dog", "b", "x"],
+            ["dog", "c", "y"],
+            ["bell", "d", "y"],
+            ["bell", "e", "y"],
+            ["cat", "f"],
+        ],
+    }
+    encoder: Any = Given()
+    found = validate(encoder, clips)
+    assert found == {"a2v_r1": 0.5, "a2t_r1": pytest.approx(4 / 6), "label0_r1": pytest.approx(4 / 6)}
+    clips["labels"] = [[] for _ in range(6)]
+    assert validate(encoder, clips).keys() == {"a2v_r1", "a2t_r1"}
+    empty = {**clips, "labels": []}
+    assert validate(encoder, empty).keys() == {"a2v_r1", "a2t_r1"}
+
+
+def test_an_aligner_comes_out_of_a_bundle_frozen_and_hears_files(tmp_path: Path) -> None:
+    encoder = AudioEncoder(SMALL)
+    config = BundleConfig(foundation=FoundationSpec(), encoder=SMALL.model_dump(), adapter=None, vocabulary=None)
+    bundle = write_bundle(tmp_path / "bundle", config, encoder.state_dict(), None, {})
+    aligner = load_aligner(bundle)
+    assert not aligner.training
+    assert not any(p.requires_grad for p in aligner.parameters())
+    rng = np.random.default_rng(0)
+    waves = [(0.1 * rng.standard_normal(samples)).astype(np.float32) for samples in (8_000, 4_000, 9_000)]
+    files = [encode_flac(wave, 16_000) for wave in waves]
+    found = embed_files(aligner, files, batch_size=2)
+    assert found.shape == (3, 8)
+    for row, wave in zip(found, waves, strict=True):
+        alone = encoder.eval()(torch.from_numpy(wave)[None]).detach().numpy()[0]
+        np.testing.assert_allclose(row, alone, atol=1e-3)
+    np.testing.assert_allclose(embed_files(aligner, files), found, atol=1e-5)
+    assert embed_files(aligner, []).shape == (0, 8)
+
+
+def test_bounds_and_defaults_of_the_settings() -> None:
+    assert AlignLossConfig().model_dump() == {
+        "w_image": 1.0,
+        "w_text": 1.0,
+        "frames": "random",
+        "temperature": 0.07,
+        "max_logit_scale": 100.0,
+        "time_shift": 0.1,
+        "mask_share": 0.1,
+    }
+    AlignLossConfig.parse({"w_image": 0, "time_shift": 0, "mask_share": 0})
+    AlignLossConfig.parse(
+        {"w_text": 0, "time_shift": 1, "mask_share": 0.99, "temperature": 0.01, "max_logit_scale": 0.1}
+    )
+    outside = {"w_image": -0.5, "w_text": -0.5, "temperature": 0, "max_logit_scale": 0}
+    cases = [*outside.items(), ("time_shift", -0.1), ("time_shift", 1.1), ("mask_share", -0.1), ("mask_share", 1)]
+    for name, value in cases:
+        with pytest.raises(UserError, match=name):
+            AlignLossConfig.parse({name: value})

@@ -1,5 +1,7 @@
 import functools
 import itertools
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aai.errors import UserError
-from aai.fit import FitConfig, State, fit, learning_rate, local_batch_size, restore_weights, trainable
+from aai.fit import FitConfig, Meter, State, fit, learning_rate, local_batch_size, restore_weights, trainable
 from tests.ranks import on_two_ranks
 
 
@@ -98,7 +100,7 @@ def test_evaluation_runs_in_eval_mode_and_at_the_end() -> None:
     fit(
         task,
         batches,
-        CONFIG.model_copy(update={"eval_every": 40}),
+        CONFIG.model_copy(update={"eval_every": 40, "log_every": 60}),
         lambda s, f: entries.append((s, f)),
         evaluate=evaluate,
     )
@@ -118,6 +120,169 @@ def test_schedule() -> None:
     assert rates[9] == 1.0
     assert all(a > b for a, b in itertools.pairwise(rates[9:]))
     assert rates[-1] == pytest.approx(0.01)
+    assert rates[4] == pytest.approx(0.5)
+    assert rates[54] == pytest.approx(0.505)  # half way down the cosine
+    assert learning_rate(1, FitConfig(steps=100, warmup_steps=0, learning_rate=1.0)) == pytest.approx(1, abs=1e-3)
+    short = FitConfig(steps=10, warmup_steps=10, learning_rate=2.0)
+    assert learning_rate(10, short) == 2.0
+    assert learning_rate(11, short) == pytest.approx(0.02)
+
+
+class Still(nn.Module):
+    """A loss without slope: only weight decay moves its parameters. Notes the random number of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+        self.scalar = nn.Parameter(torch.tensor(1.0))
+        self.drawn: list[float] = []
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.drawn.append(float(torch.rand(())))
+        return 0 * (self.matrix.sum() + self.vector.sum() + self.scalar), {}
+
+
+def test_only_matrices_are_decayed() -> None:
+    config = FitConfig(steps=3, warmup_steps=1, learning_rate=0.1, weight_decay=0.5)
+    task = Still()
+    fit(task, batches, config)
+    left = math.prod(1 - 0.5 * learning_rate(step, config) for step in (1, 2, 3))
+    torch.testing.assert_close(task.matrix.detach(), torch.full((2, 2), left))
+    assert left < 0.95
+    assert torch.equal(task.vector.detach(), torch.ones(2))
+    assert float(task.scalar) == 1
+
+
+def test_every_step_and_every_seed_has_random_numbers_of_its_own() -> None:
+    first, again, other = Still(), Still(), Still()
+    config = FitConfig(steps=5, warmup_steps=1)
+    fit(first, batches, config)
+    fit(again, batches, config)
+    fit(other, batches, config.model_copy(update={"seed": 1}))
+    assert first.drawn == again.drawn
+    assert len({*first.drawn, *other.drawn}) == 10
+    torch.manual_seed((1 * 1_000_003 + 2) * 10_007)
+    assert other.drawn[1] == float(torch.rand(()))
+
+
+def test_a_run_takes_the_steps_of_a_bare_loop() -> None:
+    """AdamW with betas 0.9 and 0.98, the gradient cut to the ceiling, the rate of each step."""
+    config = CONFIG.model_copy(update={"steps": 12, "grad_clip": 0.5, "weight_decay": 0.1, "log_every": 1})
+    entries: list[dict[str, float]] = []
+    found = fit(Plain(), batches, config, lambda step, figures: entries.append(figures))
+    task, data = Plain(), batches(0)
+    groups = [{"params": [task.linear.weight], "weight_decay": 0.1}, {"params": [task.linear.bias], "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    for step in range(1, 13):
+        loss, _ = task(next(data))
+        optimizer.zero_grad()
+        loss.backward()
+        slope = [p.grad for p in (task.linear.weight, task.linear.bias)]
+        norm = float(torch.cat([g.flatten() for g in slope]).norm())
+        for gradient in slope:
+            gradient *= min(1, 0.5 / (norm + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        assert entries[step - 1]["loss"] == pytest.approx(float(loss), rel=1e-5)
+        assert entries[step - 1]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert entries[step - 1]["learning_rate"] == learning_rate(step, config)
+    torch.testing.assert_close(found.weights["linear.weight"], task.linear.weight.detach())
+    torch.testing.assert_close(found.weights["linear.bias"], task.linear.bias.detach())
+
+
+def test_a_resumed_run_asks_for_the_batches_that_are_left() -> None:
+    states: list[State] = []
+    fit(Plain(), batches, CONFIG, on_checkpoint=states.append)
+    asked, logged = [], []
+
+    def watched(first: int) -> Iterator[dict[str, Tensor]]:
+        asked.append(first)
+        return itertools.islice(batches(first), 35)
+
+    assert fit(Plain(), watched, CONFIG, lambda s, f: logged.append(s), resume=states[0]).step == 60
+    assert asked == [25]
+    assert logged == [40, 60]
+    fit(Plain(), watched, CONFIG.model_copy(update={"steps": 3}))
+    assert asked == [25, 0]
+    with pytest.raises(ValueError, match="ended before step 36: batches must go on for 60 steps"):
+        fit(Plain(), watched, CONFIG)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_precision_is_that_of_the_forward_pass(precision: str) -> None:
+    seen = []
+
+    class Watched(Plain):
+        def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            seen.append((self.training, self.linear(batch["x"]).dtype))
+            return super().forward(batch)
+
+    task = Watched().eval()
+    final = fit(task, batches, FitConfig.parse({"steps": 2, "precision": precision}))
+    assert seen == [(True, getattr(torch, precision))] * 2
+    assert all(value.dtype == torch.float32 for value in (*final.weights.values(), *final.moments.values()))
+
+
+def test_a_state_is_a_copy() -> None:
+    states: list[State] = []
+    final = fit(Plain(), batches, CONFIG, on_checkpoint=states.append)
+    assert not torch.equal(states[0].weights["linear.weight"], final.weights["linear.weight"])
+    assert set(final.moments) == {
+        f"{kind}/linear.{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in ("weight", "bias")
+    }
+    assert float(states[0].moments["step/linear.bias"]) == 25
+    assert not torch.equal(states[0].moments["exp_avg/linear.bias"], final.moments["exp_avg/linear.bias"])
+
+
+@pytest.mark.parametrize(("loss", "slope"), [(1.0, math.inf), (math.nan, 1.0)])
+def test_a_gradient_that_is_not_finite_stops_as_a_loss_does(loss: float, slope: float) -> None:
+    class Broken(Plain):
+        def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            value = self.linear.bias.sum()
+            value.register_hook(lambda gradient: gradient * slope)
+            return value - value.detach() + loss, {"part": torch.tensor(2.5)}
+
+    with pytest.raises(FloatingPointError, match=r"at step 1 \(loss .*, part 2\.5\); lower fit\.learning_rate"):
+        fit(Broken(), batches, CONFIG)
+
+
+def test_the_meter_gives_means_since_the_last_flush() -> None:
+    meter = Meter()
+    time.sleep(0.02)
+    meter.add({"loss": torch.tensor(1.0), "part": torch.tensor(5.0)})
+    meter.add({"loss": torch.tensor(4.0), "part": torch.tensor(6.0, dtype=torch.float16)})
+    first = meter.flush()
+    assert (first["loss"], first["part"]) == (2.5, 5.5)
+    assert 0 < first["steps_per_s"] <= 2 / 0.02
+    meter.add({"loss": torch.tensor(7.0, requires_grad=True)})
+    assert meter.flush()["loss"] == 7.0
+
+
+def test_bounds_and_defaults_of_the_settings() -> None:
+    assert FitConfig().model_dump() == {
+        "steps": 400,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "warmup_steps": 20,
+        "grad_clip": 1.0,
+        "precision": "auto",
+        "log_every": 10,
+        "eval_every": 0,
+        "checkpoint_every": 100,
+        "seed": 0,
+    }
+    lowest = {"steps": 1, "batch_size": 1, "log_every": 1, "checkpoint_every": 1}
+    lowest |= {"weight_decay": 0, "warmup_steps": 0, "eval_every": 0}
+    FitConfig.parse(lowest)
+    for name, low in lowest.items():
+        with pytest.raises(UserError, match=name):
+            FitConfig.parse({name: low - 1})
+    for name in ("learning_rate", "grad_clip"):
+        FitConfig.parse({name: 0.1})
+        with pytest.raises(UserError, match=name):
+            FitConfig.parse({name: 0})
 
 
 def test_workers_must_share_the_batch_evenly() -> None:

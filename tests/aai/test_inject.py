@@ -1,24 +1,15 @@
 """Injection: positions, strength, gradients, the portable token file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from aai.errors import UserError
-from aai.foundation.identity import FoundationSpec
-from aai.foundation.loaders import load_diffusion
 from aai.inject import Injector, Sound, export_textual_inversion
-from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
-    folder = tmp_path_factory.mktemp("tiny")
-    clip = tiny.write_clip(folder / "clip")
-    diffusion = tiny.write_diffusion(folder / "diffusion", clip)
-    return load_diffusion(FoundationSpec(clip=str(clip), diffusion=str(diffusion)))
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +39,113 @@ def test_sound_changes_the_prompt_and_strength_grades_it(pipe: StableDiffusionPi
     ]
     assert distances[0] == 0
     assert 0 < distances[1] < distances[2]
+
+
+def by_hand(injector: Injector, words: list[str | torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [1, L, D_h] and pooled state [1, D_h] of words and vectors [D_t] in this order.
+
+    The vectors are put into the embedding table itself, in rows that no word of these prompts uses.
+    """
+    tokenizer, table = injector.tokenizer, injector.embedding.weight.data
+    text = " ".join(word for word in words if isinstance(word, str))
+    used = {*tokenizer(text).input_ids, tokenizer.pad_token_id}
+    free, saved = (i for i in range(len(table)) if i not in used), table.clone()
+    ids = [tokenizer.bos_token_id]
+    for word in words:
+        if isinstance(word, str):
+            ids += tokenizer(word, add_special_tokens=False).input_ids
+        else:
+            ids.append(next(free))
+            table[ids[-1]] = word
+    end = len(ids)
+    ids += [tokenizer.eos_token_id] + [tokenizer.pad_token_id] * (tokenizer.model_max_length - end - 1)
+    try:
+        states = injector.text_encoder(input_ids=torch.tensor([ids])).last_hidden_state
+    finally:
+        table.copy_(saved)
+    return states, states[:, end]
+
+
+def test_each_vector_stands_in_its_own_place(injector: Injector) -> None:
+    """Several sounds, a repeated one, and the order of a sound's own vectors."""
+    a, b = tokens(injector, 2), tokens(injector, 3)
+    expected, _ = by_hand(injector, ["a photo of", *a, "in", *b, "and", *a, "at night"])
+    sounds = {"dog": Sound(a), "rain": Sound(b)}
+    ours = injector.embed("a photo of <dog> in <rain> and <dog> at night", sounds)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(
+        injector.embed("a photo of <dog> in <rain> and <dog> at night", dict(reversed(sounds.items()))), expected
+    )
+
+
+def test_a_batch_writes_each_rows_vectors_and_pools_at_its_end(injector: Injector) -> None:
+    rows = torch.stack([tokens(injector, 3), tokens(injector, 3) * -2])
+    states, pooled = injector.encode(["<sound> at night", "a photo of <sound> and <sound>"], rows)
+    words: list[list[str | torch.Tensor]] = [[*rows[0], "at night"], ["a photo of", *rows[1], "and", *rows[1]]]
+    for b, row in enumerate(words):
+        expected, end = by_hand(injector, row)
+        torch.testing.assert_close(states[b : b + 1], expected)
+        torch.testing.assert_close(pooled[b : b + 1], end)
+    named, _ = injector.encode(["<bell> at night"], rows[:1], name="bell")
+    torch.testing.assert_close(named, states[:1])
+
+
+def test_the_pooled_state_is_the_text_encoders_own(pipe: StableDiffusionPipeline, injector: Injector) -> None:
+    prompts = ["a photo of a big dog in the rain", "a clock", ""]
+    _, pooled = injector.encode(prompts)
+    batch = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+    torch.testing.assert_close(pooled, pipe.text_encoder(input_ids=batch.input_ids).pooler_output)
+
+
+def test_slots(injector: Injector) -> None:
+    def count(text: str) -> int:
+        return len(injector.tokenizer(text, add_special_tokens=False).input_ids)
+
+    tokenizer, limit = injector.tokenizer, injector.tokenizer.model_max_length
+    lengths: Mapping[str, int] = {"dog": 3, "rain": 1}
+    row = injector.slots("a photo of <dog> in <rain> at night", lengths)
+    first = 1 + count("a photo of")
+    second = first + 3 + count("in")
+    assert row.positions == {"dog": [first, first + 1, first + 2], "rain": [second]}
+    assert row.end == second + 1 + count("at night")
+    assert len(row.ids) == limit
+    assert row.ids[0] == tokenizer.bos_token_id
+    assert row.ids[row.end :] == [tokenizer.eos_token_id] + [tokenizer.pad_token_id] * (limit - row.end - 1)
+
+
+def test_text_is_cut_at_the_context_and_a_sound_may_be_its_last_word(injector: Injector) -> None:
+    tokenizer, limit = injector.tokenizer, injector.tokenizer.model_max_length
+    assert len(tokenizer("a a a", add_special_tokens=False).input_ids) == 3
+    long = injector.slots("a " * 100, {})
+    assert len(long.ids) == limit
+    assert long.end == limit - 1
+    assert long.ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in long.ids[:-1]
+    assert long.ids == tokenizer("a " * 100, truncation=True).input_ids
+    last = injector.slots("a " * (limit - 4) + "<sound> a a a", {"sound": 2})
+    assert last.positions == {"sound": [limit - 3, limit - 2]}
+    assert last.ids[-1] == tokenizer.eos_token_id
+    with pytest.raises(UserError, match=rf"{limit + 1} tokens: a sound falls off the {limit} tokens"):
+        injector.slots("a " * (limit - 3) + "<sound>", {"sound": 2})
+
+
+def test_what_the_vocabulary_says_of_words(pipe: StableDiffusionPipeline) -> None:
+    injector = Injector(pipe.text_encoder, pipe.tokenizer, "big dog")
+    table = pipe.text_encoder.get_input_embeddings().weight
+    ids = pipe.tokenizer("big dog", add_special_tokens=False).input_ids
+    assert len(ids) > 1
+    torch.testing.assert_close(injector.neutral, sum(table[i] for i in ids) / len(ids))
+    assert injector.token_dim == table.shape[1] == 32
+    lengths = sorted(float(row.norm()) for row in table)
+    assert injector.median_norm == pytest.approx(lengths[(len(lengths) - 1) // 2])
+
+
+def test_half_a_strength_is_half_way_from_the_neutral_word(injector: Injector) -> None:
+    sound = tokens(injector, 2)
+    for strength in (0.25, 2.0):
+        blended = injector.neutral + strength * (sound - injector.neutral)
+        expected, _ = by_hand(injector, ["a photo of", *blended])
+        torch.testing.assert_close(injector.embed("a photo of <sound>", {"sound": Sound(sound, strength)}), expected)
 
 
 def test_several_sounds_each_at_its_own_strength(injector: Injector) -> None:
@@ -89,10 +187,21 @@ def test_bad_prompts_are_refused(injector: Injector, prompt: str, rule: str) -> 
         injector.embed(prompt, {"sound": Sound(tokens(injector))})
 
 
+def test_a_batch_with_a_prompt_without_its_sound_is_refused(injector: Injector) -> None:
+    batch = torch.stack([tokens(injector), tokens(injector)])
+    with pytest.raises(UserError, match="'a dog': has no placeholder <sound>"):
+        injector.encode(["a <sound>", "a dog"], batch)
+    with pytest.raises(UserError, match=r"<other> has no sound \(given: <sound>\)"):
+        injector.encode(["a <sound>", "<sound> and <other>"], batch)
+    with pytest.raises(UserError, match=r"<sound> has no sound \(given: none\)"):
+        injector.encode(["a <sound>"])
+
+
 def test_exported_token_is_read_by_diffusers(pipe: StableDiffusionPipeline, injector: Injector, tmp_path: Path) -> None:
     sound = tokens(injector, 2)
     ours = injector.embed("a photo of <sound>", {"sound": Sound(sound)})
     export_textual_inversion(sound, str(tmp_path / "sound.safetensors"))
+    assert list(load_file(tmp_path / "sound.safetensors")) == ["<sound>"]
     pipe.load_textual_inversion(str(tmp_path / "sound.safetensors"), token="<sound>")
     try:
         assert torch.allclose(plain(pipe, "a photo of <sound>"), ours, atol=1e-5)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from aai.metrics import bootstrap_ci, first_hit_ranks, retrieval, spearman
+from aai.metrics import bootstrap_ci, first_hit_ranks, nearest, retrieval, spearman
 
 
 def unit(rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -32,6 +32,50 @@ def test_ranks_by_hand() -> None:
     assert first_hit_ranks(queries, gallery, labels, labels).tolist() == [1, 2, 2]
 
 
+def test_shares_of_ranks_by_hand() -> None:
+    """Ranks 1, 2 and 3 in a gallery of three; 1, 2, 2 when the last two are alike."""
+    gallery = np.eye(3, dtype=np.float32)
+    queries = np.array([[0.9, 0.3, 0.1]] * 3, np.float32)
+    found = retrieval(queries, gallery, ks=(1, 2, 3), draws=0)
+    assert found == {
+        "r1": pytest.approx(1 / 3),
+        "r2": pytest.approx(2 / 3),
+        "r3": 1.0,
+        "median_rank": 2.0,
+        "chance": pytest.approx(1 / 3),
+        "gallery": 3,
+        "queries": 3,
+    }
+    labels = np.array([7, 8, 8])
+    found = retrieval(queries, gallery, labels, labels)
+    assert {"r1", "r5", "r10", "ci95"} <= found.keys()
+    assert found["chance"] == pytest.approx((1 + 2 + 2) / 9)
+    more = np.concatenate([gallery, -gallery])
+    wide = retrieval(queries[:1], more, np.array([0]), np.array([0, 1, 2, 0, 1, 2]), draws=0)
+    assert (wide["chance"], wide["gallery"], wide["queries"]) == (pytest.approx(2 / 6), 6, 1)
+
+
+def test_a_tie_within_rounding_counts_against_the_query() -> None:
+    query, keys = np.array([[1.0, 0.0]], np.float32), np.array([0, 1])
+
+    def rank(other: float) -> int:
+        gallery = np.array([[0.5, 0.0], [other, 0.0]], np.float32)
+        return int(first_hit_ranks(query, gallery, keys[:1], keys)[0])
+
+    assert rank(0.5) == rank(0.5 - 5e-7) == rank(0.6) == 2
+    assert rank(0.5 - 5e-6) == 1
+
+
+def test_the_bootstrap_of_retrieval_is_seeded() -> None:
+    a, b = unit(30, 4, 1), unit(30, 4, 1) + 0.5 * unit(30, 4, 2)
+    b /= np.linalg.norm(b, axis=1, keepdims=True)
+    found = retrieval(a, b, draws=200)
+    hits = first_hit_ranks(a, b, np.arange(30), np.arange(30)) <= 1
+    assert 0 < hits.mean() < 1
+    assert found["ci95"] == list(bootstrap_ci(hits, 200, 0))
+    assert found["ci95"] != retrieval(a, b, draws=200, seed=1)["ci95"]
+
+
 def test_collapsed_embeddings_gain_nothing() -> None:
     same = np.tile(unit(1, 8), (50, 1))
     found = retrieval(same, same)
@@ -52,16 +96,33 @@ def test_chunks_change_nothing_and_orphans_are_an_error() -> None:
         first_hit_ranks(a, b, keys + 1, keys)
 
 
+def test_nearest_by_hand_and_in_chunks() -> None:
+    gallery = np.eye(3, dtype=np.float32)
+    queries = np.array([[0.1, 0.9, 0.3], [0.9, 0.1, 0.3], [0.1, 0.2, 0.3]], np.float32)
+    for chunk in (1, 2, 3, 1024):
+        assert nearest(queries, gallery, chunk).tolist() == [1, 0, 2]
+    assert nearest(queries[:0], gallery).shape == (0,)
+
+
 def test_bootstrap_interval_covers_the_mean() -> None:
     hits = np.random.default_rng(0).random(400) < 0.3
     low, high = bootstrap_ci(hits)
     assert low < hits.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 400), rel=0.15)
+    rng = np.random.default_rng(3)
+    means = [hits[rng.integers(400, size=400)].mean() for _ in range(50)]
+    assert bootstrap_ci(hits, 50, 3) == (np.percentile(means, 2.5), np.percentile(means, 97.5))
+    assert bootstrap_ci(hits) == bootstrap_ci(hits, 1000, 0)
+    assert bootstrap_ci(np.ones(1)) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap_ci(np.zeros(0))
 
 
 def test_spearman() -> None:
     x = np.arange(10.0)
     assert spearman(x, np.exp(x)) == pytest.approx(1)
     assert spearman(x, -x) == pytest.approx(-1)
-    with pytest.raises(ValueError, match="not all equal"):
-        spearman(x, np.ones(10))
+    assert spearman(np.array([1, 2, 3]), np.array([1, 3, 2])) == pytest.approx(0.5)
+    for a, b in ((x, np.ones(10)), (np.ones(10), x), (x[:2], x[:2])):
+        with pytest.raises(ValueError, match="three values or more that are not all equal"):
+            spearman(a, b)

@@ -1,39 +1,22 @@
-"""Painting with small random models: seeds, batches, strength, editing; and the floors beside it."""
+"""Painting with small random models: seeds, guidance, strength, editing, and what a request may ask."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from aai.adapt import AdapterConfig, AudioAdapter
-from aai.concepts import Vocabulary
-from aai.conditions import CONDITIONS, Conditions, HeldOutClip
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.adapt import AdapterConfig
+from aai.bundle import BundleConfig, write_bundle
 from aai.errors import UserError
-from aai.foundation.clip import FrozenClip
-from aai.foundation.identity import FoundationSpec
-from aai.foundation.loaders import load_diffusion
 from aai.painter import Painter, PaintRequest, check_repaint
-from tests import tiny
 
-VOCABULARY = Vocabulary(objects=("a dog", "a bell", "a clock"), ambiences=("at night", "in the rain"))
 REQUEST = PaintRequest(steps=2)
 
 
 def sound(seed: int) -> np.ndarray:
     return (0.1 * np.random.default_rng(seed).standard_normal(32000)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def painter(tmp_path_factory: pytest.TempPathFactory) -> Painter:
-    folder = tmp_path_factory.mktemp("tiny")
-    clip = tiny.write_clip(folder / "clip")
-    spec = FoundationSpec(clip=str(clip), diffusion=str(tiny.write_diffusion(folder / "diffusion", clip)))
-    torch.manual_seed(0)
-    aligner = AudioEncoder(AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, head_size=32, embed_dim=32))
-    pipe = load_diffusion(spec)
-    adapter = AudioAdapter(AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=32), 1.0)
-    return Painter(pipe, aligner.eval(), adapter.eval(), spec, VOCABULARY)
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
@@ -68,6 +51,213 @@ def test_editing_starts_from_the_given_picture(painter: Painter) -> None:
         assert not np.array_equal(a, b)
 
 
+def decoded(painter: Painter, latents: torch.Tensor) -> np.ndarray:
+    """What the VAE makes of latents, as int16 [B, H, W, 3]."""
+    values = painter.pipe.vae.decode(latents / painter.pipe.vae.config.scaling_factor).sample
+    return ((values / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy().astype(np.int16)
+
+
+@torch.no_grad()
+def denoised(
+    painter: Painter,
+    latents: torch.Tensor,
+    embed: torch.Tensor,
+    negative: str,
+    scale: float,
+    steps: int,
+    first: int = 0,
+) -> np.ndarray:
+    """Steps `first` and later, each two passes of the UNet: uncond + scale * (cond - uncond)."""
+    scheduler = painter.pipe.scheduler.from_config(painter.pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(first)
+    uncond = painter.embed_text([negative])
+    for timestep in scheduler.timesteps[first:]:
+        without, wanted = (
+            painter.pipe.unet(latents, timestep, encoder_hidden_states=e).sample for e in (uncond, embed)
+        )
+        latents = scheduler.step(without + scale * (wanted - without), timestep, latents).prev_sample
+    return decoded(painter, latents)
+
+
+def by_hand(painter: Painter, embed: torch.Tensor, negative: str, scale: float, seed: int, steps: int) -> np.ndarray:
+    """One picture from noise alone."""
+    latents = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return denoised(painter, latents, embed, negative, scale, steps)
+
+
+@pytest.mark.parametrize(("negative", "scale"), [("", 3.0), ("", 7.5), ("in the rain", 3.0), ("in the rain", 1.5)])
+def test_a_picture_equals_two_passes_by_hand(painter: Painter, negative: str, scale: float) -> None:
+    request = PaintRequest(steps=2, seed=9, negative_prompt=negative, guidance_scale=scale)
+    ours = pixels(painter.generate(sound(1), request))
+    expected = by_hand(painter, painter.embed(sound(1), "a photo of <sound>"), negative, scale, 9, 2)
+    assert np.abs(ours - expected).max() <= 1
+    plain = by_hand(painter, painter.embed(sound(1), "a photo of <sound>"), "at night", 5.0, 9, 2)
+    assert np.abs(ours - plain).max() > 1
+
+
+def test_each_picture_depends_on_its_own_seed_alone(painter: Painter) -> None:
+    embeds = painter.embed(sound(1), "a photo of <sound>").expand(3, -1, -1)
+    first = pixels(painter.paint(embeds, [5, 9, 5], REQUEST))
+    second = pixels(painter.paint(embeds, [8, 9, 5], REQUEST))
+    assert np.abs(first[0] - first[2]).max() <= 1
+    assert np.abs(first[1:] - second[1:]).max() <= 1
+    assert np.abs(first[0] - first[1]).max() > 1
+    assert np.abs(first[0] - second[0]).max() > 1
+
+
+def test_steps_and_prompt_of_a_request_count(painter: Painter) -> None:
+    one, two = (pixels(painter.generate(sound(1), PaintRequest(steps=steps))) for steps in (1, 2))
+    assert not np.array_equal(one, two)
+    named = PaintRequest(steps=2, prompt="a sketch of <sound>")
+    expected = painter.paint(painter.embed(sound(1), "a sketch of <sound>"), [0], REQUEST)
+    assert np.array_equal(pixels(painter.generate(sound(1), named)), pixels(expected))
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.9])
+def test_denoising_begins_at_the_noise_level_of_its_strength(painter: Painter, strength: float) -> None:
+    """0.1 of 10 steps: the last one, from little noise; 0.9: all but the first, from nearly nothing but noise."""
+    given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    embeds, request = painter.embed_text(["a clock"]), PaintRequest(steps=10, guidance_scale=4.0, seed=6)
+    found = pixels(painter.paint(embeds, [6], request, [given], strength))
+    generator, first = torch.Generator().manual_seed(6), 9 if strength == 0.1 else 1
+    scheduler = painter.pipe.scheduler.from_config(painter.pipe.scheduler.config)
+    scheduler.set_timesteps(10)
+    values = torch.from_numpy(np.asarray(given, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        clean = painter.pipe.vae.encode(values).latent_dist.sample(generator) * painter.pipe.vae.config.scaling_factor
+    noise = torch.randn(1, 8, 8, 8, generator=generator)
+    noisy = scheduler.add_noise(clean, noise, scheduler.timesteps[first : first + 1])
+    assert np.abs(found - denoised(painter, noisy, embeds, "", 4.0, 10, first)).max() <= 1
+
+
+def test_the_requests_denoise_strength_is_the_one_used(painter: Painter) -> None:
+    given = Image.new("RGB", (64, 64), "white")
+    default, same, less = (
+        pixels(painter.edit(sound(1), given, PaintRequest(steps=5, denoise_strength=strength)))
+        for strength in (None, 0.8, 0.4)
+    )
+    assert np.array_equal(default, same)
+    assert not np.array_equal(default, less)
+    embeds, request = painter.embed_text(["a clock"]), PaintRequest(steps=10)
+    told, short = (painter.paint(embeds, [0], request, [given], *strength) for strength in ((), (0.7,)))
+    assert np.array_equal(pixels(told), pixels(short))
+
+
+def test_several_edits_of_one_request_have_seeds_of_their_own(painter: Painter) -> None:
+    given = Image.new("RGB", (64, 64), "white")
+    two = pixels(painter.edit(sound(1), given, PaintRequest(steps=2, num_images=2, seed=3)))
+    alone = pixels(painter.edit(sound(1), given, PaintRequest(steps=2, seed=4)))
+    assert two.shape == (2, 64, 64, 3)
+    assert np.abs(two[1] - alone[0]).max() <= 1
+    assert np.abs(two[0] - two[1]).max() > 1
+
+
+@pytest.mark.parametrize(("verb", "kind"), [("edit", "ambiences"), ("stylize", "objects")])
+def test_edit_keeps_the_pictures_ambience_and_stylize_its_object(painter: Painter, verb: str, kind: str) -> None:
+    pictures = [Image.new("RGB", (64, 64), color) for color in ("white", "black")]
+    sounds = [sound(1), sound(2)]
+    embeds, strength = painter.embed_repaint(verb, sounds, pictures, "<sound> at night")
+    assert strength == 0.8
+    concepts, shown = painter.concepts, painter.concepts.clip.images(pictures)
+    other = "objects" if kind == "ambiences" else "ambiences"
+    for row, audio, picture in zip(embeds, sounds, shown, strict=True):
+        heard = painter.listen(audio)
+        expected, swapped = (
+            painter.injector.encode(
+                ["<sound> at night"],
+                painter.adapter(concepts.move(heard, which, concepts.read(picture[None], which))),
+            )[0][0]
+            for which in (kind, other)
+        )
+        torch.testing.assert_close(row, expected.detach(), atol=1e-4, rtol=0)
+        assert (row - swapped).abs().max() > 1e-3
+
+
+def test_repainting_reads_the_medium_off_the_picture(painter: Painter) -> None:
+    picture = Image.new("RGB", (64, 64), "white")
+    head = painter.concepts.head_of(painter.concepts.clip.images([picture]))
+    for strength in (0.0, 0.5, 1.0):
+        read, _ = painter.embed_repaint("edit", [sound(1)], [picture], None, strength)
+        told, _ = painter.embed_repaint("edit", [sound(1)], [picture], f"{head} <sound>", strength)
+        torch.testing.assert_close(read, told)
+    silent, _ = painter.embed_repaint("edit", [sound(1)], [picture], None, 0.0)
+    torch.testing.assert_close(silent, painter.embed_text([f"{head} thing"]))
+    full, _ = painter.embed_repaint("edit", [sound(1)], [picture], None)
+    torch.testing.assert_close(full, read)
+    request = PaintRequest(steps=2, sound_strength=0)
+    expected = painter.paint(silent, [0], request, [picture], 0.8)
+    assert np.array_equal(pixels(painter.edit(sound(1), picture, request)), pixels(expected))
+    with pytest.raises(ValueError, match="argument"):
+        painter.embed_repaint("edit", [sound(1)], [picture, picture])
+
+
+def test_without_a_vocabulary_nothing_is_edited(painter: Painter) -> None:
+    bare = Painter(painter.pipe, painter.aligner, painter.adapter, painter.foundation)
+    with pytest.raises(UserError, match="vocabulary"):
+        bare.edit(sound(1), Image.new("RGB", (64, 64)), REQUEST)
+    assert bare.injector.neutral_word == "thing"
+
+
+def test_bounds_and_defaults_of_a_request() -> None:
+    """The bounds protect a service, and clients rely on the defaults."""
+    assert PaintRequest().model_dump() == {
+        "prompt": None,
+        "negative_prompt": "",
+        "num_images": 1,
+        "steps": 20,
+        "guidance_scale": 3.0,
+        "seed": 0,
+        "sound_strength": 1.0,
+        "denoise_strength": None,
+    }
+    limits = {
+        "num_images": (1, 8),
+        "steps": (1, 100),
+        "guidance_scale": (0, 30),
+        "seed": (0, 2**63 - 1),
+        "sound_strength": (0, 2),
+    }
+    for name, (low, high) in limits.items():
+        PaintRequest.parse({name: low})
+        PaintRequest.parse({name: high})
+        for bad in (low - 1, high + 1):
+            with pytest.raises(UserError, match=name):
+                PaintRequest.parse({name: bad})
+    PaintRequest(denoise_strength=1, prompt="x" * 500, negative_prompt="x" * 500)
+    bad_values = {"denoise_strength": (0, 1.01), "prompt": ("x" * 501,), "negative_prompt": ("x" * 501,)}
+    for name, values in bad_values.items():
+        for value in values:
+            with pytest.raises(UserError, match=name):
+                PaintRequest.parse({name: value})
+
+
+def test_a_painter_comes_out_of_a_bundle_as_it_went_in(painter: Painter, tmp_path: Path) -> None:
+    assert painter.sample_rate_hz == 16_000
+    assert painter.size_px == 64
+    config = BundleConfig(
+        foundation=painter.foundation,
+        encoder=painter.aligner.config.model_dump(),
+        adapter=painter.adapter.cfg.model_dump(),
+        vocabulary=painter.vocabulary.model_dump() if painter.vocabulary else None,
+        neutral_word="a clock",
+    )
+    weights = {k: v.contiguous() for k, v in painter.aligner.state_dict().items()}
+    write_bundle(tmp_path / "whole", config, weights, painter.adapter.state_dict(), {})
+    again = Painter.load(tmp_path / "whole")
+    assert again.vocabulary == painter.vocabulary
+    assert again.injector.neutral_word == "a clock"
+    assert AdapterConfig.parse(config.adapter or {}) == again.adapter.cfg
+    assert not any(p.requires_grad for part in (again.adapter, again.aligner) for p in part.parameters())
+    assert not again.adapter.training
+    prompt = "a photo of <sound>"
+    torch.testing.assert_close(again.embed(sound(1), prompt), painter.embed(sound(1), prompt))
+    half = config.model_copy(update={"adapter": None, "vocabulary": None})
+    write_bundle(tmp_path / "half", half, weights, None, {})
+    with pytest.raises(UserError, match="has no adapter"):
+        Painter.load(tmp_path / "half")
+
+
 def test_a_repaint_paints_at_least_one_step(painter: Painter) -> None:
     black = Image.new("RGB", (64, 64))
     with pytest.raises(UserError, match=r"^denoise_strength=0\.3: times 3 steps is below 1: .*; raise it to 0\.34"):
@@ -90,25 +280,3 @@ def test_several_sounds_by_name(painter: Painter) -> None:
 def test_no_sound_is_refused(painter: Painter) -> None:
     with pytest.raises(UserError, match="holds no sound"):
         painter.generate(np.zeros(0, np.float32), REQUEST)
-
-
-def test_every_condition_gives_a_prompt_and_none_depends_on_its_batch(painter: Painter) -> None:
-    captions = ["a sketch of a big dog in the rain", "a photo of a bell at night"]
-    conditions = Conditions(painter, FrozenClip(painter.foundation), captions, torch.zeros(32))
-    clips = [HeldOutClip(sound(i), captions[i % 2], i) for i in range(3)]
-    seen = {}
-    for name in CONDITIONS:
-        seen[name] = conditions.embed(name, clips)
-        assert seen[name].shape == (3, 32, 32)
-        assert torch.allclose(conditions.embed(name, clips[1:2]), seen[name][1:2], atol=1e-4), name
-    assert torch.equal(seen["ceiling"][0], painter.embed_text(["a photo of a big dog in the rain"])[0])
-    assert not torch.allclose(seen["random_token"], seen["sound"])
-
-
-def test_concepts_move_an_embedding_to_what_a_picture_shows(painter: Painter) -> None:
-    concepts = painter.concepts
-    for kind in ("objects", "ambiences"):
-        features = concepts.features[kind]
-        target = torch.eye(len(features))[:1]
-        moved = concepts.move(features[1:2], kind, target, amount=2.0)
-        assert moved @ features[0] > features[1] @ features[0]
