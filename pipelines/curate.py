@@ -42,14 +42,14 @@ from pipelines.engine.lock import is_empty, locked
 from pipelines.engine.shards import run_shards
 from pipelines.manifests.table import Row, named_splits, read_manifest, with_val_share
 from pipelines.registry import store
-from pipelines.settings import Plan, TrackingConfig, VerbConfig
+from pipelines.settings import Plan, RayVerbConfig, TrackingConfig
 
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 
 
-class CurateConfig(VerbConfig):
+class CurateConfig(RayVerbConfig):
     """Settings of `aai curate`."""
 
     manifest: str

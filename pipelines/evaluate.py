@@ -36,7 +36,7 @@ from pipelines.evaluation.clips import EvaluatedClips, find_clips, listen_shards
 from pipelines.evaluation.judges import JudgeConfig
 from pipelines.evaluation.listening import HEARD, ListenWorker
 from pipelines.registry import tracking
-from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
+from pipelines.settings import DType, Plan, RayVerbConfig, TrackingConfig
 
 log = logging.getLogger(__name__)
 STARTED, RESULT = "_started.json", "evaluate.json"
@@ -67,7 +67,7 @@ class SamplingConfig(Config):
     """Edit and stylize: how much of the given picture is painted anew; empty = each command's default."""
 
 
-class EvaluateConfig(VerbConfig):
+class EvaluateConfig(RayVerbConfig):
     """What is evaluated and how many pictures are painted."""
 
     features: str = "${run_dir}/features"
