@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from aai import storage
 from aai.adapt import AdapterConfig, AudioAdapter, denoising_loss
 from aai.align import AlignLossConfig, AlignTask
-from aai.align import validate as validate_align
-from aai.bundle import BundleConfig, read_bundle, write_bundle
+from aai.bundle import BundleConfig, write_bundle
 from aai.concepts import Concepts, Vocabulary
 from aai.conditions import CONDITIONS, Conditions
 from aai.encoders.aligner import embed_files
@@ -30,8 +29,8 @@ from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import encode_flac
 from aai.painter import Painter, PaintRequest
-from pipelines.adapt import AdaptConfig, build_task
-from pipelines.adapt import validate as validate_adapt
+from pipelines.adapt import AdaptConfig, AdaptRecipe
+from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.curation.measuring import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker
 from pipelines.curation.similarity import ScoreConfig, read_scores
@@ -188,23 +187,25 @@ def check_training(task: nn.Module, batch: dict[str, Any], evaluate: Callable[[]
 
     state = fit(task, batches, config, lambda step, entry: figures.append(entry), evaluate=evaluate)
     assert all(isinstance(value, CudaTensor) for value in state.weights.values())
-    assert any(key.startswith("val_") or "_r1" in key for key in figures[-1])
+    assert figures[-1].keys() == evaluate().keys()
     on_host = State(2, {k: v.cpu() for k, v in state.weights.items()}, {k: v.cpu() for k, v in state.moments.items()})
     fit(task, batches, config, resume=on_host)
 
 
 def test_align_trains_validates_and_resumes() -> None:
-    task = AlignTask(AudioEncoder(ENCODER), AlignLossConfig()).to("cuda")
+    recipe = AlignRecipe(AlignConfig(features="unused", out="unused", encoder=ENCODER))
+    task = recipe.build().to("cuda")
     clips = align_batch(6)
-    check_training(task, clips, lambda: validate_align(task.encoder, clips))
+    check_training(task, clips, lambda: recipe.validate(task, clips))
 
 
 def test_adapt_trains_validates_and_resumes(files: Files) -> None:
     config = AdaptConfig(features="unused", out="unused", bundle=files.bundle, adapter=ADAPTER)
-    task = build_task(config, read_bundle(files.bundle)).to("cuda")
+    recipe = AdaptRecipe(config)
+    task = recipe.build().to("cuda")
     assert task.text_projection is not None
     batch = adapt_batch(3)
-    check_training(task, batch, lambda: validate_adapt(task, batch))
+    check_training(task, batch, lambda: recipe.validate(task, batch))
 
 
 # ---------------------------------------------------------------- features and scores
