@@ -63,7 +63,7 @@ def test_the_table_shows_ratios_beside_their_rates() -> None:
 
 
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "curate", "--address", "auto"]) == 2
+    assert main(["bench", "curate", "--set", "cluster.address=auto"]) == 2
     assert "one machine" in capsys.readouterr().err
     assert main(["bench", "curate", "--set", "out=s3://bucket/x"]) == 2
     assert "not a local folder" in capsys.readouterr().err
