@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypedDict
 
 import pydantic
 
@@ -90,6 +90,17 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     return {"bundle": "bundle", "rollback": "rollback", "reason": "reason"}
 
 
+class Signature(TypedDict):
+    """Who promoted, when, why, and by which code."""
+
+    by: str
+    at: str
+    """UTC, ISO 8601."""
+    reason: str
+    written_by: str
+    """Version and commit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
     """What promote.json and the audit run hold."""
@@ -112,10 +123,8 @@ class Promotion:
     gates: tuple[Verdict, ...] = ()
     by: str
     at: str
-    """UTC, ISO 8601."""
     reason: str
     written_by: str
-    """Version and commit of the code."""
 
 
 def run(config: PromoteConfig) -> dict[str, Any]:
@@ -133,7 +142,7 @@ def promote(config: PromoteConfig) -> Promotion:
     evaluation = read_evaluation(config.evaluation, bundle)
     current = _check_current(config)
     signature = _signature(config)
-    tags: dict[str, Any] = signature | {"data_fingerprint": bundle.meta.get("data_fingerprint", "")}
+    tags: dict[str, Any] = {**signature, "data_fingerprint": bundle.meta.get("data_fingerprint", "")}
     with tracking.run(cfg, "promotion", config.model_dump(mode="json"), tags) as audit:
         audit.log_metrics(evaluation)
         version = tracking.register(cfg, bundle.folder, evaluation, tags)
@@ -257,15 +266,10 @@ def _announce(config: PromoteConfig, result: Promotion) -> None:
     log.info("promote: %s version %d is %s (was %s); %s", result.name, result.version, result.alias, was, count)
 
 
-def _signature(config: PromoteConfig) -> dict[str, str]:
-    """Who, when, why, and by which code."""
+def _signature(config: PromoteConfig) -> Signature:
     try:
         who = getpass.getuser()
     except (OSError, KeyError):  # a container whose user has no name
         who = "unknown"
-    return {
-        "by": who,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "reason": config.reason,
-        "written_by": code_version(),
-    }
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return Signature(by=who, at=at, reason=config.reason, written_by=code_version())

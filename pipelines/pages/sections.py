@@ -1,6 +1,6 @@
 """What each section of the report shows, gathered from the files of a run.
 
-A builder takes a RunFiles and returns what the template needs; it raises Missing when its files or figures are not there.
+A builder takes the files of a run and returns what the template needs; it raises Missing where there are none.
 """
 
 from collections.abc import Iterable, Mapping
