@@ -17,7 +17,7 @@ from typing import Any
 
 from aai import storage
 from aai.errors import UserError
-from pipelines.benches.config import BenchConfig
+from pipelines.benches.options import BenchConfig
 from pipelines.engine.machine import machine
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from aai import storage
 from aai.media.decode import ClipError, DecodeConfig, decode_clip
 from pipelines import curate
 from pipelines.__main__ import load_config
-from pipelines.benches.config import BenchConfig
 from pipelines.benches.engines import Timing, summarise, take_turns, timed, toy_manifest
+from pipelines.benches.options import BenchConfig
 from pipelines.curate import CurateConfig
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.table import Row, read_manifest

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import world
-from pipelines.benches.config import BenchConfig
+from pipelines.benches.options import BenchConfig
 from pipelines.engine import cluster
 from pipelines.engine.machine import peak_memory
 from pipelines.engine.shards import Stage, recorded

@@ -10,9 +10,9 @@ from PIL import Image
 from aai import storage
 from pipelines import curate, featurize
 from pipelines.__main__ import load_config
-from pipelines.benches.config import BenchConfig
 from pipelines.benches.curation import curate_config
 from pipelines.benches.engines import Timing, summarise, take_turns, timed, toy_manifest
+from pipelines.benches.options import BenchConfig
 from pipelines.engine.shards import Result, Shard, recorded, run_shards
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker
 
