@@ -124,9 +124,8 @@ def fit(
     device = next(iter(params.values())).device
     precision = _precision(config, device, resume)
     optimizer = _optimizer(params, config)
-    start = 0
+    start = 0 if resume is None else resume.step
     if resume is not None:
-        start = resume.step
         restore_weights(task, resume.weights)
         _restore_moments(optimizer, params, resume.moments)
     iterator = batches(start)
