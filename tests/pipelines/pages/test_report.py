@@ -19,7 +19,7 @@ from aai.toy.grammar import AMBIENCES, OBJECTS, Scene, full_caption, random_scen
 from aai.toy.synthesis import synthesise
 from pipelines.evaluation.cases import PICTURE_TABLE, loudness_cases, make_cases
 from pipelines.pages import report, sections
-from pipelines.pages.run_files import Missing, RunFiles, spread
+from pipelines.pages.run_files import Missing, RunFiles
 from pipelines.pages.sections import CONDITIONS
 
 COUNTS = dict.fromkeys(CONDITIONS, 14)
@@ -300,9 +300,3 @@ def test_a_condition_nobody_knows_is_in_the_table(run: tuple[Path, dict[str, Any
     assert sections.figures(RunFiles(str(run[0]), summary))["conditions"] == [
         {"name": "two_sounds", "about": "", "object": 0.4321, "pictures": 5}
     ]
-
-
-def test_spread_keeps_order_and_takes_from_the_whole() -> None:
-    assert spread(list(range(100)), 4) == [0, 25, 50, 75]
-    assert spread([1, 2], 4) == [1, 2]
-    assert spread([], 4) == []
