@@ -5,42 +5,30 @@ request at a time each. Between them stands a bounded queue: what does not fit i
 """
 
 import argparse
-import asyncio
 import logging
-import os
 import signal
 import socket
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pydantic
 import ray
-import torch
-from PIL import Image
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.config import BackpressureConfig, HTTPOptions, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
 
 from aai import storage
 from aai.bundle import read_bundle
 from aai.encoders.audio import AudioEncoderConfig
 from aai.errors import UserError
-from aai.painter import Painter, PaintRequest
-from aai.png import encode_png
 from pipelines.engine.cluster import connect
 from pipelines.registry import tracking
-from pipelines.service.http import Health, Limits, ServedModel, Verb, build_http, busy
+from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
+from pipelines.service.http import Limits, ServedModel
+from pipelines.service.painters import PainterReplica
 from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, TrackingConfig
 
 logger = logging.getLogger(__name__)
 
-KEY_VARIABLE = "AAI_API_KEY"
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 APP = "aai"
 
@@ -84,114 +72,6 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     parser.add_argument("--port", type=int, help="port to listen on [8000]")
     parser.add_argument("--bundle", metavar="URI", help="models:/NAME@ALIAS or a bundle folder")
     return {"host": "host", "port": "port", "bundle": "bundle"}
-
-
-def api_key() -> str | None:
-    """The service's key from the environment; never a setting, so that no config or log can hold it."""
-    return os.environ.get(KEY_VARIABLE) or None
-
-
-class PainterReplica:
-    """One model on one device. Paints in a thread of its own: health checks are answered meanwhile."""
-
-    def __init__(
-        self, bundle: str, registry: dict[str, Any], sha: str, device: str, dtype: str, stuck_s: float
-    ) -> None:
-        found = read_bundle(tracking.resolve_bundle(bundle, TrackingConfig.parse(registry)))
-        if found.sha != sha:
-            raise UserError("bundle", bundle, f"holds {found.sha}, the service was started for {sha}", "deploy again")
-        self._painter = Painter.load(found, device, dtype)
-        logger.info("painter: %s on %s", self._painter.dtype, device)
-        # One thread: diffusers' schedulers hold state. A request cancelled while it waits here never starts.
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._stuck_s, self._started_s, self._broken = stuck_s, 0.0, ""
-
-    async def paint(
-        self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest
-    ) -> list[bytes]:
-        """Audio float32 [S] and maybe RGB pixels uint8 [H, W, 3] -> PNG files."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._paint, verb, audio, pixels, request)
-
-    def _paint(self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest) -> list[bytes]:
-        self._started_s = time.monotonic()
-        try:
-            if verb == "generate" or pixels is None:
-                images = self._painter.generate(audio, request)
-            else:
-                images = getattr(self._painter, verb)(audio, Image.fromarray(pixels), request)
-        except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
-            self._broken = str(error)
-            raise
-        finally:
-            self._started_s = 0.0
-        return [encode_png(image) for image in images]
-
-    def check_health(self) -> None:
-        """Serve replaces the replica when this raises: after a CUDA error, or when a painting never ends."""
-        if self._broken:
-            raise RuntimeError(f"the device failed: {self._broken}")
-        if self._started_s and time.monotonic() - self._started_s > self._stuck_s:
-            raise RuntimeError(f"one request has been painting for more than {self._stuck_s:g} s")
-
-
-class Gateway:
-    """The HTTP side. It takes no model and no GPU, and keeps answering while painters are busy or away.
-
-    capacity: requests that may be painted or wait, together. Serve's own bound is checked only later, in the router.
-    """
-
-    def __init__(
-        self, painters: DeploymentHandle, model: dict[str, Any], limits: dict[str, Any], capacity: int, need_key: bool
-    ) -> None:
-        self._painters, self._capacity = painters, capacity
-        self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
-        self._in_flight, self._replicas, self._asked_s = 0, 0, -1.0
-        if need_key and not api_key():
-            remedy = "set it in the environment of the cluster's processes, e.g. from a secret"
-            raise UserError(KEY_VARIABLE, "(missing)", "the service needs an API key", remedy)
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        """The HTTP application, built where it runs."""
-        return build_http(self, self._limits, api_key())
-
-    async def paint(
-        self, verb: Verb, audio: np.ndarray, image: Image.Image | None, request: PaintRequest
-    ) -> list[bytes]:
-        """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
-        retry_s = self._limits.retry_after_s
-        full = busy(429, "queue_full", "all painters are busy and the queue is full", retry_s)
-        if self._in_flight >= self._capacity:
-            raise full
-        response = self._painters.paint.remote(verb, audio, None if image is None else np.asarray(image), request)
-        self._in_flight += 1
-        try:
-            return list(await response)
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except BackPressureError as error:
-            raise full from error
-        except (DeploymentUnavailableError, RayActorError) as error:
-            logger.warning("painter lost: %s", error)
-            raise busy(503, "no_painter", "the painter went away; try again", retry_s) from error
-        except UserError as error:
-            raise getattr(error, "cause", error) from None  # Ray wraps what another process raised
-        finally:
-            self._in_flight -= 1
-
-    async def health(self) -> Health:
-        """See Backend. The controller is asked at most once a second."""
-        if time.monotonic() - self._asked_s > 1:
-            self._replicas = await asyncio.to_thread(_running_painters)
-            self._asked_s = time.monotonic()
-        painting = min(self._in_flight, self._replicas)
-        return Health(replicas=self._replicas, queue_depth=self._in_flight - painting, painting=painting)
-
-
-def _running_painters() -> int:
-    application = serve.status().applications.get(serve.get_replica_context().app_name)
-    painters = application.deployments.get("Painter") if application else None
-    return painters.replica_states.get("RUNNING", 0) if painters else 0
 
 
 def pin(config: ServeConfig) -> tuple[str, ServedModel]:

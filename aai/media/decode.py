@@ -16,7 +16,7 @@ from aai.media.container import audio_stream, open_media, packets, shared_origin
 from aai.media.limits import ClipError, Deadline, DecodeConfig, Tally
 from aai.media.picking import seconds
 from aai.media.pictures import HASH_FRAMES, Pictures
-from aai.media.sound import Sound
+from aai.media.sound import SoundTrack
 
 _LEAD_S = 1.0  # of sound decoded before the window: codecs need some to settle
 
@@ -39,7 +39,7 @@ class DecodedClip:
     av_gap_s: float
 
 
-def _hear(sound: Sound, packet: Any, tally: Tally, origin_s: float) -> bool:
+def _hear(sound: SoundTrack, packet: Any, tally: Tally, origin_s: float) -> bool:
     """Decodes one packet of sound; False when the window is over."""
     if packet.pts is not None and seconds(packet.pts, packet.time_base) - origin_s < sound.start_s - _LEAD_S:
         return True
@@ -79,7 +79,7 @@ def _decode(data: bytes, start_s: float, end_s: float, cfg: DecodeConfig, clock:
                 "TOO_LONG", f"{min(end_s, declared_s) - start_s:.1f} s are over the limit of {cfg.max_duration_s:g} s"
             )
         tally = Tally(cfg.max_corrupt_fraction)
-        sound = Sound(cfg.sample_rate_hz, start_s, end_s, cfg.max_duration_s)
+        sound = SoundTrack(cfg.sample_rate_hz, start_s, end_s, cfg.max_duration_s)
         pictures = Pictures(video, origin_s, start_s, end_s, cfg, tally)
         if seek:
             container.seek(int((start_s + origin_s) * av.time_base), backward=True)
@@ -99,7 +99,7 @@ def _decode(data: bytes, start_s: float, end_s: float, cfg: DecodeConfig, clock:
         return _clip(pictures, sound, samples, clock)
 
 
-def _clip(pictures: Pictures, sound: Sound, samples: np.ndarray, clock: Deadline) -> DecodedClip:
+def _clip(pictures: Pictures, sound: SoundTrack, samples: np.ndarray, clock: Deadline) -> DecodedClip:
     cfg, video = pictures.cfg, pictures.stream
     if not pictures.count:
         raise ClipError("NO_VIDEO", "the video stream holds no frame of this clip")
@@ -160,7 +160,7 @@ def decode_audio(
         stream = audio_stream(container)
         if _declared_s(container, stream_start_s(stream)) > max_duration_s + 0.1:
             raise ClipError("TOO_LONG", f"sound is longer than the limit of {max_duration_s:g} s")
-        sound, tally = Sound(sample_rate_hz, 0.0, float("inf"), max_duration_s), Tally(cfg.max_corrupt_fraction)
+        sound, tally = SoundTrack(sample_rate_hz, 0.0, float("inf"), max_duration_s), Tally(cfg.max_corrupt_fraction)
         first_s: float | None = None
         for packet in packets(container, [stream], Deadline(timeout_s)):
             for frame in tally.decode(stream.decode, packet):

@@ -12,7 +12,7 @@ _MAX_SOURCE_RATE_HZ = 768_000  # nothing is recorded faster; a forged rate makes
 
 
 @dataclass
-class Sound:
+class SoundTrack:
     """Collects resampled audio inside [start_s, end_s) of the shared clock."""
 
     sample_rate_hz: int

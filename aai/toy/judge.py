@@ -22,7 +22,7 @@ HEADS = {"object": OBJECTS, "ambience": AMBIENCES, "medium": MEDIA}
 WEIGHTS = Path(__file__).parent / "weights" / "judge" / "model.safetensors"
 
 
-class Judge(nn.Module):
+class ToyJudge(nn.Module):
     """Five strided convolutions; three classifying heads and one for the size in [0, 1]."""
 
     def __init__(self, width: int = 24) -> None:
@@ -42,7 +42,7 @@ class Judge(nn.Module):
         return {**{k: head(x) for k, head in self.heads.items()}, "size": self.size(x)[:, 0]}
 
     @classmethod
-    def load(cls, path: Path = WEIGHTS) -> "Judge":
+    def load(cls, path: Path = WEIGHTS) -> "ToyJudge":
         """The committed judge, in eval mode."""
         judge = cls()
         judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
@@ -83,11 +83,11 @@ def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def train_judge(
     pixels: Tensor, labels: dict[str, Tensor], sizes: Tensor, steps: int = 2500, batch_size: int = 64, seed: int = 0
-) -> Judge:
+) -> ToyJudge:
     """Trains on drawn scenes: pixels uint8 [N, 64, 64, 3], labels int [N] per head, sizes float [N]."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    judge = Judge()
+    judge = ToyJudge()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):

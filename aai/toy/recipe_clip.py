@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-class StageConfig(Config):
+class TrainSteps(Config):
     """How long and how fast one model trains."""
 
     steps: int = 1000
@@ -51,18 +51,18 @@ class FoundationConfig(Config):
     """Byte-pair merges of the tokenizer."""
     context_length: int = 32
     """Tokens of a prompt, start and end included (77 in the published models)."""
-    clip: StageConfig = StageConfig(steps=1300, batch_size=128, learning_rate=1e-3)
-    vae: StageConfig = StageConfig(steps=2200, batch_size=32, learning_rate=2e-3)
-    decoder: StageConfig = StageConfig(steps=2500, batch_size=32, learning_rate=1e-3)
+    clip: TrainSteps = TrainSteps(steps=1300, batch_size=128, learning_rate=1e-3)
+    vae: TrainSteps = TrainSteps(steps=2200, batch_size=32, learning_rate=2e-3)
+    decoder: TrainSteps = TrainSteps(steps=2500, batch_size=32, learning_rate=1e-3)
     """The VAE's decoder alone, on latents with noise; it leaves the latents, and so the UNet, as they are."""
-    unet: StageConfig = StageConfig(steps=8000, batch_size=32, learning_rate=1e-3)
+    unet: TrainSteps = TrainSteps(steps=8000, batch_size=32, learning_rate=1e-3)
     seed: int = 0
 
 
 # ---------------------------------------------------------------- shared
 
 
-def _batches(count: int, stage: StageConfig, seed: int) -> Iterator[Tensor]:
+def _batches(count: int, stage: TrainSteps, seed: int) -> Iterator[Tensor]:
     """`stage.steps` batches of row numbers, reshuffled whenever all rows were used."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=generator)
@@ -78,7 +78,7 @@ def train_steps(
     name: str,
     params: list[nn.Parameter],
     count: int,
-    stage: StageConfig,
+    stage: TrainSteps,
     seed: int,
     loss_of: Callable[[Tensor], Tensor],
     after_step: Callable[[], None] = lambda: None,

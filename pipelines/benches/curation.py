@@ -9,8 +9,8 @@ from aai import storage
 from aai.media.decode import ClipError, DecodeConfig, decode_clip
 from pipelines import curate
 from pipelines.__main__ import load_config
-from pipelines.bench import BenchConfig
-from pipelines.benches.engines import Run, summarise, take_turns, timed, toy_manifest
+from pipelines.benches.engines import Timing, summarise, take_turns, timed, toy_manifest
+from pipelines.benches.options import BenchConfig
 from pipelines.curate import CurateConfig
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.table import Row, read_manifest
@@ -56,11 +56,11 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     settings = {name: curate_config(config, manifest, f"{config.out}/curate/{name}") for name in ("ray", "bare")}
     rows = read_manifest(manifest, None, settings["ray"].default_split)
 
-    def once(name: str) -> Run:
+    def once(name: str) -> Timing:
         storage.remove(settings[name].out)
         return timed(lambda: curate.run(settings[name]), len(rows), config.cluster, bare=name == "bare")
 
-    runs: dict[str, Callable[[], Run]] = {"ray": partial(once, "ray")}
+    runs: dict[str, Callable[[], Timing]] = {"ray": partial(once, "ray")}
     if config.compare:
         runs["bare"] = partial(once, "bare")
         decode = partial(_decode_alone, rows, settings["bare"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import world
-from pipelines.bench import BenchConfig
+from pipelines.benches.options import BenchConfig
 from pipelines.engine import cluster
 from pipelines.engine.machine import peak_memory
 from pipelines.engine.shards import Stage, recorded
@@ -23,7 +23,7 @@ WINDOW_STEP_S = 0.02
 
 
 @dataclass(frozen=True)
-class Run:
+class Timing:
     """One run of a command, in seconds. `wall_s` = start_s + work_s + rest_s."""
 
     clips: int
@@ -49,7 +49,7 @@ class Run:
         return self.clips / self.work_s
 
 
-def timed(work: Callable[[], Any], clips: int, settings: ClusterConfig, bare: bool) -> Run:
+def timed(work: Callable[[], Any], clips: int, settings: ClusterConfig, bare: bool) -> Timing:
     """Runs a command once, with Ray started for it and ended after it, or without Ray."""
     # Ray gives its workers so many threads; without it, libraries would take all cores in each process.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(settings.cpus_per_worker))))
@@ -64,7 +64,7 @@ def timed(work: Callable[[], Any], clips: int, settings: ClusterConfig, bare: bo
     first = [min(start for _, _, start, _ in stage.calls) for stage in stages]
     spans = [max(end for *_, end in stage.calls) - start for stage, start in zip(stages, first, strict=True)]
     starts = sum(start - stage.called_s for stage, start in zip(stages, first, strict=True))
-    return Run(
+    return Timing(
         clips=clips,
         wall_s=wall_s,
         start_s=connected_s + starts,
@@ -86,16 +86,16 @@ def _between_s(stages: Sequence[Stage]) -> float:
     return statistics.mean(gaps) if gaps else 0.0
 
 
-def take_turns(runs: dict[str, Callable[[], Run]], repeats: int) -> dict[str, list[Run]]:
+def take_turns(runs: dict[str, Callable[[], Timing]], repeats: int) -> dict[str, list[Timing]]:
     """Every run once in each turn; every second turn goes backwards, so that a drift favours none."""
-    out: dict[str, list[Run]] = {name: [] for name in runs}
+    out: dict[str, list[Timing]] = {name: [] for name in runs}
     for turn in range(repeats):
         for name in list(runs)[:: -1 if turn % 2 else 1]:
             out[name].append(runs[name]())
     return out
 
 
-def summarise(turns: dict[str, list[Run]]) -> tuple[dict[str, Any], dict[str, float]]:
+def summarise(turns: dict[str, list[Timing]]) -> tuple[dict[str, Any], dict[str, float]]:
     """(figures, ratios) of runs that took turns: medians; ratios are of clips/s from first to last clip."""
     figures: dict[str, Any] = {}
     for name, runs in turns.items():

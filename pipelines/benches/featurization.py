@@ -10,9 +10,9 @@ from PIL import Image
 from aai import storage
 from pipelines import curate, featurize
 from pipelines.__main__ import load_config
-from pipelines.bench import BenchConfig
 from pipelines.benches.curation import curate_config
-from pipelines.benches.engines import Run, summarise, take_turns, timed, toy_manifest
+from pipelines.benches.engines import Timing, summarise, take_turns, timed, toy_manifest
+from pipelines.benches.options import BenchConfig
 from pipelines.engine.shards import Result, Shard, recorded, run_shards
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker
 
@@ -51,11 +51,11 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     rows = storage.read_table(clips, ["clip_id"]).num_rows
     settings = {name: _config(config, clips, f"{config.out}/featurize/{name}") for name in ("ray", "bare")}
 
-    def once(name: str) -> Run:
+    def once(name: str) -> Timing:
         storage.remove(settings[name].out)
         return timed(lambda: featurize.run(settings[name]), rows, config.cluster, bare=name == "bare")
 
-    runs: dict[str, Callable[[], Run]] = {"ray": partial(once, "ray")}
+    runs: dict[str, Callable[[], Timing]] = {"ray": partial(once, "ray")}
     if config.compare:
         runs["bare"] = partial(once, "bare")
         models = partial(_models_alone, settings["bare"], len(frames[0]))

@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import TOY_WEIGHTS, FoundationSpec
-from pipelines.bench import BenchConfig, ModelConfig
+from pipelines.benches.options import BenchConfig, ModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -109,7 +109,7 @@ def load_judge(config: JudgeConfig, device: str) -> Judge | None:
     if config.model == "none":
         return None
     if config.model == "toy":
-        from aai.toy.judge import Judge as ToyJudge
+        from aai.toy.judge import ToyJudge
 
         return ToyJudge.load()
     return ClassifierJudge(config, device)

@@ -10,12 +10,12 @@ from typing import Any
 from aai import storage
 from pipelines.pages import sections
 from pipelines.pages.page import environment
-from pipelines.pages.run_files import Missing, Row, Run
+from pipelines.pages.run_files import Missing, Row, RunFiles
 
 log = logging.getLogger(__name__)
 
 PAGE = "report.html"
-SECTIONS: dict[str, tuple[str, Callable[[Run], Row]]] = {
+SECTIONS: dict[str, tuple[str, Callable[[RunFiles], Row]]] = {
     "head": ("Figures", sections.head),
     "hero": ("From sound to picture", sections.hero),
     "loudness": ("Louder is bigger", sections.loudness),
@@ -33,17 +33,17 @@ SECTIONS: dict[str, tuple[str, Callable[[Run], Row]]] = {
 def write_report(run_dir: str, summary: Mapping[str, Any]) -> str:
     """Writes RUN_DIR/report.html about the files of a run and its summary (summary.json); returns its path."""
     page = storage.join(run_dir, PAGE)
-    storage.write_bytes(page, render(Run(run_dir, summary)).encode())
+    storage.write_bytes(page, render(RunFiles(run_dir, summary)).encode())
     return page
 
 
-def render(run: Run) -> str:
+def render(run: RunFiles) -> str:
     """The page as HTML."""
     parts = {key: _part(run, key, title, build) for key, (title, build) in SECTIONS.items()}
     return environment().get_template("report.html.jinja").render(parts=parts, run_dir=run.run_dir).lstrip()
 
 
-def _part(run: Run, key: str, title: str, build: Callable[[Run], Row]) -> Row:
+def _part(run: RunFiles, key: str, title: str, build: Callable[[RunFiles], Row]) -> Row:
     try:
         return {"key": key, "title": title, "note": "", "body": build(run)}
     except Missing as missing:

@@ -16,7 +16,7 @@ class Missing(Exception):
     """A file or figure of the run that is not there: its section is left out."""
 
 
-class Run:
+class RunFiles:
     """The files of one run folder (local or s3://) and its summary."""
 
     def __init__(self, run_dir: str, summary: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What each section of the report shows, gathered from the files of a run.
 
-A builder takes a Run and returns what the template needs; it raises Missing when its files or figures are not there.
+A builder takes the files of a run and returns what the template needs; it raises Missing where there are none.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from aai.media.signals import level_db
 from aai.media.waveform import decode_flac
 from aai.version import UNKNOWN
 from pipelines.pages.plots import data_uri, lines, scatter, spectrogram, thumbnail
-from pipelines.pages.run_files import Missing, Row, Run, find, need, spread
+from pipelines.pages.run_files import Missing, Row, RunFiles, find, need, spread
 
 HERO = ("sound", "sketch", "nearest_caption", "closed_form", "ceiling", "shuffled_audio", "random_token")
 CONDITIONS = {
@@ -33,7 +33,7 @@ RATES = ("learning_rate", "steps_per_s", "grad_norm")
 SHEET, TRIPLETS = 24, 8
 
 
-def head(run: Run) -> Row:
+def head(run: RunFiles) -> Row:
     """Headline figures, each beside what it is to be held against; an absent one is None."""
     s = run.summary
 
@@ -62,7 +62,7 @@ def head(run: Run) -> Row:
     }
 
 
-def _gates(run: Run) -> Row | None:
+def _gates(run: RunFiles) -> Row | None:
     try:
         verdicts = find(run.json("promote/promote.json"), "gates") or []
     except Missing:
@@ -90,7 +90,7 @@ def _picture(row: Row, truth: str, attribute: str = "object", note: str = "") ->
     }
 
 
-def _sound(run: Run, row: int) -> Row:
+def _sound(run: RunFiles, row: int) -> Row:
     clip = run.clips[row]
     audio = decode_flac(clip["audio"])
     rate = AudioEncoderConfig().sample_rate_hz
@@ -105,7 +105,7 @@ def _sound(run: Run, row: int) -> Row:
     }
 
 
-def hero(run: Run) -> Row:
+def hero(run: RunFiles) -> Row:
     """Per sounding object one test clip: its sound, its true frame, and a picture under each condition."""
     rows = []
     for name, row in sorted(need(run.samples, "objects").items()):
@@ -114,7 +114,7 @@ def hero(run: Run) -> Row:
     return {"rows": rows, "conditions": {name: CONDITIONS[name] for name in HERO}}
 
 
-def _hero_cell(run: Run, condition: str, name: str, row: int) -> Row | None:
+def _hero_cell(run: RunFiles, condition: str, name: str, row: int) -> Row | None:
     """The same clip's picture; else, said in its note, that of another clip with this object."""
     painted = run.pictures.get(condition, [])
     own = [p for p in painted if p["row"] == row]
@@ -130,7 +130,7 @@ def _hero_cell(run: Run, condition: str, name: str, row: int) -> Row | None:
     return {**cell, "read": f"{picture['object']}, {beside}"} if beside else cell
 
 
-def loudness(run: Run) -> Row:
+def loudness(run: RunFiles) -> Row:
     """One sound at several gains with the size the judge reads, and loudness against size over all sounds."""
     by_clip: dict[int, list[Row]] = {}
     for row in run.painted("loudness"):
@@ -155,7 +155,7 @@ def loudness(run: Run) -> Row:
     }
 
 
-def repaint(run: Run) -> Row:
+def repaint(run: RunFiles) -> Row:
     """Edited and stylized pictures: (given picture, sound, result), the first case of each label."""
     parts = []
     for verb, place, kept in (("edit", 0, ("ambience", "medium")), ("stylize", 1, ("object", "medium"))):
@@ -173,7 +173,7 @@ def repaint(run: Run) -> Row:
     return {"parts": parts}
 
 
-def _first_of_each(run: Run, painted: list[Row], place: int) -> list[Row]:
+def _first_of_each(run: RunFiles, painted: list[Row], place: int) -> list[Row]:
     """The first case of every label in turn, then the second, ...: nobody picked the good ones."""
     by_label: dict[str, list[Row]] = {}
     for row in painted:
@@ -182,7 +182,7 @@ def _first_of_each(run: Run, painted: list[Row], place: int) -> list[Row]:
     return [rows[i] for i in rounds for rows in by_label.values() if i < len(rows)][:TRIPLETS]
 
 
-def _triplet(run: Run, row: Row, place: int, attribute: str) -> Row:
+def _triplet(run: RunFiles, row: Row, place: int, attribute: str) -> Row:
     given, heard = run.clips[row["picture_row"]], run.clips[row["audio_row"]]
     wanted = heard["labels"][place]
     return {
@@ -191,7 +191,7 @@ def _triplet(run: Run, row: Row, place: int, attribute: str) -> Row:
     }  # fmt: skip
 
 
-def figures(run: Run) -> Row:
+def figures(run: RunFiles) -> Row:
     """Every condition with what the judge reads right, and the CLIP-based scores."""
     generation = need(run.summary, "generation")
     found = {k: v for k, v in generation.items() if isinstance(v, Mapping) and "pictures" in v}
@@ -204,13 +204,13 @@ def figures(run: Run) -> Row:
     }
 
 
-def retrieval(run: Run) -> Row:
+def retrieval(run: RunFiles) -> Row:
     """Retrieval in four directions, the overlap audit and the batch invariance."""
     found = need(run.summary, "retrieval")
     return {"directions": {k: {"name": v, **found[k]} for k, v in DIRECTIONS.items() if k in found}, **found}
 
 
-def training(run: Run) -> Row:
+def training(run: RunFiles) -> Row:
     """Curves of both trained stages; a stage without a history is left out."""
     stages = {name: plots for name in ("align", "adapt") if (plots := _curves(run, name))["main"]}
     if not stages:
@@ -218,7 +218,7 @@ def training(run: Run) -> Row:
     return {"stages": stages}
 
 
-def _curves(run: Run, stage: str) -> dict[str, list[Any]]:
+def _curves(run: RunFiles, stage: str) -> dict[str, list[Any]]:
     """Plots of losses and held-out figures (`main`), and of what else was logged (`more`)."""
     try:
         entries = run.json(f"{stage}/history.jsonl")
@@ -250,7 +250,7 @@ def _group(name: str) -> str:
     return name.replace("_", " ") if name in RATES else "training loss"
 
 
-def curation(run: Run) -> Row:
+def curation(run: RunFiles) -> Row:
     """The funnel, the planted defects, and a contact sheet of what was kept and what was not."""
     counts = {**run.json("curated/curate.json"), **(find(run.summary, "curate") or {})}
     need(counts, "rows_in")
@@ -258,7 +258,7 @@ def curation(run: Run) -> Row:
     return {**counts, **_defects(run, scores), "kept": _accepted(run), "dropped": _rejected(run)}
 
 
-def _defects(run: Run, scores: Row) -> Row:
+def _defects(run: RunFiles, scores: Row) -> Row:
     """What was planted, by kind: what had to become of it, how often it did, and which files were missed."""
     try:
         expected = {planted["kind"]: planted["expect"] for planted in run.json("world/defects.json")}
@@ -273,7 +273,7 @@ def _defects(run: Run, scores: Row) -> Row:
     return {"kinds": kinds, "false_rejects": scores.get("false_rejects", [])}
 
 
-def _accepted(run: Run) -> list[Row]:
+def _accepted(run: RunFiles) -> list[Row]:
     """Accepted clips at even distances through the table, read from a few of its files."""
     files = spread(storage.list_files(storage.join(run.run_dir, "curated/accepted"), ".parquet"), SHEET)
     tables = [storage.read_table(file, ["caption", "split", "frames"]) for file in files]
@@ -284,7 +284,7 @@ def _accepted(run: Run) -> list[Row]:
     ]
 
 
-def _rejected(run: Run) -> list[Row]:
+def _rejected(run: RunFiles) -> list[Row]:
     """Some rejected clips of every code, the commonest code first."""
     try:
         rows = run.table("curated/rejected", ["uri", "code", "message", "thumbnail"]).to_pylist()
@@ -305,14 +305,14 @@ def _reject(row: Row, within: str) -> Row:
     return {"src": src, "message": row["message"].replace(within, ""), "file": row["uri"].rsplit("/", 1)[-1]}
 
 
-def stages(run: Run) -> Row:
+def stages(run: RunFiles) -> Row:
     """Seconds of each stage in the run's first call; later calls keep what is finished."""
     seconds = dict(need(run.summary, "first_run.seconds"))
     total = seconds.pop("total", sum(seconds.values()))
     return {"rows": seconds, "total": total, "longest": max(seconds.values(), default=0)}
 
 
-def reproduce(run: Run) -> Row:
+def reproduce(run: RunFiles) -> Row:
     """The commands that make this run, its files, and the pictures of the promoted bundle."""
     verbs = [name for name in find(run.summary, "seconds") or {} if name not in ("total", "generate")]
     local = not run.run_dir.startswith("s3://")
@@ -326,7 +326,7 @@ def reproduce(run: Run) -> Row:
     return {**body, "examples": _examples(run), "written_by": _written_by(run)}
 
 
-def _written_by(run: Run) -> Row:
+def _written_by(run: RunFiles) -> Row:
     """Which code made what: the file of each stage that says so."""
     names = (
         "curated/curate.json", "features/manifest.json", "align/bundle/meta.json", "adapt/bundle/meta.json",
@@ -336,7 +336,7 @@ def _written_by(run: Run) -> Row:
     return {name: find(run.json(name), "written_by") or UNKNOWN for name in there}
 
 
-def _examples(run: Run) -> list[Row]:
+def _examples(run: RunFiles) -> list[Row]:
     """What generate, edit and stylize painted through the registered bundle, by sound."""
     by_sound: dict[str, Row] = {}
     for file in storage.list_files(storage.join(run.run_dir, "pictures"), ".png"):

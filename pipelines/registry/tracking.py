@@ -124,7 +124,7 @@ def _experiment(client: "MlflowClient", cfg: TrackingConfig) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
+class OpenRun:
     """An MLflow run that is open."""
 
     client: "MlflowClient"
@@ -178,7 +178,7 @@ def _text(value: object) -> str:
 @contextlib.contextmanager
 def run(
     cfg: TrackingConfig, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
-) -> Iterator[Run]:
+) -> Iterator[OpenRun]:
     """Opens a run; an exception marks it FAILED and goes on its way.
 
     params: nested settings, logged under dotted names, cut at 6,000 characters. Raises UserError when the tracking
@@ -187,7 +187,7 @@ def run(
     client = _client(cfg)
     experiment = _attempt(cfg, _experiment, client, cfg)
     created = _attempt(cfg, client.create_run, experiment, run_name=name)
-    opened = Run(client, cfg, str(created.info.run_id))
+    opened = OpenRun(client, cfg, str(created.info.run_id))
     status = "FAILED"
     try:
         opened.set_tags({"written_by": code_version(), **(tags or {})})
@@ -201,7 +201,7 @@ def run(
         _attempt(cfg, client.set_terminated, opened.run_id, status)
 
 
-def _log_params(opened: Run, params: Mapping[str, Any]) -> None:
+def _log_params(opened: OpenRun, params: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
     rows = [Param(_clean(key), _text(value)[:6000]) for key, value in flatten(params).items()]
@@ -242,7 +242,7 @@ def register(
     return version
 
 
-def _log_model(opened: Run, folder: Path) -> str:
+def _log_model(opened: OpenRun, folder: Path) -> str:
     """Stores the bundle as an MLflow model of the run; returns the model's id."""
     mlflow = _mlflow()
     from mlflow.models import ModelSignature

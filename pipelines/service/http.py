@@ -145,7 +145,7 @@ class RepaintForm(GenerateForm):
     """Picture: PNG, JPEG or WebP."""
 
 
-class Gate:
+class Guard:
     """ASGI middleware around everything: key, Host, body size, one deadline per request, security headers.
 
     key: what `X-API-Key` or `Authorization: Bearer` must hold for /v1; None leaves /v1 open, but then only to
@@ -243,7 +243,7 @@ def build_http(backend: Backend, limits: Limits, key: str | None) -> ASGIApp:
     _add_errors(app)
     _add_pages(app, backend)
     _add_verbs(app, backend, limits)
-    return Gate(app, limits, key)
+    return Guard(app, limits, key)
 
 
 def _add_errors(app: FastAPI) -> None:

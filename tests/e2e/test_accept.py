@@ -20,7 +20,7 @@ from PIL import Image
 from aai import storage
 from aai.media.decode import decode_audio
 from aai.painter import Painter, PaintRequest
-from aai.toy.judge import Judge
+from aai.toy.judge import ToyJudge
 from aai.toy.scoring import score_defects
 from pipelines.registry import tracking
 from pipelines.settings import TrackingConfig
@@ -182,7 +182,7 @@ def test_a11_the_service_paints_the_right_pictures(service: str, verb: str, aske
     """Judged: the sound's object or ambience is there in 24 pictures; the first three equal the Python call's."""
     clips = held_out(24)
     painter = Painter.load(tracking.resolve_bundle("models:/aai-demo@champion", STORE))
-    judge, names = Judge.load(), ("object", "ambience")
+    judge, names = ToyJudge.load(), ("object", "ambience")
     right = stays = 0
     for i, clip in enumerate(clips):
         other = next(c for c in [*clips[i:], *clips] if c["labels"][asked] != clip["labels"][asked])

@@ -19,7 +19,7 @@ from aai.toy.grammar import AMBIENCES, OBJECTS, Scene, full_caption, random_scen
 from aai.toy.synthesis import synthesise
 from pipelines.evaluation.cases import PICTURE_TABLE, loudness_cases, make_cases
 from pipelines.pages import report, sections
-from pipelines.pages.run_files import Missing, Run, spread
+from pipelines.pages.run_files import Missing, RunFiles
 from pipelines.pages.sections import CONDITIONS
 
 COUNTS = dict.fromkeys(CONDITIONS, 14)
@@ -234,7 +234,7 @@ def test_what_comes_from_data_is_escaped(page: str) -> None:
 
 
 def test_a_picture_is_green_only_when_the_judge_reads_the_object(page: str, run: tuple[Path, dict[str, Any]]) -> None:
-    there = Run(str(run[0]), run[1])
+    there = RunFiles(str(run[0]), run[1])
     shown = cells(page, "sound")
     assert len(shown) == len(OBJECTS)
     for figure, (name, row) in zip(shown, sorted(there.samples["objects"].items()), strict=True):
@@ -247,7 +247,7 @@ def test_a_picture_is_green_only_when_the_judge_reads_the_object(page: str, run:
 
 
 def test_a_substitute_says_that_it_is_one(run: tuple[Path, dict[str, Any]], page: str) -> None:
-    there = Run(str(run[0]), run[1])
+    there = RunFiles(str(run[0]), run[1])
     there.samples["objects"] = {"dog": 0}
     there.pictures["sound"] = [p for p in there.painted("sound") if p["row"] != 0]
     there.pictures["ceiling"] = [{**p, "object": None, "ambience": None} for p in there.painted("ceiling")]
@@ -268,7 +268,7 @@ def test_missing_files_leave_out_only_their_sections(
     gone = shutil.ignore_patterns("pictures", "curate.json", "promote", "history.jsonl")
     shutil.copytree(run[0], torn, ignore=gone)
     shutil.copy(run[0] / "adapt/history.jsonl", torn / "adapt/history.jsonl")
-    page = report.render(Run(str(torn), run[1]))
+    page = report.render(RunFiles(str(torn), run[1]))
     left_out = re.findall(r'<section id="(\w+)">\s*<h2>[^<]*</h2>\s*<p class="note">Left out: ([^<]*)', page)
     assert [key for key, _ in left_out] == ["hero", "loudness", "repaint", "curation"]
     assert dict(left_out)["hero"] == "evaluate/pictures is not there."
@@ -284,7 +284,7 @@ def test_the_hero_needs_its_samples(run: tuple[Path, dict[str, Any]], gone: str)
     there.rename(away)
     try:
         with pytest.raises(Missing, match=gone):
-            sections.hero(Run(str(run[0]), run[1]))
+            sections.hero(RunFiles(str(run[0]), run[1]))
     finally:
         away.rename(there)
 
@@ -297,12 +297,6 @@ def test_an_empty_run_is_a_page_of_notes(tmp_path: Path) -> None:
 
 def test_a_condition_nobody_knows_is_in_the_table(run: tuple[Path, dict[str, Any]]) -> None:
     summary = run[1] | {"generation": {"two_sounds": {"object": 0.4321, "pictures": 5}}}
-    assert sections.figures(Run(str(run[0]), summary))["conditions"] == [
+    assert sections.figures(RunFiles(str(run[0]), summary))["conditions"] == [
         {"name": "two_sounds", "about": "", "object": 0.4321, "pictures": 5}
     ]
-
-
-def test_spread_keeps_order_and_takes_from_the_whole() -> None:
-    assert spread(list(range(100)), 4) == [0, 25, 50, 75]
-    assert spread([1, 2], 4) == [1, 2]
-    assert spread([], 4) == []

@@ -1,0 +1,61 @@
+"""Settings of the benches."""
+
+from typing import Literal
+
+import pydantic
+
+from aai import storage
+from aai.config import Config
+from pipelines.settings import ClusterConfig, Plan, VerbConfig
+
+
+class ModelConfig(Config):
+    """The CLIP of `aai bench vitl14`: random weights cost what trained ones cost."""
+
+    size: Literal["vitl14", "tiny"] = "vitl14"
+    """tiny: only to see that the bench works."""
+    images: int = pydantic.Field(8192, ge=1)
+    """Pictures of each measurement; without a GPU a few only."""
+    batch_size: int = pydantic.Field(256, ge=1)
+    """Pictures per forward pass."""
+    picture_px: int = pydantic.Field(224, ge=16)
+    """Edge of the pictures as curate keeps them."""
+    threads: int = pydantic.Field(8, ge=1)
+    """Threads that prepare pictures."""
+
+
+class BenchConfig(VerbConfig):
+    """Settings of `aai bench`."""
+
+    name: Literal["decode", "curate", "featurize", "vitl14"]
+    """What to measure."""
+    out: str = "runs/bench"
+    """Folder of NAME.json, and of the toy world and tables that are measured on."""
+    clips: int = pydantic.Field(2400, ge=1)
+    """Clips of the toy world; nine in ten are accepted."""
+    windows: int = pydantic.Field(1, ge=1, le=25)
+    """List each clip so many times, each time with another start: many rows of few files. Without duplicates."""
+    seed: int = pydantic.Field(1, ge=0)
+    """Of the toy world."""
+    repeats: int = pydantic.Field(3, ge=1)
+    """Turns of the compared runs."""
+    compare: bool = True
+    """False runs the command alone, for its peak memory."""
+    overrides: tuple[str, ...] = ()
+    """Settings of the measured command, as for its --set."""
+    media: tuple[str, ...] = ()
+    """Files of `aai bench decode`; empty = up to eight H.264 clips of 10 s at 720p, made once in OUT/clips."""
+    model: ModelConfig = ModelConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    """The processes that are compared, on this machine."""
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        where = storage.join(self.out, f"{self.name}.json")
+        return Plan(inputs={"clips": str(self.clips)}, outputs={"figures": where}, resources=self.cluster.describe())
+
+    @pydantic.model_validator(mode="after")
+    def _one_machine(self) -> "BenchConfig":
+        if self.cluster.address:
+            raise ValueError("cluster.address must be empty: a bench compares processes of one machine")
+        return self

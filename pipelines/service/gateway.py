@@ -1,0 +1,88 @@
+"""The gateway of the service: Ray Serve's deployment around the HTTP application, in front of the painters."""
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from aai.errors import UserError
+from aai.painter import PaintRequest
+from pipelines.service.http import Health, Limits, ServedModel, Verb, build_http, busy
+
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "AAI_API_KEY"
+
+
+def api_key() -> str | None:
+    """The service's key from the environment; never a setting, so that no config or log can hold it."""
+    return os.environ.get(KEY_VARIABLE) or None
+
+
+class Gateway:
+    """The HTTP side. It takes no model and no GPU, and keeps answering while painters are busy or away.
+
+    capacity: requests that may be painted or wait, together. Serve's own bound is checked only later, in the router.
+    """
+
+    def __init__(
+        self, painters: DeploymentHandle, model: dict[str, Any], limits: dict[str, Any], capacity: int, need_key: bool
+    ) -> None:
+        self._painters, self._capacity = painters, capacity
+        self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
+        self._in_flight, self._replicas, self._asked_s = 0, 0, -1.0
+        if need_key and not api_key():
+            remedy = "set it in the environment of the cluster's processes, e.g. from a secret"
+            raise UserError(KEY_VARIABLE, "(missing)", "the service needs an API key", remedy)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The HTTP application, built where it runs."""
+        return build_http(self, self._limits, api_key())
+
+    async def paint(
+        self, verb: Verb, audio: np.ndarray, image: Image.Image | None, request: PaintRequest
+    ) -> list[bytes]:
+        """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
+        retry_s = self._limits.retry_after_s
+        full = busy(429, "queue_full", "all painters are busy and the queue is full", retry_s)
+        if self._in_flight >= self._capacity:
+            raise full
+        response = self._painters.paint.remote(verb, audio, None if image is None else np.asarray(image), request)
+        self._in_flight += 1
+        try:
+            return list(await response)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            raise full from error
+        except (DeploymentUnavailableError, RayActorError) as error:
+            logger.warning("painter lost: %s", error)
+            raise busy(503, "no_painter", "the painter went away; try again", retry_s) from error
+        except UserError as error:
+            raise getattr(error, "cause", error) from None  # Ray wraps what another process raised
+        finally:
+            self._in_flight -= 1
+
+    async def health(self) -> Health:
+        """See Backend. The controller is asked at most once a second."""
+        if time.monotonic() - self._asked_s > 1:
+            self._replicas = await asyncio.to_thread(_running_painters)
+            self._asked_s = time.monotonic()
+        painting = min(self._in_flight, self._replicas)
+        return Health(replicas=self._replicas, queue_depth=self._in_flight - painting, painting=painting)
+
+
+def _running_painters() -> int:
+    application = serve.status().applications.get(serve.get_replica_context().app_name)
+    painters = application.deployments.get("Painter") if application else None
+    return painters.replica_states.get("RUNNING", 0) if painters else 0

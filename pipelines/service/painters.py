@@ -1,0 +1,64 @@
+"""The painters of the service: each holds the model and paints one request at a time."""
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from aai.bundle import read_bundle
+from aai.errors import UserError
+from aai.painter import Painter, PaintRequest
+from aai.png import encode_png
+from pipelines.registry import tracking
+from pipelines.service.http import Verb
+from pipelines.settings import TrackingConfig
+
+logger = logging.getLogger(__name__)
+
+
+class PainterReplica:
+    """One model on one device. Paints in a thread of its own: health checks are answered meanwhile."""
+
+    def __init__(
+        self, bundle: str, registry: dict[str, Any], sha: str, device: str, dtype: str, stuck_s: float
+    ) -> None:
+        found = read_bundle(tracking.resolve_bundle(bundle, TrackingConfig.parse(registry)))
+        if found.sha != sha:
+            raise UserError("bundle", bundle, f"holds {found.sha}, the service was started for {sha}", "deploy again")
+        self._painter = Painter.load(found, device, dtype)
+        logger.info("painter: %s on %s", self._painter.dtype, device)
+        # One thread: diffusers' schedulers hold state. A request cancelled while it waits here never starts.
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._stuck_s, self._started_s, self._broken = stuck_s, 0.0, ""
+
+    async def paint(
+        self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest
+    ) -> list[bytes]:
+        """Audio float32 [S] and maybe RGB pixels uint8 [H, W, 3] -> PNG files."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._paint, verb, audio, pixels, request)
+
+    def _paint(self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest) -> list[bytes]:
+        self._started_s = time.monotonic()
+        try:
+            if verb == "generate" or pixels is None:
+                images = self._painter.generate(audio, request)
+            else:
+                images = getattr(self._painter, verb)(audio, Image.fromarray(pixels), request)
+        except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
+            self._broken = str(error)
+            raise
+        finally:
+            self._started_s = 0.0
+        return [encode_png(image) for image in images]
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises: after a CUDA error, or when a painting never ends."""
+        if self._broken:
+            raise RuntimeError(f"the device failed: {self._broken}")
+        if self._started_s and time.monotonic() - self._started_s > self._stuck_s:
+            raise RuntimeError(f"one request has been painting for more than {self._stuck_s:g} s")
