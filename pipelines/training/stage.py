@@ -15,7 +15,7 @@ from aai.digest import digest
 from aai.errors import UserError
 from aai.features import FeatureManifest, FeatureReader, load_split
 from aai.fit import FitConfig, local_batch_size
-from pipelines.engine.lock import locked
+from pipelines.engine.lock import output_lock
 from pipelines.registry import tracking
 from pipelines.training import ray_train
 from pipelines.training.recipe import C, StageConfig, TrainRecipe, bundle_dir
@@ -29,7 +29,8 @@ def run_stage(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
     A finished run with the same settings and data is returned as it is; the same call goes on after a kill. Raises
     UserError when OUT holds a run with others.
     """
-    return locked(partial(_run, recipe_class))(config)
+    with output_lock(config.out):
+        return _run(recipe_class, config)
 
 
 def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
