@@ -96,7 +96,7 @@ def write_media(folder: Path, count: int, first: int = 0) -> None:
         storage.write_bytes(str(folder / f"{i}.mp4"), clip)
 
 
-BEFORE = Path("/tmp/aai-curated-before")  # noqa: S108 - keys hold the path at which the tables were made
+BEFORE = Path("/tmp/aai-curated-before")
 OLD_SETTINGS: dict[str, Any] = {
     "rows_per_shard": 4,
     "max_reject_ratio": 1,

@@ -98,7 +98,7 @@ def make_files(base: str) -> None:
 
 
 def clips_of(rows: list[dict[str, Any]], name: str) -> list[tuple[float | None, float | None]]:
-    return [(row["start_s"], row["end_s"]) for row in rows if row["uri"].endswith(name)]
+    return [(row.start_s, row.end_s) for row in rows if row.uri.endswith(name)]
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
@@ -115,7 +115,7 @@ def test_whole_files_become_clips(tmp_path: Path, where: str, request: pytest.Fi
     found = cut_rows(rows, CutConfig(mode="windows", window_s=5), DECODE, out, CLUSTER)
     assert clips_of(found, "/a.mp4") == [(0, 5), (5, 10), (10, 12), (1, 2)], "a row with a window keeps it"
     assert clips_of(found, "-in, side.mp4") == [(0, 5), (5, 10), (10, 12)]
-    assert {row["caption"] for row in found if "side" in row["uri"]} == {"words"}
+    assert {row.caption for row in found if "side" in row.uri} == {"words"}
     for name in ("short.mp4", "no.mp4", "empty.mp4"):
         assert clips_of(found, name) == [(None, None)]
 
@@ -139,7 +139,7 @@ def test_only_new_changed_and_passingly_failed_files_are_looked_through(
         found = cut_rows(rows, cfg, DECODE, out, CLUSTER)
         assert found == cut_rows(rows, cfg, DECODE, out, CLUSTER)
         new = [storage.read_json(file) for file in set(storage.list_files(out)) - before]
-        return [row["uri"][-5] for row in found], sum(len(shard) for shard in new)
+        return [row.uri[-5] for row in found], sum(len(shard) for shard in new)
 
     assert look() == (list("bbdd"), 2)
     assert look() == (list("bbdd"), 0)
