@@ -29,7 +29,7 @@ test: setup ## all tests, lint and type checks among them (one file: make test A
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 fast: setup ## lint, types and the tests without Ray, under a minute: for each change
-	$(BIN)/pytest -m 'not accept and not gpu and not slow' $(FAST) $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not accept and not gpu and not slow' $(FAST) $(ARGS)
 
 lint: setup ## ruff and mypy alone
 	$(BIN)/ruff check .

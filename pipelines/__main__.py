@@ -12,7 +12,7 @@ import pydantic
 
 from aai.errors import UserError
 from aai.version import code_version
-from pipelines.settings import VerbConfig
+from pipelines.settings import RayVerbConfig, VerbConfig
 
 
 def configs_folder() -> Path:
@@ -82,10 +82,13 @@ def build_parser(verb: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="override one setting; repeatable"
     )
-    parser.add_argument("--address", metavar="ADDR", help="Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
+    on_ray = {}
+    if issubclass(module.CONFIG, RayVerbConfig):
+        parser.add_argument("--address", metavar="ADDR", help="Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
+        on_ray = {"address": "cluster.address"}
     parser.add_argument("--dry-run", action="store_true", help="check the settings, print the plan, start nothing")
     flags = module.add_flags(parser) if hasattr(module, "add_flags") else {}
-    return parser, {"address": "cluster.address", **flags}
+    return parser, {**on_ray, **flags}
 
 
 def load_config(verb: str, argv: list[str]) -> tuple[VerbConfig, argparse.Namespace]:
@@ -114,7 +117,7 @@ def usage() -> str:
     """The top-level help."""
     rows = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
     return (
-        "usage: aai VERB [--config FILE] [--set NAME=VALUE ...] [--address ADDR] [--dry-run]\n\n"
+        "usage: aai VERB [--config FILE] [--set NAME=VALUE ...] [--dry-run]\n\n"
         f"Sound into pictures at cluster scale.\n\n{rows}\n\n"
         "`aai VERB --help` lists every setting. Without --config a verb uses configs/demo/VERB.yaml.\n"
         f"The configs are in {CONFIGS}. `aai --version` names version and commit.\n"

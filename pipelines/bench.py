@@ -13,7 +13,7 @@ import argparse
 import importlib
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -21,7 +21,7 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from pipelines.engine.machine import machine
-from pipelines.settings import Plan, VerbConfig
+from pipelines.settings import ClusterConfig, Plan, VerbConfig
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,6 @@ class ModelConfig(Config):
 class BenchConfig(VerbConfig):
     """Settings of `aai bench`."""
 
-    summary: ClassVar[str] = "measure a part beside its alternatives and its floor"
-
     name: Literal["decode", "curate", "featurize", "vitl14"]
     """What to measure."""
     out: str = "runs/bench"
@@ -79,11 +77,13 @@ class BenchConfig(VerbConfig):
     media: tuple[str, ...] = ()
     """Files of `aai bench decode`; empty = up to eight H.264 clips of 10 s at 720p, made once in OUT/clips."""
     model: ModelConfig = ModelConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    """The processes that are compared, on this machine."""
 
     def plan(self) -> Plan:
         """See VerbConfig."""
         where = storage.join(self.out, f"{self.name}.json")
-        return Plan(inputs={"clips": str(self.clips)}, outputs={"figures": where}, resources=self.resources())
+        return Plan(inputs={"clips": str(self.clips)}, outputs={"figures": where}, resources=self.cluster.describe())
 
     @pydantic.model_validator(mode="after")
     def _one_machine(self) -> "BenchConfig":

@@ -8,7 +8,7 @@ ID is a clip_id, the beginning of one, or a part of a uri.
 """
 
 import argparse
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -22,8 +22,6 @@ ACTIONS = ("show", "compact", "export")
 
 class DataConfig(VerbConfig):
     """Settings of `aai data`."""
-
-    summary: ClassVar[str] = "look at one clip, compact a table, export it as WebDataset"
 
     action: Literal["show", "compact", "export"] = "show"
     """What to do."""

@@ -12,7 +12,7 @@ import argparse
 import logging
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow.compute as pc
 import pydantic
@@ -25,7 +25,7 @@ from pipelines.__main__ import load_config, module_of
 from pipelines.engine import cluster
 from pipelines.engine.machine import peak_memory
 from pipelines.pages import report
-from pipelines.settings import Plan, VerbConfig
+from pipelines.settings import Plan, RayVerbConfig
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,8 @@ EXAMPLES = 2
 """Held-out sounds that the last step paints."""
 
 
-class DemoConfig(VerbConfig):
+class DemoConfig(RayVerbConfig):
     """Settings of `aai demo`; those of its stages are in configs/demo/."""
-
-    summary: ClassVar[str] = "all of the above on the toy world, ending with a report"
 
     overrides: dict[str, tuple[str, ...]] = pydantic.Field(default_factory=dict)
     """Settings of single stages, as for their --set: {world: [clips=300], align: [fit.steps=50]}."""
@@ -61,14 +59,13 @@ def run(config: DemoConfig) -> dict[str, Any]:
     """Runs all stages and writes report and summary; returns the summary."""
     seconds: dict[str, float] = {}
     results: dict[str, dict[str, Any]] = {}
-    address = ["--address", config.cluster.address] if config.cluster.address else []
     begin = time.monotonic()
     with peak_memory() as peak:
         cluster.connect(config.cluster, config.run_dir)
         for number, verb in enumerate(STAGES, 1):
             log.info("\n[%d/%d] %s", number, len(STAGES) + 1, verb)
             start = time.monotonic()
-            settings, _ = load_config(verb, [*address, *stage_settings(config, verb)])
+            settings, _ = load_config(verb, stage_settings(config, verb))
             results[verb] = module_of(verb).run(settings)
             seconds[verb] = round(time.monotonic() - start, 1)
         log.info("\n[%d/%d] generate", len(STAGES) + 1, len(STAGES) + 1)
@@ -96,9 +93,13 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
 
 def stage_settings(config: DemoConfig, verb: str) -> list[str]:
-    """The --set arguments of a stage."""
-    chosen = [f"run_dir={config.run_dir}", *config.overrides.get(verb, ())]
-    return [word for setting in chosen for word in ("--set", setting)]
+    """The arguments of a stage."""
+    words = []
+    for setting in (f"run_dir={config.run_dir}", *config.overrides.get(verb, ())):
+        words += ["--set", setting]
+    if config.cluster.address and issubclass(module_of(verb).CONFIG, RayVerbConfig):
+        words += ["--address", config.cluster.address]
+    return words
 
 
 def generate_examples(run_dir: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
-from pipelines.engine.lock import is_empty, output_lock
+from pipelines.engine.lock import is_empty, locked
 from pipelines.engine.shards import run_shards
 from pipelines.evaluation import grades
 from pipelines.evaluation.cases import (
@@ -36,7 +36,7 @@ from pipelines.evaluation.clips import EvaluatedClips, find_clips, listen_shards
 from pipelines.evaluation.judges import JudgeConfig
 from pipelines.evaluation.listening import HEARD, ListenWorker
 from pipelines.registry import tracking
-from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
+from pipelines.settings import DType, Plan, RayVerbConfig, TrackingConfig
 
 log = logging.getLogger(__name__)
 STARTED, RESULT = "_started.json", "evaluate.json"
@@ -67,7 +67,7 @@ class SamplingConfig(Config):
     """Edit and stylize: how much of the given picture is painted anew; empty = each command's default."""
 
 
-class EvaluateConfig(VerbConfig):
+class EvaluateConfig(RayVerbConfig):
     """What is evaluated and how many pictures are painted."""
 
     features: str = "${run_dir}/features"
@@ -138,22 +138,21 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates a bundle; returns and writes evaluate.json (see docs/architecture.md)."""
+    refuse_foreign(config.out)  # before the lock, which writes: such a folder is not touched at all
+    return _evaluate(config)
+
+
+@locked
+def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    begin = time.monotonic()
     places = {name: storage.absolute(getattr(config, name)) for name in ("features", "clips", "bundle", "out")}
     config = config.model_copy(update=places)
     bundle = read_bundle(config.bundle)
     fingerprint = FeatureManifest.read(config.features).fingerprint
     stamp = {"config": config.content_digest(), "bundle": bundle.sha, "data_fingerprint": fingerprint}
-    # Asked before the lock, too: a foreign folder is not touched at all.
-    if (found := up_to_date(config.out, stamp)) is None:
-        with output_lock(config.out):
-            if (found := up_to_date(config.out, stamp)) is None:
-                return _evaluate(config, bundle, stamp)
-    log.info("evaluate: up to date -> %s", storage.join(config.out, RESULT))
-    return found
-
-
-def _evaluate(config: EvaluateConfig, bundle: Bundle, stamp: dict[str, str]) -> dict[str, Any]:
-    begin = time.monotonic()
+    if (found := up_to_date(config.out, stamp)) is not None:
+        log.info("evaluate: up to date -> %s", storage.join(config.out, RESULT))
+        return found
     clips = find_clips(config.features, config.clips, config.split, config.max_clips)
     check_conditions(config.pictures, clips.labels, config.judge, bundle.config)
     config = config.model_copy(update={"dtype": settled_dtype(config, stamp)})
@@ -174,20 +173,21 @@ def _evaluate(config: EvaluateConfig, bundle: Bundle, stamp: dict[str, str]) -> 
 
 
 def up_to_date(out: str, stamp: dict[str, str]) -> dict[str, Any] | None:
-    """The finished result of this very evaluation, None when there is work left.
-
-    Raises UserError when the folder holds anything else; nothing in it is touched.
-    """
+    """The finished result of this very evaluation, None when there is work left. Raises UserError for another's."""
     started, done = storage.join(out, STARTED), storage.join(out, RESULT)
-    if storage.exists(started):
-        before = storage.read_json(started)
-        if any(before.get(name) != value for name, value in stamp.items()):
-            rule = "holds the evaluation of another bundle, other data or other settings"
-            raise UserError("out", out, rule, "give another --out, or delete it")
-        return dict(storage.read_json(done)) if storage.exists(done) else None
-    if not is_empty(out):
+    if not storage.exists(started):
+        return None
+    before = storage.read_json(started)
+    if any(before.get(name) != value for name, value in stamp.items()):
+        rule = "holds the evaluation of another bundle, other data or other settings"
+        raise UserError("out", out, rule, "give another --out, or delete it")
+    return dict(storage.read_json(done)) if storage.exists(done) else None
+
+
+def refuse_foreign(out: str) -> None:
+    """Raises UserError when the folder holds what no evaluation began; nothing in it is touched."""
+    if not storage.exists(storage.join(out, STARTED)) and not is_empty(out):
         raise UserError("out", out, "is not empty, nor written by evaluate", "choose another folder")
-    return None
 
 
 def settled_dtype(config: EvaluateConfig, stamp: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -37,17 +37,15 @@ from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
 from pipelines.engine.lock import locked
 from pipelines.engine.shards import Result, Shard, run_shards
-from pipelines.settings import DType, Plan, VerbConfig
+from pipelines.settings import DType, Plan, RayVerbConfig
 
 log = logging.getLogger(__name__)
 
 SAMPLE_RATE_HZ = 16_000
 
 
-class FeaturizeConfig(VerbConfig):
+class FeaturizeConfig(RayVerbConfig):
     """What to featurize, with which frozen models."""
-
-    summary: ClassVar[str] = "frozen CLIP features and VAE latents -> FeatureTable"
 
     input: str
     """Folder or s3:// prefix of a ClipTable (curate's accepted/)."""

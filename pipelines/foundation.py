@@ -10,7 +10,7 @@ import io
 import logging
 import time
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
@@ -40,8 +40,6 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 class FoundationVerbConfig(VerbConfig):
     """Settings of `aai foundation`."""
-
-    summary: ClassVar[str] = "train the small CLIP, diffusion model and judge from captioned pictures"
 
     manifest: str = "${run_dir}/captioned/manifest.csv"
     """Captioned pictures or clips; written by the toy world when absent."""

@@ -10,7 +10,7 @@ occupy, each tells with --dry-run.)
 
 import argparse
 import logging
-from typing import Any, ClassVar
+from typing import Any
 
 import pydantic
 
@@ -39,8 +39,6 @@ class NodeShape(Config):
 
 class CapacityConfig(VerbConfig):
     """Settings of `aai plan`."""
-
-    summary: ClassVar[str] = "time, storage, and CPUs per GPU for N clips on M nodes, from a measured sample"
 
     manifest: str | None = None
     """Manifest to sample, as for `aai curate`; empty makes a small toy world."""
@@ -114,7 +112,7 @@ def run(config: CapacityConfig) -> dict[str, Any]:
 
 def _toy_manifest(config: CapacityConfig) -> str:
     folder = f"{config.out}/world"
-    world.run(WorldConfig(out=folder, clips=TOY_CLIPS, cluster=config.cluster))
+    world.run(WorldConfig(out=folder, clips=TOY_CLIPS))
     return f"{folder}/manifest.csv"
 
 

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import pydantic
 
@@ -78,8 +78,6 @@ class Move(Config):
 
 class PromoteConfig(VerbConfig):
     """Which bundle to promote, by which evaluation and gates."""
-
-    summary: ClassVar[str] = "gate, register and alias a bundle"
 
     bundle: str
     """Bundle folder or s3:// prefix."""

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -36,7 +36,7 @@ from aai.png import encode_png
 from pipelines.engine.cluster import connect
 from pipelines.registry import tracking
 from pipelines.service.http import Health, Limits, ServedModel, Verb, build_http, busy
-from pipelines.settings import ClusterConfig, DType, Plan, TrackingConfig, VerbConfig
+from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,8 @@ LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 APP = "aai"
 
 
-class ServeConfig(VerbConfig):
+class ServeConfig(RayVerbConfig):
     """What is served, where, and how much it may take. `cluster.num_workers` is the number of painters."""
-
-    summary: ClassVar[str] = "serve the promoted bundle over HTTP"
 
     cluster: ClusterConfig = ClusterConfig(num_workers=1)
     bundle: str = "models:/aai@champion"

@@ -1,6 +1,6 @@
 """Config sections that all commands share."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pydantic
 
@@ -18,6 +18,11 @@ class ClusterConfig(Config):
     gpus_per_worker: float = pydantic.Field(0, ge=0)
     max_failures: int = pydantic.Field(2, ge=0)
     """How often a failed training worker group is started again from its last checkpoint."""
+
+    def describe(self) -> dict[str, str]:
+        """The cluster and its share, in words."""
+        each = f"{self.cpus_per_worker:g} CPU, {self.gpus_per_worker:g} GPU"
+        return {"cluster": self.address or "this machine", "workers": f"{self.num_workers} x ({each})"}
 
 
 class TrackingConfig(Config):
@@ -43,24 +48,22 @@ class Plan(Config):
 class VerbConfig(Config):
     """Base of every command's config."""
 
-    summary: ClassVar[str] = ""
-    """One line on what the command does, for `aai --help`."""
-
     run_dir: str = "runs/demo"
     """Folder or s3:// prefix of the run; other settings may refer to it as ${run_dir}."""
-    cluster: ClusterConfig = ClusterConfig()
 
     def plan(self) -> Plan:
         """What the command would do with these settings, without doing it."""
         raise TypeError(f"{type(self).__name__} has no plan")
 
+
+class RayVerbConfig(VerbConfig):
+    """Base of the config of a command that works on Ray; only these are offered `--address`."""
+
+    cluster: ClusterConfig = ClusterConfig()
+
     def resources(self) -> dict[str, str]:
         """The cluster's share as printed by --dry-run."""
-        c = self.cluster
-        return {
-            "cluster": c.address or "this machine",
-            "workers": f"{c.num_workers} x ({c.cpus_per_worker:g} CPU, {c.gpus_per_worker:g} GPU)",
-        }
+        return self.cluster.describe()
 
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

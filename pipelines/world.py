@@ -7,7 +7,7 @@ OUT/captioned. A world that is there already with the same settings is kept; an 
 import argparse
 import logging
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 import pydantic
 
@@ -25,8 +25,6 @@ REMEDY = "choose another folder or delete it"
 class WorldConfig(VerbConfig):
     """Settings of `aai world`."""
 
-    summary: ClassVar[str] = "write a toy world of real .mp4 clips with planted defects"
-
     out: str = "runs/demo/world"
     """Folder or s3:// prefix of the world."""
     clips: int = pydantic.Field(2400, ge=0)
@@ -35,6 +33,8 @@ class WorldConfig(VerbConfig):
     """Captioned pictures to write under OUT/captioned."""
     seed: int = pydantic.Field(1, ge=0)
     """Everything follows from it."""
+    processes: int = pydantic.Field(2, ge=1)
+    """Processes that write clips."""
     shares: dict[str, float] = pydantic.Field(default_factory=dict)
     """Shares of planted kinds other than the usual ones, e.g. {wrong_audio: 0.3}."""
 
@@ -51,7 +51,7 @@ class WorldConfig(VerbConfig):
     def plan(self) -> Plan:
         """What the command would do."""
         outputs = {"world": storage.absolute(self.out), "clips": str(self.clips), "images": str(self.images)}
-        return Plan(inputs={}, outputs=outputs, resources={"processes": str(self.cluster.num_workers)})
+        return Plan(inputs={}, outputs=outputs, resources={"processes": str(self.processes)})
 
 
 CONFIG = WorldConfig
@@ -95,7 +95,7 @@ def run(config: WorldConfig) -> dict[str, Any]:
         return dict(state["figures"])
     marker = storage.join(out, "world.json")
     storage.write_json(marker, {"content": _content(config), "finished": False})
-    start, workers = time.monotonic(), config.cluster.num_workers
+    start, workers = time.monotonic(), config.processes
     figures: dict[str, Any] = {"clips": 0, "defects": 0, "oddities": 0, "images": config.images}
     if config.clips:
         figures.update(writer.write_world(out, config.clips, config.seed, workers, shares=config.shares))

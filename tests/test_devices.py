@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from aai import storage
 from aai.adapt import AdapterConfig, AudioAdapter, denoising_loss
 from aai.align import AlignLossConfig, AlignTask
-from aai.align import validate as validate_align
-from aai.bundle import BundleConfig, read_bundle, write_bundle
+from aai.bundle import BundleConfig, write_bundle
 from aai.concepts import Concepts, Vocabulary
 from aai.conditions import CONDITIONS, Conditions
 from aai.encoders.aligner import embed_files
@@ -30,13 +29,15 @@ from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import encode_flac
 from aai.painter import Painter, PaintRequest
-from pipelines.adapt import AdaptConfig, build_task
-from pipelines.adapt import validate as validate_adapt
+from pipelines.adapt import AdaptConfig, AdaptRecipe
+from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.curation.measuring import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker
-from pipelines.curation.similarity import ScoreConfig, read_scores
-from pipelines.evaluation.cases import PictureWorker
-from pipelines.featurize import FeaturizeWorker
+from pipelines.curation.similarity import CaptionedClip, ScoreConfig, ScoreShard, read_scores
+from pipelines.evaluation.cases import PICTURES, Case, PictureShard, PictureWorker
+from pipelines.evaluation.clips import ClipPlace, ListenShard
+from pipelines.evaluation.listening import HEARD, INPUTS, TEXTS, ListenWorker
+from pipelines.featurize import FeaturizeShard, FeaturizeWorker
 from tests import tiny
 from tests.fake_cuda import CudaTensor, fake_cuda
 
@@ -46,18 +47,19 @@ ENCODER = AudioEncoderConfig(
 ADAPTER = AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=32)
 VOCABULARY = Vocabulary(objects=("a dog", "a bell"), ambiences=("at night", "in the rain"))
 REQUEST = PaintRequest(steps=2)
+TEST = "test-00000"
 CAPTIONS = ["a sketch of a big dog in the rain", "a photo of a bell at night"]
 
 
 @dataclass(frozen=True)
 class Files:
-    """A tiny foundation, a bundle on it, eight clips of curate, and the clips of an evaluation."""
+    """A tiny foundation, a bundle on it, and eight clips of curate with their features, in one file each."""
 
     root: Path
     spec: FoundationSpec
     bundle: str
     clips: str
-    cases: str
+    features: str
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +80,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     storage.write_table(
         str(root / "_measured/shard-00000.parquet"), pa.Table.from_pylist(measured, schema=MEASURED_TABLE)
     )
-    cases = [{"audio": row["audio"], "frame": row["frames"][0], "caption": row["caption"]} for row in rows]
-    storage.write_table(str(root / "cases.parquet"), pa.Table.from_pylist(cases))
-    return Files(root, spec, str(root / "bundle"), str(root / "accepted"), str(root / "cases.parquet"))
+    clips, features = str(root / "accepted/shard-00000.parquet"), str(root / "features.parquet")
+    featurize(spec, clips, features, "cpu")
+    return Files(root, spec, str(root / "bundle"), clips, features)
+
+
+def featurize(spec: FoundationSpec, clips: str, out: str, device: str) -> None:
+    settings = {"input": "unused", "out": "unused", "foundation": spec.model_dump(), "device": device}
+    worker = FeaturizeWorker(settings, "digest")
+    assert worker(FeaturizeShard(name="s", rows=8, input=clips, output=out, fingerprint="f")).rows == 8
 
 
 @pytest.fixture(autouse=True)
@@ -122,22 +130,35 @@ def test_generate_edit_and_stylize(files: Files, painter: Painter) -> None:
 
 @pytest.fixture(scope="module")
 def workers(files: Files) -> dict[str, PictureWorker]:
-    """What paints an evaluation's pictures, by device."""
+    """What paints an evaluation's pictures, by device, once the clips have been heard there."""
+    places = [ClipPlace(row=i, at=i, clips_file=files.clips, clips_at=i, painted=True) for i in range(4)]
+    trained = [ClipPlace(row=i, at=i) for i in range(4, 8)]
     made = {}
     for device in ("cuda", "cpu"):
+        out = str(files.root / f"evaluate-{device}")
         with fake_cuda():
-            arguments = (files.bundle, files.cases, files.cases, REQUEST.model_dump())
-            made[device] = PictureWorker(*arguments, device, "float32", True)
+            listen = ListenWorker(files.bundle, out, {}, device, graded_frames_every=2)
+            listen(ListenShard(name=TEST, rows=4, features=files.features, clips=places, texts=["a dog"], alone=2))
+            listen(ListenShard(name="train-00000", rows=4, features=files.features, clips=trained))
+            made[device] = PictureWorker(files.bundle, out, {}, REQUEST.model_dump(), device, "float32")
     return made
 
 
+def test_evaluation_hears_alike(workers: dict[str, PictureWorker]) -> None:
+    for table, column in ((HEARD, "audio"), (TEXTS, "feature")):
+        files = [storage.join(worker.out, table, f"{TEST}.parquet") for worker in workers.values()]
+        ours, theirs = (np.array(storage.read_table(file)[column].to_pylist()) for file in files)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 @pytest.mark.parametrize("condition", [*CONDITIONS, "loudness", "edit", "stylize"])
-def test_evaluation_paints_every_condition(workers: dict[str, PictureWorker], condition: str, tmp_path: Path) -> None:
-    case = {"case": 0, "condition": condition, "row": 0, "audio_row": 1, "picture_row": 2, "seed": 0, "gain_db": 0.0}
+def test_evaluation_paints_every_condition(workers: dict[str, PictureWorker], condition: str) -> None:
+    cases = [Case(case=i, condition=condition, row=0, audio_row=1, picture_row=2, seed=i) for i in range(2)]
     features = {}
     for device, worker in workers.items():
-        out = str(tmp_path / f"{device}.parquet")
-        assert worker({"cases": [case, {**case, "case": 1, "seed": 1}], "out": out}) == {"rows": 2}
+        inputs = {storage.join(worker.out, INPUTS, f"{TEST}.parquet"): [0, 1, 2]}
+        assert worker(PictureShard(name=condition, rows=2, cases=cases, inputs=inputs)).rows == 2
+        out = storage.join(worker.out, PICTURES, f"{condition}.parquet")
         features[device] = np.array(storage.read_table(out)["clip_feature"].to_pylist())
     np.testing.assert_allclose(features["cuda"], features["cpu"], atol=1e-2)
 
@@ -188,39 +209,33 @@ def check_training(task: nn.Module, batch: dict[str, Any], evaluate: Callable[[]
 
     state = fit(task, batches, config, lambda step, entry: figures.append(entry), evaluate=evaluate)
     assert all(isinstance(value, CudaTensor) for value in state.weights.values())
-    assert any(key.startswith("val_") or "_r1" in key for key in figures[-1])
+    assert figures[-1].keys() == evaluate().keys()
     on_host = State(2, {k: v.cpu() for k, v in state.weights.items()}, {k: v.cpu() for k, v in state.moments.items()})
     fit(task, batches, config, resume=on_host)
 
 
 def test_align_trains_validates_and_resumes() -> None:
-    task = AlignTask(AudioEncoder(ENCODER), AlignLossConfig()).to("cuda")
+    recipe = AlignRecipe(AlignConfig(features="unused", out="unused", encoder=ENCODER))
+    task = recipe.build().to("cuda")
     clips = align_batch(6)
-    check_training(task, clips, lambda: validate_align(task.encoder, clips))
+    check_training(task, clips, lambda: recipe.validate(task, clips))
 
 
 def test_adapt_trains_validates_and_resumes(files: Files) -> None:
     config = AdaptConfig(features="unused", out="unused", bundle=files.bundle, adapter=ADAPTER)
-    task = build_task(config, read_bundle(files.bundle)).to("cuda")
+    recipe = AdaptRecipe(config)
+    task = recipe.build().to("cuda")
     assert task.text_projection is not None
     batch = adapt_batch(3)
-    check_training(task, batch, lambda: validate_adapt(task, batch))
+    check_training(task, batch, lambda: recipe.validate(task, batch))
 
 
 # ---------------------------------------------------------------- features and scores
 
 
 def test_featurize(files: Files, tmp_path: Path) -> None:
-    for device in ("cuda", "cpu"):
-        settings = {"input": files.clips, "out": str(tmp_path), "foundation": files.spec.model_dump(), "device": device}
-        worker = FeaturizeWorker(settings, "digest")
-        shard = {
-            "input": f"{files.clips}/shard-00000.parquet",
-            "output": str(tmp_path / f"{device}.parquet"),
-            "fingerprint": "",
-        }
-        assert worker(shard) == {"rows": 8}
-    tables = [storage.read_table(str(tmp_path / f"{device}.parquet")) for device in ("cuda", "cpu")]
+    featurize(files.spec, files.clips, str(tmp_path / "cuda.parquet"), "cuda")
+    tables = [storage.read_table(file) for file in (str(tmp_path / "cuda.parquet"), files.features)]
     for name in ("image_features", "text_features", "latents"):
         ours, theirs = (np.array(table[name].to_pylist()) for table in tables)
         np.testing.assert_allclose(ours, theirs, atol=1e-2)
@@ -228,14 +243,14 @@ def test_featurize(files: Files, tmp_path: Path) -> None:
 
 def test_score(files: Files) -> None:
     config = ScoreConfig(caption=True, foundation=files.spec, bundle=files.bundle)
-    clips = [{"key": f"key{i}", "caption": f"caption {i}"} for i in range(8)]
-    shard = {"name": "shard-00000", "rows": 8, "digest": "d", "clips": clips}
+    clips = [CaptionedClip(key=f"key{i}", caption=f"caption {i}") for i in range(8)]
+    shard = ScoreShard(name="shard-00000", rows=8, digest="d", clips=clips)
     found = []
     for gpu in (True, False):
         worker = ScoreWorker(str(files.root), config.model_dump(mode="json"), 1, gpu)
         assert worker.aligner is not None
         assert next(worker.aligner.parameters()).is_cuda == gpu
-        assert worker(shard) == {"rows": 8}
+        assert worker(shard).rows == 8
         scores = read_scores(str(files.root), "shard-00000").values()
         found.append([[row["caption_similarity"], row["av_similarity"]] for row in scores])
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
@@ -333,7 +348,7 @@ def test_mistakes_planted_in_our_own_code_are_found(
     with pytest.raises(RuntimeError, match="cpu"):
         concepts.read(embed, "objects")
 
-    conditions = Conditions(painter, clip, CAPTIONS, [sound(1)])
+    conditions = Conditions(painter, clip, CAPTIONS, painter.listen(sound(1))[0])
     with pytest.raises(RuntimeError, match="cpu"):
         conditions._write(torch.ones(1, 2, 32), conditions.prompt)
 

@@ -87,7 +87,7 @@ def check_entrypoint(command: str) -> None:
     assert file.is_file(), file
     module_of(verb).CONFIG.load(file, parsed.set)
     # Without an address a Ray of its own would be started on the head, which has no worker's GPU.
-    assert parsed.address == (None if verb in WITHOUT_RAY else "auto"), command
+    assert getattr(parsed, "address", None) == (None if verb in WITHOUT_RAY else "auto"), command
 
 
 def documented(text: str, program: str) -> list[str]:

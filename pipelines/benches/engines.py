@@ -126,7 +126,7 @@ def _median(values: Sequence[float]) -> float:
 def toy_manifest(config: BenchConfig) -> str:
     """The manifest of the bench's toy world, which is made once and kept."""
     folder = f"{config.out}/world-{config.clips}-{config.seed}"
-    world.run(WorldConfig(out=folder, clips=config.clips, seed=config.seed, cluster=config.cluster))
+    world.run(WorldConfig(out=folder, clips=config.clips, seed=config.seed, processes=config.cluster.num_workers))
     plain = Path(folder) / "manifest.csv"
     if config.windows == 1:
         return str(plain)

@@ -15,7 +15,7 @@ from aai.schema import VERSION
 from pipelines.curation.layout import ACCEPTED, REJECTED
 from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import named_splits, read_manifest, with_val_share
-from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
+from pipelines.settings import DType, Plan, RayVerbConfig, TrackingConfig
 
 Split = Literal["train", "val", "test"]
 
@@ -82,7 +82,7 @@ class ScoreConfig(Config):
         return stored_digest([models, self.caption], sort_keys=True)
 
 
-class CurateConfig(VerbConfig):
+class CurateConfig(RayVerbConfig):
     """Settings of `aai curate`."""
 
     manifest: str

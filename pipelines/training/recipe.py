@@ -21,10 +21,10 @@ from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import FitConfig
 from aai.foundation.identity import FoundationSpec, identity
-from pipelines.settings import Plan, TrackingConfig, VerbConfig
+from pipelines.settings import Plan, RayVerbConfig, TrackingConfig
 
 
-class StageConfig(VerbConfig):
+class StageConfig(RayVerbConfig):
     """Settings of every training stage."""
 
     stage: ClassVar[str]

@@ -5,7 +5,8 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,18 @@ def run_here(patch: pytest.MonkeyPatch) -> None:
 def shards_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """See run_here."""
     run_here(monkeypatch)
+
+
+@contextmanager
+def no_models_here() -> Iterator[None]:
+    """This process builds and loads no model while the body runs; workers are other processes."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the driver builds a model")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pipelines.adapt.load_clip", "pipelines.adapt.load_diffusion", "pipelines.adapt.load_aligner"):
+            patch.setattr(name, refuse)
+        for name in ("aai.encoders.audio.AudioEncoder", "aai.adapt.AudioAdapter"):
+            patch.setattr(f"{name}.__init__", refuse)
+        yield

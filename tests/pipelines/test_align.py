@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from aai import storage
 from aai.align import validate
 from aai.bundle import read_bundle
 from aai.encoders.aligner import embed
@@ -20,7 +21,8 @@ from pipelines.align import AlignConfig
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
 from pipelines.training import ray_train
-from pipelines.training.stage import run_stage, validates
+from pipelines.training.stage import validates
+from tests.pipelines.conftest import no_models_here
 from tests.tiny import write_clip, write_clip_table, write_diffusion
 
 ENCODER = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_mel_bins": 32, "head_size": 32}
@@ -48,7 +50,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
 
 def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     config = AlignConfig.parse(settings)
-    result = align.run(config)
+    with no_models_here():
+        result = align.run(config)
     assert result["steps"] == 6
     assert result["precision"] == resolve("auto", "cpu")
     assert {"val_a2v_r1", "val_a2t_r1"} <= result["metrics"].keys()
@@ -90,14 +93,15 @@ def test_mistakes_are_found_before_anything_starts(settings: dict[str, Any], tmp
 def test_validation_is_never_left_out_in_silence(settings: dict[str, Any], tmp_path: Path) -> None:
     manifest = FeatureManifest.read(settings["features"])
     without = manifest.model_copy(update={"rows": {"train": manifest.rows["train"], "test": 12}})
-    for stage, more in ((align.AlignConfig, {}), (adapt.AdaptConfig, {"bundle": "unused"})):
-        config = stage.parse({**_common(settings), **more, "out": str(tmp_path / "out")})
+    storage.write_json(str(tmp_path / "features" / "manifest.json"), without.model_dump(mode="json"))
+    common = {name: settings[name] for name in ("fit", "tracking")}
+    places = {"features": str(tmp_path / "features"), "out": str(tmp_path / "out")}
+    for run, config in (
+        (align.run, AlignConfig.parse({**common, **places})),
+        (adapt.run, adapt.AdaptConfig.parse({**common, **places, "bundle": "unused"})),
+    ):
         with pytest.raises(UserError, match=r"fit\.eval_every=4.*no clips of the split val.*val_share=0\.02"):
-            run_stage("x", config, without, "digest", lambda *_: None, dict, lambda *_: None)  # type: ignore[arg-type, return-value]
+            run(config)
     assert not (tmp_path / "out").exists()
     assert not validates(FitConfig(eval_every=0), without)
     assert validates(FitConfig(eval_every=4), manifest)
-
-
-def _common(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: settings[name] for name in ("features", "fit", "tracking")}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.__main__ import CONFIGS, VERBS, main, module_of, settings_help
+from pipelines.__main__ import CONFIGS, VERBS, build_parser, main, module_of, settings_help
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,3 +111,17 @@ def test_as_a_process_without_traceback(tmp_path: Path) -> None:
 def test_demo_configs_belong_to_verbs() -> None:
     strays = [path.name for path in (CONFIGS / "demo").glob("*.yaml") if path.stem not in VERBS]
     assert strays == []
+
+
+def test_only_verbs_on_ray_take_an_address(capsys: pytest.CaptureFixture[str]) -> None:
+    offered = set()
+    for verb in VERBS:
+        parser, flags = build_parser(verb)
+        assert ("--address" in parser.format_help()) == ("address" in flags)
+        offered |= {verb} if "address" in flags else set()
+    assert offered == {"curate", "featurize", "align", "adapt", "evaluate", "serve", "demo"}
+    with pytest.raises(SystemExit):
+        main(["promote", "--address", "auto", "--dry-run"])
+    assert "unrecognized arguments: --address auto" in capsys.readouterr().err
+    assert main(["generate", "--set", "cluster.address=auto", "--dry-run"]) == 2
+    assert "cluster" in capsys.readouterr().err

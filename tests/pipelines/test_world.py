@@ -12,7 +12,7 @@ from pipelines.world import CONFIG, run
 
 
 def _config(out: Path, **changes: int) -> CONFIG:
-    settings = {"clips": 4, "images": 0, "seed": 1, "cluster": {"num_workers": 1}, **changes}
+    settings = {"clips": 4, "images": 0, "seed": 1, "processes": 1, **changes}
     return CONFIG.parse({"out": str(out), **settings})
 
 

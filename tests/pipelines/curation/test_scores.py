@@ -16,9 +16,11 @@ from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from pipelines.curate import CurateConfig
+from pipelines.curation.curate_config import ScoreConfig
 from pipelines.curation.measuring import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker
-from pipelines.curation.similarity import ScoreConfig, read_scores
+from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
+from pipelines.engine.shards import Result
 from tests.tiny import write_clip, write_clip_table, write_diffusion
 
 ENCODER = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, num_mel_bins=16, embed_dim=32)
@@ -36,9 +38,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     return out, rows, FoundationSpec(clip=str(clip), diffusion=str(write_diffusion(out / "diffusion", clip)))
 
 
-def shard(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    clips = [{"key": row["key"], "caption": row["caption"] if i else ""} for i, row in enumerate(rows)]
-    return {"name": "shard-00000", "rows": len(rows), "digest": "d", "clips": clips}
+def shard(rows: list[dict[str, Any]]) -> ScoreShard:
+    clips = [CaptionedClip(row["key"], row["caption"] if i else "") for i, row in enumerate(rows)]
+    return ScoreShard(name="shard-00000", rows=len(rows), digest="d", clips=clips)
 
 
 def image_features(clip: FrozenClip, frames: list[bytes]) -> np.ndarray:
@@ -55,7 +57,7 @@ def test_scores_are_cosines_of_the_models_own_features(
     settings = BundleConfig(foundation=foundation, encoder=ENCODER.model_dump())
     write_bundle(tmp_path / "bundle", settings, encoder.state_dict(), None, {"data_fingerprint": "d"})
     config = ScoreConfig(caption=True, foundation=foundation, bundle=str(tmp_path / "bundle"))
-    assert ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows)) == {"rows": 8}
+    assert ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows)) == Result(rows=8)
     scores = read_scores(str(out), "shard-00000")
     assert list(scores) == [f"key{i}" for i in range(8) if i != 2]
     clip = FrozenClip(foundation)

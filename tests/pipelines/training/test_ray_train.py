@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from aai.config import Config
 from aai.fit import FitConfig, fit
+from aai.precision import resolve
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
 from pipelines.training import ray_train
@@ -42,27 +44,31 @@ def make_parts() -> tuple[type, Callable[..., Any], Callable[..., Any]]:
             x = torch.randn(8, 1, generator=torch.Generator().manual_seed(step))[part]
             yield {"x": x * factor, "y": 3 * x - 1}
 
-    def worker(session: ray_train.Session, settings: dict[str, Any]) -> None:
+    class Size(Config):
+        inputs: int = 1
+
+    def make_work(rank: int, world_size: int, settings: dict[str, Any]) -> ray_train.Work:
         import os
         import pathlib
 
         folder = pathlib.Path(settings["folder"])
 
         def hook(step: int) -> float:
-            if session.rank == 1 and step == settings.get("die_at") and not (folder / "died").exists():
+            if rank == 1 and step == settings.get("die_at") and not (folder / "died").exists():
                 (folder / "died").write_text("")
                 os._exit(1)
             return float("nan") if step == settings.get("nan_at") else 1.0
 
         def data(first: int) -> Iterator[dict[str, Any]]:
-            if session.rank == 0:
+            if rank == 0:
                 with (folder / "starts").open("a") as file:
                     file.write(f"{first}\n")
-            return batches(first, slice(session.rank * 4, session.rank * 4 + 4), hook)
+            return batches(first, slice(rank * 4, rank * 4 + 4), hook)
 
-        session.fit(Line(), data, settings["fit"], lambda: {"val": 1.0})
+        task = Line()
+        return ray_train.Work(task, data, lambda: (task, Size()), lambda: {"val": 1.0})
 
-    return Line, batches, worker
+    return Line, batches, make_work
 
 
 def starts(folder: Path) -> list[int]:
@@ -70,16 +76,17 @@ def starts(folder: Path) -> list[int]:
 
 
 def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) -> None:
-    line, batches, worker = make_parts()
-    settings = {"folder": str(tmp_path), "fit": CONFIG, "die_at": 9}
+    line, batches, make_work = make_parts()
+    settings = {"folder": str(tmp_path), "die_at": 9}
     seen: list[int] = []
 
     def call() -> Any:
         return ray_train.train(
-            "test", worker, settings, CLUSTER, str(tmp_path / "out"), "run1", CONFIG.steps, lambda s, f: seen.append(s)
+            "test", make_work, settings, CLUSTER, str(tmp_path / "out"), "run1", CONFIG, lambda s, f: seen.append(s)
         )
 
     final = call()
+    assert (final.step, final.precision, final.settings) == (12, resolve("auto", "cpu"), {"inputs": 1})
     # The new workers begin at a checkpoint; the last one may have died with the old before it was registered.
     assert starts(tmp_path)[0] == 0
     assert starts(tmp_path)[1] in (4, 8)
@@ -96,8 +103,8 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) 
 
 
 def test_a_nan_ends_the_run_at_once(tmp_path: Path) -> None:
-    _, _, worker = make_parts()
-    settings = {"folder": str(tmp_path), "fit": CONFIG, "nan_at": 2}
+    _, _, make_work = make_parts()
+    settings = {"folder": str(tmp_path), "nan_at": 2}
     with pytest.raises(FloatingPointError, match="step 3"):
-        ray_train.train("test", worker, settings, CLUSTER, str(tmp_path / "out"), "run1", CONFIG.steps)
+        ray_train.train("test", make_work, settings, CLUSTER, str(tmp_path / "out"), "run1", CONFIG)
     assert starts(tmp_path) == [0]

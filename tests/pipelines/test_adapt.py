@@ -1,0 +1,82 @@
+"""adapt on real Ray with two workers, on a table of 16 toy clips and random small models."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aai.bundle import read_bundle
+from aai.errors import UserError
+from aai.features import FeatureManifest
+from aai.foundation.identity import FoundationSpec
+from aai.foundation.loaders import load_diffusion
+from aai.inject import Injector
+from aai.painter import Painter
+from pipelines import adapt, featurize
+from pipelines.adapt import AdaptConfig, AdaptRecipe
+from pipelines.engine.cluster import connect, shutdown
+from pipelines.settings import ClusterConfig
+from tests.pipelines.conftest import no_models_here, run_here
+from tests.tiny import write_bundle_of, write_clip, write_clip_table, write_diffusion
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("adapt")
+    clip = write_clip(root / "clip")
+    spec = FoundationSpec(clip=str(clip), diffusion=str(write_diffusion(root / "diffusion", clip)))
+    clips = str(write_clip_table(root / "accepted", 2, 8))
+    table = {"input": clips, "out": str(root / "features"), "foundation": spec.model_dump()}
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        featurize.run(featurize.FeaturizeConfig.parse(table))
+    connect(ClusterConfig())
+    yield {
+        "features": str(root / "features"),
+        "bundle": str(write_bundle_of(root / "aligned", spec)),
+        "out": str(root / "adapt"),
+        "adapter": {"num_tokens": 2, "hidden_size": 16},
+        "neutral_word": "sound",
+        "loss": {"prompt": "a sketch of <sound>"},
+        "fit": {"steps": 3, "batch_size": 4, "log_every": 1, "warmup_steps": 1},
+        "tracking": {"uri": f"sqlite:///{root}/mlflow.db"},
+    }
+    shutdown()
+
+
+def test_adapt_trains_and_writes_a_bundle_without_a_model_on_the_driver(settings: dict[str, Any]) -> None:
+    config = AdaptConfig.parse(settings)
+    with no_models_here():
+        result = adapt.run(config)
+        assert adapt.run(config) == result  # nothing to do
+    assert result["steps"] == 3
+    assert {"val_loss", "val_denoise", "val_hidden", "val_norm"} <= result["metrics"].keys()
+    parent, bundle = read_bundle(config.bundle), read_bundle(result["bundle"])
+    assert bundle.sha == result["sha"]
+    assert bundle.meta["parents"] == [parent.sha]
+    assert bundle.meta["data_fingerprint"] == FeatureManifest.read(config.features).fingerprint
+    assert (bundle.config.neutral_word, bundle.config.prompt) == ("sound", "a sketch of <sound>")
+    assert bundle.config.adapter == {"num_tokens": 2, "hidden_size": 16, "embed_dim": 32, "token_dim": 32}
+    for name, value in parent.aligner().items():
+        assert torch.equal(bundle.aligner()[name], value), name
+
+    pipe = load_diffusion(bundle.config.foundation)
+    median = Injector(pipe.text_encoder, pipe.tokenizer).median_norm
+    assert float(bundle.adapter()["scale"]) == pytest.approx(median)
+    torch.manual_seed(config.fit.seed)
+    untrained = AdaptRecipe(config).build().adapter.state_dict()
+    assert untrained.keys() == bundle.adapter().keys()
+    assert not torch.equal(untrained["net.0.weight"], bundle.adapter()["net.0.weight"])
+    assert Painter.load(result["bundle"]).adapter.cfg.num_tokens == 2
+
+
+def test_a_bundle_may_move_but_another_setting_is_another_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Needs the run above."""
+    moved = Path(settings["bundle"]).rename(tmp_path / "moved")  # where it lies does not count
+    assert adapt.run(AdaptConfig.parse({**settings, "bundle": str(moved)}))["steps"] == 3
+    moved.rename(settings["bundle"])
+    for change in ({"neutral_word": "thing"}, {"loss": {"w_norm": 0.5}}, {"fit": {"steps": 4, "batch_size": 4}}):
+        with pytest.raises(UserError, match="other settings or data"):
+            adapt.run(AdaptConfig.parse({**settings, **change}))
