@@ -30,7 +30,7 @@ def test_vggsound(tmp_path: Path) -> None:
     assert [row.uri.rsplit("/", 1)[1] for row in rows] == [
         "-_gaZzFfzDQ_517000_527000.mp4", "abcdefghij__000030.mp4", "missing_____000007.mp4",
     ]  # fmt: skip
-    assert rows[0].labels == ["church bell ringing, loud"]
+    assert rows[0].labels == ("church bell ringing, loud",)
     assert [row.split for row in rows] == ["test", "train", "train"]
     assert {row.start_s for row in rows} == {None}
 
@@ -47,9 +47,9 @@ def test_audioset(tmp_path: Path) -> None:
         ("abcdefghij_.mp4", 0.0, 7.5),
         ("missing_____000010.mp4", None, None),
     ]
-    assert rows[0].labels == ["Speech, adult", "Gush"]
+    assert rows[0].labels == ("Speech, adult", "Gush")
     assert rows[0].caption == "Speech, adult, Gush"
-    assert rows[3].labels == ["/m/unknown"], "a label without a name stays what it is"
+    assert rows[3].labels == ("/m/unknown",), "a label without a name stays what it is"
     assert {row.split for row in rows} == {"val"}
     evaluation = write(tmp_path / "eval_segments.csv", SEGMENTS)
     rows = read_manifest(evaluation, str(tmp_path / "videos"))
