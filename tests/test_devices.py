@@ -254,7 +254,7 @@ def test_score(files: Files) -> None:
         assert worker(shard).rows == 8
         scores = read_scores(str(files.root), "shard-00000").values()
         found.append([[row["caption_similarity"], row["av_similarity"]] for row in scores])
-    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+    np.testing.assert_allclose(np.array(found[0], float), np.array(found[1], float), atol=1e-4)
 
 
 def test_embed_files_returns_arrays_of_the_host() -> None:
