@@ -12,3 +12,13 @@ def digest(value: Any, length: int = 16) -> str:
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def stored_digest(value: Any, length: int = 16, sort_keys: bool = False) -> str:
+    """As `digest`, of JSON with spaces, and with keys in their own order unless they are sorted.
+
+    Tables, ledgers and settings files of before carry digests of this form: to go on with them it has to stay. For
+    anything new, use `digest`.
+    """
+    text = json.dumps(value, sort_keys=sort_keys)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -29,6 +29,7 @@ from aai.toy.judge import SIZE_PX, train_judge
 from aai.toy.recipe_clip import FoundationConfig, train_clip
 from aai.toy.recipe_diffusion import train_diffusion
 from pipelines.engine.lock import locked
+from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import read_manifest
 from pipelines.settings import Plan, VerbConfig
 
@@ -106,7 +107,7 @@ def load_pictures(manifest: str, size_px: int) -> tuple[Tensor, list[str]]:
 
     A clip gives its middle frame. Raises UserError when one cannot be read.
     """
-    rows = [row for row in read_manifest(manifest) if row["caption"]]
+    rows = [row for row in read_manifest(manifest) if row.caption]
     if not rows:
         raise UserError("manifest", manifest, "has no captions", "add a caption column")
     pixels = np.empty((len(rows), size_px, size_px, 3), np.uint8)
@@ -114,16 +115,16 @@ def load_pictures(manifest: str, size_px: int) -> tuple[Tensor, list[str]]:
         try:
             picture = _picture(row, size_px)
         except (OSError, ClipError) as error:
-            raise UserError("manifest", row["uri"], f"cannot be read ({error})", "remove the row") from error
+            raise UserError("manifest", row.uri, f"cannot be read ({error})", "remove the row") from error
         pixels[i] = np.asarray(picture.resize((size_px, size_px), Image.Resampling.BICUBIC))
-    return torch.from_numpy(pixels), [row["caption"] for row in rows]
+    return torch.from_numpy(pixels), [row.caption for row in rows]
 
 
-def _picture(row: dict[str, Any], size_px: int) -> Image.Image:
-    data = storage.read_bytes(row["uri"])
-    if row["uri"].lower().endswith(PICTURES):
+def _picture(row: ManifestRow, size_px: int) -> Image.Image:
+    data = storage.read_bytes(row.uri)
+    if row.uri.lower().endswith(PICTURES):
         return Image.open(io.BytesIO(data)).convert("RGB")
-    clip = decode_clip(data, row["start_s"], row["end_s"], DecodeConfig(num_frames=1, frame_size_px=size_px))
+    clip = decode_clip(data, row.start_s, row.end_s, DecodeConfig(num_frames=1, frame_size_px=size_px))
     return Image.fromarray(clip.frames[0])
 
 

@@ -20,7 +20,8 @@ from aai.errors import UserError
 from pipelines import world
 from pipelines.benches.rates import Rates, measure_rates
 from pipelines.engine.machine import machine
-from pipelines.manifests.table import Row, read_manifest
+from pipelines.manifests.row import ManifestRow
+from pipelines.manifests.table import read_manifest
 from pipelines.settings import Plan, VerbConfig
 from pipelines.world import WorldConfig
 
@@ -115,7 +116,7 @@ def _toy_manifest(config: CapacityConfig) -> str:
     return f"{folder}/manifest.csv"
 
 
-def _spread(rows: list[Row], count: int) -> list[Row]:
+def _spread(rows: list[ManifestRow], count: int) -> list[ManifestRow]:
     """At most `count` rows, evenly spaced."""
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]

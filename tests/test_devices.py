@@ -31,9 +31,10 @@ from aai.media.waveform import encode_flac
 from aai.painter import Painter, PaintRequest
 from pipelines.adapt import AdaptConfig, AdaptRecipe
 from pipelines.align import AlignConfig, AlignRecipe
+from pipelines.curation.curate_config import ScoreConfig
 from pipelines.curation.measuring import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker
-from pipelines.curation.similarity import CaptionedClip, ScoreConfig, ScoreShard, read_scores
+from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
 from pipelines.evaluation.cases import PICTURES, Case, PictureShard, PictureWorker
 from pipelines.evaluation.clips import ClipPlace, ListenShard
 from pipelines.evaluation.listening import HEARD, INPUTS, TEXTS, ListenWorker

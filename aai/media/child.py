@@ -22,8 +22,8 @@ import pyarrow as pa
 
 import aai
 from aai.media.limits import ClipError, DecodeConfig
-from aai.media.measure import MEASURED_ROW, failed_row, measure_bytes
-from aai.media.shots import Probe, failed_probe, probe_bytes
+from aai.media.measure import MEASURED_ROW, MeasuredRow, failed_row, measure_bytes
+from aai.media.shots import Probe, probe_bytes, probe_from_json, probe_to_json
 
 GRACE_S = 2.0
 """The kernel ends a clip this long after its soft limit, the parent after twice as long."""
@@ -83,7 +83,7 @@ class MediaChild:
             except BrokenPipeError:  # the rest of a request that nobody will read
                 continue
 
-    def measure(self, data: bytes, start_s: float | None, end_s: float | None) -> dict[str, Any]:
+    def measure(self, data: bytes, start_s: float | None, end_s: float | None) -> MeasuredRow:
         """The MEASURED_ROW of a clip, as `measure_bytes` gives it; a child's death becomes TIMEOUT or CRASHED.
 
         Raises RuntimeError if no child can be started at all.
@@ -91,19 +91,26 @@ class MediaChild:
         answer = self._ask({"task": "measure", "start_s": start_s, "end_s": end_s}, data, self.cfg.timeout_s)
         if isinstance(answer, ClipError):
             return failed_row(hashlib.sha256(data).hexdigest(), start_s, end_s, answer)
-        row: dict[str, Any] = pa.ipc.open_stream(answer).read_all().to_pylist()[0]
-        return self._checked(row)
+        row: MeasuredRow = pa.ipc.open_stream(answer).read_all().to_pylist()[0]
+        self._drop_if_full(row["code"])
+        return row
 
-    def probe(self, data: bytes, shot_threshold: float | None, max_file_s: float, timeout_s: float) -> Probe:
+    def probe(
+        self, data: bytes, shot_threshold: float | None, max_file_s: float, timeout_s: float
+    ) -> Probe | ClipError:
         """What `probe_bytes` finds; a child's death becomes TIMEOUT or CRASHED. Raises as `measure` does."""
         request = {"task": "probe", "shot_threshold": shot_threshold, "max_file_s": max_file_s}
         answer = self._ask(request, data, timeout_s)
-        return failed_probe(answer) if isinstance(answer, ClipError) else self._checked(json.loads(answer))
+        if isinstance(answer, ClipError):
+            return answer
+        found = probe_from_json(json.loads(answer))
+        if isinstance(found, ClipError):
+            self._drop_if_full(found.code)
+        return found
 
-    def _checked(self, answer: dict[str, Any]) -> dict[str, Any]:
-        if answer.get("code") == "OUT_OF_MEMORY":
+    def _drop_if_full(self, code: str | None) -> None:
+        if code == "OUT_OF_MEMORY":
             self.close()  # what it could not free would be missing for the next file
-        return answer
 
     def _ask(self, request: dict[str, Any], data: bytes, timeout_s: float) -> bytes | ClipError:
         answer = self._ask_once(request, data, timeout_s)
@@ -201,7 +208,7 @@ def _confine(cfg: DecodeConfig) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 
 
-def _to_bytes(row: dict[str, Any]) -> bytes:
+def _to_bytes(row: MeasuredRow) -> bytes:
     sink = pa.BufferOutputStream()
     batch = pa.RecordBatch.from_pylist([row], schema=MEASURED_ROW)
     with pa.ipc.new_stream(sink, MEASURED_ROW) as writer:
@@ -212,7 +219,8 @@ def _to_bytes(row: dict[str, Any]) -> bytes:
 def _answer(request: dict[str, Any], data: bytes, cfg: DecodeConfig) -> bytes:
     if request["task"] == "probe":
         arguments = request["shot_threshold"], request["max_file_s"]
-        return json.dumps(probe_bytes(data, *arguments, cfg, request["timeout_s"])).encode()
+        found = probe_bytes(data, *arguments, cfg, request["timeout_s"])
+        return json.dumps(probe_to_json(found)).encode()
     try:
         return _to_bytes(measure_bytes(data, request["start_s"], request["end_s"], cfg))
     except MemoryError:

@@ -1,8 +1,8 @@
 """Exact and near duplicates by content: which of them stays is decided by split, then by id."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pydantic
@@ -25,6 +25,19 @@ class DuplicateConfig(Config):
     """Largest Hamming distance of the 256-bit video hashes (the search is exact up to 31)."""
     max_audio_bits: int = pydantic.Field(64, ge=0, le=128)
     """Largest Hamming distance of the 256-bit audio hashes; unrelated sounds differ in about 128."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HashedClip:
+    """What duplicates are told by: the hash of the content, and those of what is seen and heard."""
+
+    clip_id: str
+    uri: str
+    split: str
+    video_hash: bytes
+    """256 bits."""
+    audio_hash: bytes
+    """256 bits."""
 
 
 def words(hashes: Sequence[bytes]) -> np.ndarray:
@@ -90,50 +103,53 @@ def near_pairs(video: np.ndarray, audio: np.ndarray, cfg: DuplicateConfig) -> np
 
 
 def find_duplicates(
-    rows: Sequence[Mapping[str, Any]], cfg: DuplicateConfig, search: Search = near_pairs
+    clips: Sequence[HashedClip], cfg: DuplicateConfig, search: Search = near_pairs
 ) -> dict[int, tuple[str, str]]:
-    """Which rows to drop: {row index: (code, message naming the kept clip)}.
+    """Which clips to drop: {index: (code, message naming the kept clip)}.
 
-    rows: `clip_id, uri, split, video_hash, audio_hash` of clips that passed the filters. Codes: EXACT_DUPLICATE
-    (same clip_id, that is same bytes and window), NEAR_DUPLICATE, CROSS_SPLIT_DUPLICATE (the kept one is of
-    another split). Test is kept before val before train; within a split the first by clip_id, then by row. Only
-    clips that resemble a *kept* clip are dropped: chains of resemblance do not eat a whole data set.
+    clips: those that passed the filters. Codes: EXACT_DUPLICATE (same clip_id, that is same bytes and window),
+    NEAR_DUPLICATE, CROSS_SPLIT_DUPLICATE (the kept one is of another split). Test is kept before val before train;
+    within a split the first by clip_id, then by index. Only clips that resemble a *kept* clip are dropped: chains of
+    resemblance do not eat a whole data set.
     """
-    if not cfg.enabled or len(rows) < 2:
+    if not cfg.enabled or len(clips) < 2:
         return {}
 
     def rank(index: int) -> tuple[int, str, int]:
-        return SPLIT_RANK.get(rows[index]["split"], len(SPLIT_RANK)), rows[index]["clip_id"], index
+        clip = clips[index]
+        return SPLIT_RANK.get(clip.split, len(SPLIT_RANK)), clip.clip_id, index
 
-    order = sorted(range(len(rows)), key=rank)
-    near = _neighbours(rows, order, cfg, search)
+    order = sorted(range(len(clips)), key=rank)
+    near = _neighbours(clips, order, cfg, search)
     kept_ids: dict[str, int] = {}
     kept: set[int] = set()
     dropped: dict[int, tuple[str, str]] = {}
     for index in order:
-        row = rows[index]
-        same = kept_ids.get(row["clip_id"])
-        alike = [same] if same is not None else sorted(kept.intersection(near[row["clip_id"]]), key=rank)
+        clip = clips[index]
+        same = kept_ids.get(clip.clip_id)
+        alike = [same] if same is not None else sorted(kept.intersection(near[clip.clip_id]), key=rank)
         if not alike:
             kept.add(index)
-            kept_ids[row["clip_id"]] = index
+            kept_ids[clip.clip_id] = index
             continue
-        other = rows[alike[0]]
+        other = clips[alike[0]]
         code = "EXACT_DUPLICATE" if same is not None else "NEAR_DUPLICATE"
-        if other["split"] != row["split"]:
+        if other.split != clip.split:
             code = "CROSS_SPLIT_DUPLICATE"
-        dropped[index] = (code, f"same clip as {other['uri']} ({other['clip_id']}) of split {other['split']}")
+        dropped[index] = (code, f"same clip as {other.uri} ({other.clip_id}) of split {other.split}")
     return dropped
 
 
 def _neighbours(
-    rows: Sequence[Mapping[str, Any]], order: Sequence[int], cfg: DuplicateConfig, search: Search
+    clips: Sequence[HashedClip], order: Sequence[int], cfg: DuplicateConfig, search: Search
 ) -> dict[str, list[int]]:
-    """{clip_id: rows alike}. Copies of one clip are compared once: a thousand of them are no million pairs."""
-    first = list({rows[index]["clip_id"]: index for index in reversed(order)}.values())
-    video, audio = (words([rows[index][name] for index in first]) for name in ("video_hash", "audio_hash"))
+    """{clip_id: clips alike}. Copies of one clip are compared once: a thousand of them are no million pairs."""
+    first_of = {clips[index].clip_id: index for index in reversed(order)}
+    first = list(first_of.values())
+    video = words([clips[index].video_hash for index in first])
+    audio = words([clips[index].audio_hash for index in first])
     near: dict[str, list[int]] = defaultdict(list)
     for left, right in search(video, audio, cfg).tolist():
-        near[rows[first[left]]["clip_id"]].append(first[right])
-        near[rows[first[right]]["clip_id"]].append(first[left])
+        near[clips[first[left]].clip_id].append(first[right])
+        near[clips[first[right]].clip_id].append(first[left])
     return near

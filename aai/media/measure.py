@@ -17,19 +17,23 @@ from aai.schema import CLIP_TABLE, REJECT_TABLE, SIGNALS
 log = logging.getLogger(__name__)
 
 JPEG_QUALITY = 92
-MEASURED_ROW = pa.schema(
-    [
-        field.with_nullable(True)
-        for field in (
-            *(CLIP_TABLE.field(name) for name in ("clip_id", "content_hash")),
-            *SIGNALS,
-            *(CLIP_TABLE.field(name) for name in ("audio", "frames", "frame_pts_s")),
-            *(REJECT_TABLE.field(name) for name in ("stage", "code", "message", "transient")),
-        )
-    ]
-)
+_FIELDS = [
+    CLIP_TABLE.field("clip_id"),
+    CLIP_TABLE.field("content_hash"),
+    *SIGNALS,
+    CLIP_TABLE.field("audio"),
+    CLIP_TABLE.field("frames"),
+    CLIP_TABLE.field("frame_pts_s"),
+    REJECT_TABLE.field("stage"),
+    REJECT_TABLE.field("code"),
+    REJECT_TABLE.field("message"),
+    REJECT_TABLE.field("transient"),
+]
+MEASURED_ROW = pa.schema([field.with_nullable(True) for field in _FIELDS])
 """What is measured of one clip, without its provenance. A failed clip has its ids and the last four; a good one has
 none of these four."""
+MeasuredRow = dict[str, Any]
+"""One row of MEASURED_ROW, as Arrow takes and gives it."""
 
 
 def clip_id(content_hash: str, start_s: float | None, end_s: float | None) -> str:
@@ -39,7 +43,7 @@ def clip_id(content_hash: str, start_s: float | None, end_s: float | None) -> st
 
 def failed_row(
     content_hash: str, start_s: float | None, end_s: float | None, failure: ClipError, stage: str = "decode"
-) -> dict[str, Any]:
+) -> MeasuredRow:
     """The MEASURED_ROW of a clip that cannot be used."""
     return dict.fromkeys(MEASURED_ROW.names) | {
         "clip_id": clip_id(content_hash, start_s, end_s),
@@ -51,7 +55,7 @@ def failed_row(
     }
 
 
-def measure_bytes(data: bytes, start_s: float | None, end_s: float | None, cfg: DecodeConfig) -> dict[str, Any]:
+def measure_bytes(data: bytes, start_s: float | None, end_s: float | None, cfg: DecodeConfig) -> MeasuredRow:
     """The MEASURED_ROW of the part [start_s, end_s) of a media file. A bad clip becomes a row; nothing is raised."""
     content_hash = hashlib.sha256(data).hexdigest()
     try:

@@ -6,7 +6,7 @@ A file that is broken in parts is followed as far as it can be read: whether a c
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -30,25 +30,51 @@ from aai.media.limits import ClipError, Deadline, DecodeConfig
 
 log = logging.getLogger(__name__)
 
-Probe = dict[str, Any]
-"""What is known of a file: duration_s, is_whole, maybe shots; or code, message, transient."""
-
 _COMPARED_PX = 128  # longer side of the pictures that are compared
 _BREAK_S, _BREAK_FRACTION = 1.0, 0.02  # content that ends this much before what its header promises is cut off
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Extent:
-    """Seconds of a file that can be read, and whether they are all that its header promises."""
+    """How much of a file can be read."""
 
     duration_s: float
     is_whole: bool
+    """Whether that is all that its header promises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What is known of a file that is to be cut: its extent, and its shots if they were looked for."""
+
+    duration_s: float
+    is_whole: bool
+    shots: tuple[tuple[float, float], ...] | None = None
+    """(start, end) in seconds."""
+
+
+def probe_to_json(found: Probe | ClipError) -> dict[str, Any]:
+    """A probe, or why there is none, as JSON values."""
+    if isinstance(found, ClipError):
+        return {"code": found.code, "message": found.message, "transient": found.transient}
+    values = {"duration_s": found.duration_s, "is_whole": found.is_whole}
+    return values if found.shots is None else values | {"shots": [list(shot) for shot in found.shots]}
+
+
+def probe_from_json(values: Mapping[str, Any]) -> Probe | ClipError:
+    """What `probe_to_json` gave."""
+    if "code" in values:
+        return ClipError(values["code"], values["message"], values["transient"])
+    if "shots" not in values:
+        return Probe(values["duration_s"], values["is_whole"])
+    shots = tuple((start_s, end_s) for start_s, end_s in values["shots"])
+    return Probe(values["duration_s"], values["is_whole"], shots)
 
 
 def probe_bytes(
     data: bytes, shot_threshold: float | None, max_file_s: float, cfg: DecodeConfig, timeout_s: float
-) -> Probe:
-    """The length of a file, with a threshold its shots too. A bad file becomes a code and a message; nothing is raised.
+) -> Probe | ClipError:
+    """The length of a file, with a threshold its shots too; of a bad file, what is wrong with it. Nothing is raised.
 
     max_file_s: a longer file is TOO_LONG. The rest is as in `extent` and `shots`; the time limit holds for each.
     """
@@ -56,23 +82,15 @@ def probe_bytes(
         length = extent(data, cfg, timeout_s)
         if length.duration_s > max_file_s:
             raise ClipError("TOO_LONG", f"{length.duration_s:.0f} s are over the limit of {max_file_s:g} s")
-        found: Probe = {"duration_s": length.duration_s, "is_whole": length.is_whole}
-        if shot_threshold is not None:
-            found["shots"] = shots(data, shot_threshold, cfg, timeout_s)
-        return found
+        found = None if shot_threshold is None else tuple(shots(data, shot_threshold, cfg, timeout_s))
+        return Probe(length.duration_s, length.is_whole, found)
     except ClipError as error:
-        return failed_probe(error)
+        return error
     except MemoryError:
-        message = f"the file needs more than the limit of {cfg.max_memory_mb} MB"
-        return failed_probe(ClipError("OUT_OF_MEMORY", message))
+        return ClipError("OUT_OF_MEMORY", f"the file needs more than the limit of {cfg.max_memory_mb} MB")
     except Exception as error:  # one file must not end the job
         log.exception("unexpected error in a file that is to be cut")
-        return failed_probe(ClipError("UNEXPECTED", f"{type(error).__name__}: {error}"[:300]))
-
-
-def failed_probe(failure: ClipError) -> Probe:
-    """The Probe of a file that cannot be looked through."""
-    return {"code": failure.code, "message": failure.message, "transient": failure.transient}
+        return ClipError("UNEXPECTED", f"{type(error).__name__}: {error}"[:300])
 
 
 def require_shots() -> None:

@@ -13,14 +13,15 @@ from pipelines.benches.engines import Timing, summarise, take_turns, timed, toy_
 from pipelines.benches.options import BenchConfig
 from pipelines.curate import CurateConfig
 from pipelines.engine.shards import Result, Shard, run_shards
-from pipelines.manifests.table import Row, read_manifest
+from pipelines.manifests.row import ManifestRow
+from pipelines.manifests.table import read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeShard(Shard):
     """Rows of the manifest."""
 
-    clips: list[Row]
+    clips: list[ManifestRow]
 
 
 class DecodeWorker:
@@ -34,7 +35,7 @@ class DecodeWorker:
         rejected = 0
         for row in shard.clips:
             try:
-                decode_clip(storage.read_bytes(row["uri"]), row["start_s"], row["end_s"], self.cfg)
+                decode_clip(storage.read_bytes(row.uri), row.start_s, row.end_s, self.cfg)
             except ClipError:
                 rejected += 1
         return Result(rows=shard.rows, rejected=rejected)
@@ -83,7 +84,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     return {"inputs": inputs, "figures": figures, "ratios": ratios}
 
 
-def _decode_alone(rows: list[Row], config: CurateConfig) -> None:
+def _decode_alone(rows: list[ManifestRow], config: CurateConfig) -> None:
     size = config.rows_per_shard
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     shards = [DecodeShard(name=str(number), rows=len(part), clips=part) for number, part in enumerate(parts)]

@@ -17,7 +17,7 @@ from pipelines import curate, featurize
 from pipelines.__main__ import load_config
 from pipelines.engine.shards import recorded
 from pipelines.featurize import FeaturizeWorker
-from pipelines.manifests.table import Row
+from pipelines.manifests.row import ManifestRow
 from pipelines.settings import ClusterConfig
 
 SHARDS = 4
@@ -55,7 +55,7 @@ class Rates:
 
 
 def measure_rates(
-    rows: Sequence[Row], out: str, curate_sets: Sequence[str], featurize_sets: Sequence[str], measure_s: float
+    rows: Sequence[ManifestRow], out: str, curate_sets: Sequence[str], featurize_sets: Sequence[str], measure_s: float
 ) -> Rates:
     """Curates and featurizes the rows under `out` and times the steps. Raises UserError when none is accepted."""
     storage.remove(out)
@@ -86,7 +86,7 @@ def measure_rates(
         images_per_s=len(pixels) / _per_call_s(lambda: worker.clip.embed(pixels).cpu(), measure_s),
         latents_per_s=len(picture) / _per_call_s(lambda: worker.latents(picture), measure_s),
         device=device,
-        read_bytes=float(np.mean([_size(row["uri"]) for row in rows])),
+        read_bytes=float(np.mean([_size(row.uri) for row in rows])),
         curated_bytes=sum(map(_size, tables)) / len(rows),
         working_bytes=(sum(map(_size, storage.list_files(curated))) - sum(map(_size, tables))) / len(rows),
         feature_bytes=sum(map(_size, storage.list_files(f"{out}/features", ".parquet"))) / clips.num_rows,
@@ -99,11 +99,10 @@ def _loaded(verb: str, sets: Sequence[str], cluster: ClusterConfig) -> Any:
     return config.model_copy(update={"cluster": cluster})
 
 
-def _curate(rows: Sequence[Row], out: str, sets: Sequence[str]) -> float:
+def _curate(rows: Sequence[ManifestRow], out: str, sets: Sequence[str]) -> float:
     """Curates the sample in one process; returns seconds per clip, without each stage's first shard if it has more."""
     manifest = f"{out}/sample.parquet"
-    kept = [{key: row.get(key) for key in _MANIFEST_COLUMNS} for row in rows]
-    storage.write_table(manifest, pa.Table.from_pylist(kept))
+    storage.write_table(manifest, pa.table({name: [getattr(row, name) for row in rows] for name in _MANIFEST_COLUMNS}))
     parts = f"rows_per_shard={-(-len(rows) // SHARDS)}"
     fixed = [f"manifest={manifest}", "media_root=null", f"out={out}/curated", "max_reject_ratio=1", parts]
     with recorded(bare=True) as stages:

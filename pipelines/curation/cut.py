@@ -4,61 +4,31 @@ Workers look through each file once and keep what they found in OUT/_cut/shard-N
 run looks through new and changed files only.
 """
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, Self
-
-import pydantic
+from typing import Any
 
 from aai import storage
-from aai.config import Config
+from aai.digest import digest, stored_digest
 from aai.media.child import MediaChild
 from aai.media.limits import ClipError, DecodeConfig
-from aai.media.shots import Probe, failed_probe, require_shots
-from pipelines.curation.measuring import read_file
+from aai.media.shots import Probe, probe_from_json, probe_to_json, require_shots
+from pipelines.curation.curate_config import CutConfig
+from pipelines.curation.layout import CUT
+from pipelines.curation.reading import read_file
 from pipelines.engine.shards import Result, Shard, run_shards
-from pipelines.manifests.table import Row
+from pipelines.manifests.row import ManifestRow
 from pipelines.settings import ClusterConfig
 
 log = logging.getLogger(__name__)
 
-FOLDER = "_cut"
 _FILES_PER_SHARD = {"windows": 64, "shots": 8}
 
 Span = tuple[float, float | None]
 """(start_s, end_s) of a clip; None = to the end of the file."""
-
-
-class CutConfig(Config):
-    """How long videos become clips. Rows that have a start_s or end_s are clips already and stay as they are."""
-
-    mode: Literal["none", "windows", "shots"] = "none"
-    """none: a file is a clip; windows: clips of a fixed length; shots: a clip for each shot (needs `aai[shots]`)."""
-    window_s: float = pydantic.Field(10.0, gt=0)
-    """Length of a window."""
-    stride_s: float | None = pydantic.Field(None, ge=0.1)
-    """From one window's start to the next; empty = window_s, so that windows neither overlap nor leave gaps."""
-    min_s: float = pydantic.Field(2.0, ge=0)
-    """Shorter shots, and shorter rests at the end of a file, are left out."""
-    max_s: float = pydantic.Field(30.0, gt=0)
-    """Longer shots are divided into equal parts of at most this length."""
-    shot_threshold: float = pydantic.Field(3.0, gt=1)
-    """How many times stronger than its neighbours' a change of picture must be to end a shot."""
-    max_file_s: float = pydantic.Field(6 * 3600, gt=0)
-    """Longest file that is cut; a longer one stays a clip of its own (which decoding then refuses)."""
-    timeout_s: float = pydantic.Field(900, gt=0)
-    """Wall-clock limit for looking through one file."""
-
-    @pydantic.model_validator(mode="after")
-    def _lengths(self) -> Self:
-        if self.min_s > min(self.window_s, self.max_s):
-            raise ValueError("min_s is longer than window_s or max_s: no clip would be left")
-        return self
 
 
 def windows(duration_s: float, cfg: CutConfig) -> list[Span]:
@@ -66,10 +36,12 @@ def windows(duration_s: float, cfg: CutConfig) -> list[Span]:
     stride_s = cfg.stride_s or cfg.window_s
     # Where windows overlap, the first one that reaches the end is the last.
     count = max(1, math.ceil((duration_s - cfg.window_s) / stride_s - 1e-9) + 1)
-    starts_s = [round(number * stride_s, 6) for number in range(count)]
-    return [
-        (start_s, min(round(start_s + cfg.window_s, 6), duration_s)) for start_s in starts_s if start_s < duration_s
-    ]
+    found: list[Span] = []
+    for number in range(count):
+        start_s = round(number * stride_s, 6)
+        if start_s < duration_s:
+            found.append((start_s, min(round(start_s + cfg.window_s, 6), duration_s)))
+    return found
 
 
 def parts(start_s: float, end_s: float, cfg: CutConfig) -> list[Span]:
@@ -79,22 +51,24 @@ def parts(start_s: float, end_s: float, cfg: CutConfig) -> list[Span]:
     return list(pairwise(edges_s))
 
 
-def spans(probe: Probe, cfg: CutConfig) -> list[Span]:
+def spans(probe: Probe | ClipError, cfg: CutConfig) -> list[Span]:
     """The clips of a file; empty where it stays whole: it is no longer than one clip, or cannot be cut.
 
     A file that breaks off before its promised end gets one span more, from there on, so that its decoding tells.
     """
-    if "code" in probe:
+    if isinstance(probe, ClipError):
         return []
-    duration_s = math.floor(probe["duration_s"] * 1000) / 1000
+    duration_s = math.floor(probe.duration_s * 1000) / 1000  # down, so that no clip ends after its file
+    found: list[Span] = []
     if cfg.mode == "shots":
-        found = [part for start_s, end_s in probe["shots"] for part in parts(start_s, end_s, cfg)]
+        for start_s, end_s in probe.shots or ():
+            found += parts(start_s, end_s, cfg)
     else:
         found = windows(duration_s, cfg)
-    if probe["is_whole"] and len(found) == 1:
+    if probe.is_whole and len(found) == 1:
         return []
-    kept = [(start_s, end_s) for start_s, end_s in found if end_s is None or end_s - start_s >= cfg.min_s]
-    return kept if probe["is_whole"] or not kept else [*kept, (duration_s, None)]
+    kept = [span for span in found if span[1] is None or span[1] - span[0] >= cfg.min_s]
+    return kept if probe.is_whole or not kept else [*kept, (duration_s, None)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +90,15 @@ class CutWorker:
 
     def __call__(self, shard: CutShard) -> Result:
         """Looks through the shard's files."""
-        found = {key: self.probe(uri) for key, uri in shard.files.items()}
-        storage.write_json(storage.join(self.out, FOLDER, f"{shard.name}.json"), found)
+        found = {key: probe_to_json(self.probe(uri)) for key, uri in shard.files.items()}
+        storage.write_json(storage.join(self.out, CUT, f"{shard.name}.json"), found)
         return Result(rows=len(found))
 
-    def probe(self, uri: str) -> Probe:
-        """What is found in one file; a file that cannot be read is told of, nothing is raised."""
+    def probe(self, uri: str) -> Probe | ClipError:
+        """What is found in one file, or why it cannot be read; nothing is raised."""
         data = read_file(uri, self.decode.max_bytes)
         if isinstance(data, ClipError):  # decoding will tell it again, as a rejected row
-            return failed_probe(data)
+            return data
         threshold = self.cut.shot_threshold if self.cut.mode == "shots" else None
         return self.child.probe(data, threshold, self.cut.max_file_s, self.cut.timeout_s)
 
@@ -133,47 +107,49 @@ def _keys(uris: Sequence[str], cfg: CutConfig) -> dict[str, str]:
     """{uri: key}: what was found under a key holds for as long as the file and what is looked for stay the same."""
     wanted = [cfg.mode, cfg.max_file_s, *([cfg.shot_threshold] if cfg.mode == "shots" else [])]
     stamps = storage.stamps(uris)
-    return {uri: _short_hash([uri, stamps[uri], *wanted]) for uri in uris}
+    return {uri: stored_digest([uri, stamps[uri], *wanted], length=24) for uri in uris}
 
 
-def _short_hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
-
-
-def _known(out: str) -> dict[str, Probe]:
+def _known(out: str) -> dict[str, Probe | ClipError]:
     """What was found so far, by key; a passing failure gives way to what a later run found."""
-    found: dict[str, Probe] = {}
-    for file in storage.list_files(storage.join(out, FOLDER), ".json"):
-        probes: dict[str, Probe] = storage.read_json(file)
-        found |= {key: probe for key, probe in probes.items() if key not in found or not probe.get("transient")}
+    found: dict[str, Probe | ClipError] = {}
+    for file in storage.list_files(storage.join(out, CUT), ".json"):
+        for key, values in storage.read_json(file).items():
+            probe = probe_from_json(values)
+            if key not in found or not _may_pass(probe):
+                found[key] = probe
     return found
 
 
-def _shards(keys: Mapping[str, str], known: Mapping[str, Probe], size: int) -> list[CutShard]:
+def _may_pass(probe: Probe | ClipError | None) -> bool:
+    """Whether another look may find more: there was none yet, or it failed for a passing reason."""
+    return probe is None or (isinstance(probe, ClipError) and probe.transient)
+
+
+def _shards(keys: Mapping[str, str], known: Mapping[str, Probe | ClipError], size: int) -> list[CutShard]:
     """New files, and those whose failure may have been a passing one."""
-    todo = {key: uri for uri, key in keys.items() if known.get(key, {"transient": True}).get("transient")}
-    names = list(todo)
-    parts = [names[i : i + size] for i in range(0, len(names), size)]
-    return [
-        CutShard(name=f"shard-{_short_hash(part)}", rows=len(part), files={key: todo[key] for key in part})
-        for part in parts
-    ]
+    todo = [(key, uri) for uri, key in keys.items() if _may_pass(known.get(key))]
+    shards = []
+    for start in range(0, len(todo), size):
+        files = dict(todo[start : start + size])
+        shards.append(CutShard(name=f"shard-{digest(list(files), 24)}", rows=len(files), files=files))
+    return shards
 
 
 def cut_rows(
-    rows: Sequence[Row],
+    rows: Sequence[ManifestRow],
     cfg: CutConfig,
     decode_cfg: DecodeConfig,
     out: str,
     cluster: ClusterConfig,
     log_dir: str | None = None,
-) -> list[Row]:
+) -> list[ManifestRow]:
     """The manifest's rows in their order, those of whole files replaced by their clips.
 
     out: folder or s3:// prefix; what was found stays in out/_cut. A file that cannot be looked through, or is no longer
     than one clip, stays one row. Raises UserError where shots are asked for and PySceneDetect is missing.
     """
-    uris = list(dict.fromkeys(row["uri"] for row in rows if _is_whole_file(row)))
+    uris = list(dict.fromkeys(row.uri for row in rows if _is_whole_file(row)))
     if cfg.mode == "none" or not uris:
         return list(rows)
     keys = _keys(uris, cfg)
@@ -181,14 +157,14 @@ def cut_rows(
     arguments = {"out": out, "cut": cfg.model_dump(), "decode": decode_cfg.model_dump()}
     run_shards("cut", shards, CutWorker, arguments, cluster, log_dir=log_dir, unit="file")
     found = _known(out)
-    cut: list[Row] = []
+    cut: list[ManifestRow] = []
     for row in rows:
-        clips = spans(found[keys[row["uri"]]], cfg) if _is_whole_file(row) else []
-        cut += [row | {"start_s": start_s, "end_s": end_s} for start_s, end_s in clips] or [row]
-    failed = sum("code" in found[key] for key in keys.values())
+        clips = spans(found[keys[row.uri]], cfg) if _is_whole_file(row) else []
+        cut += [replace(row, start_s=start_s, end_s=end_s) for start_s, end_s in clips] or [row]
+    failed = sum(isinstance(found[key], ClipError) for key in keys.values())
     log.info("cut: %d rows -> %d clips; %d of %d files cannot be cut", len(rows), len(cut), failed, len(uris))
     return cut
 
 
-def _is_whole_file(row: Row) -> bool:
-    return row["start_s"] is None and row["end_s"] is None
+def _is_whole_file(row: ManifestRow) -> bool:
+    return row.start_s is None and row.end_s is None

@@ -10,15 +10,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
 from aai import storage
 from aai.errors import UserError
-from pipelines.manifests.table import Row
+from pipelines.curation.layout import PLAN
+from pipelines.manifests.row import ManifestRow
 
-FOLDER = "_plan"
 BATCH_TABLE = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -30,19 +29,19 @@ BATCH_TABLE = pa.schema(
 )
 
 
-def row_keys(rows: Sequence[Row]) -> list[str]:
+def row_keys(rows: Sequence[ManifestRow]) -> list[str]:
     """One key per manifest row; a clip that is listed twice has two."""
-    stamps = storage.stamps([row["uri"] for row in rows])
+    stamps = storage.stamps([row.uri for row in rows])
     seen: Counter[str] = Counter()
     keys = []
     for row in rows:
-        text = json.dumps([row["uri"], row["start_s"], row["end_s"], stamps[row["uri"]]])
+        text = json.dumps([row.uri, row.start_s, row.end_s, stamps[row.uri]])
         keys.append(hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest()[:24])
         seen[text] += 1
     return keys
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One clip of a shard."""
 
@@ -61,38 +60,41 @@ class Ledger:
         self.shards: dict[str, list[Entry]] = {}
         self.shard_of: dict[str, str] = {}
         self.batches = 0
-        for file in storage.list_files(storage.join(out, FOLDER), ".parquet"):
-            self._take(storage.read_table(file).to_pylist())
+        for file in storage.list_files(storage.join(out, PLAN), ".parquet"):
+            self._take(storage.read_table(file))
 
-    def _take(self, rows: Sequence[dict[str, Any]]) -> None:
+    def _take(self, batch: pa.Table) -> None:
         self.batches += 1
-        for row in rows:
-            shard = row.pop("shard")
-            self.shards.setdefault(shard, []).append(Entry(**row))
-            self.shard_of[row["key"]] = shard
+        columns = [batch[name].to_pylist() for name in BATCH_TABLE.names]
+        for key, uri, start_s, end_s, shard in zip(*columns, strict=True):
+            self.shards.setdefault(shard, []).append(Entry(key, uri, start_s, end_s))
+            self.shard_of[key] = shard
 
     def add(self, entries: Sequence[Entry], rows_per_shard: int) -> list[str]:
         """Gives clips to new shards, and keeps that; returns the shards' names.
 
         Raises UserError when another ledger of this folder has written the batch.
         """
-        first = len(self.shards)
-        rows = [
-            {**vars(entry), "shard": f"shard-{first + number // rows_per_shard:05d}"}
-            for number, entry in enumerate(entries)
-        ]
-        if not rows:
+        if not entries:
             return []
-        table = pa.Table.from_pylist(rows, schema=BATCH_TABLE)
-        batch = storage.join(self.out, FOLDER, f"batch-{self.batches:05d}.parquet")
+        first = len(self.shards)
+        columns = {
+            "key": [entry.key for entry in entries],
+            "uri": [entry.uri for entry in entries],
+            "start_s": [entry.start_s for entry in entries],
+            "end_s": [entry.end_s for entry in entries],
+            "shard": [f"shard-{first + number // rows_per_shard:05d}" for number in range(len(entries))],
+        }
+        table = pa.table(columns, schema=BATCH_TABLE)
+        batch = storage.join(self.out, PLAN, f"batch-{self.batches:05d}.parquet")
         try:
             if storage.exists(batch):  # asked first, since not every S3 server knows conditional writes
                 raise FileExistsError(batch)
             storage.write_table(batch, table, new=True)
         except FileExistsError as error:
-            rule = f"another run has planned {FOLDER}/batch-{self.batches:05d}.parquet meanwhile"
+            rule = f"another run has planned {PLAN}/batch-{self.batches:05d}.parquet meanwhile"
             raise UserError("out", self.out, rule, "wait for its end, then run this again") from error
-        self._take(rows)
+        self._take(table)
         return list(self.shards)[first:]
 
     def missing(self, keys: Sequence[str]) -> Iterator[int]:
@@ -101,8 +103,9 @@ class Ledger:
 
     def valid(self, keys: set[str]) -> dict[str, list[Entry]]:
         """Shards with those of their clips that are wanted and were not tried again in a later shard."""
-        valid = {
-            name: [entry for entry in entries if entry.key in keys and self.shard_of[entry.key] == name]
-            for name, entries in self.shards.items()
-        }
-        return {name: entries for name, entries in valid.items() if entries}
+        valid: dict[str, list[Entry]] = {}
+        for name, entries in self.shards.items():
+            wanted = [entry for entry in entries if entry.key in keys and self.shard_of[entry.key] == name]
+            if wanted:
+                valid[name] = wanted
+        return valid

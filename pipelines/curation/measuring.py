@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -21,19 +21,16 @@ from aai.errors import UserError
 from aai.media.child import MediaChild
 from aai.media.filters import RULES, FilterConfig, broken_rules
 from aai.media.limits import ClipError, DecodeConfig
-from aai.media.measure import MEASURED_ROW, clip_id
+from aai.media.measure import MEASURED_ROW, MeasuredRow, clip_id
+from pipelines.curation.curate_config import CurateConfig
+from pipelines.curation.layout import KNOWN, MEASURED, shard_file
 from pipelines.curation.ledger import Entry, Ledger
+from pipelines.curation.reading import read_file
 from pipelines.engine.shards import Result, Shard, run_shards
-from pipelines.manifests.table import Row
-
-if TYPE_CHECKING:
-    from pipelines.curate import CurateConfig
+from pipelines.manifests.row import ManifestRow
 
 log = logging.getLogger(__name__)
 
-FOLDER = "_measured"
-KNOWN = "_known.parquet"
-"""clip_id, shard and row of all clips measured before this run."""
 READ_AHEAD = 3
 """Files read while one is decoded."""
 TRANSIENT = "TRANSIENT"
@@ -43,11 +40,6 @@ EARLY_ROWS = 500
 MEASURED_TABLE = pa.schema([pa.field("key", pa.string(), nullable=False), *MEASURED_ROW])
 SMALL = [name for name in MEASURED_TABLE.names if name not in ("audio", "frames", "frame_pts_s")]
 """The columns that judging needs."""
-
-
-def shard_file(out: str, folder: str, name: str) -> str:
-    """Where the table of a shard lies."""
-    return storage.join(out, folder, f"{name}.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +68,8 @@ class MeasureWorker:
     def __call__(self, shard: MeasureShard) -> MeasureResult:
         """Measures the shard's clips."""
         rows, reused = [], 0
-        for clips, data in self._read_ahead([list(group) for _, group in groupby(shard.clips, lambda c: c.uri)]):
+        by_file = [list(clips) for _, clips in groupby(shard.clips, lambda clip: clip.uri)]
+        for clips, data in self._read_ahead(by_file):
             content = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
             for clip in clips:
                 if isinstance(data, ClipError):
@@ -87,7 +80,7 @@ class MeasureWorker:
                     row = self.child.measure(data, clip.start_s, clip.end_s)
                 rows.append({**row, "key": clip.key})
         table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
-        storage.write_table(shard_file(self.out, FOLDER, shard.name), table, row_group_size=64)
+        storage.write_table(shard_file(self.out, MEASURED, shard.name), table, row_group_size=64)
         rejected = sum(bool(row.get("code") or broken_rules(row, self.filters)) for row in rows)
         return MeasureResult(rows=len(rows), rejected=rejected, reused=reused)
 
@@ -110,35 +103,23 @@ class MeasureWorker:
         where = storage.join(self.out, KNOWN)
         if not storage.exists(where):
             return {}
-        rows = storage.read_table(where).to_pylist()
-        return {row["clip_id"]: (row["shard"], row["row"]) for row in rows}
+        table = storage.read_table(where)
+        places = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
+        return dict(zip(table["clip_id"].to_pylist(), places, strict=True))
 
-    def _known(self, content_hash: str, clip: Entry) -> dict[str, Any] | None:
+    def _known(self, content_hash: str, clip: Entry) -> MeasuredRow | None:
         """An earlier run's row of the same content and window: moved, copied and touched files are not decoded."""
         if not self._places:
             return None
         place = self._places.get(clip_id(content_hash, clip.start_s, clip.end_s))
         if place is None:
             return None
-        row: dict[str, Any] = storage.read_row(shard_file(self.out, FOLDER, place[0]), place[1])
+        row: MeasuredRow = storage.read_row(shard_file(self.out, MEASURED, place[0]), place[1])
         return row
 
 
-def _unread(error: ClipError) -> dict[str, Any]:
+def _unread(error: ClipError) -> MeasuredRow:
     return {"stage": "read", "code": error.code, "message": error.message, "transient": error.transient}
-
-
-def read_file(uri: str, max_bytes: int) -> bytes | ClipError:
-    """A file's content, or why it cannot be had."""
-    try:
-        return storage.read_bytes(uri, max_bytes)
-    except FileNotFoundError:
-        return ClipError("MISSING_FILE", "no such file")
-    except ValueError as error:
-        return ClipError("TOO_LARGE", str(error))
-    except Exception as error:  # storage clients raise many types; all mean "ask again later"
-        log.debug("reading %s", uri, exc_info=True)
-        return ClipError("IO_ERROR", f"{type(error).__name__}: {error}"[:300], transient=True)
 
 
 # ---------------------------------------------------------------- the driver's side
@@ -147,7 +128,7 @@ def read_file(uri: str, max_bytes: int) -> bytes | ClipError:
 class _RejectWatch:
     """Stops a job that is going wrong: the shards that are done stay done."""
 
-    def __init__(self, config: "CurateConfig", total: int) -> None:
+    def __init__(self, config: CurateConfig, total: int) -> None:
         self.config, self.after = config, max(EARLY_ROWS, total // 50)
         self.rows = self.rejected = 0
 
@@ -157,7 +138,7 @@ class _RejectWatch:
             check_ratio(self.config, self.rejected, self.rows, "so far")
 
 
-def check_ratio(config: "CurateConfig", rejected: int, rows: int, when: str) -> None:
+def check_ratio(config: CurateConfig, rejected: int, rows: int, when: str) -> None:
     """Raises UserError when more than `max_reject_ratio` of the rows were rejected."""
     if rejected > config.max_reject_ratio * rows:
         raise UserError(
@@ -168,19 +149,23 @@ def check_ratio(config: "CurateConfig", rejected: int, rows: int, when: str) -> 
         )
 
 
-def _retried(config: "CurateConfig", ledger: Ledger, keys: Sequence[str]) -> list[Entry]:
+def _retried(config: CurateConfig, ledger: Ledger, keys: Sequence[str]) -> list[Entry]:
     """The clips that --retry names. Raises UserError for a code that no undecodable row has."""
     wanted, found, entries = set(config.retry), Counter[str](), []
     for name, valid in ledger.valid(set(keys)).items():
-        file = shard_file(ledger.out, FOLDER, name)
+        file = shard_file(ledger.out, MEASURED, name)
         if not storage.exists(file):
             continue
         here = {entry.key: entry for entry in valid}
-        for row in storage.read_table(file, ["key", "code", "transient"]).to_pylist():
-            if row["key"] in here and row["code"]:
-                found[row["code"]] += 1
-                if row["code"] in wanted or (TRANSIENT in wanted and row["transient"]):
-                    entries.append(here[row["key"]])
+        table = storage.read_table(file, ["key", "code", "transient"])
+        failed = table.filter(table["code"].is_valid())
+        columns = [failed[column].to_pylist() for column in ("key", "code", "transient")]
+        for key, code, transient in zip(*columns, strict=True):
+            if key not in here:
+                continue
+            found[code] += 1
+            if code in wanted or (TRANSIENT in wanted and transient):
+                entries.append(here[key])
     if unknown := wanted - set(found) - {TRANSIENT}:
         known = ", ".join(f"{code} ({count})" for code, count in found.most_common()) or "none"
         verdict = unknown & {rule[0] for rule in RULES}
@@ -193,21 +178,27 @@ def _write_known(out: str, ledger: Ledger, done: set[str]) -> None:
     """Where the good clips of the finished shards lie, so that the same content is not decoded again."""
     places: dict[str, tuple[str, int]] = {}
     for name in sorted(done & set(ledger.shards)):
-        rows = storage.read_table(shard_file(out, FOLDER, name), ["clip_id", "code"]).to_pylist()
-        places |= {row["clip_id"]: (name, i) for i, row in enumerate(rows) if row["clip_id"] and not row["code"]}
-    rows = [{"clip_id": clip, "shard": shard, "row": row} for clip, (shard, row) in places.items()]
-    table = pa.Table.from_pylist(rows, pa.schema({"clip_id": pa.string(), "shard": pa.string(), "row": pa.int64()}))
-    storage.write_table(storage.join(out, KNOWN), table, row_group_size=65_536)
+        table = storage.read_table(shard_file(out, MEASURED, name), ["clip_id", "code"])
+        ids, codes = table["clip_id"].to_pylist(), table["code"].to_pylist()
+        for row, (clip, code) in enumerate(zip(ids, codes, strict=True)):
+            if clip and not code:
+                places[clip] = (name, row)
+    columns = {
+        "clip_id": pa.array(list(places), pa.string()),
+        "shard": pa.array([shard for shard, _ in places.values()], pa.string()),
+        "row": pa.array([row for _, row in places.values()], pa.int64()),
+    }
+    storage.write_table(storage.join(out, KNOWN), pa.table(columns), row_group_size=65_536)
 
 
 def measure_rows(
-    config: "CurateConfig", out: str, rows: Sequence[Row], keys: Sequence[str]
+    config: CurateConfig, out: str, rows: Sequence[ManifestRow], keys: Sequence[str]
 ) -> tuple[Ledger, Counter[str]]:
     """Plans what is new, or to be tried again, and measures every shard that is missing."""
     ledger = Ledger(out)
     again = _retried(config, ledger, keys) if config.retry else []
     new = [_entry(keys[i], rows[i]) for i in ledger.missing(keys)]
-    done = storage.shard_names(storage.join(out, FOLDER))
+    done = storage.shard_names(storage.join(out, MEASURED))
     if done and new:
         _write_known(out, ledger, done)
     added = ledger.add([*again, *new], config.rows_per_shard)
@@ -231,5 +222,5 @@ def measure_rows(
     return ledger, counts
 
 
-def _entry(key: str, row: Row) -> Entry:
-    return Entry(key, row["uri"], row["start_s"], row["end_s"])
+def _entry(key: str, row: ManifestRow) -> Entry:
+    return Entry(key, row.uri, row.start_s, row.end_s)

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,14 @@ import pyarrow as pa
 
 from aai import storage
 from aai.media.duplicates import BANDS, DuplicateConfig, near_pairs, near_pairs_of
+from pipelines.curation.layout import NEAR
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.settings import ClusterConfig
 
-FOLDER = "_near"
-"""Hashes and pairs, only while the search runs."""
 SPREAD_FROM = 100_000
 """Clips from which on workers search; below, starting them takes longer."""
 PAIRS_PER_TASK = 1_000_000_000
 """Comparisons of one unit of work: about half a minute."""
-HASHES = ("video_hash", "audio_hash")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +35,13 @@ class NearWorker:
     """Searches a share of one band -> _near/pairs/NAME.parquet. Holds the hashes of all clips, 64 bytes each."""
 
     def __init__(self, out: str, duplicates: dict[str, Any]) -> None:
-        self.out, self.cfg = storage.join(out, FOLDER), DuplicateConfig.parse(duplicates)
+        self.out, self.cfg = storage.join(out, NEAR), DuplicateConfig.parse(duplicates)
 
     @cached_property
     def hashes(self) -> tuple[np.ndarray, np.ndarray]:
         """video, audio uint64 [N, 4]."""
         table = storage.read_table(storage.join(self.out, "hashes.parquet"))
-        video, audio = (np.concatenate([_words_of(chunk) for chunk in table[name].chunks]) for name in HASHES)
-        return video, audio
+        return _words_of(table["video_hash"]), _words_of(table["audio_hash"])
 
     def __call__(self, shard: NearShard) -> Result:
         """Compares the clips that agree in the band's bits."""
@@ -53,10 +51,18 @@ class NearWorker:
         return Result(rows=shard.rows)
 
 
-def _words_of(hashes: pa.FixedSizeBinaryArray) -> np.ndarray:
-    """uint64 [N, 4], without a Python object for each."""
-    flat = np.frombuffer(hashes.buffers()[1], np.uint64).reshape(-1, 4)
-    return flat[hashes.offset : hashes.offset + len(hashes)]
+def _words_of(column: pa.ChunkedArray) -> np.ndarray:
+    """uint64 [N, 4] of a column of 256-bit hashes, without a Python object for each."""
+    parts = []
+    for chunk in column.chunks:
+        flat = np.frombuffer(chunk.buffers()[1], np.uint64).reshape(-1, 4)
+        parts.append(flat[chunk.offset : chunk.offset + len(chunk)])
+    return np.concatenate(parts)
+
+
+def _as_column(hashes: np.ndarray) -> pa.Array:
+    """The reverse: binary(32) [N] of uint64 [N, 4]."""
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(hashes), [None, pa.py_buffer(hashes.tobytes())])
 
 
 def parts_of(clips: int) -> int:
@@ -72,18 +78,13 @@ def spread_near_pairs(
     clips = len(video)
     if clips < SPREAD_FROM:
         return near_pairs(video, audio, cfg)
-    here, parts = storage.join(out, FOLDER), parts_of(clips)
+    here, parts = storage.join(out, NEAR), parts_of(clips)
     storage.remove(here)  # of a run that was killed
-    columns = {
-        name: pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), clips, [None, pa.py_buffer(hashes.tobytes())])
-        for name, hashes in zip(HASHES, (video, audio), strict=True)
-    }
-    storage.write_table(storage.join(here, "hashes.parquet"), pa.table(columns))
-    shards = [
-        NearShard(name=f"{band:02d}-{part:04d}", rows=1, band=band, part=part, parts=parts)
-        for band in range(BANDS)
-        for part in range(parts)
-    ]
+    hashes = pa.table({"video_hash": _as_column(video), "audio_hash": _as_column(audio)})
+    storage.write_table(storage.join(here, "hashes.parquet"), hashes)
+    shards = []
+    for band, part in product(range(BANDS), range(parts)):
+        shards.append(NearShard(name=f"{band:02d}-{part:04d}", rows=1, band=band, part=part, parts=parts))
     args = {"out": out, "duplicates": cfg.model_dump()}
     name, logs = "curate: near duplicates", os.path.dirname(out)
     run_shards(name, shards, NearWorker, args, cluster, log_dir=logs, unit="part")

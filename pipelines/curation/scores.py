@@ -2,10 +2,12 @@
 
 import io
 import logging
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
@@ -16,9 +18,9 @@ from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec, identity
 from aai.precision import dtype_of
-from pipelines.curation.measuring import FOLDER as MEASURED
-from pipelines.curation.measuring import shard_file
-from pipelines.curation.similarity import DIGEST, FOLDER, ScoreConfig, ScoreShard, similarity_table, vectors
+from pipelines.curation.curate_config import ScoreConfig
+from pipelines.curation.layout import MEASURED, SCORED, shard_file
+from pipelines.curation.similarity import DIGEST, ScoreShard, similarity_table, vectors
 from pipelines.engine.shards import Result
 
 log = logging.getLogger(__name__)
@@ -43,25 +45,29 @@ class ScoreWorker:
         captions = {clip.key: clip.caption for clip in shard.clips}
         columns = ["key", "code", "frames"] + (["audio"] if self.aligner else [])
         measured = storage.read_table(shard_file(self.out, MEASURED, shard.name), columns)
-        rows = [row for row in measured.to_pylist() if row["key"] in captions and row["code"] is None]
-        image = self._images([row["frames"] for row in rows])
-        out: dict[str, Any] = {"key": [row["key"] for row in rows]}
-        out["caption_similarity"] = self._captions([captions[row["key"]] for row in rows], image)
-        out["av_similarity"] = [None] * len(rows)
-        audio = np.zeros_like(image)
+        wanted = pc.is_in(measured["key"], pa.array(captions, pa.string()))
+        good = measured.filter(pc.and_(wanted, measured["code"].is_null()))
+        keys = good["key"].to_pylist()
+        image = self._images(good["frames"].to_pylist())
+        audio, av_similarity = np.zeros_like(image), [None] * len(keys)
         if self.aligner:
-            audio = embed_files(self.aligner, [row["audio"] for row in rows])
-            out["av_similarity"] = (audio * image).sum(1).tolist()
-        out |= {"audio_embed": vectors(audio), "image_embed": vectors(image)}
-        table = pa.table(out, schema=similarity_table(image.shape[1])).replace_schema_metadata(
-            {DIGEST: shard.digest.encode()}
-        )
-        storage.write_table(shard_file(self.out, FOLDER, shard.name), table)
+            audio = embed_files(self.aligner, good["audio"].to_pylist())
+            av_similarity = (audio * image).sum(1).tolist()
+        scores = {
+            "key": keys,
+            "caption_similarity": self._captions([captions[key] for key in keys], image),
+            "av_similarity": av_similarity,
+            "audio_embed": vectors(audio),
+            "image_embed": vectors(image),
+        }
+        table = pa.table(scores, schema=similarity_table(image.shape[1]))
+        table = table.replace_schema_metadata({DIGEST: shard.digest.encode()})
+        storage.write_table(shard_file(self.out, SCORED, shard.name), table)
         return Result(rows=shard.rows)
 
     def _images(self, frames: list[list[bytes]]) -> np.ndarray:
         """Unit mean feature [N, D] of each clip's pictures."""
-        pictures = [Image.open(io.BytesIO(data)) for row in frames for data in row]
+        pictures = [Image.open(io.BytesIO(data)) for data in chain.from_iterable(frames)]
         features = self.clip.images(pictures).numpy()
         ends = np.cumsum([len(row) for row in frames])
         means = [part.mean(0) for part in np.split(features, ends[:-1])] if frames else []

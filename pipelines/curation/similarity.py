@@ -1,67 +1,29 @@
 """What models said of the clips: the table of similarities, and how alike sound and pictures are by chance."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pydantic
 
 from aai import correspondence, storage
-from aai.config import Config
 from aai.correspondence import sample
-from aai.foundation.identity import FoundationSpec, identity
+from aai.digest import stored_digest
 from aai.schema import SIMILARITIES
-from pipelines.curation.measuring import shard_file
+from pipelines.curation.layout import SCORED, shard_file
 from pipelines.engine.shards import Shard
-from pipelines.manifests.table import Row
-from pipelines.settings import DType
+from pipelines.manifests.row import ManifestRow
 
 log = logging.getLogger(__name__)
 
-FOLDER = "_scored"
 DIGEST = b"aai.scores"
 """Where a scored file carries the digest of what it was made of."""
 EMBEDDINGS = ("audio_embed", "image_embed")
 
 
-class ScoreConfig(Config):
-    """Models that look at the clips; none by default."""
-
-    caption: bool = False
-    """Compare captions and pictures by the CLIP of `foundation` (signal caption_similarity)."""
-    foundation: FoundationSpec = FoundationSpec()
-    bundle: str | None = None
-    """Aligned bundle (of `aai align`) that compares each clip's sound with its pictures (signal av_similarity)."""
-    false_accept_rate: float = pydantic.Field(0.05, gt=0, lt=1)
-    """Clips are WRONG_AUDIO below the similarity that this share of shuffled pairs of sound and pictures reaches."""
-    dtype: DType = "float32"
-    """Arithmetic of the CLIP."""
-    batch_size: int = pydantic.Field(64, ge=1)
-    """Pictures per forward pass."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether any model is to look."""
-        return self.caption or self.bundle is not None
-
-    def content_digest(self) -> str:
-        """Of everything that determines the scores, the weights themselves among it."""
-        models: dict[str, Any] = {"dtype": self.dtype}
-        if self.caption:
-            models["foundation"] = identity(self.foundation)
-        if self.bundle is not None:
-            from aai.bundle import read_bundle  # only here: torch takes seconds to import
-
-            models["bundle"] = read_bundle(self.bundle).sha
-        return hashlib.sha256(json.dumps([models, self.caption], sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CaptionedClip:
     """What scoring needs to know of a clip beside what was measured."""
 
@@ -80,7 +42,7 @@ class ScoreShard(Shard):
 
 def shard_digest(config_digest: str, clips: Sequence[CaptionedClip]) -> str:
     """Of a shard's scores: the models, and its clips with their captions."""
-    return hashlib.sha256(json.dumps([config_digest, [vars(clip) for clip in clips]]).encode()).hexdigest()[:16]
+    return stored_digest([config_digest, [asdict(clip) for clip in clips]])
 
 
 def similarity_table(dim: int) -> pa.Schema:
@@ -95,11 +57,10 @@ def vectors(values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def read_scores(out: str, shard: str) -> dict[str, dict[str, float | None]]:
-    """{key: similarities} of a scored shard."""
+def read_scores(out: str, shard: str) -> pa.Table:
+    """key and SIMILARITIES of the clips of a scored shard."""
     names = [field.name for field in SIMILARITIES]
-    rows = storage.read_table(shard_file(out, FOLDER, shard), ["key", *names]).to_pylist()
-    return {row.pop("key"): row for row in rows}
+    return storage.read_table(shard_file(out, SCORED, shard), ["key", *names])
 
 
 def sample_embeddings(out: str, shards: Sequence[str], among: Set[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -107,7 +68,7 @@ def sample_embeddings(out: str, shards: Sequence[str], among: Set[str]) -> tuple
     keys: list[str] = []
     vectors: list[np.ndarray] = []
     for shard in shards:
-        table = storage.read_table(shard_file(out, FOLDER, shard), ["key", *EMBEDDINGS])
+        table = storage.read_table(shard_file(out, SCORED, shard), ["key", *EMBEDDINGS])
         both = [table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in EMBEDDINGS]
         pairs = np.stack([flat.reshape(len(table), -1) for flat in both], axis=1)  # [n, 2, D]
         chosen = [i for i, key in enumerate(table["key"].to_pylist()) if key in among]
@@ -128,26 +89,25 @@ class Null:
 
     @classmethod
     def measure(
-        cls, out: str, shards: Sequence[str], rows: Mapping[str, Row], among: Set[str], rate: float
+        cls, out: str, shards: Sequence[str], rows: Mapping[str, ManifestRow], among: Set[str], rate: float
     ) -> "Null | None":
         """From the scored clips `among` (keys); None, with a warning, when they are too few to tell what chance is."""
         keys, audio, image = sample_embeddings(out, shards, among)
         if len(keys) < correspondence.MIN_CLIPS:
             log.warning("curate: correspondence is not judged: %d clips tell nothing of chance", len(keys))
             return None
-        labels = [(rows[key]["labels"] or [""])[0] for key in keys]
+        labels = [(rows[key].labels or ("",))[0] for key in keys]
         null = correspondence.shuffled_null(audio, image, labels)
         return cls(null, (audio * image).sum(1), rate)
 
-    def against(self, row: Mapping[str, Any]) -> str | None:
-        """What to say against a clip, if anything."""
-        value = row["av_similarity"]
-        if value is None or value >= self.threshold:
+    def against(self, av_similarity: float | None) -> str | None:
+        """What to say against a clip with this similarity, if anything."""
+        if av_similarity is None or av_similarity >= self.threshold:
             return None
-        share = float((self.null >= value).mean())
+        share = float((self.null >= av_similarity).mean())
         return (
-            f"av_similarity {value:.3f} is below {self.threshold:.3f}: {share:.0%} of shuffled pairs are as alike, "
-            f"false_accept_rate {self.false_accept_rate:g}"
+            f"av_similarity {av_similarity:.3f} is below {self.threshold:.3f}: "
+            f"{share:.0%} of shuffled pairs are as alike, false_accept_rate {self.false_accept_rate:g}"
         )
 
     def describe(self, bins: int = 60) -> dict[str, Any]:

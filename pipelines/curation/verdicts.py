@@ -1,33 +1,32 @@
 """Judging: which measured clips are taken. Thresholds, correspondence and duplicates, from small columns only."""
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from aai import storage
-from aai.media.duplicates import find_duplicates
-from aai.media.filters import broken_rules
+from aai.digest import stored_digest
+from aai.media.duplicates import HashedClip, find_duplicates
+from aai.media.filters import FilterConfig, broken_rules
+from aai.media.measure import MeasuredRow
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIMILARITIES
-from pipelines.curation.measuring import FOLDER as MEASURED
-from pipelines.curation.measuring import SMALL, shard_file
+from pipelines.curation.curate_config import CurateConfig
+from pipelines.curation.layout import ACCEPTED, MEASURED, REJECTED, shard_file
+from pipelines.curation.measuring import SMALL
 from pipelines.curation.near import spread_near_pairs
 from pipelines.curation.similarity import Null, read_scores
 from pipelines.engine.shards import Result, Shard
-from pipelines.manifests.table import Row
-
-if TYPE_CHECKING:
-    from pipelines.curate import CurateConfig
+from pipelines.manifests.row import ManifestRow
 
 DIGEST = b"aai.judged"
 """Where the tables carry the digest of what they were made of."""
-PROVENANCE = ("uri", "start_s", "end_s", "caption", "labels", "split")
 Reason = tuple[str, str, str]
 """stage, code, message."""
+Measured = Mapping[str, pa.Table]
+"""By shard: the small columns of its wanted clips and their scores, one row a clip."""
 
 
 class Verdicts:
@@ -44,56 +43,105 @@ class Verdicts:
         return key in self.reasons
 
 
-def read_measured(
-    out: str, shards: Mapping[str, Sequence[str]], rows: Mapping[str, Row], scored: bool
-) -> list[dict[str, Any]]:
-    """The small columns of the shards' wanted clips (shard -> keys), each with its manifest row and its scores."""
-    found = []
-    nothing = dict.fromkeys(field.name for field in SIMILARITIES)
+def read_measured(out: str, shards: Mapping[str, Sequence[str]], scored: bool) -> dict[str, pa.Table]:
+    """The small columns of the shards' wanted clips (shard -> keys), with their scores: null where there are none."""
+    found = {}
     for name, keys in shards.items():
-        wanted = set(keys)
-        scores = read_scores(out, name) if scored else {}
-        for row in storage.read_table(shard_file(out, MEASURED, name), SMALL).to_pylist():
-            if row["key"] in wanted:
-                found.append({**row, **rows[row["key"]], **scores.get(row["key"], nothing)})
+        table = storage.read_table(shard_file(out, MEASURED, name), SMALL)
+        table = table.filter(pc.is_in(table["key"], pa.array(keys, pa.string())))
+        scores = read_scores(out, name) if scored else None
+        # An undecodable clip has no scores: it is not found there, and its place is null.
+        places = pc.index_in(table["key"], scores["key"].combine_chunks()) if scores is not None else None
+        for field in SIMILARITIES:
+            values = pa.nulls(len(table), field.type) if scores is None else scores[field.name].take(places)
+            table = table.append_column(field, values)
+        found[name] = table
     return found
 
 
-def judge(rows: Sequence[dict[str, Any]], config: "CurateConfig", null: Null | None, out: str) -> Verdicts:
-    """Reasons against the clips. Only those that pass all else are looked at for duplicates; out: where workers may
-    share what that needs.
+# ---------------------------------------------------------------- what speaks against clips
+
+
+def judge(
+    measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
+) -> tuple[Verdicts, Null | None]:
+    """Reasons against the clips; and what the similarity of sound and pictures is by chance, where it was measured.
+
+    rows: by key. Only clips that pass all else are looked at for duplicates. out: where workers may share what that
+    needs.
     """
-    verdicts = Verdicts()
-    good = []
-    for row in rows:
-        if row["code"]:
-            continue
-        for code, message in broken_rules(row, config.filters):
-            verdicts.add(row["key"], "filter", code, message)
-        if null and (unlike := null.against(row)):
-            verdicts.add(row["key"], "correspondence", "WRONG_AUDIO", unlike)
-        if row["key"] not in verdicts:
-            good.append(row)
+    verdicts, null = Verdicts(), None
+    _judge_signals(verdicts, measured, config.filters)
+    if config.scores.bundle:
+        good = set(_undisputed(measured, verdicts))
+        null = Null.measure(out, list(measured), rows, good, config.scores.false_accept_rate)
+    if null:
+        _judge_correspondence(verdicts, measured, null)
+    _judge_duplicates(verdicts, measured, rows, config, out)
+    return verdicts, null
+
+
+def _judge_signals(verdicts: Verdicts, measured: Measured, filters: FilterConfig) -> None:
+    for table in measured.values():
+        for row in table.filter(table["code"].is_null()).to_pylist():
+            for code, message in broken_rules(row, filters):
+                verdicts.add(row["key"], "filter", code, message)
+
+
+def _judge_correspondence(verdicts: Verdicts, measured: Measured, null: Null) -> None:
+    for table in measured.values():
+        for key, value in zip(table["key"].to_pylist(), table["av_similarity"].to_pylist(), strict=True):
+            if unlike := null.against(value):
+                verdicts.add(key, "correspondence", "WRONG_AUDIO", unlike)
+
+
+def _judge_duplicates(
+    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
+) -> None:
+    good = set(_undisputed(measured, verdicts))
+    keys, clips = [], []
+    for table in measured.values():
+        columns = [table[name].to_pylist() for name in ("key", "clip_id", "video_hash", "audio_hash")]
+        for key, clip_id, video, audio in zip(*columns, strict=True):
+            if key in good:
+                keys.append(key)
+                uri, split = rows[key].uri, rows[key].split
+                clips.append(HashedClip(clip_id=clip_id, uri=uri, split=split, video_hash=video, audio_hash=audio))
     search = partial(spread_near_pairs, out=out, cluster=config.cluster)
-    for index, (code, message) in find_duplicates(good, config.duplicates, search).items():
-        verdicts.add(good[index]["key"], "duplicate", code, message)
-    return verdicts
+    for index, (code, message) in find_duplicates(clips, config.duplicates, search).items():
+        verdicts.add(keys[index], "duplicate", code, message)
 
 
-@dataclass(frozen=True, kw_only=True)
+def _undisputed(measured: Measured, verdicts: Verdicts) -> Iterator[str]:
+    """Keys of the clips that could be decoded and that nothing speaks against so far."""
+    for table in measured.values():
+        for key in table["key"].filter(table["code"].is_null()).to_pylist():
+            if key not in verdicts:
+                yield key
+
+
+# ---------------------------------------------------------------- writing the tables
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedClip:
     """A measured clip as its manifest row now describes it, with its scores and what speaks against it."""
 
     key: str
-    uri: str
-    start_s: float | None
-    end_s: float | None
-    caption: str
-    labels: list[str]
-    split: str
+    row: ManifestRow
     caption_similarity: float | None
     av_similarity: float | None
     reasons: list[Reason]
+
+    def content(self) -> dict[str, object]:
+        """All of it as JSON values; the order is part of the digest that tables carry."""
+        return {
+            "key": self.key,
+            **self.row.content(),
+            "caption_similarity": self.caption_similarity,
+            "av_similarity": self.av_similarity,
+            "reasons": self.reasons,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,36 +163,51 @@ class JudgeWorker:
         """Writes the shard's two tables."""
         clips = {clip.key: clip for clip in shard.clips}
         measured = storage.read_table(shard_file(self.out, MEASURED, shard.name))
-        accepted, rejected = [], []
+        accepted: list[MeasuredRow] = []
+        rejected: list[MeasuredRow] = []
         for row in measured.to_pylist():
             if row["key"] not in clips:
                 continue
-            clip = clips[row["key"]]
-            reasons = clip.reasons
-            row |= {name: value for name, value in vars(clip).items() if name != "reasons"}
-            if row["code"] is None and reasons and not self.flag_only:
-                row |= dict(zip(("stage", "code", "message"), reasons[0], strict=True)) | {"transient": False}
-            if row["code"]:
-                rejected.append(row | {"thumbnail": (row["frames"] or [None])[0]})
-            else:
-                accepted.append(row | {"flags": [code for _, code, _ in reasons]})
+            judged = self._judged(row, clips[row["key"]])
+            (rejected if judged["code"] else accepted).append(judged)
         # accepted/ is written last: when it is there, both are.
-        for folder, rows, schema in (("rejected", rejected, REJECT_TABLE), ("accepted", accepted, CLIP_TABLE)):
+        for folder, rows, schema in ((REJECTED, rejected, REJECT_TABLE), (ACCEPTED, accepted, CLIP_TABLE)):
             table = pa.Table.from_pylist(rows, schema=schema.with_metadata({DIGEST: shard.digest.encode()}))
             storage.write_table(shard_file(self.out, folder, shard.name), table)
         return Result(rows=shard.rows, rejected=len(rejected))
 
+    def _judged(self, measured: MeasuredRow, clip: JudgedClip) -> MeasuredRow:
+        """The row of either table: `code` tells which."""
+        row = measured | clip.content()
+        if row["code"] is None and clip.reasons and not self.flag_only:
+            stage, code, message = clip.reasons[0]
+            row |= {"stage": stage, "code": code, "message": message, "transient": False}
+        if row["code"]:
+            return row | {"thumbnail": (row["frames"] or [None])[0]}
+        return row | {"flags": [code for _, code, _ in clip.reasons]}
+
 
 def judge_shards(
-    rows: Sequence[dict[str, Any]], shards: Mapping[str, Sequence[str]], verdicts: Verdicts, flag_only: bool
+    measured: Measured,
+    shards: Mapping[str, Sequence[str]],
+    rows: Mapping[str, ManifestRow],
+    verdicts: Verdicts,
+    flag_only: bool,
 ) -> list[JudgeShard]:
     """What each JudgeWorker needs: its clips with provenance, scores and reasons, under a digest of all that."""
-    names = (*PROVENANCE, *(field.name for field in SIMILARITIES))
-    small = {row["key"]: {"key": row["key"], **{name: row[name] for name in names}} for row in rows}
     out = []
-    for shard, keys in shards.items():
-        clips = [JudgedClip(**small[key], reasons=verdicts.reasons.get(key, [])) for key in keys]
-        content = json.dumps([[vars(clip) for clip in clips], flag_only])
-        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-        out.append(JudgeShard(name=shard, rows=len(clips), clips=clips, digest=digest))
+    for name, keys in shards.items():
+        columns = [measured[name][column].to_pylist() for column in ("key", "caption_similarity", "av_similarity")]
+        scores = {key: (of_caption, of_sound) for key, of_caption, of_sound in zip(*columns, strict=True)}
+        clips = []
+        for key in keys:
+            of_caption, of_sound = scores[key]
+            reasons = verdicts.reasons.get(key, [])
+            clips.append(
+                JudgedClip(
+                    key=key, row=rows[key], caption_similarity=of_caption, av_similarity=of_sound, reasons=reasons
+                )
+            )
+        digest = stored_digest([[clip.content() for clip in clips], flag_only])
+        out.append(JudgeShard(name=name, rows=len(clips), clips=clips, digest=digest))
     return out

@@ -4,10 +4,8 @@ import csv
 import hashlib
 import io
 import json
-import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import fields, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,17 +13,17 @@ import pyarrow.parquet as pq
 from aai import storage
 from aai.errors import UserError
 from aai.schema import MANIFEST_OPTIONAL, MANIFEST_REQUIRED, MEDIA_SUFFIXES, SPLITS
+from pipelines.manifests.row import ManifestRow, RawRow, checked_row
 from pipelines.manifests.tar import REST, refuse_compressed, tars_rows
-from pipelines.manifests.youtube import youtube_rows
+from pipelines.manifests.youtube import is_youtube, youtube_rows
 
 TEXTS = (".csv", ".tsv", ".txt")
-Row = dict[str, Any]
-"""One clip: uri, start_s, end_s, caption, labels (list), split."""
+_COLUMNS = tuple(field.name for field in fields(RawRow))
 
 
 def read_manifest(
     manifest: str, media_root: str | None = None, default_split: str = "train", label_names: str | None = None
-) -> list[Row]:
+) -> list[ManifestRow]:
     """The clips of a manifest, in its order, with absolute URIs.
 
     manifest: a CSV or Parquet file with `uri` and maybe `start_s, end_s, caption, labels, split`; a WebDataset .tar; a
@@ -37,14 +35,14 @@ def read_manifest(
         raise UserError("manifest", manifest, "does not exist", "give a CSV, a Parquet file, a tar or a folder")
     refuse_compressed(manifest)
     if manifest.endswith(".parquet"):
-        rows = _from_parquet(manifest)
+        raw = _from_parquet(manifest)
     elif manifest.endswith(TEXTS) and media_root:
-        rows = youtube_rows(manifest, _text(manifest).getvalue(), media_root, default_split, label_names)
+        raw = youtube_rows(manifest, _text(manifest), media_root, default_split, label_names)
     elif manifest.endswith(TEXTS):
-        rows = _from_csv(manifest)
+        raw = _from_csv(manifest)
     else:
-        rows = _from_files(manifest)
-    rows = [_clean(row, manifest, number, default_split) for number, row in enumerate(rows, start=1)]
+        raw = _from_files(manifest)
+    rows = [checked_row(row, manifest, number, default_split) for number, row in enumerate(raw, start=1)]
     if not rows:
         raise UserError("manifest", manifest, "names no clips", "give a manifest with at least one row")
     return rows
@@ -58,28 +56,39 @@ _USUAL_NAMES = {
 """What splits are called elsewhere; only ever suggested, since "eval" is validation to some."""
 
 
-def named_splits(manifest: str, rows: Sequence[Row], split_names: Mapping[str, str]) -> list[Row]:
+def named_splits(manifest: str, rows: Sequence[ManifestRow], split_names: Mapping[str, str]) -> list[ManifestRow]:
     """The rows with their splits renamed by `split_names`.
 
     Raises UserError for a split that is then not one of SPLITS: no stage would use its clips.
     """
-    renamed = [row | {"split": split_names.get(row["split"], row["split"])} for row in rows]
-    unknown = [number for number, row in enumerate(renamed) if row["split"] not in SPLITS]
+    renamed = []
+    for row in rows:
+        split = split_names.get(row.split, row.split)
+        renamed.append(row if split == row.split else replace(row, split=split))
+    unknown = [number for number, row in enumerate(renamed) if row.split not in SPLITS]
     if not unknown:
         return renamed
-    row = renamed[unknown[0]]
     setting = {}
-    for name in dict.fromkeys(renamed[number]["split"] for number in unknown):
-        setting[name] = next((split for split, usual in _USUAL_NAMES.items() if name.lower() in (split, *usual)), "?")
+    for number in unknown:
+        setting[renamed[number].split] = _usual_split(renamed[number].split)
     pairs = ", ".join(f"{json.dumps(name, ensure_ascii=False)}: {split}" for name, split in setting.items())
-    rule = f"row {unknown[0] + 1} ({row['uri']}): split is {row['split']!r}, not one of {', '.join(SPLITS)}"
+    first = renamed[unknown[0]]
+    rule = f"row {unknown[0] + 1} ({first.uri}): split is {first.split!r}, not one of {', '.join(SPLITS)}"
     remedy = f"rename it, or pass --set 'split_names={{{pairs}}}'"
     if "?" in setting.values():
         remedy += f" with one of {', '.join(SPLITS)} for each ?"
     raise UserError("manifest", manifest, rule, remedy)
 
 
-def with_val_share(rows: Iterable[Row], share: float) -> list[Row]:
+def _usual_split(name: str) -> str:
+    """The split that a name usually stands for; "?" where nothing is usual."""
+    for split, usual in _USUAL_NAMES.items():
+        if name.lower() in (split, *usual):
+            return split
+    return "?"
+
+
+def with_val_share(rows: Iterable[ManifestRow], share: float) -> list[ManifestRow]:
     """The rows, with about this share of train's files moved to the split val.
 
     A file, or a tar's member, is chosen by the hash of where it lies and of nothing else: all clips of a file stay
@@ -87,10 +96,10 @@ def with_val_share(rows: Iterable[Row], share: float) -> list[Row]:
     """
     out = []
     for row in rows:
-        part = storage.member(row["uri"])
-        name = f"{part.file}/{part.name}" if part else row["uri"]
-        chance = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
-        out.append({**row, "split": "val"} if row["split"] == "train" and chance < share else row)
+        part = storage.member(row.uri)
+        name = f"{part.file}/{part.name}" if part else row.uri
+        chance = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
+        out.append(replace(row, split="val") if row.split == "train" and chance < share else row)
     return out
 
 
@@ -106,77 +115,44 @@ def _check_columns(manifest: str, found: Iterable[str]) -> None:
             )
 
 
-def _from_parquet(manifest: str) -> list[Row]:
+def _from_parquet(manifest: str) -> list[RawRow]:
     try:
         table = pq.read_table(io.BytesIO(storage.read_bytes(manifest)))
     except pa.ArrowInvalid as error:
         raise UserError("manifest", manifest, f"is not Parquet ({error})", "write it anew") from error
     _check_columns(manifest, table.column_names)
-    return list(table.to_pylist())
+    known = [name for name in _COLUMNS if name in table.column_names]
+    return [RawRow(**row) for row in table.select(known).to_pylist()]
 
 
-def _text(manifest: str) -> io.StringIO:
+def _text(manifest: str) -> str:
     try:
-        return io.StringIO(storage.read_bytes(manifest).decode("utf-8-sig"), newline="")
+        return storage.read_bytes(manifest).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError("manifest", manifest, "is not UTF-8 text", "save it as UTF-8") from error
 
 
-def _from_csv(manifest: str) -> list[Row]:
-    reader = csv.DictReader(_text(manifest), delimiter="\t" if manifest.endswith(".tsv") else ",")
-    _check_columns(manifest, reader.fieldnames or [])
-    return list(reader)
+def _from_csv(manifest: str) -> list[RawRow]:
+    text = _text(manifest)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if manifest.endswith(".tsv") else ",")
+    header = reader.fieldnames or []
+    if "uri" not in header and is_youtube(text):
+        rule = "is a VGGSound or AudioSet CSV, which names videos by their ids"
+        raise UserError("manifest", manifest, rule, "give media_root, the folder of its videos")
+    _check_columns(manifest, header)
+    known = [name for name in _COLUMNS if name in header]
+    return [RawRow(**{name: line[name] for name in known}) for line in reader]
 
 
-def _from_files(place: str) -> list[Row]:
+def _from_files(place: str) -> list[RawRow]:
     """A tar, or the media files and tars of a folder."""
     uris = [place] if place.lower().endswith(".tar") else storage.list_files(place)
     for uri in uris:
         refuse_compressed(uri)
-    tars = [uri for uri in uris if uri.lower().endswith(".tar")]
-    inside = tars_rows(tars)
+    inside = tars_rows([uri for uri in uris if uri.lower().endswith(".tar")])
     media = [uri for uri in uris if uri.lower().endswith(MEDIA_SUFFIXES)]
-    rows = [{"uri": uri, "caption": "", "labels": [uri.rsplit("/", 2)[-2]]} for uri in media]
-    if not rows and all(row["uri"].endswith(REST) for row in inside):
+    if not media and all(str(row.uri).endswith(REST) for row in inside):
         raise UserError("manifest", place, "holds no media files", f"give {', '.join((*MEDIA_SUFFIXES, '.tar'))}")
-    return sorted(rows + inside, key=lambda row: storage.file_of(row["uri"]))
-
-
-def _clean(row: Row, manifest: str, number: int, default_split: str) -> Row:
-    uri = str(row.get("uri") or "").strip()
-    if not uri:
-        raise UserError("manifest", manifest, f"row {number} has an empty uri", "give every row a uri")
-    file = storage.file_of(uri)
-    if "://" not in file and not file.startswith("/"):
-        is_table = manifest.endswith((*TEXTS, ".parquet"))
-        uri = storage.join(os.path.dirname(manifest) if is_table else manifest, uri)
-    if "://" in file and (scheme := file.split("://", 1)[0]) not in storage.SCHEMES:
-        rule = f"row {number}: scheme {scheme!r} is not allowed"
-        raise UserError("manifest", manifest, rule, "use a path, file:// or s3://")
-    labels = row.get("labels") or []
-    if isinstance(labels, str):
-        labels = [label.strip() for label in labels.split(";") if label.strip()]
-    return {
-        "uri": storage.absolute(uri),
-        "start_s": _seconds(row.get("start_s"), "start_s", manifest, number),
-        "end_s": _seconds(row.get("end_s"), "end_s", manifest, number),
-        "caption": str(row.get("caption") or ""),
-        "labels": [str(label) for label in labels],
-        "split": _split(row.get("split")) or default_split,
-    }
-
-
-def _split(value: object) -> str:
-    is_empty = value is None or (isinstance(value, float) and math.isnan(value))  # pandas writes NaN for an empty cell
-    return "" if is_empty else str(value).strip()
-
-
-def _seconds(value: object, column: str, manifest: str, number: int) -> float | None:
-    if value is None or value == "":
-        return None
-    try:
-        seconds = float(str(value))
-    except ValueError as error:
-        rule = f"row {number}: {column} is {value!r}"
-        raise UserError("manifest", manifest, rule, "give seconds") from error
-    return None if math.isnan(seconds) else seconds  # pandas writes NaN for an empty cell
+    # The folder that a file lies in is its label.
+    rows = [RawRow(uri=uri, labels=[uri.rsplit("/", 2)[-2]]) for uri in media]
+    return sorted(rows + inside, key=lambda row: storage.file_of(str(row.uri)))

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from aai import storage
 from aai.errors import UserError
 from aai.schema import MEDIA_SUFFIXES, VIDEO_SUFFIXES
+from pipelines.manifests.row import RawRow
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,13 @@ def refuse_compressed(uri: str) -> None:
         raise UserError("manifest", uri, rule, "write it as a plain .tar (media is compressed already)")
 
 
-def tars_rows(uris: list[str]) -> list[dict[str, Any]]:
+def tars_rows(uris: list[str]) -> list[RawRow]:
     """The rows of several tars, in their order."""
     with ThreadPoolExecutor(_THREADS) as pool:  # waiting for S3 is most of the work
         return list(chain.from_iterable(pool.map(tar_rows, uris)))
 
 
-def tar_rows(uri: str) -> list[dict[str, Any]]:
+def tar_rows(uri: str) -> list[RawRow]:
     """One row per media member of a tar, with what the other members of its key (name up to the first dot) say of it.
 
     `.txt`: caption; `.json`: caption or text, labels or label, split, start_s, end_s; `.cls`: label. Sound beside a
@@ -75,14 +76,13 @@ def tar_rows(uri: str) -> list[dict[str, Any]]:
     if found.passed_over:
         log.warning("manifest: %s: %d hidden, linked or sparse members are passed over", uri, found.passed_over)
     videos = {_key(name) for name, _, _ in found.media if name.lower().endswith(VIDEO_SUFFIXES)}
-    rows = [
-        {"uri": storage.Member(uri, offset, length, _printable(name)).uri, **_note(uri, name, found)}
-        for name, offset, length in found.media
-        if name.lower().endswith(VIDEO_SUFFIXES) or _key(name) not in videos
-    ]
+    rows = []
+    for name, offset, length in found.media:
+        if name.lower().endswith(VIDEO_SUFFIXES) or _key(name) not in videos:
+            rows.append(_row(storage.Member(uri, offset, length, _printable(name)), name, found))
     if found.rest is not None:
         log.warning("manifest: %s is damaged from byte %d on; the members before it are used", uri, found.rest)
-        rows.append({"uri": storage.Member(uri, found.rest, max(0, size - found.rest), REST).uri})
+        rows.append(RawRow(uri=storage.Member(uri, found.rest, max(0, size - found.rest), REST).uri))
     return rows
 
 
@@ -150,26 +150,29 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _note(uri: str, name: str, found: _Contents) -> dict[str, Any]:
-    """Caption, labels, split and window of a media member: from the notes of its own stem, else of its key."""
+def _row(member: storage.Member, name: str, found: _Contents) -> RawRow:
+    """A media member with its caption, labels, split and window: from the notes of its own stem, else of its key."""
     texts = {}
     for suffix in ("txt", "json", "cls"):
-        note = found.notes.get((name.rpartition(".")[0], suffix), found.notes.get((_key(name), suffix), b""))
+        of_key = found.notes.get((_key(name), suffix), b"")
+        note = found.notes.get((name.rpartition(".")[0], suffix), of_key)
         try:
             texts[suffix] = note.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise UserError(
-                "manifest", uri, f"the .{suffix} of {name} is not UTF-8 text", "save it as UTF-8"
-            ) from error
-    fields = _fields(uri, name, texts["json"])
+            rule = f"the .{suffix} of {name} is not UTF-8 text"
+            raise UserError("manifest", member.file, rule, "save it as UTF-8") from error
+    fields = _fields(member.file, name, texts["json"])
     labels = fields.get("labels", fields.get("label", texts["cls"]))
     if not isinstance(labels, list):
         labels = [] if labels in (None, "") else [labels]
-    return {
-        "caption": texts["txt"] or fields.get("caption") or fields.get("text"),
-        "labels": labels,
-        **{key: fields.get(key) for key in ("split", "start_s", "end_s")},
-    }
+    return RawRow(
+        uri=member.uri,
+        start_s=fields.get("start_s"),
+        end_s=fields.get("end_s"),
+        caption=texts["txt"] or fields.get("caption") or fields.get("text"),
+        labels=labels,
+        split=fields.get("split"),
+    )
 
 
 def _fields(uri: str, name: str, text: str) -> dict[str, Any]:

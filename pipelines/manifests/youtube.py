@@ -5,11 +5,11 @@ import io
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from aai import storage
 from aai.errors import UserError
 from aai.schema import MEDIA_SUFFIXES, VIDEO_SUFFIXES
+from pipelines.manifests.row import RawRow
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +18,7 @@ _NAME = re.compile(
     r"(?:[_-](?P<start>\d+(?:\.\d+)?)(?:[_-](?P<end>\d+(?:\.\d+)?))?)?\.\w+",
     re.ASCII,
 )
+_ID = re.compile(r"[\w-]{11}", re.ASCII)
 _MIN_END_MS = 1000  # clips are shorter than this in seconds, so a larger difference counts milliseconds
 
 
@@ -60,15 +61,14 @@ class _Videos:
 
 def youtube_rows(
     manifest: str, text: str, media_root: str, default_split: str, label_names: str | None
-) -> list[dict[str, Any]]:
+) -> list[RawRow]:
     """The rows of a VGGSound or an AudioSet CSV, told apart by their content.
 
     VGGSound (Chen et al., ICASSP 2020): `id,start seconds,label,split`. AudioSet (Gemmeke et al., ICASSP 2017): comment
     lines, then `id, start seconds, end seconds, "label id,label id"`; `label_names` is its class_labels_indices.csv.
     Raises UserError for a line of another form.
     """
-    lines = [line for line in io.StringIO(text) if line.strip() and not line.startswith("#")]
-    cells = [[cell.strip() for cell in line] for line in csv.reader(lines, skipinitialspace=True)]
+    cells = _cells(text)
     videos = _Videos(media_root)
     if not cells or _seconds(cells[0], 2) is None:
         return [_vggsound_row(manifest, line, videos) for line in cells]
@@ -76,7 +76,22 @@ def youtube_rows(
     if not names:
         log.warning("manifest: without label_names the captions of %s are label ids", manifest)
     split = "test" if "eval" in manifest.rsplit("/", 1)[-1].lower() else default_split
-    return [_audioset_row(manifest, line, videos, names) | {"split": split} for line in cells]
+    return [_audioset_row(manifest, line, videos, names, split) for line in cells]
+
+
+def is_youtube(text: str) -> bool:
+    """Whether the first line of a CSV looks like one of VGGSound or AudioSet: a YouTube id, a time and two cells."""
+    first = next(iter(_cells(text)), [])
+    return len(first) == 4 and _ID.fullmatch(first[0]) is not None and _seconds(first, 1) is not None
+
+
+def _cells(text: str) -> list[list[str]]:
+    """The cells of each line; comments and empty lines are left out."""
+    lines = [line for line in io.StringIO(text) if line.strip() and not line.startswith("#")]
+    cells = []
+    for line in csv.reader(lines, skipinitialspace=True):
+        cells.append([cell.strip() for cell in line])
+    return cells
 
 
 def _seconds(line: list[str], column: int) -> float | None:
@@ -86,24 +101,25 @@ def _seconds(line: list[str], column: int) -> float | None:
         return None
 
 
-def _vggsound_row(manifest: str, line: list[str], videos: _Videos) -> dict[str, Any]:
+def _vggsound_row(manifest: str, line: list[str], videos: _Videos) -> RawRow:
     start_s = _seconds(line, 1)
     if len(line) != 4 or start_s is None:
         rule = f"is neither a VGGSound nor an AudioSet CSV (line {line})"
         raise UserError("manifest", manifest, rule, "give id,start,label,split or id,start,end,labels")
     uri, is_whole = videos.find(line[0], start_s)
-    row = {"uri": uri, "caption": line[2], "labels": [line[2]], "split": line[3]}
-    return row | ({"start_s": start_s, "end_s": start_s + 10} if is_whole else {})  # every VGGSound clip has 10 s
+    window = (start_s, start_s + 10) if is_whole else (None, None)  # every VGGSound clip has 10 s
+    return RawRow(uri=uri, start_s=window[0], end_s=window[1], caption=line[2], labels=[line[2]], split=line[3])
 
 
-def _audioset_row(manifest: str, line: list[str], videos: _Videos, names: Mapping[str, str]) -> dict[str, Any]:
+def _audioset_row(manifest: str, line: list[str], videos: _Videos, names: Mapping[str, str], split: str) -> RawRow:
     start_s, end_s = _seconds(line, 1), _seconds(line, 2)
     if len(line) != 4 or start_s is None or end_s is None:
         raise UserError("manifest", manifest, f"is no AudioSet CSV (line {line})", "give id, start, end, labels")
     uri, is_whole = videos.find(line[0], start_s)
-    labels = [names.get(label.strip(), label.strip()) for label in line[3].split(",") if label.strip()]
-    row = {"uri": uri, "caption": ", ".join(labels), "labels": labels}
-    return row | ({"start_s": start_s, "end_s": end_s} if is_whole else {})
+    window = (start_s, end_s) if is_whole else (None, None)
+    ids = [label.strip() for label in line[3].split(",")]
+    labels = [names.get(label, label) for label in ids if label]
+    return RawRow(uri=uri, start_s=window[0], end_s=window[1], caption=", ".join(labels), labels=labels, split=split)
 
 
 def _label_names(file: str) -> dict[str, str]:

@@ -1,5 +1,7 @@
 import io
 import logging
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +94,50 @@ def write_media(folder: Path, count: int, first: int = 0) -> None:
         times = np.arange(0, 2, 0.1) ** (1 + i / 10)
         clip = make_clip(list(np.round(times / times[-1] * 1.9, 3)))
         storage.write_bytes(str(folder / f"{i}.mp4"), clip)
+
+
+BEFORE = Path("/tmp/aai-curated-before")
+OLD_SETTINGS: dict[str, Any] = {
+    "rows_per_shard": 4,
+    "max_reject_ratio": 1,
+    "decode": {"num_frames": 2, "frame_size_px": 32},
+    "cut": {"mode": "windows", "window_s": 1, "min_s": 0.5},
+}
+
+
+@pytest.fixture
+def tables_of_before() -> Iterator[Path]:
+    """A manifest, media and tables as an earlier version of the code left them, at their own path and time."""
+    shutil.rmtree(BEFORE, ignore_errors=True)
+    shutil.copytree(Path(__file__).parents[1] / "data/curated_before", BEFORE)
+    for second, name in enumerate(("a", "copy of a", "b", "c", "broken", "silent")):
+        time_ns = 10**18 + second * 10**9
+        os.utime(BEFORE / f"media/{name}.mp4", ns=(time_ns, time_ns))
+    yield BEFORE
+    shutil.rmtree(BEFORE)
+
+
+@pytest.mark.usefixtures("shards_here")
+def test_tables_of_before_are_gone_on_with(tables_of_before: Path) -> None:
+    """Every digest and key is what it was: nothing is looked through, measured or written again without need."""
+    out, manifest = tables_of_before / "curated", tables_of_before / "manifest.csv"
+    first = storage.read_json(str(out / "curate.json"))
+    before, measured = written(out), sorted((out / "_measured").iterdir())
+    kept = tables(out)
+    assert curate(manifest, out, **OLD_SETTINGS) == first
+    (out / "curate.json").unlink()
+    again = curate(manifest, out, **OLD_SETTINGS)
+    assert {name: again[name] for name in first if name not in ("measured", "seconds")} == {
+        name: value for name, value in first.items() if name not in ("measured", "seconds")
+    }
+    assert (again["measured"], written(out)) == (0, before)
+    # Another filter judges the old shards anew; without it they are the old tables again.
+    curate(manifest, out, **OLD_SETTINGS, filters={"min_duration_s": 1.5}, rejudge=True)
+    assert len(tables(out)["accepted"]) == 0
+    curate(manifest, out, **OLD_SETTINGS, rejudge=True)
+    assert tables(out) == kept
+    assert sorted((out / "_measured").iterdir()) == measured
+    assert len(list((out / "_cut").iterdir())) == len(list((out / "_plan").iterdir())) == 1
 
 
 APART: dict[str, Any] = {"rows_per_shard": 2, "duplicates": {"enabled": False}}

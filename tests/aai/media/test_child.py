@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -8,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aai.media.child import GRACE_S, MediaChild
-from aai.media.limits import DecodeConfig
+from aai.media.limits import ClipError, DecodeConfig
 from aai.media.measure import MEASURED_ROW, measure_bytes
-from aai.media.shots import probe_bytes
+from aai.media.shots import Probe, probe_bytes, probe_to_json
 from tests.clips import make_clip, make_moving
 from tests.damage import damaged_files, long_silence
 
@@ -108,22 +108,26 @@ def test_a_kill_from_outside_costs_nothing_and_two_one_clip(slow: bytes) -> None
         assert "SIGKILL" in row["message"]
 
 
+def told(found: Probe | ClipError) -> dict[str, Any]:
+    """What was found of a file, in a form that can be compared."""
+    return probe_to_json(found)
+
+
 @pytest.mark.slow
 def test_a_file_that_is_to_be_cut_is_looked_through_in_the_child(slow: bytes) -> None:
     cfg = DecodeConfig()
     with MediaChild(cfg) as child:
         for data in (slow, b"", b"x" * 99):
-            found = child.probe(data, 3.0, 60, 60)
-            assert found == json.loads(json.dumps(probe_bytes(data, 3.0, 60, cfg, 60)))
-        assert child.probe(slow, None, 60, 60) == {"duration_s": 8.0, "is_whole": True}
-        assert child.probe(slow, None, 5, 60)["code"] == "TOO_LONG"
+            assert told(child.probe(data, 3.0, 60, 60)) == told(probe_bytes(data, 3.0, 60, cfg, 60))
+        assert child.probe(slow, None, 60, 60) == Probe(8.0, True)
+        assert told(child.probe(slow, None, 5, 60))["code"] == "TOO_LONG"
         thread = while_busy(child, lambda pid: os.kill(pid, signal.SIGSEGV))
-        found = child.probe(slow, 3.0, 60, 60)
+        found = told(child.probe(slow, 3.0, 60, 60))
         thread.join()
         assert (found["code"], found["transient"]) == ("CRASHED", False)
-        assert child.probe(b"", 3.0, 60, 60)["code"] == "EMPTY_FILE"
+        assert told(child.probe(b"", 3.0, 60, 60))["code"] == "EMPTY_FILE"
         os.kill(pid_of(child), signal.SIGSTOP)
-        assert child.probe(slow + bytes(2**20), 3.0, 60, 0.5)["code"] == "TIMEOUT"
+        assert told(child.probe(slow + bytes(2**20), 3.0, 60, 0.5))["code"] == "TIMEOUT"
         assert child.measure(make_clip(), None, None)["code"] is None
 
 

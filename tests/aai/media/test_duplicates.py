@@ -1,18 +1,18 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from aai.errors import UserError
-from aai.media.duplicates import DuplicateConfig, find_duplicates
+from aai.media.duplicates import DuplicateConfig, HashedClip, find_duplicates
 
 RNG = np.random.default_rng(0)
 CFG = DuplicateConfig()
 
 
-def row(name: str, split: str = "train", video: bytes | None = None, audio: bytes | None = None) -> dict[str, object]:
-    return {
-        "clip_id": name, "uri": f"/{name}.mp4", "split": split,
-        "video_hash": video or RNG.bytes(32), "audio_hash": audio or RNG.bytes(32),
-    }  # fmt: skip
+def row(name: str, split: str = "train", video: bytes | None = None, audio: bytes | None = None) -> HashedClip:
+    hashes = {"video_hash": video or RNG.bytes(32), "audio_hash": audio or RNG.bytes(32)}
+    return HashedClip(clip_id=name, uri=f"/{name}.mp4", split=split, **hashes)
 
 
 def flip(value: bytes, count: int) -> bytes:
@@ -21,8 +21,8 @@ def flip(value: bytes, count: int) -> bytes:
     return np.packbits(bits).tobytes()
 
 
-def copy(of: dict[str, object], name: str, video_bits: int, audio_bits: int, split: str = "train") -> dict[str, object]:
-    return row(name, split, flip(of["video_hash"], video_bits), flip(of["audio_hash"], audio_bits))  # type: ignore[arg-type]
+def copy(of: HashedClip, name: str, video_bits: int, audio_bits: int, split: str = "train") -> HashedClip:
+    return row(name, split, flip(of.video_hash, video_bits), flip(of.audio_hash, audio_bits))
 
 
 def test_every_near_pair_within_the_limits_is_found_and_no_other() -> None:
@@ -46,7 +46,7 @@ def test_held_out_splits_win() -> None:
 
 def test_equal_ids_are_exact_duplicates_and_the_first_stays() -> None:
     first = row("same")
-    rows = [row("x"), first, dict(first, uri="/copy.mp4"), dict(first, uri="/held.mp4", split="test")]
+    rows = [row("x"), first, replace(first, uri="/copy.mp4"), replace(first, uri="/held.mp4", split="test")]
     dropped = find_duplicates(rows, CFG)
     assert {i: code for i, (code, _) in dropped.items()} == {
         1: "CROSS_SPLIT_DUPLICATE", 2: "CROSS_SPLIT_DUPLICATE",
@@ -57,8 +57,8 @@ def test_equal_ids_are_exact_duplicates_and_the_first_stays() -> None:
 def test_a_chain_loses_only_what_resembles_a_kept_clip() -> None:
     a = row("a")
     b = copy(a, "b", 20, 0)
-    c = dict(copy(b, "c", 20, 0))
-    distance = sum((x ^ y).bit_count() for x, y in zip(a["video_hash"], c["video_hash"], strict=True))  # type: ignore[call-overload]
+    c = copy(b, "c", 20, 0)
+    distance = sum((x ^ y).bit_count() for x, y in zip(a.video_hash, c.video_hash, strict=True))
     assert distance > CFG.max_video_bits
     assert sorted(find_duplicates([a, b, c], CFG)) == [1]
 
@@ -67,7 +67,7 @@ def test_order_of_rows_does_not_matter() -> None:
     rows = [row(f"a{i}") for i in range(50)]
     rows += [copy(rows[i], f"b{i}", 3, 9, "test" if i % 2 else "train") for i in range(50)]
     shuffled = [rows[i] for i in RNG.permutation(100)]
-    names = [{data[i]["clip_id"] for i in find_duplicates(data, CFG)} for data in (rows, shuffled)]
+    names = [{data[i].clip_id for i in find_duplicates(data, CFG)} for data in (rows, shuffled)]
     assert names[0] == names[1]
     assert len(names[0]) == 50
 

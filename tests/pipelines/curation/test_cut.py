@@ -10,8 +10,11 @@ import pytest
 
 from aai import storage
 from aai.errors import UserError
-from aai.media.decode import DecodeConfig
-from pipelines.curation.cut import FOLDER, CutConfig, CutWorker, cut_rows, spans
+from aai.media.limits import ClipError, DecodeConfig
+from aai.media.shots import Probe
+from pipelines.curation.curate_config import CutConfig
+from pipelines.curation.cut import CutWorker, cut_rows, spans
+from pipelines.curation.layout import CUT
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.manifests.table import read_manifest
 from pipelines.settings import ClusterConfig
@@ -34,8 +37,8 @@ def ray_cluster(s3_server: dict[str, str]) -> Iterator[None]:
     shutdown()
 
 
-def probe(duration_s: float, is_whole: bool = True, **more: Any) -> dict[str, Any]:
-    return {"duration_s": duration_s, "is_whole": is_whole, **more}
+def probe(duration_s: float, is_whole: bool = True, shots: list[tuple[float, float]] | None = None) -> Probe:
+    return Probe(duration_s, is_whole, tuple(shots) if shots else None)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_what_breaks_off_has_a_clip_for_the_rest() -> None:
     cfg = CutConfig(mode="windows")
     assert spans(probe(25, False), cfg) == [(0, 10), (10, 20), (20, 25), (25, None)]
     assert spans(probe(5, False), cfg) == [(0, 5), (5, None)]
-    assert spans({"code": "UNREADABLE", "message": "", "transient": False}, cfg) == []
+    assert spans(ClipError("UNREADABLE", ""), cfg) == []
 
 
 def test_settings_that_leave_no_clip_are_refused() -> None:
@@ -98,7 +101,7 @@ def make_files(base: str) -> None:
 
 
 def clips_of(rows: list[dict[str, Any]], name: str) -> list[tuple[float | None, float | None]]:
-    return [(row["start_s"], row["end_s"]) for row in rows if row["uri"].endswith(name)]
+    return [(row.start_s, row.end_s) for row in rows if row.uri.endswith(name)]
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
@@ -115,7 +118,7 @@ def test_whole_files_become_clips(tmp_path: Path, where: str, request: pytest.Fi
     found = cut_rows(rows, CutConfig(mode="windows", window_s=5), DECODE, out, CLUSTER)
     assert clips_of(found, "/a.mp4") == [(0, 5), (5, 10), (10, 12), (1, 2)], "a row with a window keeps it"
     assert clips_of(found, "-in, side.mp4") == [(0, 5), (5, 10), (10, 12)]
-    assert {row["caption"] for row in found if "side" in row["uri"]} == {"words"}
+    assert {row.caption for row in found if "side" in row.uri} == {"words"}
     for name in ("short.mp4", "no.mp4", "empty.mp4"):
         assert clips_of(found, name) == [(None, None)]
 
@@ -139,7 +142,7 @@ def test_only_new_changed_and_passingly_failed_files_are_looked_through(
         found = cut_rows(rows, cfg, DECODE, out, CLUSTER)
         assert found == cut_rows(rows, cfg, DECODE, out, CLUSTER)
         new = [storage.read_json(file) for file in set(storage.list_files(out)) - before]
-        return [row["uri"][-5] for row in found], sum(len(shard) for shard in new)
+        return [row.uri[-5] for row in found], sum(len(shard) for shard in new)
 
     assert look() == (list("bbdd"), 2)
     assert look() == (list("bbdd"), 0)
@@ -149,7 +152,7 @@ def test_only_new_changed_and_passingly_failed_files_are_looked_through(
     assert look() == (list("aaabbbbdd"), 1)
     cfg = CutConfig(mode="windows", window_s=2, min_s=0.5)
     assert look() == (list("aabbd"), 0), "another window needs no new look"
-    for file in storage.list_files(f"{out}/{FOLDER}"):
+    for file in storage.list_files(f"{out}/{CUT}"):
         kept = {key: {"code": "IO_ERROR", "message": "", "transient": True} for key in storage.read_json(file)}
         storage.write_json(file, kept)
     assert look()[0] == list("aabbd"), "what may have been a passing fault is tried again"
@@ -160,11 +163,14 @@ def test_failures_are_told_not_raised(tmp_path: Path) -> None:
     (tmp_path / "big.mp4").write_bytes(make_clip(duration_s=3))
     (tmp_path / "dir.mp4").mkdir()
     worker = CutWorker(str(tmp_path), {"mode": "shots", "max_file_s": 2}, {"max_bytes": 2**20})
-    assert worker.probe(str(tmp_path / "big.mp4"))["code"] == "TOO_LONG"
-    assert worker.probe(str(tmp_path / "none.mp4"))["code"] == "MISSING_FILE"
-    assert worker.probe(str(tmp_path / "dir.mp4"))["code"] == "IO_ERROR"
+    for name, code in (("big.mp4", "TOO_LONG"), ("none.mp4", "MISSING_FILE"), ("dir.mp4", "IO_ERROR")):
+        found = worker.probe(str(tmp_path / name))
+        assert isinstance(found, ClipError)
+        assert found.code == code
     small = CutWorker(str(tmp_path), {"mode": "windows"}, {"max_bytes": 100})
-    assert "limit of 100" in small.probe(str(tmp_path / "big.mp4"))["message"]
+    found = small.probe(str(tmp_path / "big.mp4"))
+    assert isinstance(found, ClipError)
+    assert "limit of 100" in found.message
 
 
 def test_shots_without_their_finder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

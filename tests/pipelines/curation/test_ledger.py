@@ -7,10 +7,11 @@ import pytest
 from aai import storage
 from aai.errors import UserError
 from pipelines.curation.ledger import Entry, Ledger, row_keys
+from pipelines.manifests.row import ManifestRow
 
 
-def row(uri: Path | str, **values: Any) -> dict[str, Any]:
-    return {"uri": str(uri), "start_s": None, "end_s": None, "caption": "", "labels": [], "split": "train", **values}
+def row(uri: Path | str, **values: Any) -> ManifestRow:
+    return ManifestRow(**{"uri": str(uri), "split": "train", **values})
 
 
 def entries(*keys: str) -> list[Entry]:

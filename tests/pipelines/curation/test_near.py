@@ -8,6 +8,7 @@ import pytest
 from aai import storage
 from aai.media.duplicates import BANDS, DuplicateConfig, near_pairs, near_pairs_of
 from pipelines.curation import near
+from pipelines.curation.layout import NEAR
 from pipelines.engine.cluster import shutdown
 from pipelines.settings import ClusterConfig
 
@@ -48,11 +49,11 @@ def test_workers_find_what_one_process_finds(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(near, "SPREAD_FROM", 100)
     monkeypatch.setattr(near, "PAIRS_PER_TASK", 800)
     video, audio = hashes(1000, 60)
-    storage.write_bytes(storage.join(str(tmp_path), near.FOLDER, "pairs", "old.parquet"), b"left over by a killed run")
+    storage.write_bytes(storage.join(str(tmp_path), NEAR, "pairs", "old.parquet"), b"left over by a killed run")
     found = near.spread_near_pairs(video, audio, CFG, str(tmp_path), ClusterConfig(num_workers=2))
     assert np.array_equal(found, near_pairs(video, audio, CFG))
     assert len(found) == 60
-    assert not storage.list_files(storage.join(str(tmp_path), near.FOLDER))
+    assert not storage.list_files(storage.join(str(tmp_path), NEAR))
 
 
 @pytest.mark.accept

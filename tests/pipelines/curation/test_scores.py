@@ -16,9 +16,10 @@ from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from pipelines.curate import CurateConfig
+from pipelines.curation.curate_config import ScoreConfig
 from pipelines.curation.measuring import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker
-from pipelines.curation.similarity import CaptionedClip, ScoreConfig, ScoreShard, read_scores
+from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
 from pipelines.engine.shards import Result
 from tests.tiny import write_clip, write_clip_table, write_diffusion
 
@@ -57,7 +58,7 @@ def test_scores_are_cosines_of_the_models_own_features(
     write_bundle(tmp_path / "bundle", settings, encoder.state_dict(), None, {"data_fingerprint": "d"})
     config = ScoreConfig(caption=True, foundation=foundation, bundle=str(tmp_path / "bundle"))
     assert ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows)) == Result(rows=8)
-    scores = read_scores(str(out), "shard-00000")
+    scores = {row.pop("key"): row for row in read_scores(str(out), "shard-00000").to_pylist()}
     assert list(scores) == [f"key{i}" for i in range(8) if i != 2]
     clip = FrozenClip(foundation)
     for i in (0, 5):
@@ -73,9 +74,9 @@ def test_captions_alone_need_no_bundle(measured: tuple[Path, list[dict[str, Any]
     out, rows, foundation = measured
     config = ScoreConfig(caption=True, foundation=foundation)
     ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows))
-    scores = read_scores(str(out), "shard-00000")
+    scores = {row.pop("key"): row for row in read_scores(str(out), "shard-00000").to_pylist()}
     assert all(score["av_similarity"] is None for score in scores.values())
-    assert all(-1 <= scores[f"key{i}"]["caption_similarity"] <= 1 for i in range(3, 8))  # type: ignore[operator]
+    assert all(-1 <= scores[f"key{i}"]["caption_similarity"] <= 1 for i in range(3, 8))
 
 
 def test_a_caption_threshold_needs_scores() -> None:

@@ -8,9 +8,9 @@ def test_false_pairs_set_the_threshold() -> None:
     rng = np.random.default_rng(1)
     null = Null(rng.uniform(-1, 0.5, 10_000), rng.uniform(0.4, 1, 1000), false_accept_rate=0.1)
     assert null.threshold == pytest.approx(0.35, abs=0.02)
-    assert null.against({"av_similarity": None}) is None
-    assert null.against({"av_similarity": 0.9}) is None
-    message = null.against({"av_similarity": 0.2})
+    assert null.against(None) is None
+    assert null.against(0.9) is None
+    message = null.against(0.2)
     assert message is not None
     assert message.startswith("av_similarity 0.200 is below 0.3")
     assert "20% of shuffled pairs" in message

@@ -54,8 +54,8 @@ def test_every_member_is_read_as_it_was_written(
     rows = read_manifest(base)
     assert len(rows) == 3 * len(NAMES)
     for row, name in zip(rows, 3 * NAMES, strict=True):
-        assert row["uri"].endswith(f",{name}")
-        assert storage.read_bytes(row["uri"], max_bytes=2000) == contents[name]
+        assert row.uri.endswith(f",{name}")
+        assert storage.read_bytes(row.uri, max_bytes=2000) == contents[name]
 
 
 def test_notes_go_to_the_media_of_their_key(tmp_path: Path) -> None:
@@ -78,15 +78,15 @@ def test_notes_go_to_the_media_of_their_key(tmp_path: Path) -> None:
             "readme.md": b"",
         }
     )
-    rows = {row["uri"].rsplit(",", 1)[1]: row for row in read_manifest(put(tmp_path / "a.tar", tar))}
+    rows = {row.uri.rsplit(",", 1)[1]: row for row in read_manifest(put(tmp_path / "a.tar", tar))}
     assert list(rows) == ["s/1.mp4", "s/2.mp4", "3.flac", "v.one.mp4", "v.two.mp4", "t/1.mp4"]
     one = rows["s/1.mp4"]
-    assert (one["caption"], one["labels"], one["split"]) == ("of json", ["dog", "rain"], "test")
-    assert (one["start_s"], one["end_s"]) == (1.0, 2.5)
-    assert (rows["s/2.mp4"]["caption"], rows["s/2.mp4"]["labels"]) == ("zwei ♪", ["7"])
-    assert (rows["3.flac"]["caption"], rows["3.flac"]["labels"], rows["3.flac"]["split"]) == ("", ["42"], "train")
-    assert (rows["v.one.mp4"]["caption"], rows["v.two.mp4"]["caption"]) == ("both", "two")
-    assert rows["t/1.mp4"]["caption"] == ""
+    assert (one.caption, one.labels, one.split) == ("of json", ("dog", "rain"), "test")
+    assert (one.start_s, one.end_s) == (1.0, 2.5)
+    assert (rows["s/2.mp4"].caption, rows["s/2.mp4"].labels) == ("zwei ♪", ("7",))
+    assert (rows["3.flac"].caption, rows["3.flac"].labels, rows["3.flac"].split) == ("", ("42",), "train")
+    assert (rows["v.one.mp4"].caption, rows["v.two.mp4"].caption) == ("both", "two")
+    assert rows["t/1.mp4"].caption == ""
 
 
 def test_links_devices_and_hidden_files_are_no_clips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,7 +101,7 @@ def test_links_devices_and_hidden_files_are_no_clips(tmp_path: Path, caplog: pyt
         for info in (directory, tarfile.TarInfo("._a.mp4"), tarfile.TarInfo("/../../a.mp4")):
             tar.addfile(info)
     rows = read_manifest(put(tmp_path / "a.tar", sink.getvalue()))
-    assert [row["uri"].split(",", 2)[2] for row in rows] == ["/../../a.mp4"]
+    assert [row.uri.split(",", 2)[2] for row in rows] == ["/../../a.mp4"]
     assert "4 hidden, linked or sparse members are passed over" in caplog.text
 
 
@@ -144,8 +144,8 @@ def test_a_damaged_tar_keeps_what_is_readable_and_tells_of_the_rest(tmp_path: Pa
     data, readable = damaged()[kind]
     path = put(tmp_path / "a.tar", data)
     *rows, rest = tar_rows(path)
-    assert [storage.read_bytes(row["uri"]) for row in rows] == [bytes([n]) * 1000 for n in range(1, readable + 1)]
-    part = storage.member(rest["uri"])
+    assert [storage.read_bytes(row.uri) for row in rows] == [bytes([n]) * 1000 for n in range(1, readable + 1)]
+    part = storage.member(rest.uri)
     assert part is not None
     assert part.name == REST
     assert part.offset + part.size == len(data), "the rest reaches to the end of the tar"
@@ -169,7 +169,7 @@ def check_bit_flips(tmp_path: Path, count: int) -> None:
         for _ in range(3):
             data[chance.randrange(8 * 1024)] ^= 1 << chance.randrange(8)
         rows = tar_rows(put(tmp_path / "a.tar", bytes(data)))
-        assert len(rows) >= 8 or rows[-1]["uri"].endswith(REST)
+        assert len(rows) >= 8 or str(rows[-1].uri).endswith(REST)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         assert str(tmp_path / name) in str(caught.value)
     write(tmp_path / "z" / "a.mp4", "x")
     put(tmp_path / "z" / "b.tar", b"no tar")
-    assert [row["uri"].rsplit("/", 1)[1] for row in read_manifest(str(tmp_path / "z"))] == [
+    assert [row.uri.rsplit("/", 1)[1] for row in read_manifest(str(tmp_path / "z"))] == [
         "a.mp4",
         f"b.tar#0,6,{REST}",
     ]

@@ -27,12 +27,12 @@ def test_vggsound(tmp_path: Path) -> None:
     for name in ("-_gaZzFfzDQ_517000_527000.mp4", "abcdefghij__000030.mp4", "readme.md"):
         write(tmp_path / "videos" / name, "x")
     rows = read_manifest(manifest, media_root=str(tmp_path / "videos"))
-    assert [row["uri"].rsplit("/", 1)[1] for row in rows] == [
+    assert [row.uri.rsplit("/", 1)[1] for row in rows] == [
         "-_gaZzFfzDQ_517000_527000.mp4", "abcdefghij__000030.mp4", "missing_____000007.mp4",
     ]  # fmt: skip
-    assert rows[0]["labels"] == ["church bell ringing, loud"]
-    assert [row["split"] for row in rows] == ["test", "train", "train"]
-    assert {row["start_s"] for row in rows} == {None}
+    assert rows[0].labels == ("church bell ringing, loud",)
+    assert [row.split for row in rows] == ["test", "train", "train"]
+    assert {row.start_s for row in rows} == {None}
 
 
 def test_audioset(tmp_path: Path) -> None:
@@ -41,20 +41,20 @@ def test_audioset(tmp_path: Path) -> None:
     manifest = write(tmp_path / "balanced_train_segments.csv", SEGMENTS)
     names = write(tmp_path / "class_labels_indices.csv", NAMES)
     rows = read_manifest(manifest, str(tmp_path / "videos"), "val", names)
-    assert [(row["uri"].rsplit("/", 1)[1], row["start_s"], row["end_s"]) for row in rows] == [
+    assert [(row.uri.rsplit("/", 1)[1], row.start_s, row.end_s) for row in rows] == [
         ("--PJHxphWEs_30.000_40.000.wav", None, None),
         ("-0RWZT-miFs.mkv", 420.0, 430.0),
         ("abcdefghij_.mp4", 0.0, 7.5),
         ("missing_____000010.mp4", None, None),
     ]
-    assert rows[0]["labels"] == ["Speech, adult", "Gush"]
-    assert rows[0]["caption"] == "Speech, adult, Gush"
-    assert rows[3]["labels"] == ["/m/unknown"], "a label without a name stays what it is"
-    assert {row["split"] for row in rows} == {"val"}
+    assert rows[0].labels == ("Speech, adult", "Gush")
+    assert rows[0].caption == "Speech, adult, Gush"
+    assert rows[3].labels == ("/m/unknown",), "a label without a name stays what it is"
+    assert {row.split for row in rows} == {"val"}
     evaluation = write(tmp_path / "eval_segments.csv", SEGMENTS)
     rows = read_manifest(evaluation, str(tmp_path / "videos"))
-    assert {row["split"] for row in rows} == {"test"}
-    assert rows[0]["caption"] == "/m/09x0r, /t/dd00088"
+    assert {row.split for row in rows} == {"test"}
+    assert rows[0].caption == "/m/09x0r, /t/dd00088"
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_names_of_one_segment(tmp_path: Path, file: str, window: float | None) -
     write(tmp_path / "videos/--PJHxphWEs_99.mp4", "another segment of the same video")
     manifest = write(tmp_path / "a.csv", SEGMENTS)
     row = read_manifest(manifest, str(tmp_path / "videos"))[0]
-    assert (row["uri"], row["start_s"]) == (f"{tmp_path}/videos/{file}", window)
+    assert (row.uri, row.start_s) == (f"{tmp_path}/videos/{file}", window)
 
 
 def test_video_goes_before_sound(tmp_path: Path) -> None:
     for suffix in ("wav", "mp4", "opus"):
         write(tmp_path / f"videos/--PJHxphWEs_30.{suffix}", "x")
     row = read_manifest(write(tmp_path / "a.csv", SEGMENTS), str(tmp_path / "videos"))[0]
-    assert row["uri"].endswith(".mp4")
+    assert row.uri.endswith(".mp4")
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""Settings of `aai curate`: the manifest, how long videos are cut, the models that look, and when to stop."""
+
+from typing import Literal, Self
+
+import pydantic
+
+from aai import storage
+from aai.config import Config
+from aai.digest import stored_digest
+from aai.foundation.identity import FoundationSpec, identity
+from aai.media.duplicates import DuplicateConfig
+from aai.media.filters import FilterConfig
+from aai.media.limits import DecodeConfig
+from aai.schema import VERSION
+from pipelines.curation.layout import ACCEPTED, REJECTED
+from pipelines.manifests.row import ManifestRow
+from pipelines.manifests.table import named_splits, read_manifest, with_val_share
+from pipelines.settings import DType, Plan, RayVerbConfig, TrackingConfig
+
+Split = Literal["train", "val", "test"]
+
+SPEED = {"decode_threads", "timeout_s", "max_memory_mb", "recycle_after"}
+"""Decode settings that decide how clips are decoded, not what stands in the tables."""
+
+
+class CutConfig(Config):
+    """How long videos become clips. Rows that have a start_s or end_s are clips already and stay as they are."""
+
+    mode: Literal["none", "windows", "shots"] = "none"
+    """none: a file is a clip; windows: clips of a fixed length; shots: a clip for each shot (needs `aai[shots]`)."""
+    window_s: float = pydantic.Field(10.0, gt=0)
+    """Length of a window."""
+    stride_s: float | None = pydantic.Field(None, ge=0.1)
+    """From one window's start to the next; empty = window_s, so that windows neither overlap nor leave gaps."""
+    min_s: float = pydantic.Field(2.0, ge=0)
+    """Shorter shots, and shorter rests at the end of a file, are left out."""
+    max_s: float = pydantic.Field(30.0, gt=0)
+    """Longer shots are divided into equal parts of at most this length."""
+    shot_threshold: float = pydantic.Field(3.0, gt=1)
+    """How many times stronger than its neighbours' a change of picture must be to end a shot."""
+    max_file_s: float = pydantic.Field(6 * 3600, gt=0)
+    """Longest file that is cut; a longer one stays a clip of its own (which decoding then refuses)."""
+    timeout_s: float = pydantic.Field(900, gt=0)
+    """Wall-clock limit for looking through one file."""
+
+    @pydantic.model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if self.min_s > min(self.window_s, self.max_s):
+            raise ValueError("min_s is longer than window_s or max_s: no clip would be left")
+        return self
+
+
+class ScoreConfig(Config):
+    """Models that look at the clips; none by default."""
+
+    caption: bool = False
+    """Compare captions and pictures by the CLIP of `foundation` (signal caption_similarity)."""
+    foundation: FoundationSpec = FoundationSpec()
+    bundle: str | None = None
+    """Aligned bundle (of `aai align`) that compares each clip's sound with its pictures (signal av_similarity)."""
+    false_accept_rate: float = pydantic.Field(0.05, gt=0, lt=1)
+    """Clips are WRONG_AUDIO below the similarity that this share of shuffled pairs of sound and pictures reaches."""
+    dtype: DType = "float32"
+    """Arithmetic of the CLIP."""
+    batch_size: int = pydantic.Field(64, ge=1)
+    """Pictures per forward pass."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any model is to look."""
+        return self.caption or self.bundle is not None
+
+    def content_digest(self) -> str:
+        """Of everything that determines the scores, the weights themselves among it."""
+        models: dict[str, object] = {"dtype": self.dtype}
+        if self.caption:
+            models["foundation"] = identity(self.foundation)
+        if self.bundle is not None:
+            from aai.bundle import read_bundle  # only here: torch takes seconds to import
+
+            models["bundle"] = read_bundle(self.bundle).sha
+        return stored_digest([models, self.caption], sort_keys=True)
+
+
+class CurateConfig(RayVerbConfig):
+    """Settings of `aai curate`."""
+
+    manifest: str
+    """CSV or Parquet (uri, start_s, end_s, caption, labels, split), a WebDataset tar, or a folder of media and tars."""
+    media_root: str | None = None
+    """Folder of the videos when the manifest is the CSV of VGGSound or of AudioSet."""
+    label_names: str | None = None
+    """AudioSet's class_labels_indices.csv, which gives its labels words."""
+    out: str
+    """Folder or s3:// prefix of the tables."""
+    default_split: Split = "train"
+    """Split of rows that name none."""
+    split_names: dict[str, Split] = pydantic.Field(default_factory=dict)
+    """What the manifest's splits are called here, where not train, val and test: {validation: val, eval: test}."""
+    val_share: float = pydantic.Field(0, ge=0, lt=1)
+    """Share of train's files, chosen by a hash of their URIs, that become the split val: for data that has none."""
+    cut: CutConfig = CutConfig()
+    rows_per_shard: int = pydantic.Field(128, ge=1)
+    """Rows of one unit of work, and of one Parquet file."""
+    decode: DecodeConfig = DecodeConfig()
+    filters: FilterConfig = FilterConfig()
+    duplicates: DuplicateConfig = DuplicateConfig()
+    scores: ScoreConfig = ScoreConfig()
+    flag_only: bool = False
+    """Keep clips that filters speak against, and put the codes into the column `flags`."""
+    max_reject_ratio: float = pydantic.Field(0.5, ge=0, le=1)
+    """Share of rejected rows above which the job stops, keeping what is done: the data or the settings are wrong."""
+    retry: tuple[str, ...] = ()
+    """Codes of undecodable rows to measure again in this run; TRANSIENT = all that may pass next time."""
+    rejudge: bool = False
+    """Judge what is measured already by other filters than it was judged by."""
+    tracking: TrackingConfig | None = None
+    """MLflow store that the data card is logged to, as a run `curate`; empty = nowhere."""
+
+    @pydantic.field_validator("retry", mode="before")
+    @classmethod
+    def _split_codes(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        codes = [code.strip() for code in value.split(",")]
+        return [code for code in codes if code]
+
+    @pydantic.model_validator(mode="after")
+    def _scored(self) -> Self:
+        if self.filters.min_caption_similarity is not None and not self.scores.caption:
+            raise ValueError("filters.min_caption_similarity needs scores.caption=true")
+        return self
+
+    def plan(self) -> Plan:
+        """Counts the manifest's rows; decodes nothing."""
+        rows = len(self.rows())
+        shards = -(-rows // self.rows_per_shard)
+        return Plan(
+            inputs={"manifest": f"{self.manifest} ({rows} rows, {shards} shards)"},
+            outputs={name: storage.join(self.out, name) for name in (ACCEPTED, REJECTED)},
+            resources=self.resources(),
+        )
+
+    def rows(self) -> list[ManifestRow]:
+        """The manifest's rows with their splits by our names and with `val_share`, before any cutting."""
+        rows = read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
+        rows = named_splits(self.manifest, rows, self.split_names)
+        return with_val_share(rows, self.val_share) if self.val_share else rows
+
+    def digests(self) -> dict[str, int | str]:
+        """Of the settings that decide what is measured, and how that is judged."""
+        measured = {"version": VERSION, "decode": self.decode.model_dump(mode="json", exclude=SPEED)}
+        judged = self.model_dump(mode="json", include={"filters", "duplicates", "flag_only"})
+        judged["scores"] = None
+        if self.scores.enabled:
+            judged["scores"] = [self.scores.content_digest(), self.scores.false_accept_rate]
+        return {
+            "version": VERSION,
+            "decode": stored_digest(measured, sort_keys=True),
+            "judge": stored_digest(judged, sort_keys=True),
+        }

@@ -1,0 +1,106 @@
+"""The row of a manifest: one clip, as every form of manifest gives it."""
+
+import math
+import os
+from dataclasses import dataclass
+
+from aai import storage
+from aai.errors import UserError
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestRow:
+    """One clip: the part [start_s, end_s) of a file, and what is said of it."""
+
+    uri: str
+    """Absolute: a path or s3://, maybe a member of a tar."""
+    start_s: float | None = None
+    """None: from the file's start."""
+    end_s: float | None = None
+    """None: to the file's end."""
+    caption: str = ""
+    labels: tuple[str, ...] = ()
+    split: str
+
+    def content(self) -> dict[str, object]:
+        """The row as JSON values."""
+        return {
+            "uri": self.uri,
+            "start_s": self.start_s,
+            "end_s": self.end_s,
+            "caption": self.caption,
+            "labels": self.labels,
+            "split": self.split,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawRow:
+    """A row as it was read: nothing is checked, None stands for what a manifest does not say."""
+
+    uri: object
+    start_s: object = None
+    end_s: object = None
+    caption: object = None
+    labels: object = None
+    """A list, or text with ";" between labels."""
+    split: object = None
+
+
+def checked_row(raw: RawRow, manifest: str, number: int, default_split: str) -> ManifestRow:
+    """The row with an absolute URI and values of the right types; number: its place in the manifest, from 1.
+
+    Relative URIs count from the manifest's folder. Raises UserError for an empty URI, a scheme that is not allowed, or
+    a time that is no number.
+    """
+    return ManifestRow(
+        uri=_absolute(str(raw.uri or "").strip(), manifest, number),
+        start_s=_seconds(raw.start_s, "start_s", manifest, number),
+        end_s=_seconds(raw.end_s, "end_s", manifest, number),
+        caption=str(raw.caption or ""),
+        labels=_labels(raw.labels),
+        split=_split(raw.split) or default_split,
+    )
+
+
+def _absolute(uri: str, manifest: str, number: int) -> str:
+    if not uri:
+        raise UserError("manifest", manifest, f"row {number} has an empty uri", "give every row a uri")
+    file = storage.file_of(uri)
+    if "://" not in file and not file.startswith("/"):
+        is_table = manifest.endswith(TABLE_SUFFIXES)
+        uri = storage.join(os.path.dirname(manifest) if is_table else manifest, uri)
+    if "://" in file and (scheme := file.split("://", 1)[0]) not in storage.SCHEMES:
+        rule = f"row {number}: scheme {scheme!r} is not allowed"
+        raise UserError("manifest", manifest, rule, "use a path, file:// or s3://")
+    return storage.absolute(uri)
+
+
+def _labels(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(";")]
+        return tuple(part for part in parts if part)
+    if isinstance(value, list | tuple):
+        return tuple(str(label) for label in value)
+    return () if _is_empty(value) else (str(value),)
+
+
+def _split(value: object) -> str:
+    return "" if _is_empty(value) else str(value).strip()
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))  # pandas writes NaN for an empty cell
+
+
+def _seconds(value: object, column: str, manifest: str, number: int) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(str(value))
+    except ValueError as error:
+        rule = f"row {number}: {column} is {value!r}"
+        raise UserError("manifest", manifest, rule, "give seconds") from error
+    return None if math.isnan(seconds) else seconds  # pandas writes NaN for an empty cell
