@@ -1,5 +1,6 @@
 import functools
 import itertools
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -303,16 +304,21 @@ def _rank(rank: int, folder: str) -> None:
     part = slice(rank * 4, rank * 4 + 4)
     final = fit(DistributedDataParallel(Plain()), functools.partial(batches, part=part), CONFIG)
     final.save(f"{folder}/{rank}.safetensors")
+    task = Still()
+    fit(task, batches, FitConfig(steps=3, warmup_steps=1))
+    Path(folder, f"{rank}.json").write_text(json.dumps(task.drawn))
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_but_draw_numbers_of_their_own(tmp_path: Path) -> None:
     whole = fit(Plain(), batches, CONFIG)
     on_two_ranks(_rank, str(tmp_path))
     for rank in range(2):
         found = State.load(tmp_path / f"{rank}.safetensors")
         for name, value in whole.weights.items():
             torch.testing.assert_close(found.weights[name], value, atol=1e-4, rtol=1e-4)
+    drawn = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert len({*drawn[0], *drawn[1]}) == 6
 
 
 def test_a_resumed_run_keeps_the_precision_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
