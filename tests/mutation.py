@@ -36,6 +36,7 @@ MODULES = (
     "aai/align.py",
     "aai/concepts.py",
     "aai/conditions.py",
+    "aai/encoders/aligner.py",
     "aai/features.py",
     "aai/fit.py",
     "aai/grading.py",
@@ -43,6 +44,11 @@ MODULES = (
     "aai/losses.py",
     "aai/metrics.py",
     "aai/painter.py",
+    "pipelines/evaluation/cases.py",
+    "pipelines/evaluation/clips.py",
+    "pipelines/evaluation/grades.py",
+    "pipelines/evaluation/judges.py",
+    "pipelines/evaluation/listening.py",
 )
 COPIED = ("aai", "pipelines", "tests", "configs", "pyproject.toml")
 LONGEST_S = 300.0
