@@ -183,6 +183,8 @@ def test_any_step_can_be_reached_directly(tmp_path: Path) -> None:
     whole = [numbers(b) for b in itertools.islice(FeatureReader(uri, "train", 4, SAMPLES, seed=5).batches(), 12)]
     later = FeatureReader(uri, "train", 4, SAMPLES, seed=5).batches(7)
     assert [numbers(b) for b in itertools.islice(later, 5)] == whole[7:]
+    plain = FeatureReader(uri, "train", 4, SAMPLES)
+    assert (plain.order(1) == FeatureReader(uri, "train", 4, SAMPLES, 0, 1, 0).order(1)).all()
     other = FeatureReader(uri, "train", 4, SAMPLES, seed=6).batches()
     assert [numbers(b) for b in itertools.islice(other, 12)] != whole
 
