@@ -1,6 +1,6 @@
 """How well the tests catch: small changes of a module, each run against the module's own test file.
 
-    python -m tests.mutation --sample 300 --seed 1 --out runs/mutation.json
+    python -m tests.mutation --sample 360 --seed 1 --out runs/mutation.json
 
 cosmic-ray makes the mutants. They run here rather than by its own command, because most of a test file's time is the
 import of torch, transformers and diffusers: one process imports them once and is forked for each mutant.
@@ -255,7 +255,7 @@ def _work(part: Sequence[Mutant], folder: Path, limits_s: dict[str, float], hidd
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Draws, runs and reports; returns what it writes."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
-    parser.add_argument("--sample", type=int, default=300, help="mutants to run")
+    parser.add_argument("--sample", type=int, default=360, help="mutants to run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, default=Path("runs/mutation.json"))
