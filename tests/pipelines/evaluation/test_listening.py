@@ -116,6 +116,13 @@ def test_texts_are_embedded_once(heard: Path, bundle: str) -> None:
     assert not (heard / "texts" / "train-00000.parquet").exists()
 
 
+def test_a_shard_may_be_a_single_clip(shards: list[ListenShard], bundle: str, tmp_path: Path) -> None:
+    worker = ListenWorker(bundle, str(tmp_path), {"model": "none"}, "cpu", 0)
+    for shard in shards:
+        worker(ListenShard(name=shard.name, rows=1, features=shard.features, clips=shard.clips[:1]))
+        assert [row["row"] for row in rows(tmp_path / "heard", shard.name)] == [0]
+
+
 def test_loudness_and_means_by_hand() -> None:
     assert rms_db(np.full(100, 0.1)) == pytest.approx(-20, abs=1e-3)
     assert rms_db(np.array([1.0, -1.0])) == pytest.approx(0, abs=1e-3)
