@@ -152,12 +152,9 @@ class Runner:
             (self.folder / weights.relative_to(ROOT)).symlink_to(weights)
 
     def warm(self, modules: Sequence[str]) -> None:
-        """Imports what the test files import, then forgets our own packages: a fork imports those anew."""
+        """Imports what the test files import, for all forks to come."""
         for module in modules:
             importlib.import_module(mirror(module).removesuffix(".py").replace("/", "."))
-        for name in list(sys.modules):
-            if name.split(".")[0] in ("aai", "pipelines", "tests"):
-                del sys.modules[name]
 
     def check(self, module: str) -> float:
         """Seconds of the test file on the unchanged module. Raises RuntimeError when it fails."""
@@ -205,6 +202,9 @@ class Runner:
             sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
+            # Our own packages are imported anew, from the copy.
+            for name in [name for name in sys.modules if name.split(".")[0] in ("aai", "pipelines", "tests")]:
+                del sys.modules[name]
             sys.path.insert(0, str(self.folder))
             os.environ["PYTHONPATH"] = str(self.folder)
             os.environ["AAI_TINY_MODELS"] = str(self.folder / "tiny")  # the first session makes them
