@@ -10,8 +10,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from aai.foundation.identity import FoundationSpec
 
 # Before torch, numpy or Ray are imported anywhere: they read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +47,19 @@ def ordinary_priority() -> Iterator[None]:
     """No test leaves the process a real-time one (some encoders do): it would starve the rest of the machine."""
     yield
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.fixture(scope="session")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> "FoundationSpec":
+    """Folders of a random CLIP and of a random diffusion pipeline around its text tower."""
+    from aai.foundation.identity import FoundationSpec
+    from tests import tiny
+
+    # The mutation run keeps the folder for its hundreds of short sessions.
+    folder = Path(os.environ.get("AAI_TINY_MODELS") or tmp_path_factory.mktemp("tiny"))
+    if not (folder / "diffusion").exists():
+        tiny.write_diffusion(folder / "diffusion", tiny.write_clip(folder / "clip"))
+    return FoundationSpec(clip=str(folder / "clip"), diffusion=str(folder / "diffusion"))
 
 
 def _free_port() -> int:

@@ -1,6 +1,6 @@
 """How well the tests catch: small changes of a module, each run against the module's own test file.
 
-    python -m tests.mutation --sample 300 --seed 1 --out runs/mutation.json
+    python -m tests.mutation --sample 360 --seed 1 --out runs/mutation.json
 
 cosmic-ray makes the mutants. They run here rather than by its own command, because most of a test file's time is the
 import of torch, transformers and diffusers: one process imports them once and is forked for each mutant.
@@ -36,6 +36,7 @@ MODULES = (
     "aai/align.py",
     "aai/concepts.py",
     "aai/conditions.py",
+    "aai/encoders/aligner.py",
     "aai/features.py",
     "aai/fit.py",
     "aai/grading.py",
@@ -43,6 +44,11 @@ MODULES = (
     "aai/losses.py",
     "aai/metrics.py",
     "aai/painter.py",
+    "pipelines/evaluation/cases.py",
+    "pipelines/evaluation/clips.py",
+    "pipelines/evaluation/grades.py",
+    "pipelines/evaluation/judges.py",
+    "pipelines/evaluation/listening.py",
 )
 COPIED = ("aai", "pipelines", "tests", "configs", "pyproject.toml")
 LONGEST_S = 300.0
@@ -146,12 +152,9 @@ class Runner:
             (self.folder / weights.relative_to(ROOT)).symlink_to(weights)
 
     def warm(self, modules: Sequence[str]) -> None:
-        """Imports what the test files import, then forgets our own packages: a fork imports those anew."""
+        """Imports what the test files import, for all forks to come."""
         for module in modules:
             importlib.import_module(mirror(module).removesuffix(".py").replace("/", "."))
-        for name in list(sys.modules):
-            if name.split(".")[0] in ("aai", "pipelines", "tests"):
-                del sys.modules[name]
 
     def check(self, module: str) -> float:
         """Seconds of the test file on the unchanged module. Raises RuntimeError when it fails."""
@@ -199,6 +202,9 @@ class Runner:
             sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
+            # Our own packages are imported anew, from the copy.
+            for name in [name for name in sys.modules if name.split(".")[0] in ("aai", "pipelines", "tests")]:
+                del sys.modules[name]
             sys.path.insert(0, str(self.folder))
             os.environ["PYTHONPATH"] = str(self.folder)
             os.environ["AAI_TINY_MODELS"] = str(self.folder / "tiny")  # the first session makes them
@@ -249,7 +255,7 @@ def _work(part: Sequence[Mutant], folder: Path, limits_s: dict[str, float], hidd
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Draws, runs and reports; returns what it writes."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
-    parser.add_argument("--sample", type=int, default=300, help="mutants to run")
+    parser.add_argument("--sample", type=int, default=360, help="mutants to run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, default=Path("runs/mutation.json"))

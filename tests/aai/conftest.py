@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,19 +11,6 @@ if TYPE_CHECKING:  # the libraries take seconds: only the tests that use a fixtu
 
     from aai.foundation.identity import FoundationSpec
     from aai.painter import Painter
-
-
-@pytest.fixture(scope="session")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> FoundationSpec:
-    """Folders of a random CLIP and of a random diffusion pipeline around its text tower."""
-    from aai.foundation.identity import FoundationSpec
-    from tests import tiny
-
-    # The mutation run keeps the folder for its hundreds of short sessions.
-    folder = Path(os.environ.get("AAI_TINY_MODELS") or tmp_path_factory.mktemp("tiny"))
-    if not (folder / "diffusion").exists():
-        tiny.write_diffusion(folder / "diffusion", tiny.write_clip(folder / "clip"))
-    return FoundationSpec(clip=str(folder / "clip"), diffusion=str(folder / "diffusion"))
 
 
 @pytest.fixture(scope="session")

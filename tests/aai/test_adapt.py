@@ -173,6 +173,30 @@ def test_every_term_by_hand(spec: FoundationSpec, pipe: StableDiffusionPipeline)
     assert not any(term.requires_grad for term in terms.values())
 
 
+class Told:
+    """In the injector's place: states [T, 6, 4] of its texts, all with the text's number."""
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        values = torch.tensor([float(text) for text in texts])
+        return values[:, None, None].expand(-1, 6, 4), values[:, None].expand(-1, 4)
+
+
+def test_hidden_states_count_from_the_middle_of_the_context(
+    spec: FoundationSpec, pipe: StableDiffusionPipeline
+) -> None:
+    task = make_task(spec, pipe, AdaptLossConfig())
+    task.injector = Told()
+    captions = ["3", "1", "3"]
+    states = torch.tensor([3.0, 1.0, 3.0])[:, None, None].repeat(1, 6, 4)
+    pooled = states[:, 0].clone()
+    assert task._hidden_distance(states, pooled, captions) == 0
+    states[:, :3] += 5  # positions 0, 1 and 2 of 6
+    assert task._hidden_distance(states, pooled, captions) == 0
+    states[0, 3] += 2
+    assert task._hidden_distance(states, pooled, captions) == pytest.approx(4 / 9)
+    assert task._hidden_distance(states, pooled + 1, captions) == pytest.approx(1 + 4 / 9)
+
+
 def test_without_a_projection_there_is_no_clip_term(spec: FoundationSpec, pipe: StableDiffusionPipeline) -> None:
     whole = make_task(spec, pipe, AdaptLossConfig())
     task = AdaptTask(whole.adapter, whole.aligner, pipe, None, AdaptLossConfig(w_denoise=0))

@@ -1,21 +1,16 @@
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aai.align import AlignLossConfig, AlignTask, mask, rotate, validate
-from aai.bundle import BundleConfig, write_bundle
-from aai.encoders.aligner import embed, embed_files, load_aligner
+from aai.encoders.aligner import embed
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.foundation.identity import FoundationSpec
 from aai.losses import info_nce
-from aai.media.waveform import encode_flac
 
 SMALL = AudioEncoderConfig(
     hidden_size=32, num_layers=1, num_heads=2, clip_s=0.5, embed_dim=8, head_size=16, num_mel_bins=32, dropout=0.0
@@ -180,17 +175,6 @@ def test_training_augments_by_the_configs_shares() -> None:
         assert not torch.allclose(task.encode(batch), task.encoder(batch))
 
 
-def test_embedding_leaves_the_encoder_as_it_was() -> None:
-    encoder, audio = AudioEncoder(SMALL.model_copy(update={"dropout": 0.5})), make_batch(7)["audio"]
-    for mode in (True, False):
-        encoder.train(mode)
-        found = embed(encoder, audio, batch_size=3)
-        assert encoder.training is mode
-        assert not found.requires_grad
-        torch.testing.assert_close(found, encoder.eval()(audio).detach())
-        torch.testing.assert_close(embed(encoder, audio), found)
-
-
 def test_validate_scores_a_perfect_encoder() -> None:
     encoder = make_task().encoder
     audio = make_batch(8)["audio"]
@@ -245,25 +229,6 @@ def test_validate_by_hand() -> None:
     assert validate(encoder, clips).keys() == {"a2v_r1", "a2t_r1"}
     empty = {**clips, "labels": []}
     assert validate(encoder, empty).keys() == {"a2v_r1", "a2t_r1"}
-
-
-def test_an_aligner_comes_out_of_a_bundle_frozen_and_hears_files(tmp_path: Path) -> None:
-    encoder = AudioEncoder(SMALL)
-    config = BundleConfig(foundation=FoundationSpec(), encoder=SMALL.model_dump(), adapter=None, vocabulary=None)
-    bundle = write_bundle(tmp_path / "bundle", config, encoder.state_dict(), None, {})
-    aligner = load_aligner(bundle)
-    assert not aligner.training
-    assert not any(p.requires_grad for p in aligner.parameters())
-    rng = np.random.default_rng(0)
-    waves = [(0.1 * rng.standard_normal(samples)).astype(np.float32) for samples in (8_000, 4_000, 9_000)]
-    files = [encode_flac(wave, 16_000) for wave in waves]
-    found = embed_files(aligner, files, batch_size=2)
-    assert found.shape == (3, 8)
-    for row, wave in zip(found, waves, strict=True):
-        alone = encoder.eval()(torch.from_numpy(wave)[None]).detach().numpy()[0]
-        np.testing.assert_allclose(row, alone, atol=1e-3)
-    np.testing.assert_allclose(embed_files(aligner, files), found, atol=1e-5)
-    assert embed_files(aligner, []).shape == (0, 8)
 
 
 def test_bounds_and_defaults_of_the_settings() -> None:

@@ -183,6 +183,8 @@ def test_any_step_can_be_reached_directly(tmp_path: Path) -> None:
     whole = [numbers(b) for b in itertools.islice(FeatureReader(uri, "train", 4, SAMPLES, seed=5).batches(), 12)]
     later = FeatureReader(uri, "train", 4, SAMPLES, seed=5).batches(7)
     assert [numbers(b) for b in itertools.islice(later, 5)] == whole[7:]
+    plain = FeatureReader(uri, "train", 4, SAMPLES)
+    assert (plain.order(1) == FeatureReader(uri, "train", 4, SAMPLES, 0, 1, 0).order(1)).all()
     other = FeatureReader(uri, "train", 4, SAMPLES, seed=6).batches()
     assert [numbers(b) for b in itertools.islice(other, 12)] != whole
 
@@ -216,13 +218,18 @@ def test_load_split(tmp_path: Path) -> None:
 
 
 def test_no_more_files_are_read_than_the_rows_asked_for_take(tmp_path: Path) -> None:
-    uri = write(tmp_path)  # three rows of val in the first file, four in the second
+    uri = write(tmp_path)  # three rows of val in the first file
     (tmp_path / "shard-00001.parquet").write_bytes(b"damaged")
     first = load_split(uri, "val", SAMPLES, ("latents",), max_rows=3)
     assert first["clip_id"] == ["c2", "c5", "c8"]
     assert first["latents"][:, 0, 0, 0].tolist() == [2, 5, 8]
     with pytest.raises(pa.ArrowInvalid):
         load_split(uri, "val", SAMPLES, ("latents",), max_rows=4)
+    uri = write(tmp_path / "again", shards=4)
+    (tmp_path / "again" / "shard-00003.parquet").write_bytes(b"damaged")  # 3, 3, 4 and 3 rows of val
+    assert len(load_split(uri, "val", SAMPLES, ("latents",), max_rows=10)["latents"]) == 10
+    with pytest.raises(pa.ArrowInvalid):
+        load_split(uri, "val", SAMPLES, ("latents",), max_rows=11)
 
 
 def test_empty_captions_have_no_id(tmp_path: Path) -> None:

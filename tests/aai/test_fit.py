@@ -1,5 +1,6 @@
 import functools
 import itertools
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -303,16 +304,26 @@ def _rank(rank: int, folder: str) -> None:
     part = slice(rank * 4, rank * 4 + 4)
     final = fit(DistributedDataParallel(Plain()), functools.partial(batches, part=part), CONFIG)
     final.save(f"{folder}/{rank}.safetensors")
+    task = Still()
+    fit(task, batches, FitConfig(steps=3, warmup_steps=1))
+    # One of the two processors has no bfloat16: both must compute alike.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aai.fit.native_bfloat16", lambda device: rank == 0)
+        precision = fit(Still(), batches, FitConfig(steps=1)).precision
+    Path(folder, f"{rank}.json").write_text(json.dumps([precision, task.drawn]))
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_but_draw_numbers_of_their_own(tmp_path: Path) -> None:
     whole = fit(Plain(), batches, CONFIG)
     on_two_ranks(_rank, str(tmp_path))
     for rank in range(2):
-        found = State.load(tmp_path / f"{rank}.safetensors")
+        state = State.load(tmp_path / f"{rank}.safetensors")
         for name, value in whole.weights.items():
-            torch.testing.assert_close(found.weights[name], value, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(state.weights[name], value, atol=1e-4, rtol=1e-4)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [precision for precision, _ in found] == ["float32", "float32"]
+    assert len({*found[0][1], *found[1][1]}) == 6
 
 
 def test_a_resumed_run_keeps_the_precision_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,18 @@ def test_repainting_reads_the_medium_off_the_picture(painter: Painter) -> None:
         painter.embed_repaint("edit", [sound(1)], [picture, picture])
 
 
+def test_painting_keeps_no_gradients(painter: Painter) -> None:
+    assert any(p.requires_grad for p in painter.adapter.parameters())
+    found = {
+        "listen": painter.listen(sound(1)),
+        "hear": painter.hear(sound(1)),
+        "embed": painter.embed(sound(1), "a photo of <sound>"),
+        "embed_text": painter.embed_text(["a clock"]),
+        "embed_repaint": painter.embed_repaint("edit", [sound(1)], [Image.new("RGB", (64, 64))])[0],
+    }
+    assert [name for name, values in found.items() if values.requires_grad] == []
+
+
 def test_without_a_vocabulary_nothing_is_edited(painter: Painter) -> None:
     bare = Painter(painter.pipe, painter.aligner, painter.adapter, painter.foundation)
     with pytest.raises(UserError, match="vocabulary"):

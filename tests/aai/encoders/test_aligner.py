@@ -43,3 +43,11 @@ def test_embed_gives_the_mode_back(aligner: AudioEncoder) -> None:
         aligner.train(training)
         assert torch.equal(embed(aligner, waves), embed(aligner, waves))  # no dropout
         assert aligner.training == training
+
+
+def test_embed_keeps_no_gradients_of_an_encoder_in_training(aligner: AudioEncoder) -> None:
+    encoder = AudioEncoder(aligner.config)
+    waves = 0.1 * torch.randn(5, aligner.config.clip_samples, generator=torch.Generator().manual_seed(0))
+    found = embed(encoder, waves, batch_size=2)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, encoder.eval()(waves).detach())
