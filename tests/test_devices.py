@@ -252,8 +252,8 @@ def test_score(files: Files) -> None:
         assert worker.aligner is not None
         assert next(worker.aligner.parameters()).is_cuda == gpu
         assert worker(shard).rows == 8
-        scores = read_scores(str(files.root), "shard-00000").values()
-        found.append([[row["caption_similarity"], row["av_similarity"]] for row in scores])
+        scores = read_scores(str(files.root), "shard-00000").select(["caption_similarity", "av_similarity"])
+        found.append([list(row.values()) for row in scores.to_pylist()])
     np.testing.assert_allclose(np.array(found[0], float), np.array(found[1], float), atol=1e-4)
 
 

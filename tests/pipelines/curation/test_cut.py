@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipelines.curation.curate_config import CutConfig
 from pipelines.curation.cut import CutWorker, cut_rows, spans
 from pipelines.curation.layout import CUT
 from pipelines.engine.cluster import connect, shutdown
+from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import read_manifest
 from pipelines.settings import ClusterConfig
 from tests.aai.media.test_shots import make_shots
@@ -100,7 +102,7 @@ def make_files(base: str) -> None:
     storage.write_bytes(storage.join(base, "t.tar"), make_tar({"-in, side.mp4": good, "-in, side.txt": b"words"}))
 
 
-def clips_of(rows: list[dict[str, Any]], name: str) -> list[tuple[float | None, float | None]]:
+def clips_of(rows: list[ManifestRow], name: str) -> list[tuple[float | None, float | None]]:
     return [(row.start_s, row.end_s) for row in rows if row.uri.endswith(name)]
 
 
@@ -111,7 +113,7 @@ def test_whole_files_become_clips(tmp_path: Path, where: str, request: pytest.Fi
     out = base + "-out"
     make_files(base)
     rows = read_manifest(base)
-    rows.append({**rows[0], "start_s": 1.0, "end_s": 2.0})
+    rows.append(replace(rows[0], start_s=1.0, end_s=2.0))
     assert cut_rows(rows, CutConfig(), DECODE, out, CLUSTER) == rows
     assert storage.list_files(out) == []
 

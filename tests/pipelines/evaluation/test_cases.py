@@ -16,7 +16,7 @@ from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from aai.painter import Painter, PaintRequest
-from aai.toy.judge import Judge
+from aai.toy.judge import ToyJudge
 from pipelines.evaluation.cases import (
     Case,
     PictureWorker,
@@ -184,7 +184,7 @@ def test_pictures_are_painted_by_their_own_sound_and_seed(out: str, bundle: str,
 def test_the_worker_writes_what_judge_and_clip_see(out: str, bundle: str, worker: PictureWorker) -> None:
     rows = painted(worker, out, [Case(0, "ceiling", 0, 0, 0), Case(1, "ceiling", 3, 3, 1)])
     pictures = [Image.open(io.BytesIO(row["png"])) for row in rows]
-    for row, seen in zip(rows, Judge.load().read(pictures), strict=True):
+    for row, seen in zip(rows, ToyJudge.load().read(pictures), strict=True):
         assert {name: row[name] for name in ("object", "ambience", "medium")} == {
             name: seen[name] for name in ("object", "ambience", "medium")
         }

@@ -14,7 +14,7 @@ from aai.bundle import read_bundle
 from aai.encoders.aligner import embed_files, load_aligner
 from aai.foundation.clip import FrozenClip
 from aai.toy.grammar import OBJECTS
-from aai.toy.judge import Judge
+from aai.toy.judge import ToyJudge
 from pipelines.evaluation.clips import ListenShard, find_clips, listen_shards
 from pipelines.evaluation.listening import ListenWorker, mean_vectors, rms_db
 from tests.pipelines.evaluation.conftest import SCENES, clip, frame, sound, write_tables
@@ -100,7 +100,7 @@ def test_an_even_sample_of_true_frames_is_graded(heard: Path, bundle: str) -> No
     assert [(row["row"], row["frame"]) for row in found] == places
     data = [frame(numbers[row], 0.5 * at) for row, at in places]
     pictures = [Image.open(io.BytesIO(png)).convert("RGB") for png in data]
-    assert [row["object"] for row in found] == [seen["object"] for seen in Judge.load().read(pictures)]
+    assert [row["object"] for row in found] == [seen["object"] for seen in ToyJudge.load().read(pictures)]
     assert np.mean([row["object"] == SCENES[numbers[row["row"]]].obj for row in found]) > 0.8
     frozen = FrozenClip(read_bundle(bundle).config.foundation)
     classes = frozen.texts([f"a photo of a {name}" for name in OBJECTS])
