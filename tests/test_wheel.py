@@ -82,7 +82,7 @@ def test_the_toy_world_is_painted_from_the_wheel(installed: Path, tmp_path: Path
     code = (
         "from aai.foundation.loaders import load_diffusion\nfrom aai.foundation.identity import FoundationSpec\n"
         "from aai.toy.judge import ToyJudge\nfrom pipelines.pages.page import environment\n"
-        "load_diffusion(FoundationSpec())\nJudge.load()\nenvironment().get_template('report.html.jinja')\n"
+        "load_diffusion(FoundationSpec())\nToyJudge.load()\nenvironment().get_template('report.html.jinja')\n"
     )
     run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(installed))
 
