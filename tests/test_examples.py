@@ -1,6 +1,9 @@
 """The examples run as they are told to: in a process of their own, on a bundle of random weights."""
 
+import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +37,31 @@ def test_paint(tmp_path: Path) -> None:
     assert [picture.name for picture in pictures] == ["photo0.png", "photo1.png", "sketch0.png", "sketch1.png"]
     assert len({Image.open(picture).tobytes() for picture in pictures}) == 4
     assert all(str(picture) in done.stdout for picture in pictures)
+
+
+def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly the lines of the README, where the demo has left a bundle and a sound."""
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len([line for line in lines.splitlines() if line]) == 5
+    monkeypatch.chdir(tmp_path)
+    for folder in ("adapt", "pictures"):
+        Path("runs/demo", folder).mkdir(parents=True)
+    paintable_bundle(tmp_path / "made").rename("runs/demo/adapt/bundle")
+    write_wav(
+        "runs/demo/pictures/sound0.wav", np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32), 16_000
+    )
+    exec(compile(lines, "README.md", "exec"), {})
+    assert Image.open("sketch.png").convert("L").getextrema() != (0, 0)
+
+
+def test_the_plots_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = runpy.run_path(str(ROOT / "docs" / "figures" / "plots.py"))
+    share = {"object": 0.5, "ambience": 0.25}
+    recall = {"r1": 0.1, "r5": 0.2, "r10": 0.3, "ci95": [0.05, 0.2], "chance": 0.01}
+    retrieval = {"gallery": 9, **dict.fromkeys(plots["DIRECTIONS"], recall)}
+    generation = {"chance": share, "sound": share, "ceiling": share}
+    (tmp_path / "summary.json").write_text(json.dumps({"retrieval": retrieval, "generation": generation}))
+    monkeypatch.setitem(plots["main"].__globals__, "HERE", tmp_path)
+    plots["main"](str(tmp_path / "summary.json"))
+    for name in ("pictures.png", "retrieval.png"):
+        assert len(np.unique(np.asarray(Image.open(tmp_path / name)))) > 50
