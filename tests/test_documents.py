@@ -161,3 +161,33 @@ def test_named_settings_configs_and_targets_exist() -> None:
         assert [name for name in named if not (ROOT / name).is_file()] == [], path.name
         assert [name for name in re.findall(r"`make ([a-z]+)", text) if name not in targets] == [], path.name
     assert unknown_settings("`decode.polcy: exact` `decode.policy: exact` `docs.html`", known) == ["decode.polcy"]
+
+
+def packages() -> list[str]:
+    """Every package of aai/ and pipelines/, as a page names it: `aai/media/`."""
+    inits = [*ROOT.glob("aai/*/__init__.py"), *ROOT.glob("pipelines/*/__init__.py")]
+    return sorted(f"{init.parent.relative_to(ROOT)}/" for init in inits)
+
+
+def test_architecture_names_every_package() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert len(packages()) > 10
+    assert [package for package in packages() if f"`{package}`" not in text] == []
+    modules = [path.name for path in (ROOT / "aai").glob("*.py") if path.name != "__init__.py"]
+    assert [name for name in modules if f"`{name}`" not in text and f"`aai/{name}`" not in text] == []
+
+
+NAMED = re.compile(r"`((?:[a-z_]+/)*[a-z_\d]+\.py)`")
+PARTS = ("aai", "pipelines", "configs", "tests", "docs", "examples")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(path: Path) -> None:
+    """A file that a page names is there: by its path, or by the end of it."""
+    text = path.read_text(encoding="utf-8")
+    files: list[str] = []
+    for part in PARTS:
+        files += [f"/{file.relative_to(ROOT)}" for file in (ROOT / part).rglob("*.py")]
+    missing = [name for name in NAMED.findall(text) if not any(file.endswith(f"/{name}") for file in files)]
+    links = [name for name in re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", text) if not (path.parent / name).exists()]
+    assert (missing, links) == ([], [])
