@@ -216,8 +216,11 @@ class FeatureReader:
     def _index(self, uri: str) -> list[tuple[str, int, np.ndarray]]:
         """(file, row group, its rows of the split) for every row group with such rows, in table order."""
         files = storage.list_files(uri, ".parquet")
+        groups: list[tuple[str, int, np.ndarray]] = []
         with ThreadPoolExecutor(16) as pool:  # on S3 nearly all the time is waiting
-            return [group for groups in pool.map(self._index_file, files) for group in groups]
+            for found in pool.map(self._index_file, files):
+                groups += found
+        return groups
 
     def _index_file(self, file: str) -> list[tuple[str, int, np.ndarray]]:
         table = _open(file, self.manifest)

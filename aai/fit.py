@@ -236,11 +236,10 @@ def _check_finite(step: int, loss: Tensor, norm: Tensor, report: dict[str, Tenso
 
 
 def _state(step: int, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, precision: str) -> State:
-    moments = {
-        f"{kind}/{name}": value.detach().clone()
-        for name, param in params.items()
-        for kind, value in optimizer.state[param].items()
-    }
+    moments: dict[str, Tensor] = {}
+    for name, param in params.items():
+        for kind, value in optimizer.state[param].items():
+            moments[f"{kind}/{name}"] = value.detach().clone()
     return State(step, {name: p.detach().clone() for name, p in params.items()}, moments, precision)
 
 

@@ -21,8 +21,10 @@ def accuracy(read: Sequence[Reading], truth: Sequence[Reading], attribute: str) 
 
 def kept(read: Sequence[Reading], truth: Sequence[Reading], attributes: Sequence[str]) -> float:
     """Share of pictures in which every one of the attributes is as in the given picture."""
-    rows = zip(read, truth, strict=True)
-    return float(np.mean([all(r[a] == t[a] for a in attributes) for r, t in rows]))
+    as_given = []
+    for r, t in zip(read, truth, strict=True):
+        as_given.append(all(r[a] == t[a] for a in attributes))
+    return float(np.mean(as_given))
 
 
 def similarity_rank(query: Tensor, own: Tensor, others: Tensor) -> float:

@@ -98,7 +98,7 @@ class Injector:
             at = list(range(len(ids), len(ids) + lengths[part]))
             positions.setdefault(part, []).extend(at)
             ids += [self.neutral_ids[0]] * lengths[part]
-        if any(p >= limit - 1 for at in positions.values() for p in at):
+        if any(max(at, default=0) >= limit - 1 for at in positions.values()):
             raise UserError(
                 "prompt", f"{len(ids) + 1} tokens", f"a sound falls off the {limit} tokens", "shorten the prompt"
             )

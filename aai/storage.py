@@ -123,7 +123,8 @@ def stamps(uris: Iterable[str]) -> dict[str, str]:
                 entry = listed.get(file.removeprefix("s3://"))
                 found[uri] = f"{entry.get('ETag')}:{entry['size']}" if entry else "missing"
         else:
-            local = {file: _local_stamp(file) for file in {file for _, file in members}}
+            files = {file for _, file in members}
+            local = {file: _local_stamp(file) for file in files}
             found |= {uri: local[file] for uri, file in members}
     return found
 

@@ -99,5 +99,5 @@ def table(result: Mapping[str, Any]) -> list[str]:
         rows.append((name, f"{value:.4g}", _UNITS.get(suffix, ""), text))
     rows += [(pair, "", "", f"{value:.3g}") for pair, value in ratios.items()]
     rows = [("name", "figure", "unit", "ratio"), *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]

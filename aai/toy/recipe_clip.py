@@ -129,7 +129,9 @@ def clip_input(x: Tensor) -> Tensor:
 
 def build_tokenizer(captions: list[str], merges: int, max_length: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learned from captions (Sennrich et al. 2016, arXiv 1508.07909)."""
-    words = Counter(word for text in captions for word in text.lower().split())
+    words: Counter[str] = Counter()
+    for text in captions:
+        words.update(text.lower().split())
     spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     learned: list[tuple[str, str]] = []
     for _ in range(merges):

@@ -132,7 +132,9 @@ def _bird(rng: Rng, t: Signal, rate: int) -> Signal:
     """Chirps: short arcs of a nearly pure high tone, in groups."""
     pitch, rise = rng.uniform(2300, 3000), rng.uniform(400, 900)
     groups = _starts(rng, t, rate, rng.uniform(0.5, 0.7), 0.08)
-    starts = [g + 0.12 * k for g in groups for k in range(int(rng.integers(2, 5)))]
+    starts: list[float] = []
+    for group in groups:
+        starts += [group + 0.12 * k for k in range(int(rng.integers(2, 5)))]
 
     def chirp(rng: Rng, t: Signal, _: int) -> Signal:
         arc = _swell(t, 0.09)

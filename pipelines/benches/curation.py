@@ -10,7 +10,7 @@ from aai.media.decode import ClipError, DecodeConfig, decode_clip
 from pipelines import curate
 from pipelines.__main__ import load_config
 from pipelines.benches.engines import Timing, summarise, take_turns, timed, toy_manifest
-from pipelines.benches.options import BenchConfig
+from pipelines.benches.options import BenchConfig, as_flags
 from pipelines.curate import CurateConfig
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.row import ManifestRow
@@ -46,8 +46,7 @@ def curate_config(config: BenchConfig, manifest: str, out: str) -> CurateConfig:
     settings = [f"run_dir={config.out}", f"manifest={manifest}", f"out={out}", *config.overrides]
     if config.windows > 1:  # windows of one file resemble each other: all but one would be dropped
         settings += ["duplicates.enabled=false"]
-    words = [word for setting in settings for word in ("--set", setting)]
-    loaded = load_config("curate", words)[0].model_copy(update={"cluster": config.cluster})
+    loaded = load_config("curate", as_flags(settings))[0].model_copy(update={"cluster": config.cluster})
     return CurateConfig.model_validate(loaded.model_dump())
 
 

@@ -61,16 +61,18 @@ def timed(work: Callable[[], Any], clips: int, settings: ClusterConfig, bare: bo
         work()
         wall_s = time.monotonic() - begin
     cluster.shutdown()
-    first = [min(start for _, _, start, _ in stage.calls) for stage in stages]
-    spans = [max(end for *_, end in stage.calls) - start for stage, start in zip(stages, first, strict=True)]
-    starts = sum(start - stage.called_s for stage, start in zip(stages, first, strict=True))
+    starts_s, spans_s = 0.0, []
+    for stage in stages:
+        first_s = min(start for _, _, start, _ in stage.calls)
+        starts_s += first_s - stage.called_s
+        spans_s.append(max(end for *_, end in stage.calls) - first_s)
     return Timing(
         clips=clips,
         wall_s=wall_s,
-        start_s=connected_s + starts,
-        work_s=sum(spans),
+        start_s=connected_s + starts_s,
+        work_s=sum(spans_s),
         between_s=_between_s(stages),
-        stages_s={stage.name: span for stage, span in zip(stages, spans, strict=True)},
+        stages_s={stage.name: span for stage, span in zip(stages, spans_s, strict=True)},
         peak_gb=peak[0] / 1e9,
     )
 
@@ -82,7 +84,8 @@ def _between_s(stages: Sequence[Stage]) -> float:
         calls = defaultdict(list)
         for pid, _, start, end in stage.calls:
             calls[pid].append((start, end))
-        gaps += [after[0] - before[1] for own in calls.values() for before, after in pairwise(sorted(own))]
+        for own in calls.values():
+            gaps += [after[0] - before[1] for before, after in pairwise(sorted(own))]
     return statistics.mean(gaps) if gaps else 0.0
 
 
@@ -107,9 +110,10 @@ def summarise(turns: dict[str, list[Timing]]) -> tuple[dict[str, Any], dict[str,
         figures[f"{name}_between_shards_ms"] = _median([run.between_s * 1e3 for run in runs])
         figures[f"{name}_peak_gb"] = _median([run.peak_gb for run in runs])
         figures[f"{name}_each_clips_per_s"] = [round(run.clips_per_s, 2) for run in runs]
-        figures[f"{name}_stages_s"] = {
-            stage: _median([run.stages_s.get(stage, 0.0) for run in runs]) for stage in runs[0].stages_s
-        }
+        spans_s = {}
+        for stage in runs[0].stages_s:
+            spans_s[stage] = _median([run.stages_s.get(stage, 0.0) for run in runs])
+        figures[f"{name}_stages_s"] = spans_s
     ratios = {}
     names = list(turns)
     for i, name in enumerate(names):

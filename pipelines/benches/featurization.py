@@ -12,7 +12,7 @@ from pipelines import curate, featurize
 from pipelines.__main__ import load_config
 from pipelines.benches.curation import curate_config
 from pipelines.benches.engines import Timing, summarise, take_turns, timed, toy_manifest
-from pipelines.benches.options import BenchConfig
+from pipelines.benches.options import BenchConfig, as_flags
 from pipelines.engine.shards import Result, Shard, recorded, run_shards
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker
 
@@ -79,8 +79,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
 def _config(config: BenchConfig, clips: str, out: str) -> FeaturizeConfig:
     settings = [f"run_dir={config.out}", f"input={clips}", f"out={out}", *config.overrides]
-    words = [word for setting in settings for word in ("--set", setting)]
-    loaded = load_config("featurize", words)[0].model_copy(update={"cluster": config.cluster})
+    loaded = load_config("featurize", as_flags(settings))[0].model_copy(update={"cluster": config.cluster})
     return FeaturizeConfig.model_validate(loaded.model_dump())
 
 

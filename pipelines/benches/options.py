@@ -1,5 +1,6 @@
 """Settings of the benches."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pydantic
@@ -7,6 +8,14 @@ import pydantic
 from aai import storage
 from aai.config import Config
 from pipelines.settings import ClusterConfig, Plan, VerbConfig
+
+
+def as_flags(settings: Sequence[str]) -> list[str]:
+    """Settings `a.b=c` as the arguments of a command: --set a.b=c ..."""
+    words: list[str] = []
+    for setting in settings:
+        words += ["--set", setting]
+    return words
 
 
 class ModelConfig(Config):

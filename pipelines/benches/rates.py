@@ -15,6 +15,7 @@ from aai import storage
 from aai.errors import UserError
 from pipelines import curate, featurize
 from pipelines.__main__ import load_config
+from pipelines.benches.options import as_flags
 from pipelines.engine.shards import recorded
 from pipelines.featurize import FeaturizeWorker
 from pipelines.manifests.row import ManifestRow
@@ -72,7 +73,9 @@ def measure_rates(
     with recorded(bare=True):
         featurize.run(settings)
     worker = FeaturizeWorker(settings.model_dump(mode="json"), "")
-    encoded = [data for row in clips["frames"].to_pylist() for data in row]
+    encoded: list[bytes] = []
+    for frames in clips["frames"].to_pylist():
+        encoded += frames
     pixels = worker.clip.framed(encoded[: worker.clip.batches.size])
     picture = [Image.open(io.BytesIO(encoded[0])).convert("RGB")] * min(32, clips.num_rows)
     prepare_s = _prepare_s(worker, accepted, encoded, f"{out}/features", measure_s) / clips.num_rows
@@ -95,14 +98,17 @@ def measure_rates(
 
 def _loaded(verb: str, sets: Sequence[str], cluster: ClusterConfig) -> Any:
     """A verb's demo settings with others."""
-    config, _ = load_config(verb, [word for setting in sets for word in ("--set", setting)])
+    config, _ = load_config(verb, as_flags(sets))
     return config.model_copy(update={"cluster": cluster})
 
 
 def _curate(rows: Sequence[ManifestRow], out: str, sets: Sequence[str]) -> float:
     """Curates the sample in one process; returns seconds per clip, without each stage's first shard if it has more."""
     manifest = f"{out}/sample.parquet"
-    storage.write_table(manifest, pa.table({name: [getattr(row, name) for row in rows] for name in _MANIFEST_COLUMNS}))
+    columns = {}
+    for name in _MANIFEST_COLUMNS:
+        columns[name] = [getattr(row, name) for row in rows]
+    storage.write_table(manifest, pa.table(columns))
     parts = f"rows_per_shard={-(-len(rows) // SHARDS)}"
     fixed = [f"manifest={manifest}", "media_root=null", f"out={out}/curated", "max_reject_ratio=1", parts]
     with recorded(bare=True) as stages:

@@ -31,6 +31,8 @@ TRANSIENT = 8
 LABELS = 40
 """Labels shown at once; the next ones are folded away, up to FOLDED."""
 FOLDED = 400
+Clips = Mapping[int, Entry]
+"""The clips that are shown, by the number of their row."""
 KEPT, THIS, ELSE = COLOURS[0], COLOURS[1], "#8d929b"
 
 
@@ -68,7 +70,9 @@ def log_card(cfg: TrackingConfig, run_name: str, out: str, figures: Mapping[str,
 
     funnel = figures["funnel"]
     totals = {k: v for k, v in funnel.items() if not isinstance(v, list)}
-    by_code = {code["code"]: code["rows"] for stage in funnel["stages"] for code in stage["codes"]}
+    by_code: dict[str, int] = {}
+    for stage in funnel["stages"]:
+        by_code |= {code["code"]: code["rows"] for code in stage["codes"]}
     flags = {flag["code"]: flag["rows"] for flag in funnel["flags"]}
     with tracking.run(cfg, run_name, {"out": out, "filters": figures["filters"]}, {"stage": "curate"}) as run:
         duplicates = {k: figures["duplicates"][k] for k in ("groups", "dropped")}
@@ -80,42 +84,66 @@ def log_card(cfg: TrackingConfig, run_name: str, out: str, figures: Mapping[str,
 
 def _samples(rows: Rows, found: Sequence[Rule], groups: Sequence[list[int]]) -> dict[str, Any]:
     """Single clips, with pictures: borderline ones, duplicate groups, examples of other codes and transient errors."""
-    near = [(rule, *figures_of.borderline(rows, rule, NEAR_DROPPED)) for rule in found]
-    near = [(rule, dropped, kept[:NEAR_KEPT]) for rule, dropped, kept in near if dropped]
+    near: list[tuple[Rule, list[int], list[int]]] = []
+    wanted: set[int] = set()
+    for rule in found:
+        dropped, kept = figures_of.borderline(rows, rule, NEAR_DROPPED)
+        if dropped:
+            near.append((rule, dropped, kept[:NEAR_KEPT]))
+            wanted.update(dropped, kept[:NEAR_KEPT])
     shown = figures_of.varied(rows, groups, GROUPS)
     d = rows.duplicates
     kept_rows = locate(rows, (d.kept[group[0]] for group in shown))
-    wanted = {i for _, dropped, kept in near for i in (*dropped, *kept)} | set(kept_rows.values())
-    wanted |= {d.row[i] for group in shown for i in group[:GROUP_DROPPED]}
+    wanted.update(kept_rows.values())
+    for group in shown:
+        wanted.update(d.row[i] for i in group[:GROUP_DROPPED])
     clips = {row: _with_thumbnail(entry) for row, entry in fetch(rows, wanted).items()}
-    examples = {code: places for code in rows.codes if (places := _plain_rows(rows, found, code))}
-    broken = {code: places for code in rows.codes if (places := _transient_rows(rows, code))}
-    texts = fetch(rows, [i for part in (examples, broken) for places in part.values() for i in places], False)
-    rule_of = {rule: rows.values[rule.signal] for rule in found}
     return {
-        "borderline": [
-            {
-                **{k: getattr(rule, k) for k in ("code", "signal", "setting", "unit", "sign", "limit")},
-                "dropped": [clips[i] | {"value": float(rule_of[rule][i])} for i in dropped],
-                "kept": [clips[i] | {"value": float(rule_of[rule][i])} for i in kept],
-            }
-            for rule, dropped, kept in near
-        ],
-        "duplicate_groups": [
-            {
-                "code": d.code[group[0]],
-                "kept": clips.get(kept_rows.get(d.kept[group[0]], -1)),
-                "dropped": [clips[d.row[i]] for i in group[:GROUP_DROPPED]],
-                "more": max(0, len(group) - GROUP_DROPPED),
-            }
-            for group in shown
-        ],
-        "examples": {code: [texts[i] for i in places] for code, places in examples.items()},
-        "transient": [
-            {"code": code, "rows": _number(rows, code, rows.transient), "examples": [texts[i] for i in places]}
-            for code, places in broken.items()
-        ],
+        "borderline": [_borderline(rows, clips, *of_rule) for of_rule in near],
+        "duplicate_groups": [_group(rows, clips, kept_rows, group) for group in shown],
+        **_examples(rows, found),
     }
+
+
+def _borderline(rows: Rows, clips: Clips, rule: Rule, dropped: Sequence[int], kept: Sequence[int]) -> Entry:
+    """The clips nearest to one threshold on either side, with their values."""
+    about = {name: getattr(rule, name) for name in ("code", "signal", "setting", "unit", "sign", "limit")}
+    values = rows.values[rule.signal]
+    sides = {}
+    for name, chosen in (("dropped", dropped), ("kept", kept)):
+        sides[name] = [clips[i] | {"value": float(values[i])} for i in chosen]
+    return about | sides
+
+
+def _group(rows: Rows, clips: Clips, kept_rows: Mapping[str, int], group: Sequence[int]) -> Entry:
+    """A duplicate group: the kept clip beside some of the dropped ones."""
+    d = rows.duplicates
+    return {
+        "code": d.code[group[0]],
+        "kept": clips.get(kept_rows.get(d.kept[group[0]], -1)),
+        "dropped": [clips[d.row[i]] for i in group[:GROUP_DROPPED]],
+        "more": max(0, len(group) - GROUP_DROPPED),
+    }
+
+
+def _examples(rows: Rows, found: Sequence[Rule]) -> dict[str, Any]:
+    """A few rows, without pictures, of each code that no threshold stands for, and of what failed for a while only."""
+    plain: dict[str, list[int]] = {}
+    broken: dict[str, list[int]] = {}
+    wanted: list[int] = []
+    for code in rows.codes:
+        plain[code], broken[code] = _plain_rows(rows, found, code), _transient_rows(rows, code)
+        wanted += [*plain[code], *broken[code]]
+    texts = fetch(rows, wanted, False)  # all at once: each file is opened once
+    examples: dict[str, list[Entry]] = {}
+    transient: list[Entry] = []
+    for code in rows.codes:
+        if plain[code]:
+            examples[code] = [texts[i] for i in plain[code]]
+        if broken[code]:
+            shown = [texts[i] for i in broken[code]]
+            transient.append({"code": code, "rows": _number(rows, code, rows.transient), "examples": shown})
+    return {"examples": examples, "transient": transient}
 
 
 def _plain_rows(rows: Rows, found: Sequence[Rule], code: str) -> list[int]:
@@ -203,10 +231,10 @@ def _pairs_plot(found: Mapping[str, Any] | None) -> Markup | None:
     """Scores of shuffled pairs over those of true pairs, each as a share of its own number."""
     if found is None:
         return None
-    shares = {
-        text: [count / max(1, sum(found[key])) for count in found[key]]
-        for key, text in (("null", "shuffled pairs"), ("matched", "true pairs"))
-    }
+    shares = {}
+    for key, text in (("null", "shuffled pairs"), ("matched", "true pairs")):
+        total = max(1, sum(found[key]))
+        shares[text] = [count / total for count in found[key]]
     threshold = found.get("threshold")
     marks = {} if threshold is None else {f"threshold {threshold:.3g}": threshold}
     title = "Likeness of sound and pictures"

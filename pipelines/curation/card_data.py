@@ -200,14 +200,16 @@ def fetch(rows: Rows, wanted: Iterable[int], pictures: bool = True) -> dict[int,
     by_file: dict[int, list[int]] = {}
     for row in sorted(set(wanted)):
         by_file.setdefault(int(np.searchsorted(rows.starts, row, side="right")) - 1, []).append(row)
-    jobs = [(rows.files[f], [r - int(rows.starts[f]) for r in numbers], pictures) for f, numbers in by_file.items()]
+    jobs = []
+    for file, numbers in by_file.items():
+        within = [row - int(rows.starts[file]) for row in numbers]
+        jobs.append((rows.files[file], within, pictures))
+    found: dict[int, Entry] = {}
     with ThreadPoolExecutor(4) as pool:
         parts = pool.map(lambda job: _read_some(*job), jobs)
-        return {
-            row: entry
-            for numbers, part in zip(by_file.values(), parts, strict=True)
-            for row, entry in zip(numbers, part, strict=True)
-        }
+        for numbers, part in zip(by_file.values(), parts, strict=True):
+            found.update(zip(numbers, part, strict=True))
+    return found
 
 
 def _read_some(file: str, numbers: Sequence[int], pictures: bool) -> list[Entry]:

@@ -257,7 +257,10 @@ def varied(rows: Rows, groups: Sequence[list[int]], count: int) -> list[list[int
     for group in groups:
         by_code.setdefault(rows.duplicates.code[group[0]], []).append(group)
     rounds = range(max((len(part) for part in by_code.values()), default=0))
-    return [by_code[code][i] for i in rounds for code in sorted(by_code) if i < len(by_code[code])][:count]
+    in_turn: list[list[int]] = []
+    for i in rounds:
+        in_turn += [by_code[code][i] for code in sorted(by_code) if i < len(by_code[code])]
+    return in_turn[:count]
 
 
 def correspondence(result: Mapping[str, Any]) -> Entry | None:

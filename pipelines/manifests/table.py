@@ -141,7 +141,10 @@ def _from_csv(manifest: str) -> list[RawRow]:
         raise UserError("manifest", manifest, rule, "give media_root, the folder of its videos")
     _check_columns(manifest, header)
     known = [name for name in _COLUMNS if name in header]
-    return [RawRow(**{name: line[name] for name in known}) for line in reader]
+    rows = []
+    for line in reader:
+        rows.append(RawRow(**{name: line[name] for name in known}))
+    return rows
 
 
 def _from_files(place: str) -> list[RawRow]:

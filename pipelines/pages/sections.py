@@ -179,7 +179,10 @@ def _first_of_each(run: RunFiles, painted: list[Row], place: int) -> list[Row]:
     for row in painted:
         by_label.setdefault(run.clips[row["audio_row"]]["labels"][place], []).append(row)
     rounds = range(max(len(rows) for rows in by_label.values()))
-    return [rows[i] for i in rounds for rows in by_label.values() if i < len(rows)][:TRIPLETS]
+    in_turn: list[Row] = []
+    for i in rounds:
+        in_turn += [rows[i] for rows in by_label.values() if i < len(rows)]
+    return in_turn[:TRIPLETS]
 
 
 def _triplet(run: RunFiles, row: Row, place: int, attribute: str) -> Row:
@@ -231,7 +234,9 @@ def _curves(run: RunFiles, stage: str) -> dict[str, list[Any]]:
     plots: dict[str, list[Any]] = {"main": [], "more": []}
     for title in [*(t for t in MAIN_PLOTS if t in groups), *sorted(groups.keys() - MAIN_PLOTS)]:
         group = dict(sorted(groups[title].items()))
-        values = [y for points in group.values() for _, y in points]
+        values: list[float] = []
+        for points in group.values():
+            values += [y for _, y in points]
         wide = min(values) > 0 and max(values) / min(values) > 30
         curve = lines(
             group, f"{stage}: {title}", log_y=wide, floor_zero=not wide and min(values) >= 0,
@@ -264,11 +269,11 @@ def _defects(run: RunFiles, scores: Row) -> Row:
         expected = {planted["kind"]: planted["expect"] for planted in run.json("world/defects.json")}
     except Missing:
         expected = {}
-    kinds = [
-        {"kind": kind, "expect": expected.get(kind, ""), "unseen": part == "unseen", "missed": [], **found}
-        for part in ("kinds", "unseen")
-        for kind, found in sorted((scores.get(part) or {}).items())
-    ]
+    kinds: list[Row] = []
+    for part in ("kinds", "unseen"):
+        for kind, found in sorted((scores.get(part) or {}).items()):
+            expect = expected.get(kind, "")
+            kinds.append({"kind": kind, "expect": expect, "unseen": part == "unseen", "missed": [], **found})
     kinds.sort(key=lambda row: (row["expect"] == "accept", row["unseen"]))
     return {"kinds": kinds, "false_rejects": scores.get("false_rejects", [])}
 
@@ -276,8 +281,10 @@ def _defects(run: RunFiles, scores: Row) -> Row:
 def _accepted(run: RunFiles) -> list[Row]:
     """Accepted clips at even distances through the table, read from a few of its files."""
     files = spread(storage.list_files(storage.join(run.run_dir, "curated/accepted"), ".parquet"), SHEET)
-    tables = [storage.read_table(file, ["caption", "split", "frames"]) for file in files]
-    rows = [row for table in tables for row in table.slice(0, -(-SHEET // len(files))).to_pylist() if row["frames"]]
+    rows: list[Row] = []
+    for file in files:
+        table = storage.read_table(file, ["caption", "split", "frames"]).slice(0, -(-SHEET // len(files)))
+        rows += [row for row in table.to_pylist() if row["frames"]]
     return [
         {"src": thumbnail(row["frames"][len(row["frames"]) // 2]), "caption": row["caption"], "split": row["split"]}
         for row in spread(rows, SHEET)
@@ -296,8 +303,11 @@ def _rejected(run: RunFiles) -> list[Row]:
     within = storage.absolute(run.run_dir) + "/"
     share = min(4, max(1, SHEET // len(by_code)))
     codes = sorted(by_code, key=lambda code: -len(by_code[code]))
-    shown = {code: [_reject(row, within) for row in by_code[code][:share]] for code in codes}
-    return [{"code": code, "count": len(by_code[code]), "clips": clips} for code, clips in shown.items()]
+    shown: list[Row] = []
+    for code in codes:
+        clips = [_reject(row, within) for row in by_code[code][:share]]
+        shown.append({"code": code, "count": len(by_code[code]), "clips": clips})
+    return shown
 
 
 def _reject(row: Row, within: str) -> Row:

@@ -99,7 +99,9 @@ def _common(files: Sequence[str], schemas: Sequence[pa.Schema]) -> tuple[pa.Sche
         if _settings(schema) != common:
             rule = f"was made with other settings than {files[0]}"
             raise UserError("input", file, rule, "tables of different settings cannot be mixed")
-    constant = [{k: v for k, v in s.items() if k not in ("input", "splits")} for s in shapes.values()]
+    constant = []
+    for of_file in shapes.values():
+        constant.append({k: v for k, v in of_file.items() if k not in ("input", "splits")})
     if shapes and (len(shapes) != len(files) or any(c != constant[0] for c in constant)):
         raise UserError("input", files[0], "and its neighbours differ in their shapes", "featurize them anew")
     if authors:

@@ -56,7 +56,7 @@ def show(wanted: str, table: str, features: str | None, out: str) -> Row:
 
 def _find(wanted: str, table: str) -> list[Place]:
     """Where the rows of the clip are, accepted first."""
-    hits: dict[str, list[tuple[str, Place]]] = {"id": [], "prefix": [], "uri": [], "part": []}
+    hits: dict[str, list[tuple[str, str, Place]]] = {"id": [], "prefix": [], "uri": [], "part": []}
     for file, ids, uris in _names(table):
         columns = {
             "id": pc.equal(ids, wanted),
@@ -66,23 +66,26 @@ def _find(wanted: str, table: str) -> list[Place]:
         }
         for kind, fits in columns.items():
             for i in np.flatnonzero(pc.fill_null(fits, False).to_numpy()).tolist():
-                hits[kind].append((ids[i].as_py() or uris[i].as_py(), (file, i)))
+                uri = uris[i].as_py()
+                hits[kind].append((ids[i].as_py() or uri, uri.rsplit("/", 1)[-1], (file, i)))
     # The strictest reading that fits anything counts.
     found = next((hits[kind] for kind in hits if hits[kind]), [])
     if not found:
         remedy = "give a clip_id, the beginning of one, or a part of a uri; or another --table"
         raise UserError("id", wanted, f"no such clip in {table}", remedy)
-    clips = list(dict.fromkeys(clip for clip, _ in found))
+    clips = {clip: media for clip, media, _ in found}
     if len(clips) > 1:
-        some = ", ".join(clips[:NAMED]) + (", ..." if len(clips) > NAMED else "")
+        named = [f"{clip} {media}" for clip, media in clips.items()]
+        some = ", ".join(named[:NAMED]) + (", ..." if len(clips) > NAMED else "")
         raise UserError("id", wanted, f"fits {len(clips)} clips ({some})", "give more of it")
-    return [place for _, place in found]
+    return [place for *_, place in found]
 
 
 def _names(table: str) -> Iterator[tuple[str, pa.ChunkedArray, pa.ChunkedArray]]:
     """(file, clip ids, uris) of every file of accepted/ and rejected/, or of a single table."""
-    parts = [storage.join(table, "accepted"), storage.join(table, "rejected")]
-    files = [file for part in parts for file in storage.list_files(part, ".parquet")]
+    files: list[str] = []
+    for part in ("accepted", "rejected"):
+        files += storage.list_files(storage.join(table, part), ".parquet")
     files = files or storage.list_files(table, ".parquet")
     if not files:
         raise UserError("table", table, "holds no tables", "run `aai curate` first, or give another --table")
@@ -206,8 +209,12 @@ def _title(row: Row) -> str:
     # The end of a long uri tells more than its beginning.
     uri = row["uri"] if len(row["uri"]) <= TITLE_CHARS else f"...{row['uri'][-TITLE_CHARS:]}"
     text = [row["clip_id"] or "(no clip_id)", uri, f"{row['caption']}  [{row['split']}]", f"{verdict}{flags}"]
-    # What a font does not have, or would break the lines, must not spoil the sheet.
-    return "\n".join("".join(c if c.isprintable() else " " for c in line)[: TITLE_CHARS + 3] for line in text)
+    return "\n".join(_printable(line)[: TITLE_CHARS + 3] for line in text)
+
+
+def _printable(line: str) -> str:
+    """The line without what a font does not have, or what would break it: neither may spoil the sheet."""
+    return "".join(c if c.isprintable() else " " for c in line)
 
 
 def _draw_sound(axes: Any, row: Row) -> None:

@@ -106,7 +106,7 @@ def test_what_has_neither_id_nor_picture_nor_plain_name_is_shown(curated: Path, 
     [
         (["show"], "id=(missing)"),
         (["show", "nosuch"], "no such clip"),
-        (["show", "clip-1"], "fits 8 clips (clip-1-0, clip-1-1"),
+        (["show", "clip-1"], "fits 8 clips (clip-1-0 1-0.mp4, clip-1-1"),
         (["show", "x", "--table", "/nowhere"], "holds no tables"),
         (["compact", "--input", "/nowhere", "--out", "/tmp/x"], "holds no Parquet files"),
         (["compact", "--input", "/nowhere"], "out=(missing)"),
