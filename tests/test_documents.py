@@ -91,7 +91,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     rows: list[dict[str, Any]] = storage.read_table(str(accepted)).to_pylist()
     rows[0] |= {"clip_id": "433095ce00", "uri": "clips/clip_000012.mp4"}
     table = storage.read_table(str(accepted))
-    for target in (accepted, folder / "bucket/curated/accepted"):
+    for target in (accepted, folder / "bucket/curated/accepted", folder / "out/accepted"):
         storage.write_table(f"{target}/shard-00000.parquet", table.from_pylist(rows, schema=table.schema))
     storage.write_bytes(str(folder / "data/vggsound.csv"), b"abcdefghijk,30,dog barking,train\n")
     storage.write_bytes(str(folder / "data/vggsound/abcdefghijk_000030.mp4"), b"")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +29,10 @@ class ClipPlace:
     clips_at: int = -1
     painted: bool = False
     """Whether any picture needs its sound or its frame."""
+
+
+ByFile = dict[str, list[ClipPlace]]
+"""Clips by the file of the FeatureTable that holds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +105,12 @@ def listen_shards(
 
     painted: rows of the held-out clips whose sound or frame a picture needs.
     """
-    columns = ["file", "at", "clips_file", "clips_at"]
-    wanted = enumerate(clips.test.select(columns).to_pylist())
-    held_out = [{"row": row, "painted": row in painted, **place} for row, place in wanted]
-    samples = clips.train.select(["file", "at"]).slice(0, TRAIN_SAMPLES).to_pylist()
-    train = [{"row": row, **place} for row, place in enumerate(samples)]
+    held_out: ByFile = {}
+    for row, place in enumerate(clips.test.select(["file", "at", "clips_file", "clips_at"]).to_pylist()):
+        held_out.setdefault(place.pop("file"), []).append(ClipPlace(row=row, painted=row in painted, **place))
+    train: ByFile = {}
+    for row, place in enumerate(clips.train.select(["file", "at"]).slice(0, TRAIN_SAMPLES).to_pylist()):
+        train.setdefault(place["file"], []).append(ClipPlace(row=row, at=place["at"]))
     shards: list[ListenShard] = []
     for kind, places in (("test", held_out), ("train", train)):
         for number, (file, part) in enumerate(_parts(places, clips_per_shard)):
@@ -115,12 +119,9 @@ def listen_shards(
     return [replace(shards[0], texts=texts, alone=ALONE), *shards[1:]]
 
 
-def _parts(places: list[dict[str, Any]], size: int) -> Iterator[tuple[str, list[ClipPlace]]]:
+def _parts(places: ByFile, size: int) -> Iterator[tuple[str, list[ClipPlace]]]:
     """At most `size` clips of one file at a time, in order of their rows there."""
-    by_file: dict[str, list[ClipPlace]] = {}
-    for place in places:
-        by_file.setdefault(place.pop("file"), []).append(ClipPlace(**place))
-    for file, found in sorted(by_file.items()):
+    for file, found in sorted(places.items()):
         found.sort(key=lambda place: place.at)
         for start in range(0, len(found), size):
             yield file, found[start : start + size]

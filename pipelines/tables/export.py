@@ -9,6 +9,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +29,15 @@ _RECORD = 10_240  # a tar is padded to a multiple of this
 _PLAIN = ("content_hash", "uri", "start_s", "end_s", "caption", "labels", "split", "frame_pts_s", "flags")
 
 
+@dataclass(frozen=True)
+class Tar:
+    """A finished tar, as export.json names it."""
+
+    name: str
+    clips: int
+    bytes: int
+
+
 def export(given: str, out: str, shard_bytes: int) -> dict[str, Any]:
     """Writes OUT/SPLIT-000000.tar and so on, none larger than `shard_bytes` (unless one clip is); returns the counts.
 
@@ -44,23 +54,27 @@ def export(given: str, out: str, shard_bytes: int) -> dict[str, Any]:
     if (done := finished(out, "export", settings)) is not None:
         log.info("export: up to date: %d clips in %d tars -> %s", done["clips"], len(done["shards"]), out)
         return done
-    shards: list[dict[str, Any]] = []
+    tars: list[Tar] = []
     with ExitStack() as stack, tqdm(total=total, desc="export", unit="clip", mininterval=1.0) as bar:
         writers: dict[str, _Tars] = {}
         names = _Names()
         for row in _rows(files):
             split = re.sub(r"[^\w-]", "_", row["split"]) or "none"
             if split not in writers:
-                writers[split] = stack.enter_context(_Tars(out, split, shard_bytes, shards))
+                writers[split] = stack.enter_context(_Tars(out, split, shard_bytes, tars))
             writers[split].add(names.key(row["clip_id"]), row)
             bar.update()
         for writer in writers.values():
             writer.finish()
-    shards.sort(key=lambda shard: shard["name"])
-    result = {**settings, "clips": sum(s["clips"] for s in shards), "bytes": sum(s["bytes"] for s in shards)}
-    result["shards"] = shards
+    tars.sort(key=lambda tar: tar.name)
+    result: dict[str, Any] = {
+        **settings,
+        "clips": sum(tar.clips for tar in tars),
+        "bytes": sum(tar.bytes for tar in tars),
+    }
+    result["shards"] = [asdict(tar) for tar in tars]
     storage.write_json(storage.join(out, "export.json"), result)
-    log.info("export: %d clips, %.1f MB in %d tars -> %s", result["clips"], result["bytes"] / 1e6, len(shards), out)
+    log.info("export: %d clips, %.1f MB in %d tars -> %s", result["clips"], result["bytes"] / 1e6, len(tars), out)
     return result
 
 
@@ -115,8 +129,8 @@ class _Names:
 class _Tars:
     """The tars of one split, one open at a time."""
 
-    def __init__(self, out: str, split: str, shard_bytes: int, shards: list[dict[str, Any]]) -> None:
-        self.out, self.split, self.shard_bytes, self.shards = out, split, shard_bytes, shards
+    def __init__(self, out: str, split: str, shard_bytes: int, tars: list[Tar]) -> None:
+        self.out, self.split, self.shard_bytes, self.tars = out, split, shard_bytes, tars
         self.number = self.clips = self.bytes = 0
         self.stack = ExitStack()
         self.tar: tarfile.TarFile | None = None
@@ -151,7 +165,7 @@ class _Tars:
             return
         self.stack.close()
         whole = -(-(self.bytes + 2 * _BLOCK) // _RECORD) * _RECORD
-        self.shards.append({"name": self.name, "clips": self.clips, "bytes": whole})
+        self.tars.append(Tar(self.name, self.clips, whole))
         self.tar, self.number, self.clips, self.bytes = None, self.number + 1, 0, 0
 
 
