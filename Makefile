@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-FAST := tests/aai tests/test_configs.py tests/test_imports.py tests/test_layering.py tests/test_lint.py tests/test_schema.py
+FAST := tests/aai tests/test_configs.py tests/test_imports.py tests/test_layering.py tests/test_lint.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test fast lint fix coverage accept mutation foundation
@@ -25,7 +25,7 @@ demo: setup ## the whole chain on the toy world, ending with runs/demo/report.ht
 	$(BIN)/aai demo
 
 # Two processes, each with whole files: much of the time is waiting for Ray to start.
-test: setup ## all tests, lint and type checks among them (one file: make test ARGS=tests/test_schema.py)
+test: setup ## all tests, lint and type checks among them (one file: make test ARGS=tests/aai/test_schema.py)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 fast: setup ## lint, types and the tests without Ray, under a minute: for each change

@@ -16,8 +16,6 @@ from aai.toy.writer import write_world
 from pipelines.curate import CurateConfig
 from pipelines.curate import run as curate
 from pipelines.curation import card
-from pipelines.curation.card_data import NUMBERS, _Gathered
-from pipelines.curation.card_figures import funnel, labels
 from pipelines.registry import tracking
 from pipelines.settings import TrackingConfig
 from tests.pipelines.conftest import run_here
@@ -129,30 +127,6 @@ def test_the_page_needs_nothing_else(made: dict[str, Any], curated: tuple[Path, 
     assert page.count("<svg") == len(made["signals"])
     assert page.count('src="data:image/jpeg') > 20
     assert len(page) < 3_000_000
-
-
-def test_splits_without_end_are_summed_up() -> None:
-    rows = _Gathered()
-    names = [f"s{i}" for i in range(20)] + ["train"] * 30
-    columns = {name: pa.array([1.0] * 50) for name in NUMBERS}
-    columns |= {"labels": pa.array([["a", "b"]] * 50), "split": pa.array(names), "flags": pa.array([["F"]] * 50)}
-    rows.add(pa.table(columns))
-    found = labels(rows.rows(["x"]))
-    assert len(found["splits"]) == 9
-    assert sum(part["accepted"] for part in found["splits"].values()) == 50
-    assert found["rows"][0]["splits"]["train"] == 30
-    assert sum(found["rows"][1]["splits"].values()) == 50
-
-
-def test_more_codes_than_bits_are_summed_up() -> None:
-    rows = _Gathered()
-    columns = {name: pa.array([1.0] * 200) for name in NUMBERS}
-    columns |= {"labels": pa.array([["a"]] * 200), "split": pa.array(["t"] * 200)}
-    columns |= {"flags": pa.array([[f"C{i:03d}"] for i in range(200)])}
-    rows.add(pa.table(columns))
-    rows.add(pa.table(columns))
-    counts = {flag["code"]: flag["rows"] for flag in funnel(rows.rows(["x", "y"]))["flags"]}
-    assert (len(counts), counts["C000"], counts["OTHER"]) == (64, 2, 2 * (200 - 63))
 
 
 # ---------------------------------------------------------------- tables made by hand
