@@ -299,18 +299,26 @@ def test_the_fake_gpu_refuses(mistake: str) -> None:
         MISTAKES[mistake]()
 
 
-ALLOWED: dict[str, Callable[[], Any]] = {
-    "a CPU scalar": lambda: x() * torch.tensor(2.0),
-    "CPU indices": lambda: x()[torch.tensor([0, 2])],
-    "a copy": lambda: x().copy_(torch.ones(3, 4)),
-    "assignment": lambda: x().__setitem__((0, [1, 2]), torch.zeros(2, device="cuda")),
-    "what depends on data": lambda: x()[x() > 0].sum().item() + sum(x().flatten().tolist()),
+def assigned() -> Tensor:
+    """Ones, but for two zeros that were assigned by index."""
+    ones = x()
+    ones[0, [1, 2]] = torch.zeros(2, device="cuda")
+    return ones
+
+
+ALLOWED: dict[str, tuple[Callable[[], Any], float]] = {
+    "a CPU scalar": (lambda: (x() * torch.tensor(2.0)).sum(), 24),
+    "CPU indices": (lambda: x()[torch.tensor([0, 2])].sum(), 8),
+    "a copy": (lambda: x().copy_(torch.full((3, 4), 3.0)).sum(), 36),
+    "assignment": (lambda: assigned().sum(), 10),
+    "what depends on data": (lambda: x()[x() > 0].sum().item() + sum(x().flatten().tolist()), 24),
 }
 
 
 @pytest.mark.parametrize("use", ALLOWED)
 def test_the_fake_gpu_allows(use: str) -> None:
-    ALLOWED[use]()
+    work, expected = ALLOWED[use]
+    assert float(work()) == expected
 
 
 def test_numbers_and_gradients_are_those_of_the_cpu() -> None:

@@ -211,8 +211,10 @@ def test_a_config_file_may_name_the_s3_server(s3: str, s3_server: dict[str, str]
     (tmp_path / "s3.json").write_text(json.dumps(settings))
     environment = {**os.environ, "FSSPEC_CONFIG_DIR": str(tmp_path)}
     del environment["AWS_ENDPOINT_URL"]
-    code = f"from aai import storage; assert storage.read_bytes('{s3}/a.bin') == b'found'"
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    code = f"from aai import storage; print(storage.read_bytes('{s3}/a.bin').decode())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, text=True)
+    assert done.stdout.strip() == "found"
 
 
 @pytest.mark.slow

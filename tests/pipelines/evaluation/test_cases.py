@@ -44,12 +44,27 @@ def toy(*rows: tuple[str, ...]) -> list[list[str]]:
     return [[*row, *("dog", "rain", "photo", "big")[len(row) :]] for row in rows]
 
 
-def test_conditions_that_yield_a_figure_pass() -> None:
-    every = {"sound": 1, "caption": 2, "sketch": 1, "edit": 1, "stylize": 3}
-    check_conditions(every, toy(("dog", "rain"), ("bell", "night")), TOY, config())
-    check_conditions({"sound": 1}, [[], []], NONE, config(None))
-    check_conditions({"sound": 1}, toy(("dog",)), TOY, config(None))
-    check_conditions({"sound": 1}, [["dog", "rain", "photo"]], TOY, config(None))  # the size is not asked of labels
+EVERY = {"sound": 1, "caption": 2, "sketch": 1, "edit": 1, "stylize": 3}
+
+
+@pytest.mark.parametrize(
+    ("pictures", "labels", "judge", "words"),
+    [
+        (EVERY, toy(("dog", "rain"), ("bell", "night")), TOY, WORDS),
+        ({"sound": 1}, [[], []], NONE, None),
+        ({"sound": 1}, toy(("dog",)), TOY, None),
+        ({"sound": 1}, [["dog", "rain", "photo"]], TOY, WORDS),  # the size is not asked of labels
+    ],
+)
+def test_conditions_that_yield_a_figure_pass(
+    pictures: dict[str, int], labels: list[list[str]], judge: JudgeConfig, words: dict[str, Any] | None
+) -> None:
+    refused = None
+    try:
+        check_conditions(pictures, labels, judge, config(words))
+    except UserError as error:
+        refused = str(error)
+    assert refused is None
 
 
 @pytest.mark.parametrize(
