@@ -202,6 +202,7 @@ def train_clip(cfg: FoundationConfig, pixels: Tensor, captions: list[str], out: 
     tokens = tokenizer(texts, padding="longest", return_tensors="pt")
 
     def loss_of(rows: Tensor) -> Tensor:
+        """Mean of picture -> caption and caption -> picture cross-entropy of the rows [B]: a scalar."""
         x = clip_input(to_unit(pixels[rows]))
         uniq, inverse = which[rows].unique(return_inverse=True)
         with autocast():

@@ -73,6 +73,7 @@ def train_vae(cfg: FoundationConfig, pixels: Tensor) -> AutoencoderKL:
     vae = build_vae(cfg)
 
     def loss_of(rows: Tensor) -> Tensor:
+        """Reconstruction of the rows' pictures [B] from a sampled latent, and the KL term: a scalar."""
         x = to_unit(pixels[rows])
         with autocast():
             posterior = vae.encode(x).latent_dist
@@ -105,6 +106,7 @@ def train_decoder(cfg: FoundationConfig, vae: AutoencoderKL, clip: CLIPModel, pi
         return tower(pixel_values=clip_input(x)).last_hidden_state.float()
 
     def loss_of(rows: Tensor) -> Tensor:
+        """Reconstruction and perceptual term of the rows [B] from noisy latents: a scalar."""
         x, z = to_unit(pixels[rows]), latents[rows]
         noise = 0.3 * spread * torch.rand(len(z), 1, 1, 1)
         with autocast():
@@ -154,6 +156,7 @@ def train_unet(
     done = 0
 
     def loss_of(rows: Tensor) -> Tensor:
+        """Error of the predicted velocity v = sqrt(a) noise - sqrt(1 - a) z for the rows [B]: a scalar."""
         z = latents[rows]
         noise = torch.randn_like(z)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(z),))

@@ -206,6 +206,7 @@ def run_shards(
     if not bare:
         connect(cluster, log_dir)
     texts = [json.dumps(_pack(shard)) for shard in todo]
+    job = _Job(texts, worker_cls, dict(worker_args), cluster, stateful)
     _, result_type = _records(worker_cls)
     stream = _pool_answers if bare else _ray_answers
     results: list[R] = []
@@ -214,7 +215,7 @@ def run_shards(
         native_stderr_held() as terminal,
         tqdm(total=sum(s.rows for s in todo), desc=name, unit=unit, mininterval=1.0, file=terminal) as bar,
     ):
-        for text in stream(texts, worker_cls, worker_args, cluster, stateful):
+        for text in stream(job):
             answer = json.loads(text)
             _raise_for(name, answer)
             stage.calls.append(tuple(answer["call"]))
@@ -230,6 +231,21 @@ def run_shards(
     return results
 
 
+@dataclass(frozen=True)
+class _Job:
+    """The shards that are to be done, as JSON text, and who does them."""
+
+    shards: list[str]
+    worker_cls: Callable[..., Worker[Any, Any]]
+    worker_args: dict[str, Any]
+    cluster: ClusterConfig
+    stateful: bool
+
+    @property
+    def workers(self) -> int:
+        return min(self.cluster.num_workers, len(self.shards))
+
+
 _pooled: _Actor
 """The worker of a process of the bare pool."""
 
@@ -243,40 +259,27 @@ def _work_pooled(text: str) -> str:
     return _pooled.work(text)
 
 
-def _pool_answers(
-    todo: Sequence[str],
-    worker_cls: Callable[..., Worker[Any, Any]],
-    worker_args: Mapping[str, Any],
-    cluster: ClusterConfig,
-    stateful: bool,
-) -> Iterator[str]:
+def _pool_answers(job: _Job) -> Iterator[str]:
     """The answers of a plain pool of fresh processes, one worker in each."""
-    workers, context = min(cluster.num_workers, len(todo)), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_pooled, (worker_cls, dict(worker_args))) as pool:
-        for future in as_completed([pool.submit(_work_pooled, text) for text in todo]):
+    context, arguments = multiprocessing.get_context("spawn"), (job.worker_cls, job.worker_args)
+    with ProcessPoolExecutor(job.workers, context, _start_pooled, arguments) as pool:
+        for future in as_completed([pool.submit(_work_pooled, text) for text in job.shards]):
             yield future.result()
 
 
-def _ray_answers(
-    todo: Sequence[str],
-    worker_cls: Callable[..., Worker[Any, Any]],
-    worker_args: Mapping[str, Any],
-    cluster: ClusterConfig,
-    stateful: bool,
-) -> Iterator[str]:
+def _ray_answers(job: _Job) -> Iterator[str]:
     """The answers by way of Ray Data: one block, one task and one batch per shard."""
     import ray
 
     _quiet_ray_data()
-    resources = {"batch_size": 1, "num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
-    arguments: dict[str, Any] = {"worker_cls": worker_cls, "worker_args": dict(worker_args)}
-    workers = min(cluster.num_workers, len(todo))
-    dataset = ray.data.from_items([{"shard": text} for text in todo], override_num_blocks=len(todo))
-    if stateful:
-        pool = ray.data.ActorPoolStrategy(size=workers)
+    resources = {"batch_size": 1, "num_cpus": job.cluster.cpus_per_worker, "num_gpus": job.cluster.gpus_per_worker}
+    arguments = {"worker_cls": job.worker_cls, "worker_args": job.worker_args}
+    dataset = ray.data.from_items([{"shard": text} for text in job.shards], override_num_blocks=len(job.shards))
+    if job.stateful:
+        pool = ray.data.ActorPoolStrategy(size=job.workers)
         dataset = dataset.map_batches(_Actor, fn_constructor_kwargs=arguments, compute=pool, **resources)
     else:
-        tasks = ray.data.TaskPoolStrategy(size=workers)
+        tasks = ray.data.TaskPoolStrategy(size=job.workers)
         dataset = dataset.map_batches(_once, fn_kwargs=arguments, compute=tasks, **resources)
     for row in dataset.iter_rows():
         yield str(row["answer"])

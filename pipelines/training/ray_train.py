@@ -221,6 +221,7 @@ def _follow(
     ):
 
         def poll() -> None:
+            """Takes what rank 0 has posted: shows it, and rewrites the history with it."""
             taken = ray.get(board.take.remote())
             for entry in taken:
                 # After a restart steps come again: the newer entry counts.
