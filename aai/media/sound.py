@@ -9,6 +9,7 @@ import numpy as np
 from aai.media.limits import ClipError, reason
 
 _MAX_SOURCE_RATE_HZ = 768_000  # nothing is recorded faster; a forged rate makes the resampler's filter gigabytes large
+_CHANGED = "rate or layout of the sound changes midway"
 
 
 @dataclass
@@ -42,6 +43,8 @@ class SoundTrack:
         if self.first_s is None:
             self.first_s, self.source_rate_hz = time_s, frame.sample_rate
             self.channels = frame.layout.nb_channels
+        if frame.layout.nb_channels != self.channels:  # the queue would read a channel that is not there, and crash
+            raise ClipError("UNREADABLE", _CHANGED)
         self.raw += frame.samples
         if self.raw > (self.max_duration_s + 1) * frame.sample_rate:  # before a low rate is resampled to millions
             raise ClipError("TOO_LONG", f"sound is longer than the limit of {self.max_duration_s:g} s")
@@ -49,7 +52,7 @@ class SoundTrack:
         try:
             self.waiting.write(frame)
         except ValueError as error:
-            raise ClipError("UNREADABLE", "rate or layout of the sound changes midway") from error
+            raise ClipError("UNREADABLE", _CHANGED) from error
         if self.waiting.samples >= frame.sample_rate:  # frames are short: one call for a second of them
             self._take(self.waiting.read())
         return True
