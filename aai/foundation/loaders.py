@@ -20,11 +20,18 @@ def _load(setting: str, model_id: str, load: Callable[[], Any]) -> Any:
         library.set_verbosity_error()
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(
             f"foundation.{setting}", model_id, f"cannot be loaded ({reason})", "give a folder or a reachable hub id"
         ) from error
+
+
+def _whole(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """A tokenizer that knows at least the bytes: where files are missing, transformers makes one up that knows none."""
+    if len(tokenizer) < 256:
+        raise OSError(f"its tokenizer knows {len(tokenizer)} tokens: are its files missing?")
+    return tokenizer
 
 
 def load_clip(
@@ -35,7 +42,7 @@ def load_clip(
     model = _load(
         "clip", spec.clip, lambda: CLIPModel.from_pretrained(where, dtype=dtype, use_safetensors=True, **kwargs)
     )
-    tokenizer = _load("clip", spec.clip, lambda: CLIPTokenizer.from_pretrained(where, **kwargs))
+    tokenizer = _load("clip", spec.clip, lambda: _whole(CLIPTokenizer.from_pretrained(where, **kwargs)))
     processor = _load("clip", spec.clip, lambda: CLIPImageProcessorPil.from_pretrained(where, **kwargs))
     return model.to(device).eval().requires_grad_(False), tokenizer, processor
 
@@ -59,6 +66,7 @@ def load_diffusion(
             **kwargs,
         ),
     )
+    _load("diffusion", spec.diffusion, lambda: _whole(pipe.tokenizer))
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.vae, pipe.unet, pipe.text_encoder):
