@@ -56,12 +56,12 @@ def checked_row(raw: RawRow, manifest: str, number: int, default_split: str) -> 
     a time that is no number.
     """
     return ManifestRow(
-        uri=_absolute(str(raw.uri or "").strip(), manifest, number),
+        uri=_absolute(_text(raw.uri).strip(), manifest, number),
         start_s=_seconds(raw.start_s, "start_s", manifest, number),
         end_s=_seconds(raw.end_s, "end_s", manifest, number),
-        caption=str(raw.caption or ""),
+        caption=_text(raw.caption),
         labels=_labels(raw.labels),
-        split=_split(raw.split) or default_split,
+        split=_text(raw.split).strip() or default_split,
     )
 
 
@@ -87,8 +87,8 @@ def _labels(value: object) -> tuple[str, ...]:
     return () if _is_empty(value) else (str(value),)
 
 
-def _split(value: object) -> str:
-    return "" if _is_empty(value) else str(value).strip()
+def _text(value: object) -> str:
+    return "" if _is_empty(value) else str(value)
 
 
 def _is_empty(value: object) -> bool:
