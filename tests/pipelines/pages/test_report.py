@@ -293,10 +293,3 @@ def test_an_empty_run_is_a_page_of_notes(tmp_path: Path) -> None:
     text = text_of(Path(report.write_report(str(tmp_path), {})).read_text())
     assert text.count("Left out:") == len(report.SECTIONS) - 2
     assert "–" in text
-
-
-def test_a_condition_nobody_knows_is_in_the_table(run: tuple[Path, dict[str, Any]]) -> None:
-    summary = run[1] | {"generation": {"two_sounds": {"object": 0.4321, "pictures": 5}}}
-    assert sections.figures(RunFiles(str(run[0]), summary))["conditions"] == [
-        {"name": "two_sounds", "about": "", "object": 0.4321, "pictures": 5}
-    ]
