@@ -8,10 +8,14 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pydantic
 import pytest
+
+if TYPE_CHECKING:
+    from aai.foundation.identity import FoundationSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +50,24 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert out == ""
         assert not [line for line in err.splitlines() if "INFO" in line or "alembic" in line], err
     return file
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(spec: "FoundationSpec", tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A bundle of random weights that paints; tests leave it as it is."""
+    from tests.tiny import write_bundle_of
+
+    return str(write_bundle_of(tmp_path_factory.mktemp("bundle") / "tiny", spec))
+
+
+@pytest.fixture
+def tone(tmp_path: Path) -> str:
+    """A sound file of half a second."""
+    from aai.media.waveform import write_wav
+
+    samples = np.sin(np.arange(8000) / 5).astype(np.float32) / 2
+    write_wav(str(tmp_path / "tone.wav"), samples, 16_000)
+    return str(tmp_path / "tone.wav")
 
 
 def run_shards_here(

@@ -1,0 +1,85 @@
+"""Which settings of a curation may be combined, and which of them make its tables others."""
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from aai.foundation.identity import FoundationSpec
+from pipelines.curation.curate_config import CurateConfig, CutConfig, ScoreConfig
+
+
+def config(**settings: Any) -> CurateConfig:
+    return CurateConfig(manifest="m.csv", out="out", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cut": {"min_s": 11}}, "min_s is longer than window_s or max_s"),
+        ({"cut": {"min_s": 5, "max_s": 4}}, "min_s is longer than window_s or max_s"),
+        ({"filters": {"min_caption_similarity": 0.2}}, r"needs scores\.caption=true"),
+        ({"val_share": 1.0}, "val_share"),
+        ({"split_names": {"validation": "dev"}}, "split_names"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(pydantic.ValidationError, match=message):
+        config(**settings)
+
+
+def test_settings_at_the_edge_are_taken() -> None:
+    assert CutConfig(min_s=10).min_s == CutConfig().window_s
+    scored = config(filters={"min_caption_similarity": 0.2}, scores={"caption": True})
+    assert (scored.scores.enabled, config().scores.enabled, ScoreConfig(bundle="b").enabled) == (True, False, True)
+
+
+def test_codes_to_retry_are_a_list_or_text_with_commas() -> None:
+    assert config(retry=" TIMEOUT, IO_ERROR ,").retry == config(retry=["TIMEOUT", "IO_ERROR"]).retry
+    assert config(retry="").retry == ()
+
+
+DECODE, JUDGE = {"decode"}, {"judge"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "differ"),
+    [
+        ({"decode": {"timeout_s": 9, "decode_threads": 2, "max_memory_mb": 2048, "recycle_after": 7}}, set()),
+        ({"rows_per_shard": 9, "run_dir": "x", "cluster": {"num_workers": 9}, "max_reject_ratio": 1}, set()),
+        ({"scores": {"dtype": "bfloat16", "batch_size": 2}}, set()),  # nobody looks
+        ({"decode": {"num_frames": 8}}, DECODE),
+        ({"decode": {"policy": "keyframe"}}, DECODE),
+        ({"filters": {"min_duration_s": 3}}, JUDGE),
+        ({"duplicates": {"enabled": False}}, JUDGE),
+        ({"flag_only": True}, JUDGE),
+    ],
+)
+def test_what_changes_a_digest(settings: dict[str, Any], differ: set[str]) -> None:
+    first, other = config().digests(), config(**settings).digests()
+    assert {name for name in first if first[name] != other[name]} == differ
+
+
+def test_scores_are_of_their_models_and_arithmetic_alone(spec: FoundationSpec) -> None:
+    def of(**settings: Any) -> str:
+        return ScoreConfig(caption=True, foundation=spec, **settings).content_digest()
+
+    assert of() == of(batch_size=3) == of(false_accept_rate=0.2)
+    assert len({of(), of(dtype="bfloat16"), ScoreConfig(foundation=spec).content_digest()}) == 3
+    settings = {"caption": True, "foundation": spec.model_dump()}
+    rates = [config(scores=settings | {"false_accept_rate": rate}).digests()["judge"] for rate in (0.1, 0.2)]
+    assert rates[0] != rates[1]  # the scores stay, the verdict does not
+
+
+def test_the_plan_counts_rows_and_shards(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("uri,split\n" + "".join(f"{i}.mp4,eval\n" for i in range(5)))
+    settings = CurateConfig(
+        manifest=str(manifest), out="out", rows_per_shard=2, split_names={"eval": "test"}, default_split="val"
+    )
+    assert settings.plan().inputs == {"manifest": f"{manifest} (5 rows, 3 shards)"}
+    assert settings.plan().outputs == {"accepted": "out/accepted", "rejected": "out/rejected"}
+    assert {row.split for row in settings.rows()} == {"test"}
+    trained = settings.model_copy(update={"split_names": {"eval": "train"}, "val_share": 0.999999})
+    assert {row.split for row in trained.rows()} == {"val"}

@@ -1,0 +1,106 @@
+"""What speaks against measured clips, and the two tables that come of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from aai import storage
+from aai.schema import CLIP_TABLE, REJECT_TABLE
+from pipelines.curation.curate_config import CurateConfig
+from pipelines.curation.layout import MEASURED, shard_file
+from pipelines.curation.measuring import MEASURED_TABLE
+from pipelines.curation.verdicts import DIGEST, JudgeWorker, Verdicts, judge, judge_shards, read_measured
+from pipelines.manifests.row import ManifestRow
+
+CONFIG = CurateConfig(manifest="m.csv", out="out", duplicates={"enabled": False})
+KEYS = ["good", "short", "torn"]
+ROWS = {key: ManifestRow(uri=f"/{key}.mp4", caption=f"a {key} one", labels=("dog",), split="val") for key in KEYS}
+
+
+def measured_row(key: str, **changes: Any) -> dict[str, Any]:
+    """A clip that nothing speaks against."""
+    good = {
+        "key": key, "clip_id": f"id-{key}", "content_hash": f"hash-{key}", "duration_s": 2.0, "width": 64,
+        "height": 64, "fps": 8.0, "source_sample_rate_hz": 16_000, "channels": 1, "av_gap_s": 0.0, "rms_db": -20.0,
+        "silent_fraction": 0.0, "clipped_fraction": 0.0, "luma_mean": 100.0, "luma_std": 40.0, "motion": 5.0,
+        "video_hash": bytes(32), "audio_hash": bytes(32), "audio": b"flac", "frames": [b"first", b"second"],
+        "frame_pts_s": [0.5, 1.5],
+    }  # fmt: skip
+    return good | changes
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> str:
+    """One measured shard: a good clip, a short one, one that could not be decoded, and one nobody names any more."""
+    torn = {"key": "torn", "stage": "decode", "code": "UNREADABLE", "message": "torn", "transient": True}
+    rows = [measured_row("good"), measured_row("short", duration_s=0.1), torn, measured_row("gone")]
+    table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
+    storage.write_table(shard_file(str(tmp_path), MEASURED, "shard-00000"), table)
+    return str(tmp_path)
+
+
+def judged(out: str, flag_only: bool, config: CurateConfig = CONFIG) -> tuple[list[Any], list[Any]]:
+    """The rows of accepted/ and rejected/."""
+    shards = {"shard-00000": KEYS}
+    measured = read_measured(out, shards, scored=False)
+    found, null = judge(measured, ROWS, config, out)
+    assert null is None
+    for shard in judge_shards(measured, shards, ROWS, found, flag_only):
+        result = JudgeWorker(out, flag_only)(shard)
+        assert result.rows == 3
+        for folder, schema in (("accepted", CLIP_TABLE), ("rejected", REJECT_TABLE)):
+            table = storage.read_table(shard_file(out, folder, shard.name))
+            assert table.schema.equals(schema)
+            assert table.schema.metadata[DIGEST] == shard.digest.encode()
+    accepted, rejected = (storage.read_table(f"{out}/{name}").to_pylist() for name in ("accepted", "rejected"))
+    assert result.rejected == len(rejected)
+    return accepted, rejected
+
+
+def test_only_wanted_clips_are_read_and_have_no_scores_where_nobody_looked(out: str) -> None:
+    table = read_measured(out, {"shard-00000": ["torn", "good"]}, scored=False)["shard-00000"]
+    assert table["key"].to_pylist() == ["good", "torn"]
+    assert table["av_similarity"].to_pylist() == [None, None]
+    assert "audio" not in table.column_names
+
+
+def test_each_clip_goes_to_one_table_as_its_manifest_row_describes_it(out: str) -> None:
+    accepted, rejected = judged(out, flag_only=False)
+    assert [(row["uri"], row["caption"], row["labels"], row["split"], row["flags"]) for row in accepted] == [
+        ("/good.mp4", "a good one", ["dog"], "val", [])
+    ]
+    assert [(row["uri"], row["stage"], row["code"], row["transient"], row["thumbnail"]) for row in rejected] == [
+        ("/short.mp4", "filter", "TOO_SHORT", False, b"first"), ("/torn.mp4", "decode", "UNREADABLE", True, None),
+    ]  # fmt: skip
+
+
+def test_flagged_clips_are_kept_and_undecodable_ones_are_not(out: str) -> None:
+    accepted, rejected = judged(out, flag_only=True)
+    assert [(row["uri"], row["flags"]) for row in accepted] == [("/good.mp4", []), ("/short.mp4", ["TOO_SHORT"])]
+    assert [row["uri"] for row in rejected] == ["/torn.mp4"]
+
+
+def test_a_clip_that_a_filter_refuses_takes_no_twin_with_it(out: str) -> None:
+    """ "short" has the same hashes as "good": were it compared, one of the two would be a duplicate."""
+    accepted, _ = judged(out, flag_only=False, config=CurateConfig(manifest="m.csv", out="out"))
+    assert [row["uri"] for row in accepted] == ["/good.mp4"]
+    found, _ = judge(read_measured(out, {"shard-00000": ["good", "gone"]}, False), {**ROWS, "gone": ROWS["good"]},
+                     CurateConfig(manifest="m.csv", out="out"), out)  # fmt: skip
+    assert [reason[1] for reasons in found.reasons.values() for reason in reasons] == ["NEAR_DUPLICATE"]
+
+
+def test_the_digest_is_of_all_that_the_tables_hold(out: str) -> None:
+    shards = {"shard-00000": KEYS}
+    measured = read_measured(out, shards, scored=False)
+
+    def of(rows: dict[str, ManifestRow] = ROWS, reasons: tuple[str, ...] = (), flag_only: bool = False) -> str:
+        found = Verdicts()
+        for code in reasons:
+            found.add("good", "filter", code, "so")
+        return judge_shards(measured, shards, rows, found, flag_only)[0].digest
+
+    other = {**ROWS, "good": ManifestRow(uri="/good.mp4", caption="another", labels=("dog",), split="val")}
+    assert of() == of(dict(ROWS))
+    assert len({of(), of(other), of(reasons=("A",)), of(reasons=("A", "B")), of(flag_only=True)}) == 5

@@ -1,0 +1,75 @@
+"""One painter of the service, without Serve: what it paints, and when it calls itself ill."""
+
+import asyncio
+import io
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aai.bundle import read_bundle
+from aai.errors import UserError
+from aai.painter import PaintRequest
+from pipelines.service.painters import PainterReplica
+from pipelines.settings import TrackingConfig
+
+TONE = (np.sin(np.arange(8000) / 5) / 2).astype(np.float32)
+REQUEST = PaintRequest(steps=2, denoise_strength=1)
+RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)
+
+
+def replica(bundle: str, **changes: Any) -> PainterReplica:
+    given = {"bundle": bundle, "registry": TrackingConfig().model_dump(), "sha": read_bundle(bundle).sha}
+    return PainterReplica(**{**given, "device": "cpu", "dtype": "float32", "stuck_s": 60, **changes})
+
+
+@pytest.fixture(scope="module")
+def painter(tiny_bundle: str) -> PainterReplica:
+    return replica(tiny_bundle)
+
+
+def test_each_verb_paints_its_own_picture(painter: PainterReplica) -> None:
+    made = {}
+    for verb, pixels in (("generate", None), ("edit", RED), ("stylize", RED)):
+        pictures = asyncio.run(painter.paint(verb, TONE, pixels, REQUEST))  # type: ignore[arg-type]
+        assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(64, 64)]
+        made[verb] = pictures[0]
+    assert len(set(made.values())) == 3
+    assert asyncio.run(painter.paint("edit", TONE, RED, REQUEST)) == [made["edit"]]
+
+
+def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle: str) -> None:
+    with pytest.raises(UserError, match="the service was started for 0000; deploy again"):
+        replica(tiny_bundle, sha="0000")
+
+
+def test_a_painter_is_ill_when_it_is_stuck_or_its_device_failed(
+    painter: PainterReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(painter, "_started_s", time.monotonic() - 59)
+    painter.check_health()
+    monkeypatch.setattr(painter, "_started_s", time.monotonic() - 61)
+    with pytest.raises(RuntimeError, match="painting for more than 60 s"):
+        painter.check_health()
+
+
+@pytest.mark.parametrize(("error", "ill"), [(torch.AcceleratorError, True), (UserError, False)])
+def test_only_a_failed_device_makes_it_ill(
+    error: type[Exception], ill: bool, painter: PainterReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error("prompt", "x", "is wrong", "mend it") if error is UserError else error("CUDA error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(painter, "_broken", "")
+        patch.setattr(painter._painter, "generate", fail)
+        with pytest.raises(error):
+            painter._paint("generate", TONE, None, REQUEST)
+        assert painter._started_s == 0
+        assert bool(painter._broken) == ill
+        if ill:
+            with pytest.raises(RuntimeError, match="the device failed: CUDA error"):
+                painter.check_health()

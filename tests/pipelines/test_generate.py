@@ -1,0 +1,45 @@
+"""`aai generate` on a bundle of random weights: its flags, its files, what it refuses."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipelines.__main__ import main
+
+QUICK = ["--set", "request.steps=1"]
+
+
+def test_a_sound_becomes_as_many_pictures_as_asked(tone: str, tiny_bundle: str, tmp_path: Path) -> None:
+    words = ["--audio", tone, "--bundle", tiny_bundle, "--out", str(tmp_path / "out"), "--seed", "4"]
+    assert main(["generate", *words, "--num-images", "2", *QUICK]) == 0
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == ["generate_tone_seed4.png", "generate_tone_seed5.png"]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    assert '"verb": "generate"' in Image.open(files[0]).info["aai"]
+
+
+def test_a_dry_run_reads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--audio", "absent.wav", "--bundle", "absent", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "absent.wav" in out
+    assert "image" not in out
+
+
+def test_a_wrong_prompt_or_no_sound_is_one_line(
+    tone: str, tiny_bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "--bundle", tiny_bundle, "--out", str(tmp_path / "out"), *QUICK]
+    for given, message in (
+        ([], "audio=(missing)"),
+        (["--audio", "absent.wav"], "no such file"),
+        (["--audio", tone, "--prompt", "a photo of <elsewhere>"], "<elsewhere>"),
+        (["--audio", tone, "--num-images", "9"], "request.num_images=9"),
+    ):
+        assert main([*words, *given]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("aai generate: error: ")
+        assert message in error
+    with pytest.raises(SystemExit):
+        main([*words, "--audio", tone, "--image", tone])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,63 @@
+"""What a stage decides before and around training; the training itself is tested on Ray with a recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aai import storage
+from aai.errors import UserError
+from aai.features import FeatureManifest
+from aai.fit import FitConfig
+from pipelines.training.stage import make_work, up_to_date, validates
+from tests.aai import test_features as table
+from tests.pipelines.training.third_stage import CaptionConfig, CaptionRecipe
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """21 clips of train, 9 of val."""
+    folder = table.write(tmp_path_factory.mktemp("features"))
+    manifest = FeatureManifest.read(folder).model_copy(update={"rows": {"train": 21, "val": 9}})
+    storage.write_json(f"{folder}/manifest.json", manifest.model_dump(mode="json"))
+    return folder
+
+
+def settings(features: str, **fit: Any) -> dict[str, Any]:
+    return {"features": features, "out": "out", "fit": {"batch_size": 6, **fit}, "map": {"width": 3}}
+
+
+def test_only_the_first_rank_validates_and_all_begin_alike(features: str) -> None:
+    works = [make_work(rank, 2, (CaptionRecipe, settings(features, seed=5))) for rank in range(2)]
+    assert [work.evaluate is None for work in works] == [False, True]
+    first, second = (work.task.state_dict() for work in works)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    other = make_work(0, 2, (CaptionRecipe, settings(features, seed=6))).task.state_dict()
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+    batches = [next(work.batches(0)) for work in works]
+    assert {len(batch["clip_id"]) for batch in batches} == {3}  # each rank's share of six
+    assert not set(batches[0]["clip_id"]) & set(batches[1]["clip_id"])
+    assert works[0].evaluate is not None
+    assert {name.split("_")[0] for name in works[0].evaluate()} == {"val"}
+
+
+def test_validation_that_is_asked_for_needs_clips(features: str) -> None:
+    manifest = FeatureManifest.read(features)
+    assert validates(FitConfig(), manifest)
+    alone = manifest.model_copy(update={"rows": {"train": 21, "val": 1}})  # one clip has nothing to be told from
+    assert not validates(FitConfig(eval_every=0), alone)
+    with pytest.raises(UserError, match=r"fit\.eval_every=5: .*; curate with val_share=0\.02, or "):
+        validates(FitConfig(eval_every=5), alone)
+
+
+def test_a_finished_result_is_taken_only_for_its_own_settings(features: str, tmp_path: Path) -> None:
+    config = CaptionConfig.parse(settings(features) | {"out": str(tmp_path)})
+    assert up_to_date(config, "a") is None
+    storage.write_json(f"{tmp_path}/caption.json", {"digest": "a", "steps": 3})
+    assert up_to_date(config, "a") == {"digest": "a", "steps": 3}
+    with pytest.raises(UserError, match=r"caption\.json: was made with other settings or data; give another --out"):
+        up_to_date(config, "b")
+    storage.write_json(f"{tmp_path}/caption.json", {"steps": 3})
+    with pytest.raises(UserError, match="was made with other settings"):
+        up_to_date(config, "a")
