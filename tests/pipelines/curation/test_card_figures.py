@@ -46,6 +46,8 @@ def test_a_moved_threshold_gains_and_loses_what_lies_between() -> None:
     assert move["quiet"] == [-70.0, -58.0]
     assert borderline(rows, QUIET, 1) == ([3], [0])
     assert borderline(rows, QUIET, 9) == ([3, 4], [0, 1, 2])
+    loudest = Rule("SILENT", "rms_db", "loudest", "dBFS", -1, -75.0)  # at most
+    assert moves(rows_of([-90.0, -80.0], 1), [loudest])["loudest"]["quiet"] == [-80.0, -70.0]
 
 
 def test_what_was_not_measured_fails_but_a_similarity_nobody_asked_for_passes() -> None:
