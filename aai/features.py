@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+import pydantic
 import torch
 
 from aai import storage
@@ -65,6 +66,8 @@ class FeatureManifest(Config):
     """How long it took."""
     written_by: str = UNKNOWN
     """The code that wrote it."""
+    enlarged: dict[str, int] = pydantic.Field(default_factory=dict)
+    """Clips whose pictures are smaller than the model takes them: `clip` for image_features, `latents`."""
 
     @classmethod
     def read(cls, uri: str) -> "FeatureManifest":

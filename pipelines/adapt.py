@@ -23,6 +23,7 @@ from aai.features import FeatureManifest
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_clip, load_diffusion
 from aai.inject import Injector
+from pipelines.training.lengths import check_cut, clip_lengths_s
 from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation
 from pipelines.training.stage import run_stage
 
@@ -81,6 +82,8 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
     def prepare(self, manifest: FeatureManifest) -> AdaptConfig:
         """See TrainRecipe; the token's width is known only where the diffusion model is."""
         check_foundation(self.parent.config.foundation, manifest)
+        lengths_s = clip_lengths_s(self.config.features)
+        check_cut("adapt", lengths_s, self.encoder.clip_s, self.config.max_cut_share)
         return self.config
 
     def build(self) -> AdaptTask:

@@ -5,22 +5,36 @@ and writes OUT/bundle, OUT/history.jsonl and, last, OUT/align.json. The same com
 """
 
 import argparse
-from typing import Any, ClassVar
+import logging
+from typing import Annotated, Any, ClassVar, Literal
 
+import pydantic
 from torch import nn
 
+from aai import storage
 from aai.align import AlignLossConfig, AlignTask, validate
 from aai.bundle import BundleConfig, write_bundle
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, mel_statistics
 from aai.errors import UserError
-from aai.features import FeatureManifest, load_split
+from aai.features import MANIFEST, FeatureManifest, load_split
 from aai.foundation.identity import FoundationSpec
+from pipelines.settings import Choice, Plan
+from pipelines.training.lengths import check_cut, clip_lengths_s, fitting_clip_s
 from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation
 from pipelines.training.stage import run_stage
 
+log = logging.getLogger(__name__)
+
 STATISTICS_CLIPS = 256
 """Training clips that the mean and deviation of the log-mel are taken over."""
+
+
+class FittedEncoderConfig(AudioEncoderConfig):
+    """An encoder that takes as much of a clip as the clips have."""
+
+    clip_s: Annotated[float, pydantic.Field(gt=0)] | Literal["auto"] = "auto"  # type: ignore[assignment]
+    """Length every clip is padded or cut to, in seconds. auto: what 95 % of the clips do not exceed, at most 10."""
 
 
 class AlignConfig(StageConfig):
@@ -30,9 +44,23 @@ class AlignConfig(StageConfig):
 
     foundation: FoundationSpec = FoundationSpec()
     """Must be what the features were made with."""
-    encoder: AudioEncoderConfig = AudioEncoderConfig()
+    encoder: FittedEncoderConfig = FittedEncoderConfig()
     """mel_mean, mel_std and embed_dim are taken from the data."""
     loss: AlignLossConfig = AlignLossConfig()
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        told = "auto: told when the features are there"
+        if self.encoder.clip_s != "auto" or storage.exists(storage.join(self.features, MANIFEST)):
+            told = str(self.fitted()[1])
+        return super().plan().model_copy(update={"chosen": {"encoder.clip_s": told}})
+
+    def fitted(self) -> tuple["AlignConfig", Choice]:
+        """These settings with a number for `encoder.clip_s`, and why it is that one."""
+        if self.encoder.clip_s != "auto":
+            return self, Choice(value=self.encoder.clip_s, why="given")
+        choice = fitting_clip_s(clip_lengths_s(self.features))
+        return self.model_copy(update={"encoder": self.encoder.model_copy(update={"clip_s": choice.value})}), choice
 
 
 CONFIG = AlignConfig
@@ -58,8 +86,9 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
     columns = ("audio", "image_features", "text_features")
 
     def __init__(self, config: AlignConfig) -> None:
-        super().__init__(config)
-        self.clip_samples = config.encoder.clip_samples
+        fitted, self.clip_s = config.fitted()  # `auto` ends here, before anything is digested or sent
+        super().__init__(fitted)
+        self.clip_samples = fitted.encoder.clip_samples
 
     def prepare(self, manifest: FeatureManifest) -> AlignConfig:
         """Measures the log-mel's statistics and takes the CLIP's dimension."""
@@ -72,7 +101,9 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
                 f"the features hold {manifest.sample_rate_hz} Hz",
                 f"set it to {manifest.sample_rate_hz}",
             )
+        log.info("align: encoder.clip_s = %s", self.clip_s)
         features = self.config.features
+        check_cut("align", clip_lengths_s(features), self.clip_s.value, self.config.max_cut_share)
         clips = load_split(features, "train", encoder.clip_samples, ("audio",), STATISTICS_CLIPS)
         if not len(clips["audio"]):
             raise UserError("features", features, "has no rows in the split train", "curate clips of that split")

@@ -69,6 +69,9 @@ def run(config: CurateConfig) -> dict[str, Any]:
     begin = time.monotonic()
     if config.tracking:
         store.check(config.tracking)
+    config, chosen = config.fitted()
+    for name, choice in chosen.items():
+        log.info("curate: %s = %s", name, choice)
     rows = config.rows()
     out = storage.absolute(config.out)
     settings = config.digests()
@@ -88,8 +91,10 @@ def run(config: CurateConfig) -> dict[str, Any]:
     if config.scores.enabled:
         _score(config, out, shards, by_key)
     null = _judge(config, out, shards, by_key)
-    result = settings | _totals(out, len(rows)) | {"correspondence": null.describe() if null else None}
+    result = settings | _totals(out, len(rows), chosen["decode.frame_size_px"].value)
     result |= {
+        "correspondence": null.describe() if null else None,
+        "chosen": {name: choice.model_dump() for name, choice in chosen.items()},
         "measured": counts["measured"],
         "reused": counts["reused"],
         "seconds": round(time.monotonic() - begin, 1),
@@ -193,11 +198,12 @@ def _write_card(config: CurateConfig, out: str, result: Mapping[str, Any]) -> No
 # ---------------------------------------------------------------- its result
 
 
-def _totals(out: str, rows_in: int) -> dict[str, Any]:
+def _totals(out: str, rows_in: int, frame_size_px: float) -> dict[str, Any]:
     """Counts from the tables themselves."""
-    taken = storage.read_table(storage.join(out, ACCEPTED), ["duration_s", "flags"])
+    taken = storage.read_table(storage.join(out, ACCEPTED), ["duration_s", "flags", "width", "height"])
     reasons = storage.read_table(storage.join(out, REJECTED), ["code", "transient"])
     codes, transient = reasons["code"].to_pylist(), reasons["transient"].to_pylist()
+    short_px = pc.min_element_wise(taken["width"], taken["height"]).to_pylist()
     if rows_in != len(taken) + len(codes):
         raise RuntimeError(f"curate: {rows_in} rows in, but {len(taken)} accepted and {len(codes)} rejected")
     flags = Counter(pc.list_flatten(taken["flags"]).to_pylist())
@@ -208,6 +214,7 @@ def _totals(out: str, rows_in: int) -> dict[str, Any]:
         "by_code": _counts(Counter(codes)),
         "flagged": _counts(flags),
         "transient": sum(transient),
+        "small_sources": sum(edge_px < frame_size_px for edge_px in short_px),
         "hours": round(sum(taken["duration_s"].to_pylist()) / 3600, 4),
     }
 
@@ -224,4 +231,7 @@ def _summary(result: Mapping[str, Any], out: str) -> str:
     flags = ", ".join(f"{code} {count}" for code, count in result["flagged"].items())
     if flags:
         counts += f", flagged: {flags}"
+    if small := result.get("small_sources"):  # results of before do not have it
+        size_px = result["chosen"]["decode.frame_size_px"]["value"]
+        counts += f"; {small} sources are smaller than {size_px:g} px and keep their own size"
     return f"{counts} in {result['seconds']:.0f} s -> {out}"

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -32,12 +32,15 @@ from aai.foundation.batches import Batches
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec, identity
 from aai.foundation.loaders import load_vae
+from aai.foundation.sizes import picture_sizes
 from aai.precision import dtype_of
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
 from pipelines.engine.lock import locked
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.settings import DType, Plan, RayVerbConfig
+from pipelines.tables import enlarging
+from pipelines.tables.enlarging import count_enlarged
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,8 @@ class FeaturizeConfig(RayVerbConfig):
     """Texts made of a caption; each becomes a text feature."""
     latent_frame: int | None = pydantic.Field(None, ge=0)
     """Which picture of a clip the latents are of, from 0; empty = the middle one."""
+    allow_upsampling: bool = False
+    """Take pictures that are smaller than the models want them; what is enlarged is counted in manifest.json."""
     dtype: DType = "float32"
     """Arithmetic of the frozen models; features are stored in float16. auto: decided once for the table, by a worker's
     device; a table that was begun keeps what it was begun with."""
@@ -124,6 +129,7 @@ class FeaturizeWorker:
         if not c.on_gpu:  # the model itself takes the cores
             torch.set_num_threads(threads)
         self.clip = FrozenClip(c.foundation, self.device, self.dtype, c.batch_size, threads if c.on_gpu else 1)
+        self.sizes = picture_sizes(c.foundation)
         self.vae, self.edge_px = load_vae(c.foundation, self.device, self.dtype)
         self.batches = Batches(c.batch_size)
         self.texts: dict[str, np.ndarray] = {}
@@ -132,9 +138,10 @@ class FeaturizeWorker:
         """Reads one file of clips and writes its features."""
         names = [*schema.feature_table(1, 1, 1, 1, 1).names]
         kept = [n for n in names if n not in ("image_features", "text_features", "latents")]
-        clips = storage.read_table(shard.input, columns=[*kept, "frames"])
+        clips = storage.read_table(shard.input, columns=[*kept, *enlarging.COLUMNS])
         frames = clips["frames"].to_pylist()
         num_frames = _equal_count(shard.input, frames)
+        enlarged = count_enlarged(shard.input, clips, self.sizes, self.config.allow_upsampling)
         chosen = num_frames // 2 if self.config.latent_frame is None else self.config.latent_frame
         if chosen >= num_frames:
             raise UserError("latent_frame", chosen, f"clips have {num_frames} pictures", "choose a smaller one")
@@ -152,6 +159,7 @@ class FeaturizeWorker:
             "processor": self.clip.describe()["processor"],
             "dtype": self.clip.describe()["dtype"],
             "splits": Counter(clips["split"].to_pylist()),
+            "enlarged": asdict(enlarged),
         }
         features = {
             "image_features": images.reshape(len(frames), -1),
@@ -248,6 +256,8 @@ def run(config: FeaturizeConfig) -> dict[str, Any]:
     if (found := up_to_date(config, digest, input_fingerprint)) is not None:
         log.info("featurize: up to date -> %s", config.out)
         return figures(found)
+    first = storage.read_rows(shards[0].input, [0], list(enlarging.COLUMNS))  # tells most mistakes before any work
+    count_enlarged(shards[0].input, first, picture_sizes(config.foundation), config.allow_upsampling)
     storage.remove(storage.join(config.out, MANIFEST))
     wanted = {shard.output for shard in shards}
     for file in storage.list_files(config.out, ".parquet"):
@@ -259,6 +269,13 @@ def run(config: FeaturizeConfig) -> dict[str, Any]:
     storage.write_json(storage.join(config.out, MANIFEST), manifest.model_dump(mode="json"))
     rows = sum(manifest.rows.values())
     log.info("featurize: %d clips in %s, %.0f s -> %s", rows, manifest.dtype, manifest.seconds, config.out)
+    if any(manifest.enlarged.values()):
+        log.warning(
+            "featurize: smaller than the models take them, so enlarged: %d clips for the CLIP, %d for latents (%s)",
+            manifest.enlarged["clip"],
+            manifest.enlarged["latents"],
+            picture_sizes(config.foundation),
+        )
     return figures(manifest)
 
 
@@ -303,8 +320,10 @@ def _manifest(
     """The manifest, from what the finished files carry. Raises UserError when their shapes differ."""
     found = [json.loads(_footer(shard.output)[SHAPES_KEY]) for shard in shards]
     rows: Counter[str] = Counter()
+    enlarged: Counter[str] = Counter()
     for shapes in found:
         rows.update(shapes.pop("splits"))
+        enlarged.update(shapes.pop("enlarged", {}))  # tables of before were not counted
         del shapes["input"]
         shapes.pop("dtype", None)  # the digest has it; tables of before do not name it here
     if any(shapes != found[0] for shapes in found):
@@ -318,6 +337,7 @@ def _manifest(
         sample_rate_hz=SAMPLE_RATE_HZ,
         prompts=config.prompts,
         rows=dict(rows),
+        enlarged=dict(enlarged),
         input_fingerprint=input_fingerprint,
         fingerprint=_hash([digest, input_fingerprint]),
         seconds=round(seconds, 1),

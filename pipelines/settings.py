@@ -37,12 +37,24 @@ class TrackingConfig(Config):
     """Name of the registered model."""
 
 
+class Choice(Config):
+    """The number that a setting has, and where it is from."""
+
+    value: float
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.value:g} ({self.why})"
+
+
 class Plan(Config):
     """What a command would read, write and occupy: printed by --dry-run."""
 
     inputs: dict[str, str]
     outputs: dict[str, str]
     resources: dict[str, str]
+    chosen: dict[str, str] = pydantic.Field(default_factory=dict)
+    """What settings that are `auto` stand for, and why."""
 
 
 class VerbConfig(Config):

@@ -6,11 +6,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec, locate
+from aai.foundation.sizes import diffusion_px
 
 
 def _load(setting: str, model_id: str, load: Callable[[], Any]) -> Any:
@@ -86,8 +87,4 @@ def load_vae(
             where, subfolder="vae", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, **kwargs
         ),
     )
-    unet = _load(
-        "diffusion", spec.diffusion, lambda: UNet2DConditionModel.load_config(where, subfolder="unet", **kwargs)
-    )
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return vae.to(device).eval().requires_grad_(False), int(unet["sample_size"]) * factor
+    return vae.to(device).eval().requires_grad_(False), diffusion_px(spec)

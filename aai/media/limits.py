@@ -28,7 +28,7 @@ class DecodeConfig(Config):
     num_frames: int = pydantic.Field(4, ge=1, le=64)
     """Frames kept of each clip (K), evenly spaced in time."""
     frame_size_px: int = pydantic.Field(64, ge=16)
-    """Shorter side of the kept frames; set it to the input size of the CLIP in use or above."""
+    """Shorter side of the kept frames; a smaller source keeps its own size."""
     policy: Literal["exact", "keyframe", "auto"] = "exact"
     """Which frames stand for the K times: exactly those on show, the nearest key frames (many times faster; a clip
     with few of them gives the same one twice), or key frames where they are near enough."""

@@ -53,7 +53,8 @@ class Scaler:
         luma = self._convert(self.small, frame, LUMA_PX, LUMA_PX, "gray")
         pixels = None
         if keep:
-            scale = self.frame_size_px / min(frame.width, frame.height)
+            # Never enlarged: that would hide from every later stage how little the source shows.
+            scale = min(1.0, self.frame_size_px / min(frame.width, frame.height))
             width, height = round(frame.width * scale), round(frame.height * scale)
             lying = self._convert(self.large, frame, width, height, "rgb24")
             quarter_turns = round(frame.rotation / 90) % 4  # phones store pictures lying on their side

@@ -54,6 +54,7 @@ def write_card(out: str, config_filters: Mapping[str, Any], result: Mapping[str,
         "thresholds": figures_of.moves(rows, found),
         "labels": figures_of.labels(rows),
         "correspondence": figures_of.correspondence(result),
+        "pictures": _pictures(result),
         "duplicates": groups,
     }
     card |= _samples(rows, found, ordered)
@@ -62,6 +63,14 @@ def write_card(out: str, config_filters: Mapping[str, Any], result: Mapping[str,
     storage.write_json(storage.join(out, FIGURES), card)
     log.info("card: %s", storage.join(out, PAGE))
     return card
+
+
+def _pictures(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How large the pictures are kept, why, and how many sources are smaller; None for results of before."""
+    if "small_sources" not in result:
+        return None
+    size = result["chosen"]["decode.frame_size_px"]
+    return {"size_px": int(size["value"]), "why": size["why"], "small_sources": result["small_sources"]}
 
 
 def log_card(cfg: TrackingConfig, run_name: str, out: str, figures: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Settings of `aai curate`: the manifest, how long videos are cut, the models that look, and when to stop."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
@@ -8,6 +8,7 @@ from aai import storage
 from aai.config import Config
 from aai.digest import stored_digest
 from aai.foundation.identity import FoundationSpec, identity
+from aai.foundation.sizes import picture_sizes
 from aai.media.duplicates import DuplicateConfig
 from aai.media.filters import FilterConfig
 from aai.media.limits import DecodeConfig
@@ -15,7 +16,7 @@ from aai.schema import VERSION
 from pipelines.curation.layout import ACCEPTED, REJECTED
 from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import named_splits, read_manifest, with_val_share
-from pipelines.settings import DType, Plan, RayVerbConfig, TrackingConfig
+from pipelines.settings import Choice, DType, Plan, RayVerbConfig, TrackingConfig
 
 Split = Literal["train", "val", "test"]
 
@@ -48,6 +49,22 @@ class CutConfig(Config):
         if self.min_s > min(self.window_s, self.max_s):
             raise ValueError("min_s is longer than window_s or max_s: no clip would be left")
         return self
+
+
+class FittedDecodeConfig(DecodeConfig):
+    """Decoding with pictures as large as the foundation wants them."""
+
+    frame_size_px: Annotated[int, pydantic.Field(ge=16)] | Literal["auto"] = "auto"  # type: ignore[assignment]
+    """Shorter side of the kept frames; a smaller source keeps its own size. auto: the larger one of the sizes that
+    the CLIP and the diffusion model of `foundation` take."""
+
+
+class FittedFilterConfig(FilterConfig):
+    """Filters that drop what the foundation's CLIP could only see enlarged."""
+
+    min_size_px: Annotated[int, pydantic.Field(ge=1)] | Literal["auto"] = "auto"  # type: ignore[assignment]
+    """Smallest width and height (TOO_SMALL). auto: what the CLIP of `foundation` takes, or 48 where
+    decode.frame_size_px is a number."""
 
 
 class ScoreConfig(Config):
@@ -93,6 +110,8 @@ class CurateConfig(RayVerbConfig):
     """AudioSet's class_labels_indices.csv, which gives its labels words."""
     out: str
     """Folder or s3:// prefix of the tables."""
+    foundation: FoundationSpec = FoundationSpec()
+    """The models that the tables are for: they decide how large the pictures are kept."""
     default_split: Split = "train"
     """Split of rows that name none."""
     split_names: dict[str, Split] = pydantic.Field(default_factory=dict)
@@ -102,8 +121,8 @@ class CurateConfig(RayVerbConfig):
     cut: CutConfig = CutConfig()
     rows_per_shard: int = pydantic.Field(128, ge=1)
     """Rows of one unit of work, and of one Parquet file."""
-    decode: DecodeConfig = DecodeConfig()
-    filters: FilterConfig = FilterConfig()
+    decode: FittedDecodeConfig = FittedDecodeConfig()
+    filters: FittedFilterConfig = FittedFilterConfig()
     duplicates: DuplicateConfig = DuplicateConfig()
     scores: ScoreConfig = ScoreConfig()
     flag_only: bool = False
@@ -116,6 +135,15 @@ class CurateConfig(RayVerbConfig):
     """Judge what is measured already by other filters than it was judged by."""
     tracking: TrackingConfig | None = None
     """MLflow store that the data card is logged to, as a run `curate`; empty = nowhere."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _one_foundation(cls, data: Any) -> Any:
+        """Scores are of the same foundation unless they name another."""
+        scores = data.get("scores", {}) if isinstance(data, dict) else None
+        if isinstance(scores, dict) and "foundation" in data:
+            data = {**data, "scores": {"foundation": data["foundation"], **scores}}
+        return data
 
     @pydantic.field_validator("retry", mode="before")
     @classmethod
@@ -139,7 +167,31 @@ class CurateConfig(RayVerbConfig):
             inputs={"manifest": f"{self.manifest} ({rows} rows, {shards} shards)"},
             outputs={name: storage.join(self.out, name) for name in (ACCEPTED, REJECTED)},
             resources=self.resources(),
+            chosen={name: str(choice) for name, choice in self.fitted()[1].items()},
         )
+
+    def fitted(self) -> tuple[Self, dict[str, Choice]]:
+        """These settings with a number for each `auto`, and what was chosen and why.
+
+        The foundation is looked at only where the size of the frames is `auto`. Raises UserError when it does not tell.
+        """
+        frame_px, min_px = self.decode.frame_size_px, self.filters.min_size_px
+        frame_why = min_why = "given"
+        sizes = None
+        if frame_px == "auto":
+            sizes = picture_sizes(self.foundation)
+            frame_px, frame_why = sizes.largest_px, f"auto: {sizes}"
+        if min_px == "auto":
+            min_px, min_why = FilterConfig().min_size_px, "auto: decode.frame_size_px is given"
+            if sizes:
+                min_px, min_why = sizes.clip_px, f"auto: foundation.clip takes {sizes.clip_px} px"
+        decode = self.decode.model_copy(update={"frame_size_px": frame_px})
+        filters = self.filters.model_copy(update={"min_size_px": min_px})
+        chosen = {
+            "decode.frame_size_px": Choice(value=frame_px, why=frame_why),
+            "filters.min_size_px": Choice(value=min_px, why=min_why),
+        }
+        return self.model_copy(update={"decode": decode, "filters": filters}), chosen
 
     def rows(self) -> list[ManifestRow]:
         """The manifest's rows with their splits by our names and with `val_share`, before any cutting."""
@@ -148,7 +200,7 @@ class CurateConfig(RayVerbConfig):
         return with_val_share(rows, self.val_share) if self.val_share else rows
 
     def digests(self) -> dict[str, int | str]:
-        """Of the settings that decide what is measured, and how that is judged."""
+        """Of the (fitted) settings that decide what is measured, and how that is judged."""
         measured = {"version": VERSION, "decode": self.decode.model_dump(mode="json", exclude=SPEED)}
         judged = self.model_dump(mode="json", include={"filters", "duplicates", "flag_only"})
         judged["scores"] = None

@@ -42,6 +42,8 @@ class StageConfig(RayVerbConfig):
     """Memory of each worker for decoded clips."""
     max_val_clips: int = pydantic.Field(1000, ge=2)
     """Validation takes at most this many clips of the val split."""
+    max_cut_share: float = pydantic.Field(0.5, ge=0, le=1)
+    """Share of the clips' sound that may lie beyond what the encoder takes of a clip (its clip_s); more is an error."""
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -56,7 +58,7 @@ class StageConfig(RayVerbConfig):
 
     def content(self) -> dict[str, Any]:
         """The settings that determine the weights: all but places, machines and what is only looked at."""
-        elsewhere = {"run_dir", "cluster", "tracking", "cache_mb", "max_val_clips", *self.places}
+        elsewhere = {"run_dir", "cluster", "tracking", "cache_mb", "max_val_clips", "max_cut_share", *self.places}
         return self.model_dump(mode="json", exclude=elsewhere)
 
 
