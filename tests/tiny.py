@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import ASTConfig, ASTModel, CLIPTextModel, CLIPTokenizer
+from transformers import ASTConfig, ASTModel, CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from aai import schema, storage
 from aai.adapt import AdapterConfig, AudioAdapter
@@ -43,6 +43,26 @@ def write_diffusion(folder: str | Path, clip_folder: str | Path) -> Path:
     text_encoder = CLIPTextModel.from_pretrained(clip_folder, dtype=torch.float32)
     save_pipeline(Path(folder), build_vae(SIZES).eval(), build_unet(SIZES).eval(), text_encoder, tokenizer)
     return Path(folder)
+
+
+def write_vitl14_sizes(folder: Path) -> FoundationSpec:
+    """Random models that take pictures as CLIP ViT-L/14 (224 px) and Stable Diffusion 1.5 (512 px), but are narrow."""
+    torch.manual_seed(4)
+    sizes = FoundationConfig(image_size_px=512, hidden_size=32, latent_channels=4, unet_channels=(32, 32), merges=60)
+    tokenizer = build_tokenizer(CAPTIONS, sizes.merges, 77)
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    clip = CLIPConfig(
+        text_config={**narrow, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77},
+        vision_config={**narrow, "image_size": 224, "patch_size": 14},
+        projection_dim=768,
+    )
+    CLIPModel(clip).save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
+    image_processor(224).save_pretrained(folder / "clip")
+    text_encoder = CLIPTextModel.from_pretrained(folder / "clip", dtype=torch.float32)
+    save_pipeline(folder / "sd", build_vae(sizes).eval(), build_unet(sizes).eval(), text_encoder, tokenizer)
+    return FoundationSpec(clip=str(folder / "clip"), diffusion=str(folder / "sd"))
 
 
 def write_ast(folder: str | Path) -> Path:
