@@ -219,6 +219,8 @@ def report(result: dict[str, Any]) -> list[str]:
         f"  prepare pictures    {1 / rates['prepare_cpu_s']:8.4g} clips/s per CPU ({rates['frames']} pictures each)",
         f"  CLIP                {rates['images_per_s']:8.4g} pictures/s on one {rates['device']}",
         f"  VAE                 {rates['latents_per_s']:8.4g} pictures/s on one {rates['device']}",
+        "chosen for these clips and this foundation:",
+        *(f"  {name:<24}{choice}" for name, choice in rates["chosen"].items()),
         "assumed:",
         *(f"  {note}" for note in result["assumed"]),
     ]

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +63,20 @@ def write_vitl14_sizes(folder: Path) -> FoundationSpec:
     image_processor(224).save_pretrained(folder / "clip")
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip", dtype=torch.float32)
     save_pipeline(folder / "sd", build_vae(sizes).eval(), build_unet(sizes).eval(), text_encoder, tokenizer)
+    return FoundationSpec(clip=str(folder / "clip"), diffusion=str(folder / "sd"))
+
+
+def write_sizes(
+    folder: Path, size: Any = 224, crop: Any = 224, latents: Any = 64, blocks: Any = (1, 2, 3, 4)
+) -> FoundationSpec:
+    """What a foundation's folders tell of sizes (ViT-L/14's, Stable Diffusion's), no models; None leaves a key out."""
+    keys = {
+        "clip/preprocessor_config.json": {"size": size, "crop_size": crop},
+        "sd/unet/config.json": {"sample_size": latents},
+        "sd/vae/config.json": {"block_out_channels": blocks},
+    }
+    for name, values in keys.items():
+        storage.write_json(str(folder / name), {key: value for key, value in values.items() if value is not None})
     return FoundationSpec(clip=str(folder / "clip"), diffusion=str(folder / "sd"))
 
 

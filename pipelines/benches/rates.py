@@ -19,7 +19,8 @@ from pipelines.benches.options import as_flags
 from pipelines.engine.shards import recorded
 from pipelines.featurize import FeaturizeWorker
 from pipelines.manifests.row import ManifestRow
-from pipelines.settings import ClusterConfig
+from pipelines.settings import Choice, ClusterConfig
+from pipelines.training.lengths import fitting_clip_s
 
 SHARDS = 4
 """Of the sample."""
@@ -49,6 +50,8 @@ class Rates:
     """What curate keeps beside the two tables for a later run."""
     feature_bytes: float
     """Per accepted clip."""
+    chosen: dict[str, str]
+    """What settings that are `auto` stand for with these clips and this foundation, and why."""
 
     def as_dict(self) -> dict[str, Any]:
         """For plan.json, rounded."""
@@ -60,18 +63,21 @@ def measure_rates(
 ) -> Rates:
     """Curates and featurizes the rows under `out` and times the steps. Raises UserError when none is accepted."""
     storage.remove(out)
-    curate_s = _curate(rows, out, curate_sets)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cluster = ClusterConfig(num_workers=1, gpus_per_worker=int(device == "cuda"))
+    settings = _loaded("featurize", [f"input={out}/curated/accepted", f"out={out}/features", *featurize_sets], cluster)
+    # The sample is curated for the foundation that it is then featurized with.
+    known = [f"foundation.{name}={value}" for name, value in settings.foundation if value is not None]
+    curate_s, chosen = _curate(rows, out, [*known, *curate_sets])
     curated, accepted = f"{out}/curated", f"{out}/curated/accepted"
-    clips = storage.read_table(accepted, ["clip_id", "frames"])
+    clips = storage.read_table(accepted, ["clip_id", "frames", "duration_s"])
     if not clips.num_rows:
         raise UserError(
             "manifest", out, "no clip of the sample was accepted", f"read the reasons in {curated}/rejected"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cluster = ClusterConfig(num_workers=1, gpus_per_worker=int(device == "cuda"))
-    settings = _loaded("featurize", [f"input={accepted}", f"out={out}/features", *featurize_sets], cluster)
     with recorded(bare=True):
         featurize.run(settings)
+    chosen["encoder.clip_s"] = fitting_clip_s(clips["duration_s"].to_numpy())
     worker = FeaturizeWorker(settings.model_dump(mode="json"), "")
     encoded: list[bytes] = []
     for frames in clips["frames"].to_pylist():
@@ -93,6 +99,7 @@ def measure_rates(
         curated_bytes=sum(map(_size, tables)) / len(rows),
         working_bytes=(sum(map(_size, storage.list_files(curated))) - sum(map(_size, tables))) / len(rows),
         feature_bytes=sum(map(_size, storage.list_files(f"{out}/features", ".parquet"))) / clips.num_rows,
+        chosen={name: str(choice) for name, choice in chosen.items()},
     )
 
 
@@ -102,8 +109,11 @@ def _loaded(verb: str, sets: Sequence[str], cluster: ClusterConfig) -> Any:
     return config.model_copy(update={"cluster": cluster})
 
 
-def _curate(rows: Sequence[ManifestRow], out: str, sets: Sequence[str]) -> float:
-    """Curates the sample in one process; returns seconds per clip, without each stage's first shard if it has more."""
+def _curate(rows: Sequence[ManifestRow], out: str, sets: Sequence[str]) -> tuple[float, dict[str, Choice]]:
+    """Curates the sample in one process; returns seconds per clip, and what was chosen for the foundation.
+
+    The seconds are without each stage's first shard if it has more.
+    """
     manifest = f"{out}/sample.parquet"
     columns = {}
     for name in _MANIFEST_COLUMNS:
@@ -112,13 +122,13 @@ def _curate(rows: Sequence[ManifestRow], out: str, sets: Sequence[str]) -> float
     parts = f"rows_per_shard={-(-len(rows) // SHARDS)}"
     fixed = [f"manifest={manifest}", "media_root=null", f"out={out}/curated", "max_reject_ratio=1", parts]
     with recorded(bare=True) as stages:
-        curate.run(_loaded("curate", [*sets, *fixed], ClusterConfig(num_workers=1)))
+        result = curate.run(_loaded("curate", [*sets, *fixed], ClusterConfig(num_workers=1)))
     seconds = 0.0
     for stage in stages:
         calls = sorted(stage.calls, key=lambda call: call[2])
         calls = calls[1:] or calls  # the first one warms up
         seconds += sum(end - start for _, _, start, end in calls) / sum(count for _, count, _, _ in calls)
-    return seconds
+    return seconds, {name: Choice.parse(choice) for name, choice in result["chosen"].items()}
 
 
 def _prepare_s(worker: FeaturizeWorker, accepted: str, encoded: list[bytes], features: str, measure_s: float) -> float:

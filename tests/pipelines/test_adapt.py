@@ -72,6 +72,15 @@ def test_adapt_trains_and_writes_a_bundle_without_a_model_on_the_driver(settings
     assert Painter.load(result["bundle"]).adapter.cfg.num_tokens == 2
 
 
+def test_an_encoder_that_hears_too_little_of_the_clips_is_refused(settings: dict[str, Any]) -> None:
+    recipe = AdaptRecipe(AdaptConfig.parse(settings))
+    manifest = FeatureManifest.read(recipe.config.features)
+    recipe.prepare(manifest)
+    recipe.encoder = recipe.encoder.model_copy(update={"clip_s": 0.5})
+    with pytest.raises(UserError, match=r"encoder\.clip_s=0\.5: cuts away 75% of the sound"):
+        recipe.prepare(manifest)
+
+
 def test_a_bundle_may_move_but_another_setting_is_another_run(settings: dict[str, Any], tmp_path: Path) -> None:
     """Needs the run above."""
     moved = Path(settings["bundle"]).rename(tmp_path / "moved")  # where it lies does not count

@@ -65,6 +65,8 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     encoder_config = AudioEncoderConfig.parse(bundle.config.encoder)
     assert encoder_config.embed_dim == 32
     assert encoder_config.mel_mean != 0
+    assert encoder_config.clip_s == 2.0  # by the clips
+    assert config.plan().chosen == {"encoder.clip_s": "2 (auto: 95% of 48 clips last 2.00 s or less)"}
     encoder = AudioEncoder(encoder_config)
     encoder.load_state_dict(bundle.aligner())
     val = load_split(config.features, "val", encoder_config.clip_samples)
@@ -83,11 +85,15 @@ def test_mistakes_are_found_before_anything_starts(settings: dict[str, Any], tmp
         ({"fit": {"batch_size": 7}}, "multiple of the 2 workers"),
         ({"features": str(tmp_path)}, "no finished FeatureTable"),
         ({"encoder": {"sample_rate_hz": 48_000}}, "hold 16000 Hz"),
+        ({"encoder": {**ENCODER, "clip_s": 0.5}}, r"encoder\.clip_s=0\.5: cuts away 75% of the sound"),
         ({"foundation": {"clip": str(tmp_path), "diffusion": str(tmp_path)}}, "features were made with"),
     ):
         with pytest.raises(UserError, match=message):
             align.run(AlignConfig.parse({**fresh, **wrong}))
     assert not (tmp_path / "out").exists()
+    later = AlignConfig.parse({**fresh, "features": str(tmp_path)}).plan().chosen
+    assert later == {"encoder.clip_s": "auto: told when the features are there"}
+    assert AlignConfig.parse({**fresh, "max_cut_share": 0.9}).content() == AlignConfig.parse(fresh).content()
 
 
 def test_validation_is_never_left_out_in_silence(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from pipelines.curation import measuring
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
 from tests.clips import make_clip
+from tests.tiny import write_sizes
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +334,46 @@ def test_plan_starts_nothing(tmp_path: Path) -> None:
     plan = CurateConfig(manifest=str(tmp_path / "media"), out=str(tmp_path / "out")).plan()
     assert "1 rows" in plan.inputs["manifest"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("shards_here")
+def test_pictures_are_as_large_as_the_foundation_takes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    media, out = tmp_path / "media", tmp_path / "out"
+    for name, size in (("large", (640, 480)), ("small", (320, 240)), ("tiny", (160, 120))):
+        storage.write_bytes(str(media / f"{name}.mp4"), make_clip(size=size))
+    foundation = write_sizes(tmp_path / "foundation", latents=48).model_dump()
+    with caplog.at_level(logging.INFO):
+        result = curate(media, out, foundation=foundation, **APART)
+    why = "foundation.clip takes 224 px, foundation.diffusion 384 px"
+    assert f"decode.frame_size_px = 384 (auto: {why})" in caplog.text
+    assert "1 sources are smaller than 384 px and keep their own size" in caplog.text
+    assert f"384 px (auto: {why})" in (out / "card.html").read_text()
+    assert (result["by_code"], result["small_sources"]) == ({"TOO_SMALL": 1}, 1)
+    assert result["chosen"]["filters.min_size_px"] == {"value": 224, "why": "auto: foundation.clip takes 224 px"}
+    kept = {Path(row["uri"]).stem: Image.open(io.BytesIO(row["frames"][0])).size for row in tables(out)["accepted"]}
+    assert kept == {"large": (512, 384), "small": (320, 240)}
+    # Digests see numbers: the same ones by hand go on with the tables, another foundation's do not.
+    given = {"decode": {"frame_size_px": 384}, "filters": {"min_size_px": 224}}
+    assert curate(media, out, **APART, **given) == result
+    larger = write_sizes(tmp_path / "larger").model_dump()
+    with pytest.raises(UserError, match="decoded by other settings"):
+        curate(media, out, foundation=larger, **APART)
+
+
+def test_what_is_given_is_kept_and_needs_no_foundation() -> None:
+    absent = {"clip": "/nowhere", "diffusion": "/nowhere"}
+    settings = {"manifest": "m", "out": "o", "foundation": absent}
+    config, chosen = CurateConfig.parse({**settings, "decode": {"frame_size_px": 512}}).fitted()
+    assert (config.decode.frame_size_px, config.filters.min_size_px) == (512, 48)
+    assert {name: choice.why for name, choice in chosen.items()} == {
+        "decode.frame_size_px": "given",
+        "filters.min_size_px": "auto: decode.frame_size_px is given",
+    }
+    assert config.scores.foundation == config.foundation  # one foundation, unless scores name another
+    named = {**settings, "scores": {"foundation": {"clip": "toy:clip"}}}
+    assert CurateConfig.parse(named).scores.foundation.clip == "toy:clip"
+    with pytest.raises(UserError, match=r"foundation\.clip=/nowhere"):
+        CurateConfig.parse(settings).fitted()
 
 
 def test_s3(tmp_path: Path, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

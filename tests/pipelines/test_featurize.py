@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -18,7 +19,7 @@ from aai.version import code_version
 from pipelines import featurize
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker
 from tests.pipelines.conftest import run_shards_here
-from tests.tiny import write_clip, write_clip_table, write_diffusion
+from tests.tiny import write_clip, write_clip_table, write_diffusion, write_sizes
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def test_the_table_holds_the_models_own_features(inputs: dict[str, Any], tmp_pat
     assert (manifest.num_frames, manifest.image_dim, manifest.num_texts, manifest.text_dim) == (2, 32, 2, 32)
     assert manifest.latent_shape == (8, 8, 8)
     assert manifest.latent_frame == 1
+    assert manifest.enlarged == {"clip": 0, "latents": 0}
     assert manifest.processor == "CLIPImageProcessorPil"
     clips, table = storage.read_table(config.input), storage.read_table(str(tmp_path))
     assert table.schema.equals(schema.feature_table(2, 32, 2, 32, 512))
@@ -160,6 +162,26 @@ def test_mistakes_are_user_errors(inputs: dict[str, Any], tmp_path: Path) -> Non
     config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path), "latent_frame": 2})
     with pytest.raises(UserError, match="clips have 2 pictures"):
         featurize.run(config)
+
+
+def test_pictures_are_enlarged_only_where_that_is_allowed(inputs: dict[str, Any], tmp_path: Path) -> None:
+    large = write_sizes(tmp_path / "large").model_dump()  # no weights: refused before any model is loaded
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"shard-00000.*a source of 64 px; foundation\.clip takes 224 px"):
+        featurize.run(FeaturizeConfig.parse({**inputs, "foundation": large, "out": str(out)}))
+    # One small clip in the second file is a worker's to find.
+    clips = write_clip_table(tmp_path / "clips", 2, 4)
+    rows = pq.read_table(clips / "shard-00001.parquet").to_pylist()
+    small = io.BytesIO()
+    Image.new("RGB", (60, 40)).save(small, "JPEG")
+    rows[2] |= {"frames": [small.getvalue()] * 2, "width": 96, "height": 64}
+    storage.write_table(str(clips / "shard-00001.parquet"), pa.Table.from_pylist(rows, schema=schema.CLIP_TABLE))
+    settings = {**inputs, "input": str(clips), "out": str(out)}
+    with pytest.raises(UserError, match=r"shard-00001.*keeps pictures of 40 px of a source of 64 px.*allow_upsampling"):
+        featurize.run(FeaturizeConfig.parse(settings))
+    allowed = featurize.run(FeaturizeConfig.parse({**settings, "allow_upsampling": True}))
+    assert FeatureManifest.read(str(out)).enlarged == {"clip": 1, "latents": 1}
+    assert featurize.run(FeaturizeConfig.parse(settings)) == allowed  # finished: the setting changes no content
 
 
 def test_a_worker_keeps_to_its_cpus(inputs: dict[str, Any], tmp_path: Path) -> None:

@@ -1,18 +1,24 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from aai import storage
 from aai.errors import UserError
 from pipelines import plan
 from pipelines.__main__ import main
 from pipelines.benches.rates import Rates
 from pipelines.plan import CapacityConfig
+from tests.clips import make_moving
+from tests.tiny import write_sizes
 
 RATES = Rates(
     sample=64, accepted_share=0.5, frames=8, curate_cpu_s=0.1, prepare_cpu_s=0.02, images_per_s=10.0,
     latents_per_s=5.0, device="cpu", read_bytes=1e6, curated_bytes=1e5, working_bytes=1e4, feature_bytes=2e4,
+    chosen={"decode.frame_size_px": "512 (auto: so the foundation wants it)"},
 )  # fmt: skip
 
 
@@ -78,6 +84,19 @@ def test_the_command_measures_a_sample_and_plans(tmp_path: Path, capsys: pytest.
     text = capsys.readouterr().out
     for part in ("measured here", "assumed:", "CPUs a GPU needs", "cpu_rich", "cpu_poor", "storage, GB:"):
         assert part in text
+    assert "decode.frame_size_px    64 (auto: foundation.clip takes 64 px" in text
+    assert "encoder.clip_s          2 (auto: " in text
+
+
+def test_the_sample_is_curated_for_the_foundation_that_is_planned_for(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        storage.write_bytes(str(tmp_path / f"media/{name}.mp4"), make_moving(num_frames=10, fps=10, seed=ord(name)))
+    foundation = write_sizes(tmp_path / "foundation", size=96, crop=96, latents=12)
+    sets = (f"foundation.clip={foundation.clip}", f"foundation.diffusion={foundation.diffusion}")
+    with pytest.raises(UserError, match="cannot be loaded"):  # after curating: there are no weights
+        plan.run(CapacityConfig(manifest=str(tmp_path / "media"), out=str(tmp_path / "out"), featurize=sets))
+    frames = storage.read_table(str(tmp_path / "out/sample/curated/accepted"))["frames"]
+    assert {Image.open(io.BytesIO(row[0])).size for row in frames.to_pylist()} == {(128, 96)}
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +6,7 @@ import pytest
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.sizes import PictureSizes, picture_sizes
-
-
-def write_json(folder: Path, size: Any = 224, crop: Any = 224, latents: Any = 64, blocks: Any = (1, 2, 3, 4)) -> Any:
-    """What a foundation's folders tell of sizes, without weights; None leaves a key out."""
-    keys = {
-        "clip/preprocessor_config.json": {"size": size, "crop_size": crop},
-        "sd/unet/config.json": {"sample_size": latents},
-        "sd/vae/config.json": {"block_out_channels": blocks},
-    }
-    for name, values in keys.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-    return FoundationSpec(clip=str(folder / "clip"), diffusion=str(folder / "sd"))
+from tests.tiny import write_sizes
 
 
 def test_the_toy_takes_64_px() -> None:
@@ -39,7 +26,7 @@ def test_the_toy_takes_64_px() -> None:
     ],
 )
 def test_sizes_are_read_off_json_alone(tmp_path: Path, given: dict[str, Any], sizes: tuple[int, int]) -> None:
-    found = picture_sizes(write_json(tmp_path, **given))
+    found = picture_sizes(write_sizes(tmp_path, **given))
     assert (found.clip_px, found.diffusion_px) == sizes
     assert found.largest_px == max(sizes)
     assert str(found) == f"foundation.clip takes {sizes[0]} px, foundation.diffusion {sizes[1]} px"
@@ -55,12 +42,12 @@ def test_sizes_are_read_off_json_alone(tmp_path: Path, given: dict[str, Any], si
 )
 def test_a_missing_key_is_named(tmp_path: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        picture_sizes(write_json(tmp_path, **given))
+        picture_sizes(write_sizes(tmp_path, **given))
 
 
 @pytest.mark.parametrize("content", [None, "no JSON", "[]"])
 def test_a_missing_or_broken_file_is_named(tmp_path: Path, content: str | None) -> None:
-    spec, file = write_json(tmp_path), tmp_path / "sd/unet/config.json"
+    spec, file = write_sizes(tmp_path), tmp_path / "sd/unet/config.json"
     file.unlink()
     if content:
         file.write_text(content)

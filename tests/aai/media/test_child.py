@@ -167,7 +167,7 @@ def test_the_parent_ends_a_child_that_is_stuck() -> None:
 def test_memory_is_limited() -> None:
     cfg = DecodeConfig(max_memory_mb=1024, num_frames=64, frame_size_px=2000)
     with MediaChild(cfg) as child:
-        row = child.measure(make_clip(), None, None)
+        row = child.measure(make_clip([0.0, 1.9], size=(3000, 2000)), None, None)
         assert (row["code"], row["transient"]) == ("OUT_OF_MEMORY", False)
         assert child.process is None  # a fresh one for the next clip
         assert child.measure(b"", None, None)["code"] == "EMPTY_FILE"

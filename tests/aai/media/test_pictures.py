@@ -146,6 +146,12 @@ def test_exact_on_real_clips(threads: int) -> None:
         assert_exact(decode_clip(path.read_bytes(), None, None, cfg), path.read_bytes(), size_px=224)
 
 
+@pytest.mark.parametrize(("frame_size_px", "kept"), [(32, (32, 48)), (64, (64, 96)), (224, (64, 96))])
+def test_a_small_source_is_not_enlarged(frame_size_px: int, kept: tuple[int, int]) -> None:
+    clip = decode_clip(make_clip(size=(96, 64)), None, None, DecodeConfig(frame_size_px=frame_size_px))
+    assert clip.frames.shape[1:3] == kept
+
+
 @pytest.mark.usefixtures("never_whole")
 @pytest.mark.slow
 def test_key_frames_and_bounded_errors() -> None:
