@@ -15,12 +15,12 @@ from aai import storage
 from aai.errors import UserError
 from pipelines import curate, featurize
 from pipelines.__main__ import load_config
+from pipelines.align import AlignConfig
 from pipelines.benches.options import as_flags
 from pipelines.engine.shards import recorded
 from pipelines.featurize import FeaturizeWorker
 from pipelines.manifests.row import ManifestRow
 from pipelines.settings import Choice, ClusterConfig
-from pipelines.training.lengths import fitting_clip_s
 
 SHARDS = 4
 """Of the sample."""
@@ -70,14 +70,14 @@ def measure_rates(
     known = [f"foundation.{name}={value}" for name, value in settings.foundation if value is not None]
     curate_s, chosen = _curate(rows, out, [*known, *curate_sets])
     curated, accepted = f"{out}/curated", f"{out}/curated/accepted"
-    clips = storage.read_table(accepted, ["clip_id", "frames", "duration_s"])
+    clips = storage.read_table(accepted, ["clip_id", "frames"])
     if not clips.num_rows:
         raise UserError(
             "manifest", out, "no clip of the sample was accepted", f"read the reasons in {curated}/rejected"
         )
     with recorded(bare=True):
         featurize.run(settings)
-    chosen["encoder.clip_s"] = fitting_clip_s(clips["duration_s"].to_numpy())
+    _, chosen["encoder.clip_s"] = AlignConfig(features=settings.out, out=f"{out}/align").fitted()
     worker = FeaturizeWorker(settings.model_dump(mode="json"), "")
     encoded: list[bytes] = []
     for frames in clips["frames"].to_pylist():
