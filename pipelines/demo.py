@@ -94,11 +94,18 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
 def stage_settings(config: DemoConfig, verb: str) -> list[str]:
     """The arguments of a stage."""
+    settings = [f"run_dir={config.run_dir}"]
+    if issubclass(module_of(verb).CONFIG, RayVerbConfig):
+        cluster = config.cluster
+        settings += [
+            f"cluster.address={cluster.address or 'null'}",
+            f"cluster.num_workers={cluster.num_workers}",
+            f"cluster.cpus_per_worker={cluster.cpus_per_worker}",
+            f"cluster.gpus_per_worker={cluster.gpus_per_worker}",
+        ]
     words = []
-    for setting in (f"run_dir={config.run_dir}", *config.overrides.get(verb, ())):
+    for setting in (*settings, *config.overrides.get(verb, ())):
         words += ["--set", setting]
-    if config.cluster.address and issubclass(module_of(verb).CONFIG, RayVerbConfig):
-        words += ["--address", config.cluster.address]
     return words
 
 

@@ -25,7 +25,7 @@ from pipelines.registry import tracking
 from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
 from pipelines.service.http import Limits, ServedModel
 from pipelines.service.painters import PainterReplica
-from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, TrackingConfig
+from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class ServeConfig(RayVerbConfig):
     cluster: ClusterConfig = ClusterConfig(num_workers=1)
     bundle: str = "models:/aai@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder. An alias is read once, at the start."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: StoreConfig = StoreConfig()
     host: str = "127.0.0.1"
     """Address to listen on; any other than loopback needs the environment variable AAI_API_KEY."""
     port: int = pydantic.Field(8000, ge=1, le=65535)

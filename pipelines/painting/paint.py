@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 from PIL import Image
 
 from aai import storage
 from aai.bundle import read_bundle
-from aai.config import Config
 from aai.errors import UserError
 from aai.inject import export_textual_inversion
 from aai.media.decode import ClipError, decode_audio
@@ -20,17 +18,9 @@ from aai.media.still import STILL_FORMATS, decode_still
 from aai.painter import Painter, PaintRequest, check_repaint
 from aai.png import encode_png, same_picture
 from pipelines.registry import tracking
-from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
+from pipelines.settings import DType, InputLimits, Plan, StoreConfig, VerbConfig
 
 log = logging.getLogger(__name__)
-
-
-class InputLimits(Config):
-    """Limits on what a user hands in."""
-
-    max_audio_s: float = pydantic.Field(60, gt=0)
-    max_bytes: int = pydantic.Field(32 * 2**20, gt=0)
-    max_pixels: int = pydantic.Field(4096 * 4096, gt=0)
 
 
 class PaintConfig(VerbConfig):
@@ -48,7 +38,7 @@ class PaintConfig(VerbConfig):
     """Also save A* as a textual-inversion safetensors file that diffusers loads."""
     device: str = "cpu"
     dtype: DType = "float32"
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: StoreConfig = StoreConfig()
 
     def plan(self) -> Plan:
         """See VerbConfig."""

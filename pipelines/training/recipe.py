@@ -21,7 +21,7 @@ from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import FitConfig
 from aai.foundation.identity import FoundationSpec, identity
-from pipelines.settings import Plan, RayVerbConfig, TrackingConfig
+from pipelines.settings import Plan, RayVerbConfig, RunsConfig, TrainClusterConfig
 
 
 class StageConfig(RayVerbConfig):
@@ -37,7 +37,8 @@ class StageConfig(RayVerbConfig):
     out: str
     """Folder or s3:// prefix for the bundle, the history and the figures."""
     fit: FitConfig = FitConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    cluster: TrainClusterConfig = TrainClusterConfig()
+    tracking: RunsConfig = RunsConfig()
     cache_mb: int = pydantic.Field(1024, ge=1)
     """Memory of each worker for decoded clips."""
     max_val_clips: int = pydantic.Field(1000, ge=2)
