@@ -27,7 +27,7 @@ from aai.inject import Injector, Sound
 from aai.precision import dtype_of
 
 Sounds = np.ndarray | Mapping[str, np.ndarray]
-"""One 16 kHz mono waveform float32 [S], or several by placeholder name."""
+"""One mono waveform float32 [S] at the bundle's sample rate, or several by placeholder name."""
 
 
 DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default

@@ -16,7 +16,7 @@ from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, mel_statistics
 from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
 from aai.foundation.identity import FoundationSpec
-from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation
+from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, refuse_given
 from pipelines.training.stage import run_stage
 
 STATISTICS_CLIPS = 256
@@ -31,7 +31,7 @@ class AlignConfig(StageConfig):
     foundation: FoundationSpec = FoundationSpec()
     """Must be what the features were made with."""
     encoder: AudioEncoderConfig = AudioEncoderConfig()
-    """mel_mean, mel_std and embed_dim are taken from the data."""
+    """mel_mean, mel_std and embed_dim are taken from the data, and refused here."""
     loss: AlignLossConfig = AlignLossConfig()
 
 
@@ -65,13 +65,10 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
         """Measures the log-mel's statistics and takes the CLIP's dimension."""
         check_foundation(self.config.foundation, manifest)
         encoder = self.config.encoder
-        if encoder.sample_rate_hz != manifest.sample_rate_hz:
-            raise UserError(
-                "encoder.sample_rate_hz",
-                encoder.sample_rate_hz,
-                f"the features hold {manifest.sample_rate_hz} Hz",
-                f"set it to {manifest.sample_rate_hz}",
-            )
+        refuse_given("encoder", encoder, ("mel_mean", "mel_std", "embed_dim"))
+        rate_hz = encoder.sample_rate_hz
+        remedy = f"set it to {manifest.sample_rate_hz}, or curate with decode.sample_rate_hz={rate_hz}"
+        manifest.check_sample_rate("encoder.sample_rate_hz", rate_hz, rate_hz, remedy)
         features = self.config.features
         clips = load_split(features, "train", encoder.clip_samples, ("audio",), STATISTICS_CLIPS)
         if not len(clips["audio"]):

@@ -69,6 +69,10 @@ def run(config: CurateConfig) -> dict[str, Any]:
     begin = time.monotonic()
     if config.tracking:
         store.check(config.tracking)
+    if config.scores.bundle:
+        from pipelines.curation.scores import check_sound  # only here: torch takes seconds to import
+
+        check_sound(config.scores, config.decode.sample_rate_hz)
     rows = config.rows()
     out = storage.absolute(config.out)
     settings = config.digests()

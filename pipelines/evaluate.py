@@ -15,6 +15,7 @@ import pydantic
 from aai import storage
 from aai.bundle import Bundle, read_bundle
 from aai.digest import digest
+from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.painter import SamplingConfig
@@ -137,8 +138,10 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     places = {name: storage.absolute(getattr(config, name)) for name in ("features", "clips", "bundle", "out")}
     config = config.model_copy(update=places)
     bundle = read_bundle(config.bundle)
-    fingerprint = FeatureManifest.read(config.features).fingerprint
-    stamp = {"config": config.content_digest(), "bundle": bundle.sha, "data_fingerprint": fingerprint}
+    manifest = FeatureManifest.read(config.features)
+    rate_hz = encoder_config(bundle).sample_rate_hz
+    manifest.check_sample_rate("bundle", config.bundle, rate_hz, "give the features that it was aligned on")
+    stamp = {"config": config.content_digest(), "bundle": bundle.sha, "data_fingerprint": manifest.fingerprint}
     if (found := up_to_date(config.out, stamp)) is not None:
         log.info("evaluate: up to date -> %s", storage.join(config.out, RESULT))
         return found

@@ -18,7 +18,7 @@ from ray.serve.config import BackpressureConfig, HTTPOptions, RequestRouterConfi
 
 from aai import storage
 from aai.bundle import read_bundle
-from aai.encoders.audio import AudioEncoderConfig
+from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from pipelines.engine.cluster import connect
 from pipelines.registry import tracking
@@ -86,8 +86,7 @@ def pin(config: ServeConfig) -> tuple[str, ServedModel]:
     if not name:
         uri = storage.absolute(uri)
         name, version = uri.rstrip("/").rsplit("/", 1)[-1], bundle.sha
-    encoder = AudioEncoderConfig.parse(bundle.config.encoder, "bundle")
-    rate_hz = encoder.sample_rate_hz
+    rate_hz = encoder_config(bundle).sample_rate_hz
     return uri, ServedModel(name=name, version=version, alias=alias, sha=bundle.sha, sample_rate_hz=rate_hz)
 
 

@@ -104,15 +104,19 @@ class Program:
                 left += self.units[name].names & self.units.keys()
         return seen
 
-    def is_read(self, cls: type, name: str, units: Iterable[str]) -> bool:
-        """Whether one of the units reads the attribute, of the class, of one it inherits from, or of an heir."""
-        ours = full_name(cls)
-        above = {full_name(base) for base in cls.__mro__}
+    def reads(self, units: Iterable[str]) -> dict[str, set[str]]:
+        """What the units read: {attribute: classes}."""
+        found: dict[str, set[str]] = defaultdict(set)
         for unit in units:
-            for owner, attribute in self.units[unit].reads:
-                if attribute == name and (owner in above or self.classes[owner].has_base(ours)):
-                    return True
-        return False
+            for owner, name in self.units[unit].reads:
+                found[name].add(owner)
+        return found
+
+    def akin(self, cls: type, owners: Iterable[str]) -> bool:
+        """Whether one of the classes is this one, one it inherits from, or an heir of it."""
+        above = {f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__}
+        ours = f"{cls.__module__}.{cls.__qualname__}"
+        return any(owner in above or self.classes[owner].has_base(ours) for owner in owners)
 
 
 def typed(files: Mapping[str, Path], texts: Mapping[str, str]) -> build.BuildResult:
@@ -145,8 +149,3 @@ def name_of(path: Path) -> str:
     """aai/toy/__init__.py -> aai.toy."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def full_name(cls: type) -> str:
-    """The name mypy gives a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"

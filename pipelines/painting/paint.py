@@ -11,6 +11,7 @@ from PIL import Image
 
 from aai import storage
 from aai.bundle import read_bundle
+from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from aai.inject import export_textual_inversion
 from aai.media.decode import ClipError, decode_audio
@@ -79,9 +80,8 @@ def add_paint_flags(parser: argparse.ArgumentParser, with_image: bool = False) -
     return {**flags, "num_images": "request.num_images"}
 
 
-def load_sound(uri: str | None, limits: InputLimits, sample_rate_hz: int = 16000) -> np.ndarray:
+def decode_sound(uri: str | None, data: bytes, limits: InputLimits, sample_rate_hz: int) -> np.ndarray:
     """A user's sound as a mono waveform float32 [S]; UserError naming file and rule when it is none."""
-    data = _read("audio", uri, limits.max_bytes)
     try:
         return decode_audio(data, limits.max_audio_s, limits.max_bytes, sample_rate_hz)
     except ClipError as error:
@@ -114,9 +114,10 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     """Runs generate, edit or stylize and writes the PNG files; returns their paths and the time."""
     if isinstance(config, RepaintConfig):
         check_repaint(verb, config.request)  # before anything is loaded
-    sound = load_sound(config.audio, config.limits)
+    data = _read("audio", config.audio, config.limits.max_bytes)
     image = load_picture(config.image, config.limits) if isinstance(config, RepaintConfig) else None
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
+    sound = decode_sound(config.audio, data, config.limits, encoder_config(bundle).sample_rate_hz)
     painter = Painter.load(bundle, config.device, config.dtype)
     start = time.perf_counter()
     if verb == "generate":

@@ -71,7 +71,7 @@ class ServedModel(Config):
     alias: str = ""
     sha: str
     """Content identity of the bundle."""
-    sample_rate_hz: int = 16_000
+    sample_rate_hz: int
     """Rate at which uploads are decoded."""
 
     def label(self) -> str:

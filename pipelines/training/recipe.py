@@ -6,6 +6,7 @@ All else is the same for all stages and lives in `pipelines.training`: batches, 
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -136,6 +137,14 @@ class TrainRecipe(ABC, Generic[C]):
 def bundle_dir(out: str) -> str:
     """Where a stage with output `out` puts its bundle."""
     return storage.join(out, "bundle")
+
+
+def refuse_given(section: str, config: Config, names: Iterable[str]) -> None:
+    """Raises UserError when somebody sets what the data or a model decides: it would be overwritten in silence."""
+    for name in names:
+        if name in config.model_fields_set:
+            remedy = "leave it out"
+            raise UserError(f"{section}.{name}", getattr(config, name), "is decided by data and models", remedy)
 
 
 def check_foundation(spec: FoundationSpec, manifest: FeatureManifest) -> None:

@@ -9,7 +9,8 @@ from PIL import Image
 from aai.errors import UserError
 from aai.version import code_version
 from pipelines.__main__ import main
-from pipelines.painting.paint import InputLimits, load_picture, write_picture
+from pipelines.painting.paint import load_picture, write_picture
+from pipelines.settings import InputLimits
 from tests import hostile
 
 PICTURE = Image.new("RGB", (8, 8), "red")

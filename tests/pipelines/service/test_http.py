@@ -19,7 +19,7 @@ LIMITS = Limits(max_bytes=300_000, max_audio_s=2, max_pixels=128 * 128, request_
 class Echo:
     """A backend that answers with a picture of one colour and remembers what it was given."""
 
-    model = ServedModel(name="toy", version="3", alias="champion", sha="abc123")
+    model = ServedModel(name="toy", version="3", alias="champion", sha="abc123", sample_rate_hz=16_000)
 
     def __init__(self, wait_s: float = 0, replicas: int = 1) -> None:
         self.wait_s, self.replicas, self.cancelled = wait_s, replicas, 0
