@@ -10,7 +10,6 @@ import pydantic
 
 from aai.config import Config
 
-
 SAMPLE_RATE_HZ = 16_000
 """Default rate at which sound is kept and heard."""
 
