@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from aai import storage
+from aai import grading, storage
 from aai.bundle import Bundle, read_bundle
 from aai.digest import digest
 from aai.encoders.aligner import encoder_config
@@ -206,7 +206,7 @@ def plan_pictures(config: EvaluateConfig, clips: EvaluatedClips) -> tuple[list[C
 
 def listen(config: EvaluateConfig, clips: EvaluatedClips, cases: list[Case]) -> None:
     """Hears every held-out clip and some training clips; finished shards stay."""
-    texts = [grades.class_prompt(name) for name in grades.class_names(clips.labels)]
+    texts = [grading.class_prompt(name) for name in grades.class_names(clips.labels)]
     painted = set().union(*(case.rows for case in cases))
     frames = len(clips.labels) * FeatureManifest.read(config.features).num_frames
     args = {

@@ -4,14 +4,16 @@ import functools
 import sys
 from collections.abc import Iterator
 from types import ModuleType
-from typing import get_args
+from typing import Literal, get_args
 
 import pydantic
 import pytest
 
-from pipelines.__main__ import VERBS, module_of
+from aai.config import Config
+from pipelines.__main__ import VERBS, load_config, module_of, settings_help
 from pipelines.bench import MODULES
-from pipelines.settings import VerbConfig
+from pipelines.demo import DemoConfig, stage_settings
+from pipelines.settings import ClusterConfig, RayVerbConfig, VerbConfig
 from tests.typed_reads import Program
 
 STARTS = {
@@ -151,18 +153,77 @@ def test_every_setting_is_read_by_its_command(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_default_is_left_with_a_reference(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_names_every_setting(verb: str) -> None:
+    """Also those of sections that may be absent, and of each of many (`gates[].metric`)."""
+    config = module_of(verb).CONFIG
+    known = {dotted for dotted, cls, name in settings(config) if not is_section(cls, name)}
+    named = [line.split()[0].replace("[]", "") for line in settings_help(config)]
+    assert len(named) == len(set(named))
+    assert set(named) == known
+
+
+def is_section(cls: type[pydantic.BaseModel], name: str) -> bool:
+    """Whether a setting is always a section, which needs no line of its own."""
+    kind = cls.model_fields[name].annotation
+    return isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
+
+
+class Inner(Config):
+    """A section."""
+
+    steps: int = 1
+    """How many."""
+
+
+class Outer(Config):
+    """Settings of every form."""
+
+    mode: Literal["fast", "exact"] = "fast"
+    modes: tuple[Literal["a", "b"], ...] = ()
+    many: list[Inner]
+    often: Inner = Inner(steps=7)
+    maybe: Inner | None = None
+
+
+def test_help_tells_choices_sections_and_the_defaults_that_hold() -> None:
+    assert settings_help(Outer) == [
+        "  mode [fast] fast|exact",
+        "  modes [()] a|b",
+        "  many (required)",
+        "  many[].steps [1]  How many.",
+        "  often.steps [7]  How many.",
+        "  maybe [None]",
+        "  maybe.steps [1]  How many.",
+    ]
+
+
+def test_the_demo_hands_its_cluster_to_its_stages() -> None:
+    cluster = ClusterConfig(address="auto", num_workers=3, cpus_per_worker=0.5, gpus_per_worker=1)
+    demo = DemoConfig(run_dir="r", cluster=cluster, overrides={"align": ("cluster.num_workers=1",)})
+    for verb in ("curate", "featurize", "align", "evaluate"):
+        config, _ = load_config(verb, stage_settings(demo, verb))
+        assert isinstance(config, RayVerbConfig)
+        workers = 1 if verb == "align" else 3
+        assert config.cluster.model_dump().items() >= {**cluster.model_dump(), "num_workers": workers}.items()
+    assert stage_settings(demo, "promote") == ["--set", "run_dir=r"]
+    config, _ = load_config("curate", stage_settings(DemoConfig(), "curate"))
+    assert isinstance(config, RayVerbConfig)
+    assert config.cluster.address is None
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_default_is_left_with_a_reference(verb: str) -> None:
     """Also where no file is loaded, so that OmegaConf resolves nothing."""
     cls: type[VerbConfig] = module_of(verb).CONFIG
-    required = {name for name, field in cls.model_fields.items() if field.is_required()}
+    required = [name for name, field in cls.model_fields.items() if field.is_required()]
     given = {name: [{"metric": "x", "min": 0}] if name == "gates" else "curate" for name in required}
     config = cls.model_validate({**given, "run_dir": "r"})
     assert "${" not in config.model_dump_json()
-    referring = [name for name, field in cls.model_fields.items() if "${run_dir}/" in str(field.default)]
-    assert [name for name in referring if not getattr(config, name).startswith("r/")] == []
-    assert cls.model_validate({**given, **dict.fromkeys(referring, "mine")}).model_dump().items() >= {
-        *dict.fromkeys(referring, "mine").items()
-    }
+    for name, field in cls.model_fields.items():
+        if "${run_dir}" in str(field.default):
+            assert getattr(config, name) == field.default.replace("${run_dir}", "r")
+            assert getattr(cls.model_validate(given), name).startswith("runs/demo/")
+            assert getattr(cls.model_validate({**given, name: "mine"}), name) == "mine"
 
 
 @pytest.fixture
