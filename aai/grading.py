@@ -54,5 +54,5 @@ def clip_mmd(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:
 
 
 def class_prompt(name: str) -> str:
-    """The text that stands for a class: CLIP's own (Radford et al. 2021), not the bundle's prompt, which holds a sound."""
+    """The text that stands for a class: CLIP's own template (Radford et al. 2021), not the bundle's prompt."""
     return f"a photo of a {name}"

@@ -88,9 +88,9 @@ class Program:
                 kinds = {arg.arg: ast.unparse(arg.annotation) for arg in node.args.args if arg.annotation}
                 calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
                 of = [ast.unparse(call.args[0]) for call in calls if ast.unparse(call.func) == "getattr"]
-                for kind in {kinds[arg] for arg in of if kinds.get(arg) in known}:
-                    owner = known[kind].node
-                    self.units[name].reads |= {(owner.fullname, text) for text in texts if owner is not None}
+                for owner in [known[kinds[arg]].node for arg in of if kinds.get(arg) in known]:
+                    if isinstance(owner, TypeInfo):
+                        self.units[name].reads |= {(owner.fullname, str(text)) for text in texts}
 
     def reached(self, roots: Iterable[str]) -> set[str]:
         """All units that the roots lead to. Raises KeyError for a root that is none."""

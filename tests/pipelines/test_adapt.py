@@ -89,5 +89,5 @@ def test_the_encoder_must_hear_the_rate_of_the_features(settings: dict[str, Any]
     manifest = FeatureManifest.read(settings["features"])
     recipe = AdaptRecipe(AdaptConfig.parse(settings))
     assert recipe.prepare(manifest) == recipe.config
-    with pytest.raises(UserError, match="bundle=.*: hears 16000 Hz, the features hold 8000 Hz"):
+    with pytest.raises(UserError, match=r"bundle=.*: hears 16000 Hz, the features hold 8000 Hz"):
         recipe.prepare(manifest.model_copy(update={"sample_rate_hz": 8_000}))

@@ -178,7 +178,7 @@ def test_the_bundle_must_hear_the_rate_of_the_features(world: dict[str, str], tm
     manifest = FeatureManifest.read(world["features"]).model_copy(update={"sample_rate_hz": 8_000})
     storage.write_json(f"{tmp_path}/features/manifest.json", manifest.model_dump(mode="json"))
     config = settings(world, tmp_path, features=f"{tmp_path}/features")
-    with pytest.raises(UserError, match="bundle=.*: hears 16000 Hz, the features hold 8000 Hz"):
+    with pytest.raises(UserError, match=r"bundle=.*: hears 16000 Hz, the features hold 8000 Hz"):
         evaluate.run(config)
     assert not Path(config.out, "_started.json").exists()
 
