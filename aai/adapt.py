@@ -161,9 +161,10 @@ class AdaptTask(nn.Module):
             terms["hidden"] = self._hidden_distance(states, pooled, batch["caption"])
         if cfg.w_norm:
             terms["norm"] = (tokens.norm(dim=-1) / self.injector.median_norm - 1).square().mean()
+        weights = {"denoise": cfg.w_denoise, "clip": cfg.w_clip, "hidden": cfg.w_hidden, "norm": cfg.w_norm}
         loss = embed.new_zeros(())
         for name, term in terms.items():
-            loss = loss + getattr(cfg, f"w_{name}") * term
+            loss = loss + weights[name] * term
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _hidden_distance(self, states: Tensor, pooled: Tensor, captions: list[str]) -> Tensor:

@@ -27,6 +27,8 @@ CONDITIONS = (
     "random_token",
     "sketch",
 )
+SKETCH = "a sketch of <sound>"
+"""What the condition sketch asks for: a medium that no sound tells of, and that a judge looks for."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Conditions:
         if condition == "closed_form":
             return self._closed_form(heard)
         if condition in ("sound", "shuffled_audio", "sketch"):
-            prompt = "a sketch of <sound>" if condition == "sketch" else self.prompt
+            prompt = SKETCH if condition == "sketch" else self.prompt
             return self._write(self.painter.adapter(heard), prompt)
         raise ValueError(f"condition {condition!r} is none of {CONDITIONS}")
 

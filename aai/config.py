@@ -25,6 +25,18 @@ class Config(pydantic.BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _sections_keep_their_defaults(cls, given: object) -> object:
+        """A section given in part keeps the rest of its default here, which may differ from its class's own."""
+        if not isinstance(given, dict):
+            return given
+        filled = {}
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, Config) and isinstance(given.get(name), dict):
+                filled[name] = {**field.default.model_dump(exclude_unset=True), **given[name]}
+        return {**given, **filled}
+
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = (), values: Mapping[str, object] | None = None) -> Self:
         """Reads a YAML file and applies dotted overrides (`train.batch_size=8`), then `values` as they are.

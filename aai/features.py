@@ -17,7 +17,7 @@ import torch
 from aai import storage
 from aai.config import Config
 from aai.errors import UserError
-from aai.media.waveform import decode_flac
+from aai.media.waveform import decode_flac, flac_rate_hz
 from aai.version import UNKNOWN
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class FeatureManifest(Config):
     dtype: str
     """Arithmetic of the frozen models."""
     sample_rate_hz: int
+    """Of the sound, as the clips' own headers name it."""
     prompts: list[str]
     """Templates that captions were put into."""
     num_frames: int
@@ -85,6 +86,12 @@ class FeatureManifest(Config):
             )
         return cls.parse(data, source=where)
 
+    def check_sample_rate(self, setting: str, value: object, sample_rate_hz: int, remedy: str) -> None:
+        """Raises UserError when an encoder, named by a setting and its value, hears another rate than the table's."""
+        if sample_rate_hz != self.sample_rate_hz:
+            rule = f"hears {sample_rate_hz} Hz, the features hold {self.sample_rate_hz} Hz"
+            raise UserError(setting, value, rule, remedy)
+
     def shape_of(self, column: str) -> tuple[int, ...]:
         """The shape of one row of a flattened column."""
         shapes: dict[str, tuple[int, ...]] = {
@@ -124,12 +131,20 @@ def _arrays(table: pa.Table, manifest: FeatureManifest, clip_samples: int, colum
     }
     for name in columns:
         if name == "audio":
-            clips = [_fixed(decode_flac(data), clip_samples) for data in table["audio"].to_pylist()]
+            clips = [_fixed(_samples(data, manifest), clip_samples) for data in table["audio"].to_pylist()]
             out[name] = np.stack(clips) if clips else np.empty((0, clip_samples), np.int16)
         else:
             flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             out[name] = flat.reshape(table.num_rows, *manifest.shape_of(name))
     return out
+
+
+def _samples(flac: bytes, manifest: FeatureManifest) -> np.ndarray:
+    """A clip's waveform. Raises UserError when it is not of the rate that the manifest names."""
+    if (rate_hz := flac_rate_hz(flac)) != manifest.sample_rate_hz:
+        rule = f"its manifest says {manifest.sample_rate_hz} Hz"
+        raise UserError("features", f"sound at {rate_hz} Hz", rule, "run `aai featurize` into an empty folder")
+    return decode_flac(flac)
 
 
 def _fixed(audio: np.ndarray, samples: int) -> np.ndarray:

@@ -51,3 +51,8 @@ def clip_mmd(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:
         return torch.stack(sums).sum() / (len(x) * len(y))
 
     return float(1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)))
+
+
+def class_prompt(name: str) -> str:
+    """The text that stands for a class: CLIP's own template (Radford et al. 2021), not the bundle's prompt."""
+    return f"a photo of a {name}"

@@ -27,7 +27,7 @@ from aai.inject import Injector, Sound
 from aai.precision import dtype_of
 
 Sounds = np.ndarray | Mapping[str, np.ndarray]
-"""One 16 kHz mono waveform float32 [S], or several by placeholder name."""
+"""One mono waveform float32 [S] at the bundle's sample rate, or several by placeholder name."""
 
 
 DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default
@@ -36,23 +36,28 @@ REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.8), "stylize":
 """Per verb: what of the given picture stays, and how much of it is painted anew by default."""
 
 
-class PaintRequest(Config):
-    """What to paint and how; the bounds protect a service."""
+class SamplingConfig(Config):
+    """How the diffusion model paints; the bounds protect a service."""
+
+    negative_prompt: str = pydantic.Field("", max_length=500)
+    steps: int = pydantic.Field(20, ge=1, le=100)
+    """Denoising steps."""
+    guidance_scale: float = pydantic.Field(3.0, ge=0, le=30)
+    denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
+    """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
+
+
+class PaintRequest(SamplingConfig):
+    """What to paint and how."""
 
     prompt: str | None = pydantic.Field(None, max_length=500)
     """Text with <sound> (or the <NAME> of each sound) where the sound belongs; empty = the bundle's own ("a photo of
     <sound>"); edit and stylize read the medium off the picture instead."""
-    negative_prompt: str = pydantic.Field("", max_length=500)
     num_images: int = pydantic.Field(1, ge=1, le=8)
-    steps: int = pydantic.Field(20, ge=1, le=100)
-    """Denoising steps."""
-    guidance_scale: float = pydantic.Field(3.0, ge=0, le=30)
     seed: int = pydantic.Field(0, ge=0, lt=2**63)
     """Picture i of a request uses seed + i."""
     sound_strength: float = pydantic.Field(1.0, ge=0, le=2)
     """0 ignores the sound, 1 is the sound as learned."""
-    denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
-    """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
 
 
 def check_repaint(verb: str, request: PaintRequest) -> float:

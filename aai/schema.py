@@ -59,7 +59,7 @@ CLIP_TABLE = pa.schema(
         *SIGNALS,
         *SIMILARITIES,
         pa.field("flags", pa.list_(pa.string()), nullable=False),  # codes of filters it breaks, with --flag-only
-        pa.field("audio", pa.binary(), nullable=False),  # FLAC, 16 kHz mono
+        pa.field("audio", pa.binary(), nullable=False),  # FLAC, mono; its header names the rate
         pa.field("frames", pa.list_(pa.binary()), nullable=False),  # K JPEG pictures
         pa.field("frame_pts_s", pa.list_(pa.float64()), nullable=False),  # true time within the clip
     ]

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, UnionType
+from typing import Literal, Union, get_args, get_origin
 
 import pydantic
 
@@ -53,17 +54,42 @@ def module_of(verb: str) -> ModuleType:
     return importlib.import_module(f"pipelines.{verb}")
 
 
-def settings_help(cls: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
-    """One line per setting: dotted name, default, meaning."""
+def settings_help(cls: type[pydantic.BaseModel], prefix: str = "", defaults: object = None) -> list[str]:
+    """One line per setting: dotted name, default, what it may be, meaning.
+
+    A section that may be absent, or is one of many (`gates[].metric`), has a line of its own before its settings.
+    defaults: the section that a setting has by default, where it is not as its class makes it.
+    """
     lines = []
     for name, field in cls.model_fields.items():
+        required, default = field.is_required(), field.get_default(call_default_factory=True)
+        if defaults is not None:
+            required, default = False, getattr(defaults, name)
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
-            lines += settings_help(kind, f"{prefix}{name}.")
+            lines += settings_help(kind, f"{prefix}{name}.", None if required else default)
             continue
-        default = "(required)" if field.is_required() else f"[{field.get_default(call_default_factory=True)}]"
-        lines.append(f"  {prefix}{name} {default}  {' '.join((field.description or '').split())}".rstrip())
+        words = [f"  {prefix}{name}", "(required)" if required else f"[{default}]", *_choices(kind)]
+        lines.append(f"{' '.join(words)}  {' '.join((field.description or '').split())}".rstrip())
+        many = "" if get_origin(kind) in (UnionType, Union) else "[]"
+        for section in _sections(kind):
+            lines += settings_help(section, f"{prefix}{name}{many}.")
     return lines
+
+
+def _choices(kind: object) -> list[str]:
+    """The words that a setting is limited to, as a|b|c; nothing where it is not."""
+    words = get_args(kind) if get_origin(kind) is Literal else ()
+    inner = [found for part in get_args(kind) for found in _choices(part)] if not words else []
+    return ["|".join(map(str, words))] if words else inner
+
+
+def _sections(kind: object) -> list[type[pydantic.BaseModel]]:
+    """The config classes within a type such as `Section | None` or `list[Section]`."""
+    found = []
+    for part in get_args(kind):
+        found += [part] if isinstance(part, type) and issubclass(part, pydantic.BaseModel) else _sections(part)
+    return found
 
 
 def build_parser(verb: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:

@@ -17,14 +17,13 @@ from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
 from aai.bundle import read_bundle, write_bundle
 from aai.concepts import Vocabulary
 from aai.config import Config
-from aai.encoders.aligner import load_aligner
-from aai.encoders.audio import AudioEncoderConfig
+from aai.encoders.aligner import encoder_config, load_aligner
 from aai.features import FeatureManifest
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_clip, load_diffusion
 from aai.inject import Injector
 from pipelines.training.lengths import check_cut, clip_lengths_s
-from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation
+from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, refuse_given
 from pipelines.training.stage import run_stage
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class AdaptConfig(StageConfig):
     bundle: str
     """The bundle of `aai align`; it names the foundation."""
     adapter: AdapterConfig = AdapterConfig()
-    """embed_dim and token_dim are taken from the bundle and the diffusion model."""
+    """embed_dim and token_dim are taken from the bundle and the diffusion model, and refused here."""
     loss: AdaptLossConfig = AdaptLossConfig()
     vocabulary: Vocabulary | None = None
     """Words for what pictures show; edit and stylize need it."""
@@ -76,12 +75,15 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         super().__init__(config)
         self.parent = read_bundle(config.bundle)
         self.parents = (self.parent.sha,)
-        self.encoder = AudioEncoderConfig.parse(self.parent.config.encoder, "bundle")
+        self.encoder = encoder_config(self.parent)
         self.clip_samples = self.encoder.clip_samples
 
     def prepare(self, manifest: FeatureManifest) -> AdaptConfig:
         """See TrainRecipe; the token's width is known only where the diffusion model is."""
         check_foundation(self.parent.config.foundation, manifest)
+        refuse_given("adapter", self.config.adapter, ("embed_dim", "token_dim"))
+        remedy = "give the features that it was aligned on"
+        manifest.check_sample_rate("bundle", self.config.bundle, self.encoder.sample_rate_hz, remedy)
         lengths_s = clip_lengths_s(self.config.features)
         check_cut("adapt", lengths_s, self.encoder.clip_s, self.config.max_cut_share)
         return self.config

@@ -21,7 +21,7 @@ from aai.features import MANIFEST, FeatureManifest, load_split
 from aai.foundation.identity import FoundationSpec
 from pipelines.settings import Choice, Plan
 from pipelines.training.lengths import check_cut, clip_lengths_s, fitting_clip_s
-from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation
+from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, refuse_given
 from pipelines.training.stage import run_stage
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class AlignConfig(StageConfig):
     foundation: FoundationSpec = FoundationSpec()
     """Must be what the features were made with."""
     encoder: FittedEncoderConfig = FittedEncoderConfig()
-    """mel_mean, mel_std and embed_dim are taken from the data."""
+    """mel_mean, mel_std and embed_dim are taken from the data, and refused here."""
     loss: AlignLossConfig = AlignLossConfig()
 
     def plan(self) -> Plan:
@@ -94,13 +94,10 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
         """Measures the log-mel's statistics and takes the CLIP's dimension."""
         check_foundation(self.config.foundation, manifest)
         encoder = self.config.encoder
-        if encoder.sample_rate_hz != manifest.sample_rate_hz:
-            raise UserError(
-                "encoder.sample_rate_hz",
-                encoder.sample_rate_hz,
-                f"the features hold {manifest.sample_rate_hz} Hz",
-                f"set it to {manifest.sample_rate_hz}",
-            )
+        refuse_given("encoder", encoder, ("mel_mean", "mel_std", "embed_dim"))
+        rate_hz = encoder.sample_rate_hz
+        remedy = f"set it to {manifest.sample_rate_hz}, or curate with decode.sample_rate_hz={rate_hz}"
+        manifest.check_sample_rate("encoder.sample_rate_hz", rate_hz, rate_hz, remedy)
         log.info("align: encoder.clip_s = %s", self.clip_s)
         features = self.config.features
         check_cut("align", clip_lengths_s(features), self.clip_s.value, self.config.max_cut_share)

@@ -72,6 +72,10 @@ def run(config: CurateConfig) -> dict[str, Any]:
     config, chosen = config.fitted()
     for name, choice in chosen.items():
         log.info("curate: %s = %s", name, choice)
+    if config.scores.bundle:
+        from pipelines.curation.scores import check_sound  # only here: torch takes seconds to import
+
+        check_sound(config.scores, config.decode.sample_rate_hz)
     rows = config.rows()
     out = storage.absolute(config.out)
     settings = config.digests()

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pydantic
 
 from aai import storage
-from aai.media.waveform import decode_flac, write_wav
+from aai.media.waveform import decode_flac, flac_rate_hz, write_wav
 from aai.schema import VERSION
 from aai.toy.scoring import score_defects
 from pipelines.__main__ import load_config, module_of
@@ -94,11 +94,18 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
 def stage_settings(config: DemoConfig, verb: str) -> list[str]:
     """The arguments of a stage."""
+    settings = [f"run_dir={config.run_dir}"]
+    if issubclass(module_of(verb).CONFIG, RayVerbConfig):
+        cluster = config.cluster
+        settings += [
+            f"cluster.address={cluster.address or 'null'}",
+            f"cluster.num_workers={cluster.num_workers}",
+            f"cluster.cpus_per_worker={cluster.cpus_per_worker}",
+            f"cluster.gpus_per_worker={cluster.gpus_per_worker}",
+        ]
     words = []
-    for setting in (f"run_dir={config.run_dir}", *config.overrides.get(verb, ())):
+    for setting in (*settings, *config.overrides.get(verb, ())):
         words += ["--set", setting]
-    if config.cluster.address and issubclass(module_of(verb).CONFIG, RayVerbConfig):
-        words += ["--address", config.cluster.address]
     return words
 
 
@@ -115,7 +122,7 @@ def generate_examples(run_dir: str) -> dict[str, Any]:
         sound = storage.join(run_dir, "pictures", f"{name}.wav")
         picture = storage.join(run_dir, "pictures", f"{name}_given.png")
         storage.write_bytes(picture, chosen[(i + 1) % len(chosen)]["frames"][0])
-        write_wav(sound, decode_flac(row["audio"]), 16_000)
+        write_wav(sound, decode_flac(row["audio"]), flac_rate_hz(row["audio"]))
         for verb in ("generate", "edit", "stylize"):
             image = [] if verb == "generate" else ["--image", picture]
             settings, _ = load_config(verb, ["--audio", sound, *image, "--set", f"run_dir={run_dir}"])

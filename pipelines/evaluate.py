@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import pydantic
 
-from aai import storage
+from aai import grading, storage
 from aai.bundle import Bundle, read_bundle
-from aai.config import Config
 from aai.digest import digest
+from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from aai.features import FeatureManifest
+from aai.painter import SamplingConfig
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
 from pipelines.engine.lock import is_empty, locked
@@ -36,7 +37,7 @@ from pipelines.evaluation.clips import EvaluatedClips, find_clips, listen_shards
 from pipelines.evaluation.judges import JudgeConfig
 from pipelines.evaluation.listening import HEARD, ListenWorker
 from pipelines.registry import tracking
-from pipelines.settings import DType, Plan, RayVerbConfig, TrackingConfig
+from pipelines.settings import DType, Plan, RayVerbConfig, RunsConfig
 
 log = logging.getLogger(__name__)
 STARTED, RESULT = "_started.json", "evaluate.json"
@@ -54,17 +55,6 @@ NUM_PICTURES = {
     "edit": 120,
     "stylize": 120,
 }
-
-
-class SamplingConfig(Config):
-    """How every picture of an evaluation is painted; prompt and seed are the condition's."""
-
-    steps: int = pydantic.Field(10, ge=1, le=100)
-    """Denoising steps."""
-    guidance_scale: float = pydantic.Field(3.0, ge=0, le=30)
-    negative_prompt: str = ""
-    denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
-    """Edit and stylize: how much of the given picture is painted anew; empty = each command's default."""
 
 
 class EvaluateConfig(RayVerbConfig):
@@ -92,13 +82,13 @@ class EvaluateConfig(RayVerbConfig):
     """Clips of one unit of listening."""
     cases_per_shard: int = pydantic.Field(25, ge=1)
     """Pictures of one unit of painting, which is also a batch."""
-    request: SamplingConfig = SamplingConfig()
-    """How pictures are painted."""
+    request: SamplingConfig = SamplingConfig(steps=10)
+    """How pictures are painted; prompt and seed are the condition's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when cluster.gpus_per_worker is not 0."""
     dtype: DType = "float32"
     """Arithmetic of the diffusion model."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: RunsConfig = RunsConfig()
 
     @pydantic.field_validator("judge", mode="before")
     @classmethod
@@ -148,8 +138,10 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     places = {name: storage.absolute(getattr(config, name)) for name in ("features", "clips", "bundle", "out")}
     config = config.model_copy(update=places)
     bundle = read_bundle(config.bundle)
-    fingerprint = FeatureManifest.read(config.features).fingerprint
-    stamp = {"config": config.content_digest(), "bundle": bundle.sha, "data_fingerprint": fingerprint}
+    manifest = FeatureManifest.read(config.features)
+    rate_hz = encoder_config(bundle).sample_rate_hz
+    manifest.check_sample_rate("bundle", config.bundle, rate_hz, "give the features that it was aligned on")
+    stamp = {"config": config.content_digest(), "bundle": bundle.sha, "data_fingerprint": manifest.fingerprint}
     if (found := up_to_date(config.out, stamp)) is not None:
         log.info("evaluate: up to date -> %s", storage.join(config.out, RESULT))
         return found
@@ -214,7 +206,7 @@ def plan_pictures(config: EvaluateConfig, clips: EvaluatedClips) -> tuple[list[C
 
 def listen(config: EvaluateConfig, clips: EvaluatedClips, cases: list[Case]) -> None:
     """Hears every held-out clip and some training clips; finished shards stay."""
-    texts = [grades.class_prompt(name) for name in grades.class_names(clips.labels)]
+    texts = [grading.class_prompt(name) for name in grades.class_names(clips.labels)]
     painted = set().union(*(case.rows for case in cases))
     frames = len(clips.labels) * FeatureManifest.read(config.features).num_frames
     args = {

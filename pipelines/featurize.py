@@ -33,6 +33,7 @@ from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec, identity
 from aai.foundation.loaders import load_vae
 from aai.foundation.sizes import picture_sizes
+from aai.media.waveform import flac_rate_hz
 from aai.precision import dtype_of
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
@@ -43,8 +44,6 @@ from pipelines.tables import enlarging
 from pipelines.tables.enlarging import count_enlarged
 
 log = logging.getLogger(__name__)
-
-SAMPLE_RATE_HZ = 16_000
 
 
 class FeaturizeConfig(RayVerbConfig):
@@ -156,6 +155,7 @@ class FeaturizeWorker:
             "text_dim": texts.shape[2],
             "latent_shape": latents.shape[1:],
             "latent_frame": chosen,
+            "sample_rate_hz": _one_rate_hz(shard.input, clips["audio"].to_pylist()),
             "processor": self.clip.describe()["processor"],
             "dtype": self.clip.describe()["dtype"],
             "splits": Counter(clips["split"].to_pylist()),
@@ -209,6 +209,14 @@ def _equal_count(file: str, frames: list[list[bytes]]) -> int:
     if len(counts) != 1 or 0 in counts:
         raise UserError("input", file, f"clips have {sorted(counts)} pictures, not equally many", "curate them again")
     return counts.pop()
+
+
+def _one_rate_hz(file: str, sounds: list[bytes]) -> int:
+    rates_hz = {flac_rate_hz(sound) for sound in sounds}
+    if len(rates_hz) != 1:
+        rule = f"clips hold sound at {sorted(rates_hz)} Hz, not at one rate"
+        raise UserError("input", file, rule, "curate them with one decode.sample_rate_hz")
+    return rates_hz.pop()
 
 
 def _fixed_list(values: np.ndarray) -> pa.Array:
@@ -310,8 +318,10 @@ def _done(shard: FeaturizeShard, digest: str) -> bool:
     if not storage.exists(shard.output):
         return False
     metadata = _footer(shard.output)
-    made_of = json.loads(metadata.get(SHAPES_KEY, b"{}")).get("input")
-    return metadata.get(METADATA_KEY, b"").decode() == digest and made_of == shard.fingerprint
+    shapes = json.loads(metadata.get(SHAPES_KEY, b"{}"))
+    if "sample_rate_hz" not in shapes:  # of a table begun before the rate was read off the clips
+        return False
+    return metadata.get(METADATA_KEY, b"").decode() == digest and shapes.get("input") == shard.fingerprint
 
 
 def _manifest(
@@ -327,14 +337,14 @@ def _manifest(
         del shapes["input"]
         shapes.pop("dtype", None)  # the digest has it; tables of before do not name it here
     if any(shapes != found[0] for shapes in found):
-        rule = "clips differ in their number of pictures"
+        differing = [name for name in found[0] if len({str(shapes.get(name)) for shapes in found}) > 1]
+        rule = f"clips of its files differ in {', '.join(differing)}"
         raise UserError("input", config.input, rule, "curate them with one setting")
     return FeatureManifest(
         **found[0],
         settings_digest=digest,
         foundation=identity(config.foundation),
         dtype=config.dtype,
-        sample_rate_hz=SAMPLE_RATE_HZ,
         prompts=config.prompts,
         rows=dict(rows),
         enlarged=dict(enlarged),

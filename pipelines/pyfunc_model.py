@@ -11,8 +11,9 @@ import pandas as pd
 from aai.media.decode import decode_audio
 from aai.painter import Painter, PaintRequest
 from aai.png import encode_png
+from pipelines.settings import InputLimits
 
-MAX_AUDIO_S, MAX_AUDIO_BYTES = 60, 32 * 2**20
+LIMITS = InputLimits()
 
 
 class PainterModel:
@@ -26,7 +27,7 @@ class PainterModel:
         return [self._paint(row) for row in model_input.to_dict("records")]
 
     def _paint(self, row: dict[Any, Any]) -> bytes:
-        sound = decode_audio(row["audio"], MAX_AUDIO_S, MAX_AUDIO_BYTES, self.painter.sample_rate_hz)
+        sound = decode_audio(row["audio"], LIMITS.max_audio_s, LIMITS.max_bytes, self.painter.sample_rate_hz)
         given = {name: row[name] for name in ("prompt", "seed") if not pd.isna(row.get(name))}
         return encode_png(self.painter.generate(sound, PaintRequest.parse(given, source="the row"))[0])
 

@@ -18,14 +18,14 @@ from ray.serve.config import BackpressureConfig, HTTPOptions, RequestRouterConfi
 
 from aai import storage
 from aai.bundle import read_bundle
-from aai.encoders.audio import AudioEncoderConfig
+from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from pipelines.engine.cluster import connect
 from pipelines.registry import tracking
 from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
 from pipelines.service.http import Limits, ServedModel
 from pipelines.service.painters import PainterReplica
-from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, TrackingConfig
+from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class ServeConfig(RayVerbConfig):
     cluster: ClusterConfig = ClusterConfig(num_workers=1)
     bundle: str = "models:/aai@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder. An alias is read once, at the start."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: StoreConfig = StoreConfig()
     host: str = "127.0.0.1"
     """Address to listen on; any other than loopback needs the environment variable AAI_API_KEY."""
     port: int = pydantic.Field(8000, ge=1, le=65535)
@@ -86,8 +86,7 @@ def pin(config: ServeConfig) -> tuple[str, ServedModel]:
     if not name:
         uri = storage.absolute(uri)
         name, version = uri.rstrip("/").rsplit("/", 1)[-1], bundle.sha
-    encoder = AudioEncoderConfig.parse(bundle.config.encoder, "bundle")
-    rate_hz = encoder.sample_rate_hz
+    rate_hz = encoder_config(bundle).sample_rate_hz
     return uri, ServedModel(name=name, version=version, alias=alias, sha=bundle.sha, sample_rate_hz=rate_hz)
 
 

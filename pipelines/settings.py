@@ -16,8 +16,6 @@ class ClusterConfig(Config):
     """Worker processes of the stage."""
     cpus_per_worker: float = pydantic.Field(1, gt=0)
     gpus_per_worker: float = pydantic.Field(0, ge=0)
-    max_failures: int = pydantic.Field(2, ge=0)
-    """How often a failed training worker group is started again from its last checkpoint."""
 
     def describe(self) -> dict[str, str]:
         """The cluster and its share, in words."""
@@ -25,14 +23,31 @@ class ClusterConfig(Config):
         return {"cluster": self.address or "this machine", "workers": f"{self.num_workers} x ({each})"}
 
 
-class TrackingConfig(Config):
-    """MLflow: where runs, metrics and registered models go."""
+class TrainClusterConfig(ClusterConfig):
+    """As ClusterConfig, for workers that train together."""
+
+    max_failures: int = pydantic.Field(2, ge=0)
+    """How often a failed group of workers is started again from its last checkpoint."""
+
+
+class StoreConfig(Config):
+    """MLflow: where registered models are looked up."""
 
     uri: str = "sqlite:///mlflow.db"
     """Tracking and registry URI: sqlite:///FILE or http(s)://SERVER."""
+
+
+class RunsConfig(StoreConfig):
+    """As StoreConfig, for commands that log a run."""
+
     artifacts: str | None = None
     """Artifact folder or s3:// prefix of a new experiment; empty = the server's default, or a folder beside sqlite."""
     experiment: str = "aai"
+
+
+class TrackingConfig(RunsConfig):
+    """As RunsConfig, for the command that registers models."""
+
     model_name: str = "aai"
     """Name of the registered model."""
 
@@ -45,6 +60,17 @@ class Choice(Config):
 
     def __str__(self) -> str:
         return f"{self.value:g} ({self.why})"
+
+
+class InputLimits(Config):
+    """What a sound or a picture that somebody hands in may cost: for the painting commands, the service and MLflow."""
+
+    max_bytes: int = pydantic.Field(32 * 2**20, gt=0)
+    """Largest file; of the service: largest request body, counted while it streams in."""
+    max_audio_s: float = pydantic.Field(60, gt=0)
+    """Longest sound."""
+    max_pixels: int = pydantic.Field(4096 * 4096, gt=0)
+    """Largest width x height of a picture; checked before it is decoded."""
 
 
 class Plan(Config):
@@ -62,6 +88,19 @@ class VerbConfig(Config):
 
     run_dir: str = "runs/demo"
     """Folder or s3:// prefix of the run; other settings may refer to it as ${run_dir}."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _under_run_dir(cls, given: object) -> object:
+        """Puts the run's folder into the defaults that name it; in a file's values OmegaConf has done so."""
+        if not isinstance(given, dict):
+            return given
+        run_dir = given.get("run_dir", cls.model_fields["run_dir"].default)
+        filled = {}
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, str) and "${run_dir}" in field.default:
+                filled[name] = field.default.replace("${run_dir}", str(run_dir))
+        return {**filled, **given}
 
     def plan(self) -> Plan:
         """What the command would do with these settings, without doing it."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from aai.foundation.identity import FoundationSpec
-from pipelines.__main__ import CONFIGS, VERBS, main, module_of, settings_help
+from pipelines.__main__ import CONFIGS, VERBS, main, module_of
 
 REAL = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "demo")
 CLUSTER_VERBS = [
@@ -93,16 +93,6 @@ def test_stages_hand_on_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None
     assert evaluate.bundle == f"{adapt.out}/bundle"
     assert align.foundation == featurize.foundation
     assert len({config.run_dir for config in configs.values()}) == 1
-    models = {config.tracking.model_name for config in configs.values() if hasattr(config, "tracking")}
-    assert len(models) == 1
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_names_settings_that_exist(verb: str) -> None:
-    """Each dotted name of --help leads to a field, and each field has a line."""
-    cls = module_of(verb).CONFIG
-    for line in settings_help(cls):
-        place = cls
-        for part in line.split()[0].split("."):
-            assert part in place.model_fields, line
-            place = place.model_fields[part].annotation
+    champion = f"models:/{configs['promote'].tracking.model_name}@champion"
+    assert {configs[verb].bundle for verb in ("generate", "edit", "stylize", "serve")} == {champion}
+    assert len({config.tracking.uri for config in configs.values() if getattr(config, "tracking", None)}) == 1

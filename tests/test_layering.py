@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 55
 CLUSTER = {"engine", "settings"}
 MAY_IMPORT = {
     "settings": set(),
-    "pyfunc_model": set(),
+    "pyfunc_model": {"settings"},
     "__main__": {"settings"},  # a verb's module is loaded by its name
     "engine": {"settings"},
     "manifests": set(),

@@ -8,12 +8,18 @@ from torch import Tensor
 
 from aai.bundle import Bundle
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, fit_length
-from aai.media.waveform import decode_flac
+from aai.errors import UserError
+from aai.media.waveform import decode_flac, flac_rate_hz
+
+
+def encoder_config(bundle: Bundle) -> AudioEncoderConfig:
+    """The settings of a bundle's audio encoder."""
+    return AudioEncoderConfig.parse(bundle.config.encoder, "bundle")
 
 
 def load_aligner(bundle: Bundle) -> AudioEncoder:
     """A bundle's audio encoder, frozen."""
-    aligner = AudioEncoder(AudioEncoderConfig.parse(bundle.config.encoder, "bundle"))
+    aligner = AudioEncoder(encoder_config(bundle))
     aligner.load_state_dict(bundle.aligner())
     return aligner.eval().requires_grad_(False)
 
@@ -30,7 +36,14 @@ def embed(encoder: AudioEncoder, waveforms: Tensor, batch_size: int = 128) -> Te
 
 
 def embed_files(aligner: AudioEncoder, sounds: Sequence[bytes], batch_size: int = 64) -> np.ndarray:
-    """Aligned embeddings [N, D] of FLAC sounds, computed on the aligner's device."""
+    """Aligned embeddings [N, D] of FLAC sounds, computed on the aligner's device.
+
+    Raises UserError for sound of another rate than the aligner hears.
+    """
+    heard_hz = aligner.config.sample_rate_hz
+    for rate_hz in {flac_rate_hz(data) for data in sounds} - {heard_hz}:
+        rule = f"the sounds are kept at {rate_hz} Hz"
+        raise UserError("encoder.sample_rate_hz", heard_hz, rule, "give a bundle that was aligned at their rate")
     device = next(aligner.parameters()).device
     parts = [np.empty((0, aligner.config.embed_dim), np.float32)]
     for at in range(0, len(sounds), batch_size):

@@ -16,6 +16,7 @@ from transformers import ASTConfig, ASTModel, ClapAudioModel, WhisperModel
 
 from aai.config import Config
 from aai.errors import UserError
+from aai.media.limits import SAMPLE_RATE_HZ
 
 
 class AudioEncoderConfig(Config):
@@ -33,7 +34,8 @@ class AudioEncoderConfig(Config):
     """Commit of the hub id; required for a hub id so that a run can be repeated."""
     freeze_backbone: bool = False
     """Train only the head."""
-    sample_rate_hz: int = pydantic.Field(16_000, ge=8_000)
+    sample_rate_hz: int = pydantic.Field(SAMPLE_RATE_HZ, ge=8_000)
+    """Rate of the sounds it hears; must be that of the features."""
     clip_s: float = pydantic.Field(2.0, gt=0)
     """Length every clip is padded or cut to, in seconds."""
     window_ms: float = pydantic.Field(25.0, gt=0)

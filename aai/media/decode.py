@@ -149,9 +149,9 @@ def decode_clip(data: bytes, start_s: float | None, end_s: float | None, cfg: De
 
 
 def decode_audio(
-    data: bytes, max_duration_s: float, max_bytes: int, sample_rate_hz: int = 16_000, timeout_s: float = 30
+    data: bytes, max_duration_s: float, max_bytes: int, sample_rate_hz: int, timeout_s: float = 30
 ) -> np.ndarray:
-    """Any sound file (or the sound of a video) as mono float32 [S].
+    """Any sound file (or the sound of a video) as mono float32 [S] at the given rate.
 
     Raises ClipError: EMPTY_AUDIO for 0 seconds, else a code of `decode_clip`.
     """

@@ -10,6 +10,9 @@ import pydantic
 
 from aai.config import Config
 
+SAMPLE_RATE_HZ = 16_000
+"""Default rate at which sound is kept and heard."""
+
 
 class ClipError(Exception):
     """Why a clip cannot be used. `code` is stable (UPPER_CASE), `transient` means that a retry may help."""
@@ -34,8 +37,8 @@ class DecodeConfig(Config):
     with few of them gives the same one twice), or key frames where they are near enough."""
     max_time_error_s: float = pydantic.Field(0.5, ge=0)
     """How far off a key frame may be with policy=auto; else the frame on show is decoded."""
-    sample_rate_hz: int = pydantic.Field(16_000, ge=8_000)
-    """Rate of the kept mono audio."""
+    sample_rate_hz: int = pydantic.Field(SAMPLE_RATE_HZ, ge=8_000)
+    """Rate of the kept mono audio; the encoder that hears it must have the same (encoder.sample_rate_hz)."""
     max_bytes: int = pydantic.Field(512 * 2**20, gt=0)
     """Largest file that is opened."""
     max_pixels: int = pydantic.Field(4096 * 2304, gt=0)

@@ -39,10 +39,17 @@ def encode_flac(audio: np.ndarray, sample_rate_hz: int) -> bytes:
 
 
 def decode_flac(data: bytes) -> np.ndarray:
-    """The samples of `encode_flac`, float32 [S]; the rate is the table's (16 kHz)."""
+    """The samples of `encode_flac`, float32 [S]; their rate tells `flac_rate_hz`."""
     with open_media(data, max_bytes=len(data), max_streams=1, formats="flac") as container:
         parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
     return np.concatenate(parts).astype(np.float32) / _FULL_SCALE
+
+
+def flac_rate_hz(data: bytes) -> int:
+    """The sample rate that a FLAC file's header names (STREAMINFO, RFC 9639). Raises ValueError for another file."""
+    if data[:4] != b"fLaC" or len(data) < 21:
+        raise ValueError("is no FLAC file")
+    return int.from_bytes(data[18:21], "big") >> 4
 
 
 def write_wav(path: str, audio: np.ndarray, sample_rate_hz: int) -> None:

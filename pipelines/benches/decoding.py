@@ -25,9 +25,9 @@ from aai import storage
 from aai.foundation.identity import FoundationSpec
 from aai.media.container import open_media
 from aai.media.decode import decode_clip
-from aai.media.limits import DecodeConfig
+from aai.media.limits import SAMPLE_RATE_HZ, DecodeConfig
 
-NUM_FRAMES, FRAME_SIZE_PX, SAMPLE_RATE_HZ = 8, 224, 16_000
+NUM_FRAMES, FRAME_SIZE_PX = 8, 224
 MADE_CLIPS = 8
 Decoder = Callable[[str], None]
 

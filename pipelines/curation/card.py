@@ -15,7 +15,7 @@ from pipelines.curation.card_data import Entry, Rows, fetch, locate, read_rows
 from pipelines.curation.card_figures import Rule
 from pipelines.pages.page import environment
 from pipelines.pages.plots import COLOURS, histogram, thumbnail
-from pipelines.settings import TrackingConfig
+from pipelines.settings import RunsConfig
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def _pictures(result: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"size_px": int(size["value"]), "why": size["why"], "small_sources": result["small_sources"]}
 
 
-def log_card(cfg: TrackingConfig, run_name: str, out: str, figures: Mapping[str, Any]) -> str:
+def log_card(cfg: RunsConfig, run_name: str, out: str, figures: Mapping[str, Any]) -> str:
     """Logs the files of `write_card` and its counts as an MLflow run; returns the run's id. Raises UserError."""
     from pipelines.registry import tracking  # only here: it takes seconds to import
 

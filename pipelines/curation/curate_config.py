@@ -16,7 +16,7 @@ from aai.schema import VERSION
 from pipelines.curation.layout import ACCEPTED, REJECTED
 from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import named_splits, read_manifest, with_val_share
-from pipelines.settings import Choice, DType, Plan, RayVerbConfig, TrackingConfig
+from pipelines.settings import Choice, DType, Plan, RayVerbConfig, RunsConfig
 
 Split = Literal["train", "val", "test"]
 
@@ -133,7 +133,7 @@ class CurateConfig(RayVerbConfig):
     """Codes of undecodable rows to measure again in this run; TRANSIENT = all that may pass next time."""
     rejudge: bool = False
     """Judge what is measured already by other filters than it was judged by."""
-    tracking: TrackingConfig | None = None
+    tracking: RunsConfig | None = None
     """MLflow store that the data card is logged to, as a run `curate`; empty = nowhere."""
 
     @pydantic.model_validator(mode="before")

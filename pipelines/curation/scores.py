@@ -13,7 +13,7 @@ from PIL import Image
 
 from aai import storage
 from aai.bundle import read_bundle
-from aai.encoders.aligner import embed_files, load_aligner
+from aai.encoders.aligner import embed_files, encoder_config, load_aligner
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec, identity
@@ -80,6 +80,16 @@ class ScoreWorker:
         texts = sorted(set(captions) - {""})
         features = dict(zip(texts, self.clip.texts(texts).numpy(), strict=True))
         return [float(features[text] @ vector) if text else None for text, vector in zip(captions, image, strict=True)]
+
+
+def check_sound(config: ScoreConfig, sample_rate_hz: int) -> None:
+    """Raises UserError when the bundle hears sound of another rate than the clips keep."""
+    if config.bundle is None:
+        return
+    heard_hz = encoder_config(read_bundle(config.bundle)).sample_rate_hz
+    if heard_hz != sample_rate_hz:
+        rule = f"hears {heard_hz} Hz, but decode.sample_rate_hz={sample_rate_hz}"
+        raise UserError("scores.bundle", config.bundle, rule, "give both the same rate")
 
 
 def _check_foundation(config: ScoreConfig, of_bundle: FoundationSpec) -> None:

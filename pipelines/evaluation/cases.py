@@ -4,6 +4,7 @@ Each shard of cases becomes one Parquet file with the picture, what was read off
 """
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 
 from aai import storage
 from aai.bundle import BundleConfig, read_bundle
-from aai.conditions import CONDITIONS, Conditions, HeldOutClip
+from aai.conditions import CONDITIONS, SKETCH, Conditions, HeldOutClip
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.media.waveform import decode_flac
@@ -96,6 +97,9 @@ def check_conditions(
         if name in NEEDED and NEEDED[name] not in judge.attributes:
             rule = f"is graded by the {NEEDED[name]} in the picture, which judge {judge.model} does not read"
             raise UserError(key, pictures[name], rule, "leave the condition out, or give another judge.model")
+        if name == "sketch" and not re.match(bundle.head_pattern, SKETCH):
+            rule = f"asks for {SKETCH!r}, a head that the bundle's head_pattern {bundle.head_pattern!r} does not know"
+            raise UserError(key, pictures[name], rule, "leave the condition out")
         if name in REPAINTED:
             place = REPAINTED[name]
             values = {row[place] for row in labels if len(row) > place}

@@ -124,7 +124,7 @@ def clip_figures(
     if names:
         texts = storage.read_table(storage.join(out, TEXTS)).to_pylist()
         features = {row["text"]: row["feature"] for row in texts}
-    classes = torch.tensor([features[class_prompt(name)] for name in names])
+    classes = torch.tensor([features[grading.class_prompt(name)] for name in names])
     found: dict[str, Any] = {}
     for condition, rows in by_condition.items():
         if condition == "loudness" or condition in REPAINTED:
@@ -146,11 +146,6 @@ def clip_figures(
 def class_names(labels: Sequence[Sequence[str]]) -> list[str]:
     """The first labels that occur, sorted."""
     return sorted({row[0] for row in labels if row})
-
-
-def class_prompt(name: str) -> str:
-    """The text that stands for a class."""
-    return f"a photo of a {name}"
 
 
 def foundation_figures(out: str, labels: Sequence[Sequence[str]]) -> dict[str, Any]:

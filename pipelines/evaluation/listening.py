@@ -17,6 +17,7 @@ from aai import storage
 from aai.bundle import read_bundle
 from aai.encoders.aligner import embed_files, load_aligner
 from aai.foundation.clip import FrozenClip
+from aai.grading import class_prompt
 from aai.media.waveform import decode_flac
 from aai.toy.grammar import OBJECTS
 from pipelines.engine.shards import Result
@@ -62,7 +63,7 @@ class ListenWorker:
         self.aligner = load_aligner(opened).to(device)
         self.clip = FrozenClip(opened.config.foundation, device)
         self.judge = load_judge(JudgeConfig.parse(judge), device)
-        self.classes = self.clip.texts([f"a photo of a {name}" for name in OBJECTS]).cpu()
+        self.classes = self.clip.texts([class_prompt(name) for name in OBJECTS]).cpu()
 
     def __call__(self, shard: ListenShard) -> Result:
         """Writes the shard's tables; heard/ comes last, when it is there all are."""

@@ -9,7 +9,7 @@ from typing import Any
 from aai import storage
 from aai.encoders.audio import AudioEncoderConfig
 from aai.media.signals import level_db
-from aai.media.waveform import decode_flac
+from aai.media.waveform import decode_flac, flac_rate_hz
 from aai.version import UNKNOWN
 from pipelines.pages.plots import data_uri, lines, scatter, spectrogram, thumbnail
 from pipelines.pages.run_files import Missing, Row, RunFiles, find, need, spread
@@ -93,12 +93,12 @@ def _picture(row: Row, truth: str, attribute: str = "object", note: str = "") ->
 def _sound(run: RunFiles, row: int) -> Row:
     clip = run.clips[row]
     audio = decode_flac(clip["audio"])
-    rate = AudioEncoderConfig().sample_rate_hz
+    rate_hz = flac_rate_hz(clip["audio"])
     return {
-        "spectrogram": spectrogram(audio, AudioEncoderConfig()),
+        "spectrogram": spectrogram(audio, AudioEncoderConfig(sample_rate_hz=rate_hz)),
         "audio": data_uri(clip["audio"], "audio/flac"),
-        "seconds": len(audio) / rate,
-        "khz": rate / 2000,
+        "seconds": len(audio) / rate_hz,
+        "khz": rate_hz / 2000,
         "labels": clip["labels"],
         "caption": clip["caption"],
         "frame": thumbnail(clip["frame"]),

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 from PIL import Image
 
 from aai import storage
 from aai.bundle import read_bundle
-from aai.config import Config
+from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from aai.inject import export_textual_inversion
 from aai.media.decode import ClipError, decode_audio
@@ -20,17 +19,9 @@ from aai.media.still import STILL_FORMATS, decode_still
 from aai.painter import Painter, PaintRequest, check_repaint
 from aai.png import encode_png, same_picture
 from pipelines.registry import tracking
-from pipelines.settings import DType, Plan, TrackingConfig, VerbConfig
+from pipelines.settings import DType, InputLimits, Plan, StoreConfig, VerbConfig
 
 log = logging.getLogger(__name__)
-
-
-class InputLimits(Config):
-    """Limits on what a user hands in."""
-
-    max_audio_s: float = pydantic.Field(60, gt=0)
-    max_bytes: int = pydantic.Field(32 * 2**20, gt=0)
-    max_pixels: int = pydantic.Field(4096 * 4096, gt=0)
 
 
 class PaintConfig(VerbConfig):
@@ -48,7 +39,7 @@ class PaintConfig(VerbConfig):
     """Also save A* as a textual-inversion safetensors file that diffusers loads."""
     device: str = "cpu"
     dtype: DType = "float32"
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: StoreConfig = StoreConfig()
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -89,9 +80,8 @@ def add_paint_flags(parser: argparse.ArgumentParser, with_image: bool = False) -
     return {**flags, "num_images": "request.num_images"}
 
 
-def load_sound(uri: str | None, limits: InputLimits, sample_rate_hz: int = 16000) -> np.ndarray:
+def decode_sound(uri: str | None, data: bytes, limits: InputLimits, sample_rate_hz: int) -> np.ndarray:
     """A user's sound as a mono waveform float32 [S]; UserError naming file and rule when it is none."""
-    data = _read("audio", uri, limits.max_bytes)
     try:
         return decode_audio(data, limits.max_audio_s, limits.max_bytes, sample_rate_hz)
     except ClipError as error:
@@ -124,9 +114,10 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     """Runs generate, edit or stylize and writes the PNG files; returns their paths and the time."""
     if isinstance(config, RepaintConfig):
         check_repaint(verb, config.request)  # before anything is loaded
-    sound = load_sound(config.audio, config.limits)
+    data = _read("audio", config.audio, config.limits.max_bytes)
     image = load_picture(config.image, config.limits) if isinstance(config, RepaintConfig) else None
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
+    sound = decode_sound(config.audio, data, config.limits, encoder_config(bundle).sample_rate_hz)
     painter = Painter.load(bundle, config.device, config.dtype)
     start = time.perf_counter()
     if verb == "generate":

@@ -11,12 +11,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aai.errors import UserError
-from pipelines.settings import TrackingConfig
+from pipelines.settings import StoreConfig
 
 SERVER_TIMEOUT_S = 5
 
 
-def check(cfg: TrackingConfig) -> None:
+def check(cfg: StoreConfig) -> None:
     """Raises UserError when the store cannot be used; long work asks before it begins."""
     if cfg.uri.startswith("sqlite:///"):
         database(cfg)
@@ -26,7 +26,7 @@ def check(cfg: TrackingConfig) -> None:
         raise UserError("tracking.uri", cfg.uri, "is not supported", "use sqlite:///FILE or http(s)://SERVER")
 
 
-def database(cfg: TrackingConfig) -> Path:
+def database(cfg: StoreConfig) -> Path:
     """The absolute path of a usable sqlite file; its folder is made."""
     path = cfg.uri.removeprefix("sqlite:///").split("?")[0]
     if not path or "://" in path:

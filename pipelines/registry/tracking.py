@@ -26,7 +26,7 @@ from aai.errors import UserError
 from aai.version import code_version
 from pipelines.registry.figures import flatten, numbers
 from pipelines.registry.store import check, database
-from pipelines.settings import TrackingConfig
+from pipelines.settings import RunsConfig, StoreConfig, TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,7 +60,7 @@ def _mlflow() -> ModuleType:
     return mlflow
 
 
-def _client(cfg: TrackingConfig) -> "MlflowClient":
+def _client(cfg: StoreConfig) -> "MlflowClient":
     """A client of the tracking server and registry. Raises UserError when it cannot be reached."""
     check(cfg)
     uri: str = cfg.uri
@@ -84,7 +84,7 @@ def _lock(file: Path) -> Iterator[None]:
         yield
 
 
-def _attempt(cfg: TrackingConfig, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def _attempt(cfg: StoreConfig, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Calls MLflow; tries once more when sqlite is locked; its refusals become UserErrors."""
     refusal = _mlflow().exceptions.MlflowException
     try:
@@ -111,7 +111,7 @@ def _unless(code: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T |
         raise
 
 
-def _experiment(client: "MlflowClient", cfg: TrackingConfig) -> str:
+def _experiment(client: "MlflowClient", cfg: RunsConfig) -> str:
     """The experiment's id; it is made on first use, which two processes may try at once."""
     if (found := client.get_experiment_by_name(cfg.experiment)) is not None:
         return str(found.experiment_id)
@@ -128,7 +128,7 @@ class OpenRun:
     """An MLflow run that is open."""
 
     client: "MlflowClient"
-    cfg: TrackingConfig
+    cfg: RunsConfig
     run_id: str
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -177,7 +177,7 @@ def _text(value: object) -> str:
 
 @contextlib.contextmanager
 def run(
-    cfg: TrackingConfig, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
+    cfg: RunsConfig, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
 ) -> Iterator[OpenRun]:
     """Opens a run; an exception marks it FAILED and goes on its way.
 
@@ -287,7 +287,7 @@ def version_tags(cfg: TrackingConfig, version: int) -> dict[str, str]:
     return dict(_version(_client(cfg), cfg, cfg.model_name, str(version)).tags)
 
 
-def _version(client: "MlflowClient", cfg: TrackingConfig, name: str, version: str) -> "ModelVersion":
+def _version(client: "MlflowClient", cfg: StoreConfig, name: str, version: str) -> "ModelVersion":
     found = _attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", client.get_model_version, name, version)
     if found is None:
         uri = f"models:/{name}/{version}"
@@ -295,7 +295,7 @@ def _version(client: "MlflowClient", cfg: TrackingConfig, name: str, version: st
     return found
 
 
-def _model(cfg: TrackingConfig, name: str) -> "RegisteredModel | None":
+def _model(cfg: StoreConfig, name: str) -> "RegisteredModel | None":
     return _attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", _client(cfg).get_registered_model, name)
 
 
@@ -315,15 +315,15 @@ def delete_model_tag(cfg: TrackingConfig, key: str) -> None:
     _attempt(cfg, _client(cfg).delete_registered_model_tag, cfg.model_name, key)
 
 
-def aliases(cfg: TrackingConfig, name: str | None = None) -> dict[str, int]:
+def aliases(cfg: StoreConfig, name: str) -> dict[str, int]:
     """All aliases of a registered model and their versions; empty when there is no such model."""
-    model = _model(cfg, name or cfg.model_name)
+    model = _model(cfg, name)
     return {alias: int(version) for alias, version in model.aliases.items()} if model else {}
 
 
 def get_alias(cfg: TrackingConfig, alias: str) -> int | None:
     """The version an alias names, or None."""
-    return aliases(cfg).get(alias)
+    return aliases(cfg, cfg.model_name).get(alias)
 
 
 def set_alias(cfg: TrackingConfig, alias: str, version: int) -> None:
@@ -336,7 +336,7 @@ def delete_alias(cfg: TrackingConfig, alias: str) -> None:
     _attempt(cfg, _client(cfg).delete_registered_model_alias, cfg.model_name, alias)
 
 
-def pin_bundle(uri: str, cfg: TrackingConfig) -> tuple[str, str, str, str]:
+def pin_bundle(uri: str, cfg: StoreConfig) -> tuple[str, str, str, str]:
     """A bundle's URI that cannot move, with model name, version and alias ("" where there is none).
 
     `models:/NAME@ALIAS` becomes `models:/NAME/VERSION`; a folder or s3:// prefix is returned as it is. Raises UserError
@@ -358,7 +358,7 @@ def pin_bundle(uri: str, cfg: TrackingConfig) -> tuple[str, str, str, str]:
     return f"models:/{name}/{version}", name, version, alias
 
 
-def resolve_bundle(uri: str, cfg: TrackingConfig) -> str:
+def resolve_bundle(uri: str, cfg: StoreConfig) -> str:
     """The local folder of a bundle given as models:/NAME@ALIAS, models:/NAME/VERSION, folder or s3:// prefix.
 
     A registered bundle's content is compared with what was registered. Raises UserError.

@@ -24,6 +24,7 @@ from aai.errors import UserError
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import decode_still
 from aai.painter import PaintRequest, check_repaint
+from pipelines.settings import InputLimits
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +54,9 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class Limits(Config):
+class Limits(InputLimits):
     """What one request may cost."""
 
-    max_upload_bytes: int = pydantic.Field(16 * 2**20, gt=0)
-    """Largest request body; counted while it streams in."""
-    max_audio_s: float = pydantic.Field(30, gt=0)
-    """Longest sound."""
-    max_image_pixels: int = pydantic.Field(4096 * 4096, gt=0)
-    """Largest width x height of a given picture; checked before it is decoded."""
     request_timeout_s: float = pydantic.Field(120, gt=0)
     """Longest time from the first byte to the answer: upload, queue and painting together."""
     retry_after_s: int = pydantic.Field(2, ge=1)
@@ -76,7 +71,7 @@ class ServedModel(Config):
     alias: str = ""
     sha: str
     """Content identity of the bundle."""
-    sample_rate_hz: int = 16_000
+    sample_rate_hz: int
     """Rate at which uploads are decoded."""
 
     def label(self) -> str:
@@ -200,11 +195,11 @@ class Guard:
                 rule = "give the service's key in the header X-API-Key or Authorization: Bearer"
                 raise ApiError(401, "unauthorized", rule, {"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._limits.max_upload_bytes:
+        if length.isdecimal() and int(length) > self._limits.max_bytes:
             raise self._too_large()
 
     def _too_large(self) -> ApiError:
-        rule = f"the request is over the limit of {self._limits.max_upload_bytes} bytes"
+        rule = f"the request is over the limit of {self._limits.max_bytes} bytes"
         return ApiError(413, "upload_too_large", rule, {"Connection": "close"})
 
     def _counted(self, receive: Receive) -> Receive:
@@ -214,7 +209,7 @@ class Guard:
             nonlocal total
             message = await receive()
             total += len(message.get("body", b""))
-            if total > self._limits.max_upload_bytes:
+            if total > self._limits.max_bytes:
                 raise self._too_large()
             return message
 
@@ -224,7 +219,7 @@ class Guard:
 def read_audio(data: bytes, limits: Limits, sample_rate_hz: int) -> np.ndarray:
     """An uploaded sound file -> mono float32 [S]. Raises ApiError 422 with the decoder's reason."""
     try:
-        return decode_audio(data, limits.max_audio_s, limits.max_upload_bytes, sample_rate_hz)
+        return decode_audio(data, limits.max_audio_s, limits.max_bytes, sample_rate_hz)
     except ClipError as error:
         raise ApiError(422, error.code.lower(), f"audio: {error.message}") from error
 
@@ -232,7 +227,7 @@ def read_audio(data: bytes, limits: Limits, sample_rate_hz: int) -> np.ndarray:
 def read_image(data: bytes, limits: Limits) -> Image.Image:
     """An uploaded PNG, JPEG or WebP -> upright RGB. Raises ApiError 422 with the decoder's reason."""
     try:
-        return decode_still(data, limits.max_image_pixels)
+        return decode_still(data, limits.max_pixels)
     except ClipError as error:
         raise ApiError(422, f"image_{error.code.lower()}", f"image: {error.message}") from error
 

@@ -16,7 +16,7 @@ from aai.painter import Painter, PaintRequest
 from aai.png import encode_png
 from pipelines.registry import tracking
 from pipelines.service.http import Verb
-from pipelines.settings import TrackingConfig
+from pipelines.settings import StoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class PainterReplica:
     def __init__(
         self, bundle: str, registry: dict[str, Any], sha: str, device: str, dtype: str, stuck_s: float
     ) -> None:
-        found = read_bundle(tracking.resolve_bundle(bundle, TrackingConfig.parse(registry)))
+        found = read_bundle(tracking.resolve_bundle(bundle, StoreConfig.parse(registry)))
         if found.sha != sha:
             raise UserError("bundle", bundle, f"holds {found.sha}, the service was started for {sha}", "deploy again")
         self._painter = Painter.load(found, device, dtype)

@@ -41,7 +41,7 @@ class Tar:
 def export(given: str, out: str, shard_bytes: int) -> dict[str, Any]:
     """Writes OUT/SPLIT-000000.tar and so on, none larger than `shard_bytes` (unless one clip is); returns the counts.
 
-    Of each clip, in table order: CLIP_ID.flac (16 kHz mono), CLIP_ID.0.jpg and so on for its K pictures, CLIP_ID.json
+    Of each clip, in table order: CLIP_ID.flac (mono), CLIP_ID.0.jpg and so on for its K pictures, CLIP_ID.json
     with caption, labels, split, picture times in seconds and signals. The same table gives the same bytes; tars appear
     whole or not at all; export.json names them and is written last. Raises UserError for a table that is none, or an
     `out` that holds something else.

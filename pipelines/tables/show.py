@@ -13,10 +13,9 @@ from PIL import Image
 from aai import storage
 from aai.errors import UserError
 from aai.features import MANIFEST, FeatureManifest
-from aai.media.waveform import decode_flac
+from aai.media.waveform import decode_flac, flac_rate_hz
 from aai.schema import SIGNALS, SIMILARITIES
 
-SAMPLE_RATE_HZ = 16_000
 TITLE_CHARS = 105
 NAMED = 5
 """Candidates named when an ID fits several clips."""
@@ -145,7 +144,7 @@ def _print_row(row: Row, where: str) -> None:
         if row.get(field.name) is not None:
             print(f"  {field.name:<22} {_text(row[field.name])}")
     if "frames" in row:
-        print(f"  {'audio':<22} {len(row['audio']):,} bytes of FLAC, {SAMPLE_RATE_HZ} Hz mono")
+        print(f"  {'audio':<22} {len(row['audio']):,} bytes of FLAC, {flac_rate_hz(row['audio'])} Hz mono")
         sizes = sum(len(frame) for frame in row["frames"])
         print(f"  {'frames':<22} {len(row['frames'])} JPEG, {sizes:,} bytes, at {_text(row['frame_pts_s'])} s")
 
@@ -222,14 +221,14 @@ def _draw_sound(axes: Any, row: Row) -> None:
         axes.set_axis_off()
         axes.text(0, 0.5, "The sound of a rejected clip is not kept.", fontsize=8.5, color="0.4")
         return
-    audio = decode_flac(row["audio"])
+    audio, rate_hz = decode_flac(row["audio"]), flac_rate_hz(row["audio"])
     size = min(512, max(16, len(audio)))
     with np.errstate(divide="ignore"):  # digital silence
         axes.specgram(
-            np.pad(audio, (0, size)), NFFT=size, Fs=SAMPLE_RATE_HZ, noverlap=size * 3 // 4, cmap="magma",
+            np.pad(audio, (0, size)), NFFT=size, Fs=rate_hz, noverlap=size * 3 // 4, cmap="magma",
             vmin=-120, vmax=-30,
         )  # fmt: skip
-    axes.set_xlim(0, len(audio) / SAMPLE_RATE_HZ)
+    axes.set_xlim(0, len(audio) / rate_hz)
     axes.set_xlabel("s", fontsize=8)
     axes.set_ylabel("Hz", fontsize=8)
     axes.tick_params(labelsize=7.5)

@@ -30,7 +30,7 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.fit import FitConfig, State
 from pipelines.engine.cluster import connect, native_stderr_held
-from pipelines.settings import ClusterConfig
+from pipelines.settings import TrainClusterConfig
 from pipelines.training.board import Board
 from pipelines.training.recipe import Trained
 
@@ -94,7 +94,7 @@ def train(
     name: str,
     make_work: MakeWork,
     settings: Any,
-    cluster: ClusterConfig,
+    cluster: TrainClusterConfig,
     out: str,
     digest: str,
     fit: FitConfig,

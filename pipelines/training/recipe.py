@@ -6,6 +6,7 @@ All else is the same for all stages and lives in `pipelines.training`: batches, 
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -21,7 +22,7 @@ from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import FitConfig
 from aai.foundation.identity import FoundationSpec, identity
-from pipelines.settings import Plan, RayVerbConfig, TrackingConfig
+from pipelines.settings import Plan, RayVerbConfig, RunsConfig, TrainClusterConfig
 
 
 class StageConfig(RayVerbConfig):
@@ -37,7 +38,8 @@ class StageConfig(RayVerbConfig):
     out: str
     """Folder or s3:// prefix for the bundle, the history and the figures."""
     fit: FitConfig = FitConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    cluster: TrainClusterConfig = TrainClusterConfig()
+    tracking: RunsConfig = RunsConfig()
     cache_mb: int = pydantic.Field(1024, ge=1)
     """Memory of each worker for decoded clips."""
     max_val_clips: int = pydantic.Field(1000, ge=2)
@@ -137,6 +139,14 @@ class TrainRecipe(ABC, Generic[C]):
 def bundle_dir(out: str) -> str:
     """Where a stage with output `out` puts its bundle."""
     return storage.join(out, "bundle")
+
+
+def refuse_given(section: str, config: Config, names: Iterable[str]) -> None:
+    """Raises UserError when somebody sets what the data or a model decides: it would be overwritten in silence."""
+    for name in names:
+        if name in config.model_fields_set:
+            remedy = "leave it out"
+            raise UserError(f"{section}.{name}", getattr(config, name), "is decided by data and models", remedy)
 
 
 def check_foundation(spec: FoundationSpec, manifest: FeatureManifest) -> None:

@@ -14,6 +14,7 @@ class Inner(Config):
 
     batch_size: int = pydantic.Field(4, ge=1)
     """Rows per step."""
+    seed: int = 0
 
 
 class Outer(Config):
@@ -23,6 +24,7 @@ class Outer(Config):
     out: str = "x"
     train: Inner = Inner()
     maybe: Inner | None = None
+    longer: Inner = Inner(batch_size=9)
 
 
 @pytest.fixture
@@ -47,6 +49,14 @@ def test_yaml_then_overrides_then_values(file: Path) -> None:
     assert (config.run_dir, config.out, config.train.batch_size) == ("q", "q/o", 32)
 
 
+def test_a_section_given_in_part_keeps_the_rest_of_its_default(file: Path) -> None:
+    assert Outer.load(file, ["longer.seed=3"]).longer == Inner(batch_size=9, seed=3)
+    assert Outer.load(file, ["longer.batch_size=2"]).longer == Inner(batch_size=2)
+    assert Outer.load(file, ["train.seed=3"]).train == Inner(batch_size=8, seed=3)
+    assert Outer.load(file, ["maybe.seed=3"]).maybe == Inner(seed=3)
+    assert Outer(run_dir="r", longer=Inner()).longer == Inner()  # a whole section is what it is
+
+
 def test_environment_is_read_when_loaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text("run_dir: ${oc.env:AAI_TEST_DIR,plain}\n")
     assert Outer.load(file).run_dir == "plain"
@@ -57,7 +67,7 @@ def test_environment_is_read_when_loaded(file: Path, monkeypatch: pytest.MonkeyP
 def test_unknown_key_suggests_the_near_one(file: Path) -> None:
     assert "did you mean 'batch_size'" in complaint(file, "train.batch_sise=1")
     assert "did you mean 'batch_size'" in complaint(file, "maybe.batch_sise=1")
-    assert "known keys: maybe, out, run_dir, train" in complaint(file, "zzzzzz=1")
+    assert "known keys: longer, maybe, out, run_dir, train" in complaint(file, "zzzzzz=1")
 
 
 def test_bad_value_names_key_value_and_rule(file: Path) -> None:

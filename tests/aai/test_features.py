@@ -238,6 +238,21 @@ def test_empty_captions_have_no_id(tmp_path: Path) -> None:
     assert hash64("a") < 0 < hash64("b")  # the whole range of an int64
 
 
+def test_sound_of_another_rate_than_the_manifest_says_is_refused(tmp_path: Path) -> None:
+    uri = write(tmp_path)
+    manifest = FeatureManifest.read(uri).model_copy(update={"sample_rate_hz": 8_000})
+    storage.write_json(f"{uri}/manifest.json", manifest.model_dump(mode="json"))
+    for read in (
+        lambda: load_split(uri, "val", SAMPLES),
+        lambda: next(FeatureReader(uri, "train", 2, SAMPLES).batches()),
+    ):
+        with pytest.raises(UserError, match="features=sound at 16000 Hz: its manifest says 8000 Hz"):
+            read()
+    with pytest.raises(UserError, match="bundle=x: hears 16000 Hz, the features hold 8000 Hz; mend"):
+        manifest.check_sample_rate("bundle", "x", 16_000, "mend")
+    manifest.check_sample_rate("bundle", "x", 8_000, "mend")
+
+
 def test_refusals(tmp_path: Path) -> None:
     uri = write(tmp_path / "a")
     with pytest.raises(UserError, match="holds no finished FeatureTable"):

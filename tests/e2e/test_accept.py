@@ -194,7 +194,7 @@ def test_a11_the_service_paints_the_right_pictures(service: str, verb: str, aske
         right += seen[names[asked]] == clip["labels"][asked]
         stays += kept is None or seen[names[kept]] == other["labels"][kept]
         if i < 3:
-            sound, request = decode_audio(clip["audio"], 60, 2**25), PaintRequest(seed=i)
+            sound, request = decode_audio(clip["audio"], 60, 2**25, 16_000), PaintRequest(seed=i)
             given = [] if kept is None else [Image.open(io.BytesIO(other["frame"]))]
             assert np.array_equal(np.asarray(picture), np.asarray(getattr(painter, verb)(sound, *given, request)[0]))
     print(f"{verb}: {names[asked]} {right}/{len(clips)}, kept {stays}/{len(clips)}")

@@ -15,11 +15,11 @@ from PIL import Image, ImageChops
 
 from aai import storage
 from aai.bundle import read_bundle
+from aai.media.decode import decode_audio
 from aai.painter import Painter, PaintRequest
 from pipelines import demo
 from pipelines.__main__ import main
 from pipelines.engine import cluster
-from pipelines.painting.paint import InputLimits, load_sound
 from pipelines.registry import tracking
 from pipelines.settings import TrackingConfig
 
@@ -114,7 +114,7 @@ def test_a8_a_fresh_process_loads_the_champion_and_paints_the_same_picture(
     )
     out = run_dir / "fresh"
     subprocess.run([sys.executable, "-c", code, str(sound), str(out), str(run_dir)], check=True, timeout=300)
-    ours = Painter.load(folder).generate(load_sound(str(sound), InputLimits()), PaintRequest(seed=3))[0]
+    ours = Painter.load(folder).generate(decode_audio(sound.read_bytes(), 60, 2**25, 16_000), PaintRequest(seed=3))[0]
     assert ImageChops.difference(Image.open(next(out.glob("*.png"))), ours).getbbox() is None
 
 

@@ -86,6 +86,17 @@ def test_a_bundle_may_move_but_another_setting_is_another_run(settings: dict[str
     moved = Path(settings["bundle"]).rename(tmp_path / "moved")  # where it lies does not count
     assert adapt.run(AdaptConfig.parse({**settings, "bundle": str(moved)}))["steps"] == 3
     moved.rename(settings["bundle"])
+    wrong = AdaptConfig.parse({**settings, "adapter": {"token_dim": 64}, "out": str(tmp_path / "out")})
+    with pytest.raises(UserError, match=r"adapter\.token_dim=64: is decided by data and models"):
+        adapt.run(wrong)
     for change in ({"neutral_word": "thing"}, {"loss": {"w_norm": 0.5}}, {"fit": {"steps": 4, "batch_size": 4}}):
         with pytest.raises(UserError, match="other settings or data"):
             adapt.run(AdaptConfig.parse({**settings, **change}))
+
+
+def test_the_encoder_must_hear_the_rate_of_the_features(settings: dict[str, Any]) -> None:
+    manifest = FeatureManifest.read(settings["features"])
+    recipe = AdaptRecipe(AdaptConfig.parse(settings))
+    assert recipe.prepare(manifest) == recipe.config
+    with pytest.raises(UserError, match=r"bundle=.*: hears 16000 Hz, the features hold 8000 Hz"):
+        recipe.prepare(manifest.model_copy(update={"sample_rate_hz": 8_000}))

@@ -84,7 +84,9 @@ def test_mistakes_are_found_before_anything_starts(settings: dict[str, Any], tmp
     for wrong, message in (
         ({"fit": {"batch_size": 7}}, "multiple of the 2 workers"),
         ({"features": str(tmp_path)}, "no finished FeatureTable"),
-        ({"encoder": {"sample_rate_hz": 48_000}}, "hold 16000 Hz"),
+        ({"encoder": {"sample_rate_hz": 48_000}}, "hears 48000 Hz, the features hold 16000 Hz; set it to 16000"),
+        ({"encoder": {**ENCODER, "mel_mean": 1.0}}, r"encoder\.mel_mean=1\.0: is decided by data and models"),
+        ({"encoder": {**ENCODER, "embed_dim": 32}}, r"encoder\.embed_dim=32: is decided by data and models"),
         ({"encoder": {**ENCODER, "clip_s": 0.5}}, r"encoder\.clip_s=0\.5: cuts away 75% of the sound"),
         ({"foundation": {"clip": str(tmp_path), "diffusion": str(tmp_path)}}, "features were made with"),
     ):

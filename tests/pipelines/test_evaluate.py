@@ -14,8 +14,10 @@ from aai import metrics, storage
 from aai.bundle import read_bundle
 from aai.encoders.aligner import embed_files, load_aligner
 from aai.errors import UserError
+from aai.features import FeatureManifest
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
+from aai.painter import PaintRequest
 from aai.toy.grammar import OBJECTS
 from pipelines import evaluate, featurize
 from pipelines.evaluate import EvaluateConfig
@@ -170,6 +172,33 @@ def test_what_would_yield_no_figure_is_refused_before_anything_is_made(
     with pytest.raises(UserError, match=message):
         evaluate.run(settings(world, tmp_path, **changed))
     assert not Path(config.out).exists()
+
+
+def test_the_bundle_must_hear_the_rate_of_the_features(world: dict[str, str], tmp_path: Path) -> None:
+    manifest = FeatureManifest.read(world["features"]).model_copy(update={"sample_rate_hz": 8_000})
+    storage.write_json(f"{tmp_path}/features/manifest.json", manifest.model_dump(mode="json"))
+    config = settings(world, tmp_path, features=f"{tmp_path}/features")
+    with pytest.raises(UserError, match=r"bundle=.*: hears 16000 Hz, the features hold 8000 Hz"):
+        evaluate.run(config)
+    assert not Path(config.out, "_started.json").exists()
+
+
+def test_pictures_are_painted_as_requested(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the worker paints by its request is shown in evaluation/test_cases.py."""
+    request = {"steps": 3, "guidance_scale": 1.5, "negative_prompt": "a clock", "denoise_strength": 0.5}
+    sent = []
+    monkeypatch.setattr(evaluate, "run_shards", lambda name, shards, worker, args, *rest, **more: sent.append(args))
+    evaluate.paint(settings(world, tmp_path, request=request, dtype="bfloat16", device="cuda"), [])
+    evaluate.paint(settings(world, tmp_path, request={}), [])
+    asked, usual = sent
+    assert PaintRequest.parse(asked["request"]) == PaintRequest(**request)
+    assert (asked["dtype"], asked["device"]) == ("bfloat16", "cuda")
+    assert PaintRequest.parse(usual["request"]) == PaintRequest(steps=10)
+    for wrong in ({"seed": 3}, {"prompt": "a <sound>"}, {"num_images": 2}, {"sound_strength": 0.5}):
+        with pytest.raises(UserError, match=r"request\.\w+=.*unknown key"):
+            settings(world, tmp_path, request=wrong)
 
 
 def test_clips_without_labels_have_no_judge_but_scores(

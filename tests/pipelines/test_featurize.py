@@ -1,4 +1,6 @@
 import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from PIL import Image
 
 from aai import schema, storage
 from aai.errors import UserError
-from aai.features import FeatureManifest
+from aai.features import FeatureManifest, load_split
 from aai.foundation.clip import FrozenClip
 from aai.foundation.loaders import load_diffusion
+from aai.media.waveform import decode_flac, encode_flac
 from aai.version import code_version
 from pipelines import featurize
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker
@@ -193,3 +196,48 @@ def test_a_worker_keeps_to_its_cpus(inputs: dict[str, Any], tmp_path: Path) -> N
     finally:
         torch.set_num_threads(threads)
     assert not ray.is_initialized()
+
+
+def at_rates(clips: Path, rates_hz: Sequence[int]) -> None:
+    """Encodes each clip's samples anew, as those of another rate; the rates come in turn."""
+    for file in sorted(clips.glob("*.parquet")):
+        table = pq.read_table(file)
+        sounds = [decode_flac(data) for data in table["audio"].to_pylist()]
+        audio = [encode_flac(sound, rates_hz[i % len(rates_hz)]) for i, sound in enumerate(sounds)]
+        place = table.schema.get_field_index("audio")
+        pq.write_table(table.set_column(place, table.schema.field(place), [audio]), file)
+
+
+def test_the_table_has_the_rate_of_its_clips(inputs: dict[str, Any], tmp_path: Path) -> None:
+    clips = write_clip_table(tmp_path / "clips", 2, 4)
+    at_rates(clips, [8_000])
+    config = FeaturizeConfig.parse({**inputs, "input": str(clips), "out": str(tmp_path / "out")})
+    featurize.run(config)
+    assert FeatureManifest.read(config.out).sample_rate_hz == 8_000
+    assert load_split(config.out, "train", 8_000, ("audio",))["audio"].shape == (6, 8_000)
+
+
+def test_clips_of_different_rates_make_no_table(inputs: dict[str, Any], tmp_path: Path) -> None:
+    clips = write_clip_table(tmp_path / "clips", 2, 4)
+    config = FeaturizeConfig.parse({**inputs, "input": str(clips), "out": str(tmp_path / "out")})
+    first = pq.read_table(clips / "shard-00000.parquet")
+    at_rates(clips, [8_000])
+    storage.write_table(str(clips / "shard-00000.parquet"), first)
+    with pytest.raises(UserError, match="clips of its files differ in sample_rate_hz"):
+        featurize.run(config)
+    at_rates(clips, [8_000, 16_000])
+    with pytest.raises(UserError, match=r"sound at \[8000, 16000\] Hz, not at one rate; .* decode\.sample_rate_hz"):
+        featurize.run(config)
+
+
+def test_a_table_begun_before_rates_were_read_is_begun_anew(inputs: dict[str, Any], tmp_path: Path) -> None:
+    config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path)})
+    featurize.run(config)
+    file = tmp_path / "shard-00000.parquet"
+    table = pq.read_table(file)
+    shapes = json.loads(table.schema.metadata[b"aai.shapes"])
+    del shapes["sample_rate_hz"]
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"aai.shapes": json.dumps(shapes)}), file)
+    (tmp_path / "manifest.json").unlink()
+    featurize.run(config)
+    assert ran() == [file.name]

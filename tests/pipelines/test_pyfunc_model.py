@@ -14,6 +14,7 @@ from aai.media.limits import ClipError
 from aai.painter import Painter, PaintRequest
 from pipelines import pyfunc_model
 from pipelines.pyfunc_model import PainterModel, _load_pyfunc
+from pipelines.settings import InputLimits
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,6 @@ def test_what_cannot_be_painted_is_refused(
         model.predict(pd.DataFrame([{"audio": audio, "prompt": "<elsewhere>"}]))
     with pytest.raises(UserError, match="the row"):
         model.predict(pd.DataFrame([{"audio": audio, "seed": -1}]))
-    monkeypatch.setattr(pyfunc_model, "MAX_AUDIO_BYTES", 100)
+    monkeypatch.setattr(pyfunc_model, "LIMITS", InputLimits(max_bytes=100))
     with pytest.raises(ClipError, match="TOO_LARGE"):
         model.predict(pd.DataFrame([{"audio": audio}]))

@@ -132,7 +132,7 @@ def test_the_ready_line_names_url_model_and_version(service: Service) -> None:
 
 def test_pictures_are_those_of_the_python_call(service: Service) -> None:
     painter = Painter.load(service.bundle)
-    sound = decode_audio(wav(), 30, 10**6)
+    sound = decode_audio(wav(), 30, 10**6, 16_000)
     given = Image.open(io.BytesIO(png(90, 70)))
     for verb in ("generate", "edit", "stylize"):
         request = PaintRequest(seed=11, steps=4, guidance_scale=2)

@@ -90,7 +90,7 @@ class Workshop:
 
     def aliases(self) -> dict[str, int]:
         """All aliases now."""
-        return tracking.aliases(self.cfg)
+        return tracking.aliases(self.cfg, self.cfg.model_name)
 
     def audits(self) -> list[Run]:
         """The audit runs, oldest first."""

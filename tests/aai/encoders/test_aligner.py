@@ -9,6 +9,7 @@ import torch
 from aai.bundle import read_bundle
 from aai.encoders.aligner import embed, embed_files, load_aligner
 from aai.encoders.audio import AudioEncoder
+from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import encode_flac
 from tests.tiny import write_bundle_of
@@ -35,6 +36,12 @@ def test_files_are_embedded_as_their_waveforms_are(aligner: AudioEncoder) -> Non
     np.testing.assert_allclose(found, embed(aligner, fixed, batch_size=2).numpy(), atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     assert embed_files(aligner, []).shape == (0, aligner.config.embed_dim)
+
+
+def test_sounds_of_another_rate_are_refused(aligner: AudioEncoder) -> None:
+    sounds = [encode_flac(np.zeros(900, np.float32), rate_hz) for rate_hz in (16_000, 8_000)]
+    with pytest.raises(UserError, match=r"encoder\.sample_rate_hz=16000: the sounds are kept at 8000 Hz"):
+        embed_files(aligner, sounds)
 
 
 def test_embed_gives_the_mode_back(aligner: AudioEncoder) -> None:

@@ -73,7 +73,7 @@ def wav_with_title(title: bytes) -> bytes:
 def test_a_wav_with_such_a_title_is_heard() -> None:
     plain, tagged = wav_with_title(b"cafe"), wav_with_title("café".encode("latin-1"))
     assert measure_bytes(tagged, None, None, CFG)["code"] == "NO_VIDEO"  # opened, and rightly told what it is
-    assert np.array_equal(decode_audio(tagged, 10, 10**6), decode_audio(plain, 10, 10**6))
+    assert np.array_equal(decode_audio(tagged, 10, 10**6, 16_000), decode_audio(plain, 10, 10**6, 16_000))
 
 
 def test_a_file_is_opened_within_its_limits_or_not_at_all() -> None:

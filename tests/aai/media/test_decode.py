@@ -137,10 +137,10 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
 
 
 def test_decode_audio() -> None:
-    sound = decode_audio(wav(tone(2, 22_050), 22_050), max_duration_s=10, max_bytes=10**6)
+    sound = decode_audio(wav(tone(2, 22_050), 22_050), max_duration_s=10, max_bytes=10**6, sample_rate_hz=16_000)
     assert sound.shape == pytest.approx((32_000,), abs=2)
     assert np.corrcoef(sound[16_500:31_500], tone(2, 16_000)[16_500:31_500])[0, 1] > 0.99
-    assert len(decode_audio(make_clip(), 10, 10**6)) == pytest.approx(32_000, abs=2500)
+    assert len(decode_audio(make_clip(), 10, 10**6, 16_000)) == pytest.approx(32_000, abs=2500)
     for code, data, limit_s, limit in (
         ("EMPTY_AUDIO", wav(np.zeros(0, np.float32), 16_000), 10, 10**6),
         ("EMPTY_FILE", b"", 10, 10**6),
@@ -150,5 +150,5 @@ def test_decode_audio() -> None:
         ("TOO_LARGE", wav(tone(2, 16_000), 16_000), 10, 1000),
     ):
         with pytest.raises(ClipError) as caught:
-            decode_audio(data, limit_s, limit)
+            decode_audio(data, limit_s, limit, 16_000)
         assert caught.value.code == code

@@ -2,12 +2,13 @@ import io
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from aai.media.decode import decode_clip
 from aai.media.limits import DecodeConfig
 from aai.media.measure import MEASURED_ROW, measure_bytes
-from aai.media.waveform import decode_flac
+from aai.media.waveform import decode_flac, flac_rate_hz
 from aai.schema import SIGNALS
 from tests.clips import make_clip
 
@@ -24,6 +25,13 @@ def test_a_good_clip_is_a_row_without_an_error() -> None:
     for jpeg, frame in zip(row["frames"], clip.frames, strict=True):
         picture = np.asarray(Image.open(io.BytesIO(jpeg)))
         assert np.abs(picture.astype(int) - frame).mean() < 3
+
+
+def test_sound_is_kept_at_the_rate_that_is_set() -> None:
+    for rate_hz in (8_000, 48_000):
+        row = measure_bytes(make_clip(), None, None, DecodeConfig(sample_rate_hz=rate_hz))
+        assert flac_rate_hz(row["audio"]) == rate_hz
+        assert len(decode_flac(row["audio"])) / rate_hz == pytest.approx(row["duration_s"], abs=0.2)
 
 
 def test_ids_tell_content_and_window() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aai.media.waveform import decode_flac, encode_flac, write_wav
+from aai.media.waveform import decode_flac, encode_flac, flac_rate_hz, write_wav
 
 RNG = np.random.default_rng(0)
 
@@ -27,6 +27,17 @@ def test_too_loud_samples_are_clipped_not_wrapped() -> None:
 def test_an_empty_signal_is_an_error() -> None:
     with pytest.raises(ValueError, match="S > 0"):
         encode_flac(np.zeros(0, np.float32), 16_000)
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 16_000, 44_100, 48_000, 96_000])
+def test_a_flac_tells_its_rate(rate_hz: int) -> None:
+    assert flac_rate_hz(encode_flac(np.zeros(100, np.float32), rate_hz)) == rate_hz
+
+
+@pytest.mark.parametrize("data", [b"", b"fLaC", b"RIFF" + bytes(40)])
+def test_another_file_has_no_rate(data: bytes) -> None:
+    with pytest.raises(ValueError, match="no FLAC"):
+        flac_rate_hz(data)
 
 
 def test_write_wav(tmp_path: Path) -> None:

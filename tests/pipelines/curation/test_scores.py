@@ -16,12 +16,13 @@ from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from pipelines.curate import CurateConfig
+from pipelines.curate import run as curate
 from pipelines.curation.curate_config import ScoreConfig
 from pipelines.curation.measuring import MEASURED_TABLE
-from pipelines.curation.scores import ScoreWorker
+from pipelines.curation.scores import ScoreWorker, check_sound
 from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
 from pipelines.engine.shards import Result
-from tests.tiny import write_clip, write_clip_table, write_diffusion
+from tests.tiny import write_bundle_of, write_clip, write_clip_table, write_diffusion
 
 ENCODER = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, num_mel_bins=16, embed_dim=32)
 
@@ -77,6 +78,18 @@ def test_captions_alone_need_no_bundle(measured: tuple[Path, list[dict[str, Any]
     scores = {row.pop("key"): row for row in read_scores(str(out), "shard-00000").to_pylist()}
     assert all(score["av_similarity"] is None for score in scores.values())
     assert all(-1 <= scores[f"key{i}"]["caption_similarity"] <= 1 for i in range(3, 8))
+
+
+def test_a_bundle_that_hears_another_rate_is_refused_before_anything_is_decoded(tmp_path: Path) -> None:
+    bundle = str(write_bundle_of(tmp_path / "bundle", FoundationSpec()))
+    check_sound(ScoreConfig(bundle=bundle), 16_000)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    out = tmp_path / "out"
+    settings = {"decode": {"sample_rate_hz": 8_000}, "scores": {"bundle": bundle}}
+    with pytest.raises(UserError, match=r"scores\.bundle=.*: hears 16000 Hz, but decode\.sample_rate_hz=8000"):
+        curate(CurateConfig.parse({"manifest": str(tmp_path / "videos"), "out": str(out), **settings}))
+    assert not (out / "_started.json").exists()
 
 
 def test_a_caption_threshold_needs_scores() -> None:

@@ -88,6 +88,13 @@ def test_conditions_without_a_figure_are_refused(
         check_conditions(pictures, labels, judge, config(words))
 
 
+def test_a_sketch_is_not_asked_of_a_bundle_whose_heads_name_no_medium() -> None:
+    bundle = config().model_copy(update={"head_pattern": "^the noise of"})
+    with pytest.raises(UserError, match=r"pictures\.sketch=7: asks for 'a sketch of <sound>', a head that"):
+        check_conditions({"sketch": 7}, toy(("dog",)), TOY, bundle)
+    check_conditions({"sound": 7}, toy(("dog",)), TOY, bundle)
+
+
 def test_cases_go_round_the_clips_with_seeds_of_their_own() -> None:
     counts = {"sound": 7, "shuffled_audio": 5, "edit": 40, "stylize": 40}
     cases = make_cases(LABELS, counts, seed=3)

@@ -2,15 +2,23 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from aai.bundle import read_bundle, write_bundle
 from aai.errors import UserError
+from aai.foundation.identity import FoundationSpec
+from aai.media.waveform import write_wav
+from aai.painter import Painter
 from aai.version import code_version
 from pipelines.__main__ import main
-from pipelines.painting.paint import InputLimits, load_picture, write_picture
+from pipelines.painting.paint import PaintConfig, load_picture, paint, write_picture
+from pipelines.settings import InputLimits
 from tests import hostile
+from tests.tiny import write_bundle_of
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 
@@ -51,3 +59,15 @@ def test_a_picture_that_was_made_otherwise_is_kept(tmp_path: Path, monkeypatch: 
     assert write_picture(str(tmp_path), "a", PICTURE, {"seed": 2}) == str(tmp_path / "a_2.png")
     assert Path(first).read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_sound_is_decoded_at_the_rate_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = read_bundle(write_bundle_of(tmp_path / "made", FoundationSpec()))
+    config = made.config.model_copy(update={"encoder": {**made.config.encoder, "sample_rate_hz": 8_000}})
+    write_bundle(tmp_path / "bundle", config, made.aligner(), made.adapter(), {})
+    write_wav(str(tmp_path / "a.wav"), np.zeros(44_100, np.float32), 44_100)
+    heard: list[np.ndarray] = []
+    painter = SimpleNamespace(generate=lambda sound, request: heard.append(sound) or [], dtype="float32")
+    monkeypatch.setattr(Painter, "load", lambda *args: painter)
+    paint("generate", PaintConfig(bundle=str(tmp_path / "bundle"), audio=str(tmp_path / "a.wav")))
+    assert len(heard[0]) == pytest.approx(8_000, abs=10)

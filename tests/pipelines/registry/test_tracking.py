@@ -105,7 +105,7 @@ def test_same_content_same_version(cfg: TrackingConfig, tmp_path: Path) -> None:
 
 
 def test_aliases_and_pins(cfg: TrackingConfig, tmp_path: Path) -> None:
-    assert tracking.aliases(cfg) == {}
+    assert tracking.aliases(cfg, "toy") == {}
     for seed in (1, 2):
         tracking.register(cfg, make_bundle(tmp_path / str(seed), seed).folder, {}, {})
     tracking.set_alias(cfg, "champion", 1)
@@ -119,7 +119,7 @@ def test_aliases_and_pins(cfg: TrackingConfig, tmp_path: Path) -> None:
         folder = tracking.resolve_bundle(uri, cfg)
         assert read_bundle(folder).adapter()["w"].tolist() == [weight] * 3
     tracking.delete_alias(cfg, "champion")
-    assert tracking.aliases(cfg) == {}
+    assert tracking.aliases(cfg, "toy") == {}
     assert tracking.pin_bundle("some/folder", cfg) == ("some/folder", "", "", "")
     assert tracking.resolve_bundle(str(tmp_path / "1" / "bundle"), cfg) == str(tmp_path / "1" / "bundle")
 

@@ -13,13 +13,13 @@ from tests import hostile
 from tests.clips import latin1_title, make_moving
 from tests.hostile import png, wav
 
-LIMITS = Limits(max_upload_bytes=300_000, max_audio_s=2, max_image_pixels=128 * 128, request_timeout_s=60)
+LIMITS = Limits(max_bytes=300_000, max_audio_s=2, max_pixels=128 * 128, request_timeout_s=60)
 
 
 class Echo:
     """A backend that answers with a picture of one colour and remembers what it was given."""
 
-    model = ServedModel(name="toy", version="3", alias="champion", sha="abc123")
+    model = ServedModel(name="toy", version="3", alias="champion", sha="abc123", sample_rate_hz=16_000)
 
     def __init__(self, wait_s: float = 0, replicas: int = 1) -> None:
         self.wait_s, self.replicas, self.cancelled = wait_s, replicas, 0
@@ -234,7 +234,7 @@ def test_a_large_body_is_refused_by_its_announced_length_and_by_count() -> None:
 
     headers = {"content-type": "multipart/form-data; boundary=b"}
     assert code(ask("POST", "/v1/generate", backend, content=endless(), headers=headers)) == (413, "upload_too_large")
-    assert sent <= LIMITS.max_upload_bytes + 50_000
+    assert sent <= LIMITS.max_bytes + 50_000
     assert not backend.calls
 
 

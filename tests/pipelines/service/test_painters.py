@@ -14,7 +14,7 @@ from aai.bundle import read_bundle
 from aai.errors import UserError
 from aai.painter import PaintRequest
 from pipelines.service.painters import PainterReplica
-from pipelines.settings import TrackingConfig
+from pipelines.settings import StoreConfig
 
 TONE = (np.sin(np.arange(8000) / 5) / 2).astype(np.float32)
 REQUEST = PaintRequest(steps=2, denoise_strength=1)
@@ -22,7 +22,7 @@ RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)
 
 
 def replica(bundle: str, **changes: Any) -> PainterReplica:
-    given = {"bundle": bundle, "registry": TrackingConfig().model_dump(), "sha": read_bundle(bundle).sha}
+    given = {"bundle": bundle, "registry": StoreConfig().model_dump(), "sha": read_bundle(bundle).sha}
     return PainterReplica(**{**given, "device": "cpu", "dtype": "float32", "stuck_s": 60, **changes})
 
 

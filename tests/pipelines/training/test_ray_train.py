@@ -12,10 +12,10 @@ from aai.config import Config
 from aai.fit import FitConfig, fit
 from aai.precision import resolve
 from pipelines.engine.cluster import connect, shutdown
-from pipelines.settings import ClusterConfig
+from pipelines.settings import TrainClusterConfig
 from pipelines.training import ray_train
 
-CLUSTER = ClusterConfig(num_workers=2, max_failures=1)
+CLUSTER = TrainClusterConfig(num_workers=2, max_failures=1)
 CONFIG = FitConfig(steps=12, learning_rate=0.1, warmup_steps=2, checkpoint_every=4, log_every=2)
 
 
