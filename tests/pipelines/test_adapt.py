@@ -39,7 +39,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
         "out": str(root / "adapt"),
         "adapter": {"num_tokens": 2, "hidden_size": 16},
         "neutral_word": "sound",
-        "loss": {"prompt": "a sketch of <sound>"},
+        "loss": {"prompt": "a sketch of <sound>", "head_pattern": "^an? [a-z]+ of"},
         "fit": {"steps": 3, "batch_size": 4, "log_every": 1, "warmup_steps": 1},
         "tracking": {"uri": f"sqlite:///{root}/mlflow.db"},
     }
@@ -58,6 +58,7 @@ def test_adapt_trains_and_writes_a_bundle_without_a_model_on_the_driver(settings
     assert bundle.meta["parents"] == [parent.sha]
     assert bundle.meta["data_fingerprint"] == FeatureManifest.read(config.features).fingerprint
     assert (bundle.config.neutral_word, bundle.config.prompt) == ("sound", "a sketch of <sound>")
+    assert bundle.config.head_pattern == "^an? [a-z]+ of"
     assert bundle.config.adapter == {"num_tokens": 2, "hidden_size": 16, "embed_dim": 32, "token_dim": 32}
     for name, value in parent.aligner().items():
         assert torch.equal(bundle.aligner()[name], value), name
