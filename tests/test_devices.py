@@ -216,7 +216,7 @@ def check_training(task: nn.Module, batch: dict[str, Any], evaluate: Callable[[]
 
 
 def test_align_trains_validates_and_resumes() -> None:
-    recipe = AlignRecipe(AlignConfig(features="unused", out="unused", encoder=ENCODER))
+    recipe = AlignRecipe(AlignConfig(features="unused", out="unused", encoder=ENCODER.model_dump()))
     task = recipe.build().to("cuda")
     clips = align_batch(6)
     check_training(task, clips, lambda: recipe.validate(task, clips))

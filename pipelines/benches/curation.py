@@ -87,5 +87,5 @@ def _decode_alone(rows: list[ManifestRow], config: CurateConfig) -> None:
     size = config.rows_per_shard
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     shards = [DecodeShard(name=str(number), rows=len(part), clips=part) for number, part in enumerate(parts)]
-    args = {"decode": config.decode.model_dump()}
+    args = {"decode": config.fitted()[0].decode.model_dump()}
     run_shards("decode alone", shards, DecodeWorker, args, config.cluster)

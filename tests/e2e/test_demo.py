@@ -170,7 +170,7 @@ def test_a9_mistakes_end_in_one_line(run_dir: Path, capsys: pytest.CaptureFixtur
         (["generate", "--audio", str(text), "--set", f"run_dir={run_dir}"], "audio"),
         (["generate", "--audio", str(empty), "--set", f"run_dir={run_dir}"], "audio"),
         (["evaluate", "--bundle", str(tmp_path / "nobundle")], "bundle"),
-        (["generate", "--audio", str(text), "--bundle", str(tmp_path / "nobundle")], "audio"),
+        (["generate", "--audio", str(text), "--bundle", str(tmp_path / "nobundle")], "bundle"),
     ]:
         capsys.readouterr()
         assert main(argv) == 2, argv

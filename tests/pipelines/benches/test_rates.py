@@ -40,9 +40,9 @@ def test_costs_of_stages_add_up_without_their_first_shards(tmp_path: Path, monke
 
     seen: dict[str, Any] = {}
     monkeypatch.setattr(rates, "recorded", recorded)
-    monkeypatch.setattr(rates.curate, "run", lambda config: seen.update(config.model_dump()))
+    monkeypatch.setattr(rates.curate, "run", lambda config: seen.update(config.model_dump()) or {"chosen": {}})
     rows = [ManifestRow(uri=f"/{i}.mp4", split="test", labels=("dog",), start_s=1.0) for i in range(6)]
-    assert rates._curate(rows, str(tmp_path), ["rows_per_shard=99", "flag_only=true"]) == 1.0 + 0.5
+    assert rates._curate(rows, str(tmp_path), ["rows_per_shard=99", "flag_only=true"]) == (1.0 + 0.5, {})
     assert (seen["rows_per_shard"], seen["flag_only"], seen["max_reject_ratio"]) == (2, True, 1)
     sample = storage.read_table(seen["manifest"])
     assert sample["uri"].to_pylist() == [row.uri for row in rows]
@@ -52,8 +52,9 @@ def test_costs_of_stages_add_up_without_their_first_shards(tmp_path: Path, monke
 def test_a_sample_of_which_nothing_is_accepted_says_where_the_reasons_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def accept_none(config: CurateConfig) -> None:
+    def accept_none(config: CurateConfig) -> dict[str, Any]:
         storage.write_table(f"{config.out}/accepted/shard-00000.parquet", CLIP_TABLE.empty_table())
+        return {"chosen": {}}
 
     monkeypatch.setattr(rates.curate, "run", accept_none)
     rows = [ManifestRow(uri=f"{tmp_path}/a.mp4", split="train")]

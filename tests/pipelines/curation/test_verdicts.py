@@ -14,7 +14,7 @@ from pipelines.curation.measuring import MEASURED_TABLE
 from pipelines.curation.verdicts import DIGEST, JudgeWorker, Verdicts, judge, judge_shards, read_measured
 from pipelines.manifests.row import ManifestRow
 
-CONFIG = CurateConfig(manifest="m.csv", out="out", duplicates={"enabled": False})
+CONFIG = CurateConfig(manifest="m.csv", out="out", duplicates={"enabled": False}).fitted()[0]
 KEYS = ["good", "short", "torn"]
 ROWS = {key: ManifestRow(uri=f"/{key}.mp4", caption=f"a {key} one", labels=("dog",), split="val") for key in KEYS}
 

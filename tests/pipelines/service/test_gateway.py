@@ -13,7 +13,7 @@ from aai.painter import PaintRequest
 from pipelines.service.gateway import KEY_VARIABLE, Gateway
 from pipelines.service.http import ApiError
 
-MODEL = {"name": "toy", "version": "1", "sha": "s"}
+MODEL = {"name": "toy", "version": "1", "sha": "s", "sample_rate_hz": 16_000}
 TONE = np.zeros(8, np.float32)
 
 
