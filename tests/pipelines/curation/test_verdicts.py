@@ -84,10 +84,10 @@ def test_flagged_clips_are_kept_and_undecodable_ones_are_not(out: str) -> None:
 
 def test_a_clip_that_a_filter_refuses_takes_no_twin_with_it(out: str) -> None:
     """ "short" has the same hashes as "good": were it compared, one of the two would be a duplicate."""
-    accepted, _ = judged(out, flag_only=False, config=CurateConfig(manifest="m.csv", out="out"))
+    accepted, _ = judged(out, flag_only=False, config=CurateConfig(manifest="m.csv", out="out").fitted()[0])
     assert [row["uri"] for row in accepted] == ["/good.mp4"]
     found, _ = judge(read_measured(out, {"shard-00000": ["good", "gone"]}, False), {**ROWS, "gone": ROWS["good"]},
-                     CurateConfig(manifest="m.csv", out="out"), out)  # fmt: skip
+                     CurateConfig(manifest="m.csv", out="out").fitted()[0], out)  # fmt: skip
     assert [reason[1] for reasons in found.reasons.values() for reason in reasons] == ["NEAR_DUPLICATE"]
 
 
