@@ -155,6 +155,7 @@ def test_everything_says_which_code_wrote_it(summary: dict[str, Any], run_dir: P
     assert re.fullmatch(f"aai {CODE}", Image.open(io.BytesIO(painted)).info["Software"])
 
 
+@pytest.mark.usefixtures("summary")
 def test_a9_mistakes_end_in_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     empty = tmp_path / "empty.wav"
     empty.write_bytes(b"")
