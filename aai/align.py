@@ -31,7 +31,8 @@ class AlignLossConfig(Config):
     time_shift: float = pydantic.Field(0.1, ge=0, le=1)
     """A training sound is rotated in time by up to this share of its length. Its gain is never changed."""
     mask_share: float = pydantic.Field(0.1, ge=0, lt=1)
-    """Largest share of mel bins, and of frames, that is blanked while training (SpecAugment, arXiv 1904.08779)."""
+    """Largest share of frames, and of mel bins, that is blanked while training (SpecAugment, arXiv 1904.08779);
+    of a waveform (pe_audio) the largest share of its length."""
 
     @pydantic.model_validator(mode="after")
     def _some_loss(self) -> "AlignLossConfig":
@@ -83,8 +84,8 @@ class AlignTask(nn.Module):
         if not self.training:
             embedding: Tensor = self.encoder(waveforms)
             return embedding
-        mel = self.encoder.log_mel(rotate(waveforms, self.config.time_shift))
-        return self.encoder.embed_mel(mask(mel, self.config.mask_share))
+        heard = self.encoder.features(rotate(waveforms, self.config.time_shift))
+        return self.encoder.embed_features(mask(heard, self.config.mask_share, self.encoder.blank))
 
     def _pick(self, features: Tensor) -> Tensor:
         """One feature [B, D] of each clip's several [B, K, D]."""
@@ -103,11 +104,15 @@ def rotate(waveforms: Tensor, share: float) -> Tensor:
     return waveforms.gather(1, index)
 
 
-def mask(mel: Tensor, share: float) -> Tensor:
-    """Log-mels [B, T, M] with one random stretch of frames and one of bins set to 0 (the data's mean)."""
-    keep = _stretch(mel.shape[0], mel.shape[1], share, mel.device)[:, :, None]
-    keep = keep & _stretch(mel.shape[0], mel.shape[2], share, mel.device)[:, None, :]
-    return mel * keep
+def mask(heard: Tensor, share: float, blank: Tensor | float = 0.0) -> Tensor:
+    """Spectrograms [B, T, M] with one random stretch of frames and one of bins set to `blank` (the data's mean).
+
+    Of waveforms [B, S], which some backbones take, a stretch of time alone is blanked.
+    """
+    keep = _stretch(heard.shape[0], heard.shape[1], share, heard.device)
+    if heard.ndim == 3:
+        keep = keep[:, :, None] & _stretch(heard.shape[0], heard.shape[2], share, heard.device)[:, None, :]
+    return torch.where(keep, heard, blank)
 
 
 def _stretch(batch: int, length: int, share: float, device: torch.device) -> Tensor:

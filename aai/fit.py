@@ -229,7 +229,7 @@ def _seed_step(seed: int, step: int) -> None:
 def _check_finite(step: int, loss: Tensor, norm: Tensor, report: dict[str, Tensor]) -> None:
     """Looked at after the backward pass, where all ranks share one gradient and so stop together."""
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        figures = ", ".join(f"{name} {float(x):.4g}" for name, x in {"loss": loss, **report}.items())
+        figures = ", ".join(f"{name} {float(x):.4g}" for name, x in {"loss": loss.detach(), **report}.items())
         raise FloatingPointError(
             f"loss or gradient is not finite at step {step} ({figures}); lower fit.learning_rate or look at the data"
         )

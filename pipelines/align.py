@@ -15,7 +15,7 @@ from aai import storage
 from aai.align import AlignLossConfig, AlignTask, validate
 from aai.bundle import BundleConfig, write_bundle
 from aai.config import Config
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, mel_statistics
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, described, mel_statistics
 from aai.errors import UserError
 from aai.features import MANIFEST, FeatureManifest, load_split
 from aai.foundation.identity import FoundationSpec
@@ -91,26 +91,29 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
         self.clip_samples = fitted.encoder.clip_samples
 
     def prepare(self, manifest: FeatureManifest) -> AlignConfig:
-        """Measures the log-mel's statistics and takes the CLIP's dimension."""
+        """Takes the CLIP's dimension, and the log-mel's statistics or what a pretrained backbone says of itself."""
         check_foundation(self.config.foundation, manifest)
-        encoder = self.config.encoder
-        refuse_given("encoder", encoder, ("mel_mean", "mel_std", "embed_dim"))
+        refuse_given("encoder", self.config.encoder, ("mel_mean", "mel_std", "embed_dim"))
+        encoder = described(self.config.encoder)
         rate_hz = encoder.sample_rate_hz
-        remedy = f"set it to {manifest.sample_rate_hz}, or curate with decode.sample_rate_hz={rate_hz}"
+        remedy = f"curate with decode.sample_rate_hz={rate_hz}"
+        if not encoder.pretrained:
+            remedy = f"set it to {manifest.sample_rate_hz}, or {remedy}"
         manifest.check_sample_rate("encoder.sample_rate_hz", rate_hz, rate_hz, remedy)
         log.info("align: encoder.clip_s = %s", self.clip_s)
         features = self.config.features
         check_cut("align", clip_lengths_s(features), self.clip_s.value, self.config.max_cut_share)
-        clips = load_split(features, "train", encoder.clip_samples, ("audio",), STATISTICS_CLIPS)
-        if not len(clips["audio"]):
+        if not manifest.rows.get("train"):
             raise UserError("features", features, "has no rows in the split train", "curate clips of that split")
-        mean, std = mel_statistics(encoder, clips["audio"])
-        measured = encoder.model_copy(update={"mel_mean": mean, "mel_std": std, "embed_dim": manifest.image_dim})
-        return self.config.model_copy(update={"encoder": measured})
+        measured: dict[str, Any] = {"embed_dim": manifest.image_dim}
+        if not encoder.pretrained:
+            clips = load_split(features, "train", encoder.clip_samples, ("audio",), STATISTICS_CLIPS)
+            measured["mel_mean"], measured["mel_std"] = mel_statistics(encoder, clips["audio"])
+        return self.config.model_copy(update={"encoder": encoder.model_copy(update=measured)})
 
     def build(self) -> AlignTask:
         """See TrainRecipe."""
-        return AlignTask(AudioEncoder(self.config.encoder), self.config.loss)
+        return AlignTask(AudioEncoder(self.config.encoder, from_pretrained=True), self.config.loss)
 
     def validate(self, task: AlignTask, held_out: dict[str, Any]) -> dict[str, float]:
         """Retrieval by sound."""

@@ -8,7 +8,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import ASTConfig, ASTModel, CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+from torchaudio.functional import resample
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTModel,
+    ClapAudioConfig,
+    ClapAudioModel,
+    ClapFeatureExtractor,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PeAudioEncoder,
+    PeAudioEncoderConfig,
+    PeAudioFeatureExtractor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 
 from aai import schema, storage
 from aai.adapt import AdapterConfig, AudioAdapter
@@ -95,7 +113,83 @@ def write_ast(folder: str | Path) -> Path:
         num_mel_bins=16,
     )
     ASTModel(config).save_pretrained(folder)
+    ASTFeatureExtractor(num_mel_bins=16, max_length=100, mean=-4.0, std=4.5).save_pretrained(folder)
     return Path(folder)
+
+
+def write_whisper(folder: str | Path) -> Path:
+    """A random WhisperModel that takes 2 s (80 mel bins)."""
+    torch.manual_seed(5)
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=64,
+        vocab_size=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        max_source_positions=100,
+    )
+    WhisperModel(config).save_pretrained(folder)
+    WhisperFeatureExtractor(chunk_length=2).save_pretrained(folder)
+    return Path(folder)
+
+
+CLAP_SIZES = {
+    "num_mel_bins": 16,
+    "spec_size": 64,
+    "window_size": 4,
+    "depths": [1, 1],
+    "num_attention_heads": [2, 2],
+    "hidden_size": 64,
+    "patch_embeds_hidden_size": 32,
+    "num_classes": 2,
+}
+
+
+def write_clap(folder: str | Path, fusion: bool = False) -> Path:
+    """A random ClapAudioModel that takes 2 s at 48 kHz (16 mel bins), its batch norm as if it had been trained."""
+    torch.manual_seed(6)
+    model = ClapAudioModel(ClapAudioConfig(**CLAP_SIZES, enable_fusion=fusion))
+    model.audio_encoder.batch_norm.running_mean.fill_(-40.0)
+    model.audio_encoder.batch_norm.running_var.fill_(400.0)
+    model.save_pretrained(folder)
+    clap_extractor("fusion" if fusion else "rand_trunc").save_pretrained(folder)
+    return Path(folder)
+
+
+def clap_extractor(truncation: str) -> ClapFeatureExtractor:
+    """The extractor of `write_clap`'s models."""
+    return ClapFeatureExtractor(feature_size=16, max_length_s=2, frequency_min=50, truncation=truncation)
+
+
+PE_AUDIO_SIZES = {
+    "dac_config": {"encoder_hidden_size": 4, "downsampling_ratios": [4, 8], "hidden_size": 16, "codebook_dim": 8},
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.3,  # a random tower would else hear nothing beside its own class token
+}
+
+
+def write_pe_audio(folder: str | Path) -> Path:
+    """A random audio tower of PE-AV (32 samples a hop, 48 kHz)."""
+    torch.manual_seed(7)
+    config = PeAudioEncoderConfig(**PE_AUDIO_SIZES)
+    PeAudioEncoder(config).save_pretrained(folder)
+    PeAudioFeatureExtractor(hop_length=config.dac_config.hop_length).save_pretrained(folder)
+    return Path(folder)
+
+
+BACKBONES = {"ast": write_ast, "whisper": write_whisper, "clap": write_clap, "pe_audio": write_pe_audio}
+"""A writer of a random pretrained folder of each kind."""
 
 
 def write_bundle_of(folder: str | Path, foundation: FoundationSpec) -> Path:
@@ -121,19 +215,23 @@ def write_clip_table(
     rows_per_shard: int = 8,
     num_frames: int = 2,
     splits_in_turn: Sequence[str] = ("train", "train", "train", "val"),
+    sample_rate_hz: int = 16_000,
 ) -> Path:
     """A ClipTable of toy scenes as curate's accepted/ holds them; every fourth clip is of the val split."""
     rng = np.random.default_rng(0)
     for shard in range(num_shards):
         splits = [splits_in_turn[i % len(splits_in_turn)] for i in range(rows_per_shard)]
-        rows = [_clip_row(rng, f"{shard}-{i}", split, num_frames) for i, split in enumerate(splits)]
+        rows = [_clip_row(rng, f"{shard}-{i}", split, num_frames, sample_rate_hz) for i, split in enumerate(splits)]
         table = pa.Table.from_pylist(rows, schema=schema.CLIP_TABLE)
         storage.write_table(f"{folder}/shard-{shard:05d}.parquet", table)
     return Path(folder)
 
 
-def _clip_row(rng: np.random.Generator, name: str, split: str, num_frames: int) -> dict[str, object]:
+def _clip_row(
+    rng: np.random.Generator, name: str, split: str, num_frames: int, sample_rate_hz: int
+) -> dict[str, object]:
     scene = random_scene(rng)
+    sound = resample(torch.from_numpy(synthesise(scene, 2.0)), 16_000, sample_rate_hz).numpy()
     frames = []
     for i in range(num_frames):
         sink = io.BytesIO()
@@ -147,7 +245,7 @@ def _clip_row(rng: np.random.Generator, name: str, split: str, num_frames: int) 
         "labels": scene.labels,
         "split": split,
         "duration_s": 2.0,
-        "audio": encode_flac(synthesise(scene, 2.0), 16_000),
+        "audio": encode_flac(sound, sample_rate_hz),
         "frames": frames,
         "frame_pts_s": [0.5 * i for i in range(num_frames)],
     }

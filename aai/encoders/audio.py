@@ -1,41 +1,49 @@
-"""The trained audio encoder: waveform -> log-mel -> transformer -> head into CLIP space.
+"""The trained audio encoder: waveform -> front end (mostly a log-mel) -> backbone -> head into CLIP space.
 
 Every clip is padded or cut to the same length and normalised by constants of the data set (not of the clip: loudness
 carries meaning), so that an embedding depends on its clip alone, never on the batch.
 """
 
-import os
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchaudio.transforms import MelSpectrogram
-from transformers import ASTConfig, ASTModel, ClapAudioModel, WhisperModel
+from transformers import ASTConfig, ASTModel
 
 from aai.config import Config
+from aai.encoders import backbones
+from aai.encoders.backbones import BackboneName
+from aai.encoders.frontends import LogMel
 from aai.errors import UserError
 from aai.media.limits import SAMPLE_RATE_HZ
 
+OF_THE_BACKBONE = (
+    "window_ms", "hop_ms", "num_mel_bins", "hidden_size", "num_layers", "num_heads", "patch_size", "stride"
+)  # fmt: skip
+"""Settings of an encoder from scratch; a pretrained backbone has its own."""
+
 
 class AudioEncoderConfig(Config):
-    """The front-end, the backbone and the head.
+    """The front end, the backbone and the head."""
 
-    A pretrained backbone expects the front-end it was trained with: set the mel settings accordingly.
-    """
-
-    backbone: Literal["ast", "whisper", "clap"] = "ast"
-    """ast: Audio Spectrogram Transformer (arXiv 2104.01778), from scratch or pretrained; whisper: the encoder
-    (arXiv 2212.04356) and clap: the audio tower (arXiv 2211.06687), pretrained only."""
+    backbone: BackboneName = "ast"
+    """ast: Audio Spectrogram Transformer (arXiv 2104.01778), from scratch or pretrained. Pretrained only: whisper, its
+    encoder (arXiv 2212.04356); clap, its audio tower (arXiv 2211.06687); pe_audio, the audio tower of PE-AV."""
     pretrained: str | None = None
-    """Local folder or hub id of the backbone's weights; empty = AST from scratch with the sizes below."""
+    """Local folder or hub id of the backbone's weights and feature extractor; empty = AST from scratch with the sizes
+    below. A pretrained backbone hears the spectrogram that it was trained with."""
     revision: str | None = None
     """Commit of the hub id; required for a hub id so that a run can be repeated."""
+    architecture: dict[str, Any] | None = None
+    """Sizes of the pretrained backbone; align takes them from its config.json and keeps them in the bundle."""
+    extractor: dict[str, Any] | None = None
+    """Settings of its feature extractor; align takes them from its preprocessor_config.json and keeps them."""
     freeze_backbone: bool = False
     """Train only the head."""
     sample_rate_hz: int = pydantic.Field(SAMPLE_RATE_HZ, ge=8_000)
-    """Rate of the sounds it hears; must be that of the features."""
+    """Rate of the sounds it hears; must be that of the features. A pretrained backbone's own where it is left out."""
     clip_s: float = pydantic.Field(2.0, gt=0)
     """Length every clip is padded or cut to, in seconds."""
     window_ms: float = pydantic.Field(25.0, gt=0)
@@ -76,8 +84,13 @@ class AudioEncoderConfig(Config):
 
     @property
     def num_frames(self) -> int:
-        """Log-mel frames of a clip."""
+        """Log-mel frames of a clip, from scratch."""
         return self.clip_samples // self.hop_samples
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of a spectrum's window."""
+        return round(self.window_ms * self.sample_rate_hz / 1000)
 
     @property
     def hop_samples(self) -> int:
@@ -93,57 +106,68 @@ def fit_length(waveforms: Tensor, samples: int) -> Tensor:
     return F.pad(waveforms, (0, -extra))
 
 
-class LogMel(nn.Module):
-    """Waveforms [B, S] -> normalised log-mel energies [B, T, M]."""
+def log_mel(config: AudioEncoderConfig) -> LogMel:
+    """The front end of an encoder from scratch."""
+    return LogMel(
+        config.sample_rate_hz,
+        config.window_samples,
+        config.hop_samples,
+        config.num_mel_bins,
+        config.mel_mean,
+        config.mel_std,
+    )
 
-    def __init__(self, config: AudioEncoderConfig, num_frames: int | None = None) -> None:
-        """num_frames: T, where a backbone takes more than a clip has; what is missing is silence."""
-        super().__init__()
-        self.config = config
-        self.num_frames = num_frames or config.num_frames
-        window = round(config.window_ms * config.sample_rate_hz / 1000)
-        self.power = MelSpectrogram(
-            sample_rate=config.sample_rate_hz,
-            n_fft=1 << (window - 1).bit_length(),
-            win_length=window,
-            hop_length=config.hop_samples,
-            n_mels=config.num_mel_bins,
-            power=2.0,
-        )
 
-    def forward(self, waveforms: Tensor) -> Tensor:
-        """Float waveforms [B, S] -> float32 [B, T, M]. Raises ValueError for another shape, or no samples."""
-        if waveforms.ndim != 2 or waveforms.shape[1] == 0:
-            raise ValueError(f"waveforms have shape {tuple(waveforms.shape)}, not [B, S] with S > 0")
-        clips = fit_length(waveforms.float(), self.config.clip_samples)
-        missing = self.num_frames * self.config.hop_samples - clips.shape[1]
-        # Spectra are taken in float32 even under autocast: squares of quiet sounds are below bfloat16's resolution.
-        with torch.autocast(waveforms.device.type, enabled=False):
-            power = self.power(F.pad(clips, (0, max(0, missing))))[..., : self.num_frames]
-            mel: Tensor = (torch.log(power + 1e-6) - self.config.mel_mean) / self.config.mel_std
-        return mel.transpose(1, 2)
+def described(config: AudioEncoderConfig) -> AudioEncoderConfig:
+    """These settings with what a pretrained backbone says of itself: its sizes, its spectrogram, its rate.
+
+    Raises UserError for a folder or hub id that does not say it, and for settings that are not those of the backbone.
+    """
+    if not config.pretrained:
+        return config
+    for name in sorted(config.model_fields_set.intersection((*OF_THE_BACKBONE, "architecture", "extractor"))):
+        rule = f"{config.pretrained} has its own sizes and spectrogram"
+        raise UserError(f"encoder.{name}", getattr(config, name), rule, "leave it out")
+    architecture, extractor = backbones.describe(config.backbone, config.pretrained, config.revision)
+    rate_hz = extractor["sampling_rate"]
+    if "sample_rate_hz" in config.model_fields_set and config.sample_rate_hz != rate_hz:
+        rule = f"{config.pretrained} was trained on sounds of {rate_hz} Hz"
+        raise UserError("encoder.sample_rate_hz", config.sample_rate_hz, rule, "leave it out")
+    longest_s = backbones.longest_s(config.backbone, extractor)
+    if config.clip_s > longest_s:
+        rule = f"is longer than {config.pretrained} takes"
+        raise UserError("encoder.clip_s", config.clip_s, rule, f"set it to {longest_s:g} or less")
+    own = {"architecture": architecture, "extractor": extractor, "sample_rate_hz": rate_hz}
+    return config.model_copy(update=own)
 
 
 class AudioEncoder(nn.Module):
     """Sound into the space of the frozen CLIP."""
 
-    def __init__(self, config: AudioEncoderConfig) -> None:
-        """Builds the model, random or from pretrained weights. Raises UserError for weights it cannot load."""
+    def __init__(self, config: AudioEncoderConfig, from_pretrained: bool = False) -> None:
+        """Builds the model with random weights; from_pretrained: with the backbone's, read from folder or hub.
+
+        Raises UserError for weights it cannot load, and for a pretrained backbone that was not `described`.
+        """
         super().__init__()
         self.config = config
-        self.backbone, width, num_frames = _build_backbone(config)
-        if config.num_frames > num_frames:
-            raise UserError(
-                "encoder.clip_s",
-                config.clip_s,
-                f"is longer than {config.pretrained} takes",
-                f"set it to {num_frames * config.hop_samples / config.sample_rate_hz:g} or less",
-            )
-        self.mel = LogMel(config, num_frames)
+        if not config.pretrained:
+            self.mel: nn.Module = log_mel(config)
+            self.backbone: nn.Module = ASTModel(_sizes(config))
+        else:
+            if config.architecture is None or config.extractor is None:
+                rule = f"is missing: older encoders fed {config.pretrained} with a spectrogram that was not its own"
+                raise UserError("encoder.extractor", "(missing)", rule, "align again")
+            self.mel = backbones.front_end(config.backbone, config.extractor)
+            if from_pretrained:
+                source = config.pretrained, config.revision
+                self.backbone = backbones.load(config.backbone, config.architecture, *source)
+            else:
+                self.backbone = backbones.build(config.backbone, config.architecture)
         if config.freeze_backbone:
             self.backbone.requires_grad_(False)
         self.head = nn.Sequential(
-            nn.Linear(width, config.head_size),
+            nn.Linear(backbones.width(config.backbone, self.backbone), config.head_size),
             nn.LayerNorm(config.head_size),
             nn.ReLU(),
             nn.Dropout(config.dropout),
@@ -158,43 +182,42 @@ class AudioEncoder(nn.Module):
                 module.eval()
         return self
 
-    def log_mel(self, waveforms: Tensor) -> Tensor:
-        """Normalised log-mel energies [B, T, M] of waveforms [B, S] in -1..1 at `sample_rate_hz`."""
-        mel: Tensor = self.mel(waveforms)
-        return mel
+    @property
+    def blank(self) -> Tensor | float:
+        """What a masked cell of the features is set to, [M] or a number: about the data's mean."""
+        return backbones.blank(self.config.backbone, self.backbone)
 
-    def embed_mel(self, mel: Tensor) -> Tensor:
-        """Unit-norm embeddings [B, D] of what `log_mel` returns."""
-        pooled = _pool(self.config, self.backbone, mel)
+    def features(self, waveforms: Tensor) -> Tensor:
+        """What the backbone hears of waveforms [B, S] in -1..1 at `sample_rate_hz`: [B, T, M], or [B, S'] for pe_audio.
+
+        Raises ValueError for another shape, or no samples.
+        """
+        if waveforms.ndim != 2 or waveforms.shape[1] == 0:
+            raise ValueError(f"waveforms have shape {tuple(waveforms.shape)}, not [B, S] with S > 0")
+        with torch.autocast(waveforms.device.type, enabled=False):
+            heard: Tensor = self.mel(fit_length(waveforms.float(), self.config.clip_samples))
+        return heard
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, D] of what `features` returns."""
+        pooled = backbones.pool(self.config.backbone, self.backbone, features, self.config.clip_samples, self.mel.hop)
         return F.normalize(self.head(pooled).float(), dim=-1)
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Unit-norm embeddings [B, D] of waveforms [B, S] in -1..1 at `sample_rate_hz`."""
-        return self.embed_mel(self.log_mel(waveforms))
+        return self.embed_features(self.features(waveforms))
 
 
 @torch.no_grad()
 def mel_statistics(config: AudioEncoderConfig, waveforms: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of the raw log-mel over waveforms [N, S]: for `mel_mean` and `mel_std`."""
-    mel = LogMel(config.model_copy(update={"mel_mean": 0.0, "mel_std": 1.0}))(waveforms)
+    mel = log_mel(config.model_copy(update={"mel_mean": 0.0, "mel_std": 1.0}))(waveforms)
     return float(mel.mean()), float(mel.std())
 
 
-def _build_backbone(config: AudioEncoderConfig) -> tuple[nn.Module, int, int]:
-    """The backbone, the width of what it pools, and the number of log-mel frames it takes."""
-    if config.backbone == "whisper":
-        encoder = _pretrained(WhisperModel, config).get_encoder()
-        _check_bins(config, encoder.config.num_mel_bins)
-        return encoder, encoder.config.d_model, 2 * encoder.config.max_source_positions
-    if config.backbone == "clap":
-        clap = _pretrained(ClapAudioModel, config)
-        _check_bins(config, clap.config.num_mel_bins)
-        return clap, clap.config.hidden_size, config.num_frames
-    if config.pretrained:
-        ast = _pretrained(ASTModel, config)
-        _check_bins(config, ast.config.num_mel_bins)
-        return ast, ast.config.hidden_size, ast.config.max_length
-    sizes = ASTConfig(
+def _sizes(config: AudioEncoderConfig) -> ASTConfig:
+    """Sizes of an AST from scratch."""
+    return ASTConfig(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
@@ -205,40 +228,3 @@ def _build_backbone(config: AudioEncoderConfig) -> tuple[nn.Module, int, int]:
         max_length=config.num_frames,
         num_mel_bins=config.num_mel_bins,
     )
-    return ASTModel(sizes), config.hidden_size, config.num_frames
-
-
-def _pretrained(kind: Any, config: AudioEncoderConfig) -> Any:
-    where = str(config.pretrained)
-    if not os.path.isdir(where) and not config.revision:
-        raise UserError("encoder.revision", "(missing)", f"hub id {where} is not pinned", "give its commit hash")
-    try:
-        return kind.from_pretrained(where, revision=config.revision, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(
-            "encoder.pretrained", where, f"cannot be loaded ({reason})", "give a folder or a reachable hub id"
-        ) from error
-
-
-def _check_bins(config: AudioEncoderConfig, expected: int) -> None:
-    if config.num_mel_bins != expected:
-        raise UserError(
-            "encoder.num_mel_bins",
-            config.num_mel_bins,
-            f"{config.pretrained} was trained with {expected}",
-            f"set encoder.num_mel_bins={expected}",
-        )
-
-
-def _pool(config: AudioEncoderConfig, backbone: nn.Module, mel: Tensor) -> Tensor:
-    """One vector [B, W] for each log-mel [B, T, M]."""
-    pooled: Tensor
-    if config.backbone == "clap":
-        pooled = backbone(mel.unsqueeze(1)).pooler_output
-    elif config.backbone == "whisper":
-        # Whisper pads to 30 s: the states (one for two frames) after the clip's own are left out.
-        pooled = backbone(mel.transpose(1, 2)).last_hidden_state[:, : config.num_frames // 2].mean(dim=1)
-    else:
-        pooled = backbone(mel).last_hidden_state.mean(dim=1)
-    return pooled

@@ -55,11 +55,9 @@ def spectrogram(audio: np.ndarray, config: "AudioEncoderConfig", width_px: int =
     """The log-mel of a waveform float32 [S] as the audio encoder hears it: a PNG data URI, low notes at the bottom."""
     import torch  # only here: most pages need no torch, which takes seconds to import
 
-    from aai.encoders.audio import LogMel
+    from aai.encoders.audio import log_mel
 
-    seconds = len(audio) / config.sample_rate_hz
-    log_mel = LogMel(config.model_copy(update={"clip_s": seconds}))
-    mel = log_mel(torch.from_numpy(audio)[None])[0].numpy().T[::-1]  # [M, T]
+    mel = log_mel(config)(torch.from_numpy(audio)[None])[0].numpy().T[::-1]  # [M, T]
     low, high = np.percentile(mel, [5, 99.5])
     shade = np.clip((mel - low) / max(1e-6, float(high - low)), 0, 1)
     image = Image.fromarray((shade * 255).astype(np.uint8)).resize((width_px, height_px), Image.Resampling.BICUBIC)

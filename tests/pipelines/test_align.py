@@ -1,5 +1,6 @@
 """featurize and align on real Ray with two workers, on a table of 48 toy clips and random small models."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,21 @@ import torch
 from aai import storage
 from aai.align import validate
 from aai.bundle import read_bundle
-from aai.encoders.aligner import embed
+from aai.encoders.aligner import embed, load_aligner
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
 from aai.fit import FitConfig
 from aai.precision import resolve
 from pipelines import adapt, align, featurize
-from pipelines.align import AlignConfig
+from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
 from pipelines.training import ray_train
+from pipelines.training.recipe import Trained
 from pipelines.training.stage import validates
 from tests.pipelines.conftest import no_models_here
-from tests.tiny import write_clip, write_clip_table, write_diffusion
+from tests.tiny import BACKBONES, write_ast, write_clap, write_clip, write_clip_table, write_diffusion
 
 ENCODER = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_mel_bins": 32, "head_size": 32}
 
@@ -34,9 +36,11 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
     clip = write_clip(root / "clip")
     foundation = {"clip": str(clip), "diffusion": str(write_diffusion(root / "diffusion", clip))}
     clips = str(write_clip_table(root / "accepted", 3, 16))
+    sharp = str(write_clip_table(root / "accepted_48k", 1, 8, sample_rate_hz=48_000))
     connect(ClusterConfig())
-    table = {"input": clips, "out": str(root / "features"), "foundation": foundation}
-    featurize.run(featurize.FeaturizeConfig.parse(table))
+    for source, features in ((clips, "features"), (sharp, "features_48k")):
+        table = {"input": source, "out": str(root / features), "foundation": foundation}
+        featurize.run(featurize.FeaturizeConfig.parse(table))
     yield {
         "features": str(root / "features"),
         "out": str(root / "align"),
@@ -77,6 +81,73 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     assert align.run(config) == result  # nothing to do
     with pytest.raises(UserError, match="other settings or data"):
         align.run(AlignConfig.parse({**settings, "loss": {"w_text": 0}}))
+
+
+def pretrained_settings(backbone: str, settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """One step of a random pretrained backbone, on features of its rate."""
+    rate = "_48k" if backbone in ("clap", "pe_audio") else ""
+    folder = BACKBONES[backbone](tmp_path / "pretrained")
+    return {
+        **settings,
+        "features": settings["features"] + rate,
+        "out": str(tmp_path / "out"),
+        "encoder": {"backbone": backbone, "pretrained": str(folder), "clip_s": 1.0, "head_size": 32},
+        "fit": {"steps": 1, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 0, "log_every": 1},
+        "cluster": {"num_workers": 1},
+    }
+
+
+def validated_elsewhere(bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str) -> float:
+    """a2v R@1 of a bundle that was moved, with the pretrained folder gone and no hub."""
+    shutil.move(bundle, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "pretrained")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    aligner = load_aligner(read_bundle(tmp_path / "elsewhere"))
+    return validate(aligner, load_split(features, "val", aligner.config.clip_samples))["a2v_r1"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_pretrained_backbone_takes_a_step_and_its_bundle_stands_alone(
+    backbone: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AlignConfig.parse(pretrained_settings(backbone, settings, tmp_path))
+    recipe = AlignRecipe(config)
+    recipe.config = recipe.prepare(FeatureManifest.read(config.features))
+    task = recipe.build().train()
+    clips = load_split(config.features, "train", recipe.config.encoder.clip_samples)
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.1)
+    task({name: clips[name][:4] for name in clips if name != "labels"})[0].backward()
+    optimizer.step()
+    expected = recipe.validate(task, load_split(config.features, "val", recipe.config.encoder.clip_samples))
+    module, kept = recipe.export(task)
+    trained = Trained(module.state_dict(), kept.model_dump(mode="json"), 1, "float32")
+    meta = {"data_fingerprint": "", "metrics": {}, "parents": []}
+    recipe.write(str(tmp_path / "bundle"), trained, meta)
+    found = validated_elsewhere(str(tmp_path / "bundle"), tmp_path, monkeypatch, config.features)
+    assert found == expected["a2v_r1"]
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_k2_a_pretrained_backbone_trains_on_ray_and_its_bundle_stands_alone(
+    backbone: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AlignConfig.parse(pretrained_settings(backbone, settings, tmp_path))
+    result = align.run(config)
+    found = validated_elsewhere(result["bundle"], tmp_path, monkeypatch, config.features)
+    assert found == pytest.approx(result["metrics"]["val_a2v_r1"])
+
+
+def test_a_pretrained_backbone_takes_no_settings_of_another(settings: dict[str, Any], tmp_path: Path) -> None:
+    pretrained = {"pretrained": str(write_ast(tmp_path / "ast")), "clip_s": 1.0}
+    sharp = {"backbone": "clap", "pretrained": str(write_clap(tmp_path / "clap")), "clip_s": 1.0}
+    for encoder, message in (
+        ({**pretrained, "num_mel_bins": 16}, r"encoder\.num_mel_bins=16: .* has its own sizes and spectrogram"),
+        ({**pretrained, "clip_s": 1.5}, r"encoder\.clip_s=1\.5: is longer than .* takes; set it to 1 or less"),
+        (sharp, r"hears 48000 Hz, the features hold 16000 Hz; curate with decode\.sample_rate_hz=48000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            align.run(AlignConfig.parse({**settings, "out": str(tmp_path / "out"), "encoder": encoder}))
 
 
 def test_mistakes_are_found_before_anything_starts(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import ClapAudioConfig, ClapAudioModel, WhisperConfig, WhisperModel
 
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, fit_length, mel_statistics
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, described, fit_length, mel_statistics
 from aai.errors import UserError
-from tests.tiny import write_ast
+from tests.tiny import BACKBONES, write_ast, write_clap
 
 SMALL = AudioEncoderConfig(hidden_size=32, num_layers=2, num_heads=2, clip_s=1.0, embed_dim=16, head_size=24)
 
@@ -15,37 +16,19 @@ def noise(batch: int, samples: int, seed: int = 0) -> torch.Tensor:
     return 0.1 * torch.randn(batch, samples, generator=torch.Generator().manual_seed(seed))
 
 
+KINDS = ["scratch", *BACKBONES]
+
+
 def encoder_of(backbone: str, tmp_path: Path) -> AudioEncoder:
     torch.manual_seed(0)
     if backbone == "scratch":
         return AudioEncoder(SMALL).eval()
-    folder = tmp_path / backbone
-    settings = {"pretrained": str(folder), "embed_dim": 16, "head_size": 24, "num_mel_bins": 16, "clip_s": 0.8}
-    if backbone == "ast":
-        write_ast(folder)
-    elif backbone == "whisper":
-        sizes = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
-        rest = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 64, "vocab_size": 16}
-        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-        config = WhisperConfig(**sizes, **rest, **special, num_mel_bins=16, max_source_positions=60)
-        WhisperModel(config).save_pretrained(folder)
-    else:
-        config = ClapAudioConfig(
-            num_mel_bins=16,
-            spec_size=64,
-            window_size=4,
-            depths=[1, 1],
-            num_attention_heads=[2, 2],
-            hidden_size=64,
-            patch_embeds_hidden_size=32,
-            num_classes=2,
-            enable_fusion=False,
-        )
-        ClapAudioModel(config).save_pretrained(folder)
-    return AudioEncoder(AudioEncoderConfig(backbone=backbone, **settings)).eval()
+    folder = BACKBONES[backbone](tmp_path / backbone)
+    config = AudioEncoderConfig(backbone=backbone, pretrained=str(folder), embed_dim=16, head_size=24, clip_s=0.8)
+    return AudioEncoder(described(config), from_pretrained=True).eval()
 
 
-@pytest.mark.parametrize("backbone", ["scratch", "ast", "whisper", "clap"])
+@pytest.mark.parametrize("backbone", KINDS)
 def test_an_embedding_depends_on_its_clip_alone(backbone: str, tmp_path: Path) -> None:
     encoder = encoder_of(backbone, tmp_path)
     sounds = noise(5, encoder.config.clip_samples)
@@ -59,7 +42,7 @@ def test_an_embedding_depends_on_its_clip_alone(backbone: str, tmp_path: Path) -
     assert (together[0] - together[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("backbone", ["scratch", "ast", "whisper", "clap"])
+@pytest.mark.parametrize("backbone", KINDS)
 def test_every_trainable_parameter_gets_a_gradient(backbone: str, tmp_path: Path) -> None:
     encoder = encoder_of(backbone, tmp_path).train()
     encoder(noise(3, encoder.config.clip_samples))[:, 0].sum().backward()
@@ -76,12 +59,26 @@ def test_batch_norms_stay_still_while_training(tmp_path: Path) -> None:
     assert not any(m.training for m in norms)
 
 
-def test_log_mel_shape_and_loudness() -> None:
-    encoder = AudioEncoder(SMALL)
-    quiet, loud = encoder.log_mel(torch.cat([noise(1, 16_000), 4 * noise(1, 16_000)]))
-    assert quiet.shape == (100, 64)
-    # Loudness must survive: 4 times the amplitude is 16 times the power in every cell.
-    torch.testing.assert_close((loud - quiet).mean(), torch.tensor(16.0).log(), atol=0.02, rtol=0)
+@pytest.mark.parametrize("backbone", KINDS)
+def test_an_encoder_is_built_again_from_its_settings_alone(backbone: str, tmp_path: Path) -> None:
+    encoder = encoder_of(backbone, tmp_path)
+    settings = json.loads(encoder.config.model_dump_json())
+    for folder in tmp_path.iterdir():
+        shutil.rmtree(folder)
+    again = AudioEncoder(AudioEncoderConfig.parse(settings)).eval()
+    again.load_state_dict(encoder.state_dict())
+    sounds = noise(2, encoder.config.clip_samples)
+    with torch.no_grad():
+        assert torch.equal(again(sounds), encoder(sounds))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_pretrained_weights_arrive(backbone: str, tmp_path: Path) -> None:
+    encoder = encoder_of(backbone, tmp_path)
+    random, again = AudioEncoder(encoder.config), encoder_of(backbone, tmp_path)
+    loaded = encoder.backbone.state_dict()
+    assert all(torch.equal(again.backbone.state_dict()[name], x) for name, x in loaded.items())
+    assert not all(torch.equal(random.backbone.state_dict()[name], x) for name, x in loaded.items())
 
 
 def test_short_clips_are_padded_and_long_ones_cut_in_the_middle() -> None:
@@ -98,21 +95,36 @@ def test_short_clips_are_padded_and_long_ones_cut_in_the_middle() -> None:
 def test_mel_statistics_normalise_the_data() -> None:
     sounds = noise(8, 16_000)
     mean, std = mel_statistics(SMALL, sounds)
-    mel = AudioEncoder(SMALL.model_copy(update={"mel_mean": mean, "mel_std": std})).log_mel(sounds)
+    mel = AudioEncoder(SMALL.model_copy(update={"mel_mean": mean, "mel_std": std})).features(sounds)
     assert abs(float(mel.mean())) < 1e-3
     assert abs(float(mel.std()) - 1) < 1e-3
 
 
-def test_mistakes_are_user_errors(tmp_path: Path) -> None:
+def test_the_blank_of_clap_is_the_mean_that_its_batch_norm_knows(tmp_path: Path) -> None:
+    encoder = encoder_of("clap", tmp_path)
+    assert encoder.features(noise(1, 38_400)).shape[2] == 16
+    assert torch.equal(torch.as_tensor(encoder.blank), torch.full((16,), -40.0))
+    assert AudioEncoder(SMALL).blank == 0.0
+
+
+def test_a_pretrained_backbone_has_its_own_front_end(tmp_path: Path) -> None:
     folder = str(write_ast(tmp_path / "ast"))
-    with pytest.raises(UserError, match="num_mel_bins=64"):
-        AudioEncoder(AudioEncoderConfig(pretrained=folder))
-    with pytest.raises(UserError, match="clip_s=2"):
-        AudioEncoder(AudioEncoderConfig(pretrained=folder, num_mel_bins=16))
-    with pytest.raises(UserError, match="cannot be loaded"):
-        AudioEncoder(AudioEncoderConfig(pretrained=str(tmp_path), num_mel_bins=16))
-    with pytest.raises(UserError, match="not pinned"):
-        AudioEncoder(AudioEncoderConfig(pretrained="somebody/something"))
+    given = {"num_mel_bins": 16, "hop_ms": 10, "hidden_size": 32, "extractor": {}, "architecture": {}}
+    for name, value in given.items():
+        with pytest.raises(UserError, match=rf"encoder\.{name}.*its own sizes and spectrogram.*leave it out"):
+            described(AudioEncoderConfig(pretrained=folder, clip_s=0.8, **{name: value}))
+    with pytest.raises(UserError, match=r"clip_s=2.*set it to 1 or less"):
+        described(AudioEncoderConfig(pretrained=folder))
+    clap = str(write_clap(tmp_path / "clap"))
+    with pytest.raises(UserError, match=r"sample_rate_hz=16000.*48000 Hz"):
+        described(AudioEncoderConfig(backbone="clap", pretrained=clap, sample_rate_hz=16_000))
+    assert described(AudioEncoderConfig(backbone="clap", pretrained=clap)).sample_rate_hz == 48_000
+    assert described(SMALL) is SMALL
+
+
+def test_mistakes_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"encoder.extractor.*align again"):
+        AudioEncoder(AudioEncoderConfig(pretrained=str(tmp_path)))
     with pytest.raises(UserError, match="set pretrained"):
         AudioEncoderConfig.parse({"backbone": "whisper"})
     with pytest.raises(ValueError, match="S > 0"):
