@@ -34,6 +34,8 @@ BEAT_S = 10.0
 LEASE_S = 60.0
 """How long after its last refresh a lease can be taken over."""
 SETTLE_S = 1.0
+LOST = signal.SIGUSR1
+"""What a driver sends itself when its lease was taken over."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 C = TypeVar("C")
@@ -155,13 +157,31 @@ def _lease(out: str) -> Iterator[None]:
     _take(out, where, mine)
     ended = threading.Event()
     beat = threading.Thread(target=_refresh, args=(where, mine, ended), name="output-lock", daemon=True)
-    beat.start()
+    with _stoppable():
+        beat.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beat.join()
+            _give_back(where, mine)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """While the body runs, LOST ends the main thread's work; SIGINT would not where a script started us with `&`."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets no other thread set a handler; the process then ends of the signal
+        return
+    before = signal.signal(LOST, stop)
     try:
         yield
     finally:
-        ended.set()
-        beat.join()
-        _give_back(where, mine)
+        signal.signal(LOST, before)
 
 
 def _give_back(where: str, mine: Record) -> None:
@@ -216,7 +236,7 @@ def _refresh(where: str, mine: Record, ended: threading.Event) -> None:
             found = _read(where) or {}
             if found.get("holder") != mine["holder"]:
                 log.error("%s was taken over by process %s on %s", where, found.get("pid"), found.get("host"))
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # ends even a waiting call
+                signal.pthread_kill(threading.main_thread().ident or 0, LOST)  # ends even a waiting call
                 return
             storage.write_bytes(where, json.dumps(mine | {"beat": time.time()}).encode())
         except Exception as error:  # the network may be away for a while; the lease is longer than a few beats
