@@ -42,11 +42,13 @@ fix: setup ## let ruff mend and format what it can
 coverage: setup ## the tests with a report of the lines that none of them runs: htmlcov/index.html
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
+# Losses are compared with open_clip's; without what it depends on, torchvision, which would change transformers' ways.
 accept: setup ## the long evidence, one test per acceptance line
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0
 	$(BIN)/pytest -m accept $(ARGS)
 
 # One thread a process: the tests' models are too small for more.
-mutation: setup ## change the code in 360 places and count the changes that the tests catch (half an hour)
+mutation: setup ## change the code in 360 places and count the changes that the tests catch (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(ARGS)
 
 foundation: setup ## train the toy foundation models again from nothing (hours on a CPU)

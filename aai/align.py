@@ -11,13 +11,20 @@ from torch import Tensor, nn
 from aai.config import Config
 from aai.encoders.aligner import embed
 from aai.encoders.audio import AudioEncoder
-from aai.losses import gather_with_grad, info_nce
+from aai.losses import gather_with_grad, info_nce, mean_over_ranks, own_rows, sigmoid_loss, world_size
+from aai.memory import in_chunks
 from aai.metrics import retrieval
+
+FIRST_BIAS = -10.0
+"""Where the sigmoid loss's bias begins (arXiv 2303.15343, section 3.3)."""
 
 
 class AlignLossConfig(Config):
     """Loss and augmentation of the align stage."""
 
+    kind: Literal["info_nce", "sigmoid"] = "info_nce"
+    """info_nce: each clip is told from all others of the batch (CLIP). sigmoid: each pair is judged by itself (SigLIP);
+    it began with a temperature of 0.1 there."""
     w_image: float = pydantic.Field(1.0, ge=0)
     """Weight of the audio-image term."""
     w_text: float = pydantic.Field(1.0, ge=0)
@@ -44,40 +51,58 @@ class AlignLossConfig(Config):
 class AlignTask(nn.Module):
     """Audio encoder and loss of the align stage.
 
-    loss = w_image InfoNCE(audio, image) + w_text InfoNCE(audio, text), each term with its own temperature.
+    loss = w_image L(audio, image) + w_text L(audio, text), L being InfoNCE or the sigmoid loss, each term with its own
+    temperature (and bias). Copies of a clip are no negatives of one another; in the text term, nor are clips with equal
+    captions: their pictures differ, their texts do not.
     """
 
-    def __init__(self, encoder: AudioEncoder, config: AlignLossConfig) -> None:
+    def __init__(self, encoder: AudioEncoder, config: AlignLossConfig, chunk_size: int = 0) -> None:
+        """chunk_size: clips that go through the encoder at once (see `aai.memory.in_chunks`)."""
         super().__init__()
-        self.encoder, self.config = encoder, config
+        self.encoder, self.config, self.chunk_size = encoder, config, chunk_size
         start = torch.tensor(math.log(1 / config.temperature))
         weights = {"image": config.w_image, "text": config.w_text}
         self.weights = {term: weight for term, weight in weights.items() if weight > 0}
         self.log_scale = nn.ParameterDict({term: nn.Parameter(start.clone()) for term in self.weights})
+        if config.kind == "sigmoid":
+            self.bias = nn.ParameterDict({term: nn.Parameter(torch.tensor(FIRST_BIAS)) for term in self.weights})
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and figures of one batch (of this process; negatives come from all processes).
+        """This process's loss of one batch, whose mean over all processes is the loss, and the figures of all.
 
         batch: audio [B, S] in -1..1, image_features [B, K, D] and text_features [B, T, D] of unit norm, caption_id
-        int64 [B] (0 = no caption), clip_hash int64 [B].
+        int64 [B] (0 = no caption), clip_hash int64 [B]. Negatives come from all processes.
         """
-        audio = gather_with_grad(self.encode(batch["audio"]))
+        audio = gather_with_grad(in_chunks(self.encode, self.chunk_size, batch["audio"]))
         caption, clip = gather_with_grad(batch["caption_id"]), gather_with_grad(batch["clip_hash"])
-        same = (clip[:, None] == clip) | ((caption[:, None] == caption) & (caption != 0))
-        total = audio.new_zeros(())
-        report = {}
+        copies = clip[:, None] == clip
+        alike = {"image": copies, "text": copies | (caption[:, None] == caption)}
+        # A clip without a caption has no place in the text term.
+        present = {"image": torch.ones_like(caption, dtype=torch.bool), "text": caption != 0}
+        mine = own_rows(len(batch["audio"]))
+        total, losses = audio.new_zeros(()), {}
         for term, weight in self.weights.items():
             target = gather_with_grad(self._pick(batch[f"{term}_features"]))
-            # A clip without a caption has no place in the text term.
-            rows = caption != 0 if term == "text" else torch.ones_like(caption, dtype=torch.bool)
-            scale = self.log_scale[term].exp().clamp(max=self.config.max_logit_scale)
-            loss = scale * 0.0
-            if rows.any():
-                loss = info_nce(audio[rows], target[rows], scale, same[rows][:, rows])
+            loss = self._loss(term, audio, target, alike[term], present[term], mine)
             total = total + weight * loss
-            report[f"loss_{term}"] = loss.detach()
-            report[f"temperature_{term}"] = 1 / scale.detach()
-        return total, report
+            losses[f"loss_{term}"] = loss.detach()
+        losses["loss"] = total.detach()
+        of_all = dict(zip(losses, mean_over_ranks(torch.stack(list(losses.values()))), strict=True))
+        return total, of_all | {f"temperature_{term}": 1 / self._scale(term).detach() for term in self.weights}
+
+    def _loss(self, term: str, audio: Tensor, target: Tensor, alike: Tensor, present: Tensor, mine: slice) -> Tensor:
+        """One term: this process's share of the mean over the clips that are present."""
+        # Rows that are left out stay in place, so that every rank's are where they were: masked, and not counted.
+        same = alike | ~present[:, None] | ~present
+        if self.config.kind == "sigmoid":
+            costs = sigmoid_loss(audio, target, self._scale(term), self.bias[term], same, mine)
+        else:
+            costs = info_nce(audio, target, self._scale(term), same, mine)
+        return (costs * present[mine]).sum() * world_size() / present.sum().clamp(min=1)
+
+    def _scale(self, term: str) -> Tensor:
+        """The inverse temperature."""
+        return self.log_scale[term].exp().clamp(max=self.config.max_logit_scale)
 
     def encode(self, waveforms: Tensor) -> Tensor:
         """Embeddings [B, D] of waveforms [B, S]; augmented while training."""

@@ -1,4 +1,8 @@
-"""The contrastive loss, on one process or many."""
+"""The contrastive losses, on one process or many.
+
+Each rank scores its own rows against the rows of all ranks, B x N scores of N x N. A rank's loss is scaled so that the
+mean over ranks, which DistributedDataParallel takes of the gradients, is the loss of one process with the whole batch.
+"""
 
 import torch
 import torch.distributed as dist
@@ -7,27 +11,71 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 
-def info_nce(a: Tensor, b: Tensor, logit_scale: Tensor | float, same: Tensor | None = None) -> Tensor:
-    """Symmetric InfoNCE (van den Oord et al. 2018, arXiv 1807.03748; CLIP, arXiv 2103.00020): a scalar.
+def info_nce(
+    a: Tensor, b: Tensor, logit_scale: Tensor | float, same: Tensor | None = None, rows: slice = slice(None)
+) -> Tensor:
+    """Symmetric InfoNCE (van den Oord et al. 2018, arXiv 1807.03748; CLIP, arXiv 2103.00020) of each row: [rows].
 
-    a, b: unit-norm [B, D], row i of one belongs to row i of the other. logit_scale: inverse temperature.
-    same: bool [B, B], true for pairs that are not negatives of one another (equal captions, copies of a clip).
+    a, b: unit-norm [N, D], row i of one belongs to row i of the other. logit_scale: inverse temperature.
+    same: bool [N, N], true for pairs that are not negatives of one another (equal captions, copies of a clip).
+    rows: those that are scored, against all.
     """
-    logits = logit_scale * a @ b.T
+    target = torch.arange(len(a), device=a.device)[rows]
+    total = a.new_zeros(len(target))
+    for mine, others in ((a, b), (b, a)):
+        logits = logit_scale * mine[rows] @ others.T
+        if same is not None:
+            logits = logits.masked_fill(_not_negative(same, rows), float("-inf"))
+        total = total + F.cross_entropy(logits, target, reduction="none") / 2
+    return total
+
+
+def sigmoid_loss(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: Tensor | float,
+    bias: Tensor | float,
+    same: Tensor | None = None,
+    rows: slice = slice(None),
+) -> Tensor:
+    """The pairwise sigmoid loss (SigLIP, arXiv 2303.15343, eq. 1) of each row: [rows]. See `info_nce`.
+
+    bias: added to every score; learned, from -10, so that a batch's many negatives do not drown its positives.
+    """
+    logits = logit_scale * a[rows] @ b.T + bias
+    own = torch.eye(len(a), dtype=torch.bool, device=a.device)[rows]
+    cost = -F.logsigmoid(torch.where(own, logits, -logits))
     if same is not None:
-        others = same & ~torch.eye(len(a), dtype=torch.bool, device=a.device)
-        logits = logits.masked_fill(others, float("-inf"))
-    target = torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        cost = cost.masked_fill(_not_negative(same, rows), 0.0)
+    return cost.sum(dim=1)
+
+
+def _not_negative(same: Tensor, rows: slice) -> Tensor:
+    return (same & ~torch.eye(len(same), dtype=torch.bool, device=same.device))[rows]
+
+
+def world_size() -> int:
+    """Processes that share a batch; 1 outside of distributed training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
     """All ranks' rows [world * B, ...] in rank order; the gradient flows back to every rank. Identity on one process.
 
-    When each rank computes the loss of all gathered rows, the backward pass sums the ranks' equal gradients; the mean
-    that DistributedDataParallel takes over ranks undoes that, and the result is the gradient of one process with
-    the whole batch. Every rank must hold equally many rows.
+    The backward pass sums what all ranks' losses say of a row. Every rank must hold equally many rows.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return x
-    return torch.cat(all_gather(x))
+    return x if world_size() == 1 else torch.cat(all_gather(x))
+
+
+def own_rows(count: int) -> slice:
+    """Where the `count` rows of this rank stand among those of `gather_with_grad`."""
+    first = count * dist.get_rank() if world_size() > 1 else 0
+    return slice(first, first + count)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of the ranks' figures, without gradient."""
+    x = x.detach() / world_size()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x

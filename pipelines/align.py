@@ -113,7 +113,8 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
 
     def build(self) -> AlignTask:
         """See TrainRecipe."""
-        return AlignTask(AudioEncoder(self.config.encoder, from_pretrained=True), self.config.loss)
+        encoder = AudioEncoder(self.config.encoder, from_pretrained=True)
+        return AlignTask(encoder, self.config.loss, self.config.fit.chunk_size)
 
     def validate(self, task: AlignTask, held_out: dict[str, Any]) -> dict[str, float]:
         """Retrieval by sound."""

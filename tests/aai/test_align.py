@@ -1,16 +1,18 @@
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aai.align import AlignLossConfig, AlignTask, mask, rotate, validate
 from aai.encoders.aligner import embed
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.losses import info_nce
+from aai.losses import info_nce, sigmoid_loss
+from tests.ranks import on_ranks
 
 SMALL = AudioEncoderConfig(
     hidden_size=32, num_layers=1, num_heads=2, clip_s=0.5, embed_dim=8, head_size=16, num_mel_bins=32, dropout=0.0
@@ -39,7 +41,7 @@ def test_the_loss_is_the_weighted_sum_of_both_terms() -> None:
     loss, report = task(batch)
     torch.testing.assert_close(loss.detach(), 0.5 * report["loss_image"] + 2.0 * report["loss_text"])
     image = F.normalize(batch["image_features"].mean(1), dim=-1)
-    expected = info_nce(task.encoder(batch["audio"]), image, 1 / 0.07)
+    expected = info_nce(task.encoder(batch["audio"]), image, 1 / 0.07).mean()
     torch.testing.assert_close(report["loss_image"], expected.detach())
 
 
@@ -55,21 +57,23 @@ def test_every_figure_by_hand_with_copies_and_equal_captions() -> None:
     loss, report = task(batch)
     audio = task.encoder(batch["audio"])
     image, text = (F.normalize(batch[f"{name}_features"].mean(1), dim=-1) for name in ("image", "text"))
-    same = torch.eye(6, dtype=torch.bool)
-    for a, b in ((0, 1), (2, 3)):  # an equal caption, a copy; two clips without a caption are not alike
-        same[a, b] = same[b, a] = True
+    copies = torch.eye(6, dtype=torch.bool)
+    copies[2, 3] = copies[3, 2] = True
+    same = copies.clone()
+    same[0, 1] = same[1, 0] = True  # an equal caption; two clips without a caption are not alike
     heard = torch.tensor([0, 1, 3, 5])
     expected = {
-        "loss_image": info_nce(audio, image, 5.0, same),
-        "loss_text": info_nce(audio[heard], text[heard], 8.0, same[heard][:, heard]),
+        "loss_image": info_nce(audio, image, 5.0, copies).mean(),
+        "loss_text": info_nce(audio[heard], text[heard], 8.0, same[heard][:, heard]).mean(),
         "temperature_image": torch.tensor(0.2),
         "temperature_text": torch.tensor(1 / 8),
     }
+    expected["loss"] = 0.5 * expected["loss_image"] + 2 * expected["loss_text"]
     assert report.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(report[name], value.detach())
         assert not report[name].requires_grad
-    torch.testing.assert_close(loss, 0.5 * expected["loss_image"] + 2 * expected["loss_text"])
+    torch.testing.assert_close(loss, expected["loss"])
 
 
 def test_without_text_weight_there_is_no_text_term() -> None:
@@ -83,15 +87,96 @@ def test_without_text_weight_there_is_no_text_term() -> None:
         AlignLossConfig.parse({"w_image": 0, "w_text": 0})
 
 
-def test_equal_captions_and_copies_are_not_negatives() -> None:
-    batch = make_batch()
-    task = make_task().eval()
+@pytest.mark.parametrize("kind", ["info_nce", "sigmoid"])
+def test_copies_are_no_negatives_and_equal_captions_are_none_in_the_text_term(kind: str) -> None:
+    batch, task = make_batch(), make_task(kind=kind).eval()
+    if kind == "sigmoid":
+        for bias in task.bias.values():
+            bias.data.zero_()  # at -10 a negative costs next to nothing
     apart = task(batch)[1]
     together = task({**batch, "caption_id": torch.tensor([1, 1, 2, 3, 4, 5])})[1]
     assert together["loss_text"] < apart["loss_text"]
-    assert together["loss_image"] < apart["loss_image"]
+    # A data set of 309 labels has thousands of clips for each: their pictures must still be told apart.
+    assert together["loss_image"] == apart["loss_image"]
     copies = task({**batch, "clip_hash": torch.tensor([1, 1, 2, 3, 4, 5])})[1]
-    torch.testing.assert_close(copies["loss_image"], together["loss_image"])
+    assert copies["loss_image"] < apart["loss_image"]
+    torch.testing.assert_close(copies["loss_text"], together["loss_text"])
+
+
+def test_the_sigmoid_loss_learns_a_bias_for_each_term() -> None:
+    batch, task = make_batch(), make_task(kind="sigmoid", temperature=0.1).eval()
+    assert {name: bias.item() for name, bias in task.bias.items()} == {"image": -10.0, "text": -10.0}
+    loss, report = task(batch)
+    image = F.normalize(batch["image_features"].mean(1), dim=-1)
+    expected = sigmoid_loss(task.encoder(batch["audio"]), image, 10.0, -10.0).mean()
+    torch.testing.assert_close(report["loss_image"], expected.detach())
+    loss.backward()
+    assert all(p.grad is not None for p in task.parameters())
+    assert not hasattr(make_task(), "bias")
+
+
+# ---------------------------------------------------------------- one process, or many, or chunks
+
+VARIANTS = [(kind, chunk) for kind in ("info_nce", "sigmoid") for chunk in (0, 1)]
+
+
+def shared_task(kind: str, chunk_size: int) -> AlignTask:
+    """In training mode, with nothing drawn at random: what is drawn differs between ranks."""
+    torch.manual_seed(0)
+    still = {"kind": kind, "frames": "mean", "time_shift": 0.0, "mask_share": 0.0, "w_text": 0.5}
+    task = AlignTask(AudioEncoder(SMALL), AlignLossConfig.parse(still), chunk_size).train()
+    for parameter in task.encoder.backbone.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter)  # tokens and positions of zeros: the first norm would magnify every rounding
+    return task
+
+
+def shared_batch() -> dict[str, Tensor]:
+    """Eight clips; a copy, equal captions and absent ones lie across the ranks, unevenly."""
+    caption_id, clip_hash = torch.tensor([3, 3, 0, 0, 5, 3, 7, 0]), torch.tensor([1, 2, 3, 4, 5, 6, 7, 1])
+    return {**make_batch(8), "caption_id": caption_id, "clip_hash": clip_hash}
+
+
+def outcome(task: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss over all processes, and every gradient."""
+    loss, report = task(batch)
+    loss.backward()
+    gradients = {name.removeprefix("module."): p.grad for name, p in task.named_parameters()}
+    return {"loss": report["loss"], **{name: g for name, g in gradients.items() if g is not None}}
+
+
+def _rank(rank: int, folder: str) -> None:
+    size = 8 // torch.distributed.get_world_size()
+    part = {name: x[rank * size : (rank + 1) * size] for name, x in shared_batch().items()}
+    for kind, chunk in VARIANTS:
+        task = nn.parallel.DistributedDataParallel(shared_task(kind, chunk))
+        torch.save(outcome(task, part), f"{folder}/{kind}-{chunk}-{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_k1_many_processes_have_the_loss_and_gradients_of_one(count: int, tmp_path: Path) -> None:
+    on_ranks(count, _rank, str(tmp_path))
+    for kind, chunk in VARIANTS:
+        expected = outcome(shared_task(kind, 0), shared_batch())
+        assert len(expected) > 20
+        largest = 0.0
+        for rank in range(count):
+            found = torch.load(tmp_path / f"{kind}-{chunk}-{rank}.pt", weights_only=True)
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=f"{kind} {chunk} {name}")
+                largest = max(largest, float((found[name] - value).abs().max()))
+        print(f"{count} processes, {kind}, chunks of {chunk or 'all'}: largest difference {largest:.1e}")
+
+
+@pytest.mark.parametrize("kind", ["info_nce", "sigmoid"])
+@pytest.mark.parametrize("chunk", [1, 3, 8, 100])
+def test_chunks_have_the_loss_and_gradients_of_the_whole(kind: str, chunk: int) -> None:
+    expected, found = (outcome(shared_task(kind, size), shared_batch()) for size in (0, chunk))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_a_clip_without_caption_takes_no_part_in_the_text_term() -> None:
@@ -191,12 +276,12 @@ def test_validate_scores_a_perfect_encoder() -> None:
     assert validate(encoder, clips)["a2v_r1"] == 0.0
 
 
-class Given(torch.nn.Module):
+class Given(nn.Module):
     """In the encoder's place: the "waveforms" are the embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, waveforms: Tensor) -> Tensor:
         return waveforms * self.weight
@@ -233,6 +318,7 @@ def test_validate_by_hand() -> None:
 
 def test_bounds_and_defaults_of_the_settings() -> None:
     assert AlignLossConfig().model_dump() == {
+        "kind": "info_nce",
         "w_image": 1.0,
         "w_text": 1.0,
         "frames": "random",

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aai.errors import UserError
 from aai.fit import FitConfig, Meter, State, fit, learning_rate, local_batch_size, restore_weights, trainable
-from tests.ranks import on_two_ranks
+from tests.ranks import on_ranks
 
 
 class Line(nn.Module):
@@ -272,6 +272,7 @@ def test_bounds_and_defaults_of_the_settings() -> None:
     assert FitConfig().model_dump() == {
         "steps": 400,
         "batch_size": 128,
+        "chunk_size": 0,
         "learning_rate": 1e-3,
         "weight_decay": 0.05,
         "warmup_steps": 20,
@@ -324,7 +325,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one_but_draw_numbers_of_their_own(tmp_path: Path) -> None:
     whole = fit(Plain(), batches, CONFIG)
-    on_two_ranks(_rank, str(tmp_path))
+    on_ranks(2, _rank, str(tmp_path))
     for rank in range(2):
         state = State.load(tmp_path / f"{rank}.safetensors")
         for name, value in whole.weights.items():

@@ -1,13 +1,14 @@
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from aai.losses import gather_with_grad, info_nce
-from tests.ranks import on_two_ranks
+from aai.losses import gather_with_grad, info_nce, mean_over_ranks, own_rows, sigmoid_loss, world_size
+from tests.ranks import on_ranks
 
 BATCH, DIM = 6, 5
 
@@ -23,12 +24,12 @@ def test_info_nce_equals_its_definition() -> None:
         for i in range(BATCH):
             scores = torch.stack([7.0 * (x[i] @ y[j]) for j in range(BATCH)])
             total += float(torch.logsumexp(scores, 0) - scores[i])
-    torch.testing.assert_close(info_nce(a, b, 7.0), torch.tensor(total / (2 * BATCH)))
+    torch.testing.assert_close(info_nce(a, b, 7.0).mean(), torch.tensor(total / (2 * BATCH)))
 
 
 def test_matching_pairs_cost_less_than_mismatched_ones() -> None:
     a = unit(0)
-    assert info_nce(a, a, 20.0) < info_nce(a, a.roll(1, 0), 20.0)
+    assert (info_nce(a, a, 20.0) < info_nce(a, a.roll(1, 0), 20.0)).all()
 
 
 def test_equal_pairs_are_not_negatives() -> None:
@@ -37,7 +38,7 @@ def test_equal_pairs_are_not_negatives() -> None:
     twice_a, twice_b = torch.cat([a, a[:1]]), torch.cat([b, b[:1]])
     key = torch.tensor([0, 1, 2, 3, 4, 5, 0])
     same = key[:, None] == key
-    plain, masked = info_nce(twice_a, twice_b, 10.0), info_nce(twice_a, twice_b, 10.0, same)
+    plain, masked = info_nce(twice_a, twice_b, 10.0).mean(), info_nce(twice_a, twice_b, 10.0, same).mean()
     assert masked < plain
     logits = 10.0 * a @ b.T
     row = F.cross_entropy(logits[:1], torch.tensor([0]))  # the first row, were there no duplicate
@@ -47,49 +48,89 @@ def test_equal_pairs_are_not_negatives() -> None:
     )
     torch.testing.assert_close(row, masked_row)
     only = info_nce(twice_a[[0, 6]], twice_b[[0, 6]], 10.0, torch.ones(2, 2, dtype=torch.bool))
-    torch.testing.assert_close(only, torch.tensor(0.0))
+    torch.testing.assert_close(only, torch.zeros(2))
 
 
-def test_gather_is_the_identity_on_one_process() -> None:
+def open_clip_losses() -> Any:
+    """open_clip's own loss.py (`make accept` installs it); its package would need torchvision."""
+    found = importlib.util.find_spec("open_clip")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("needs open_clip_torch: pip install --no-deps open_clip_torch")
+    path = Path(found.submodule_search_locations[0]) / "loss.py"
+    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize("rows", [2, 6, 64])
+def test_k1_losses_and_gradients_equal_those_of_open_clip(rows: int) -> None:
+    theirs = open_clip_losses()
+    scale, bias = torch.tensor(12.0), torch.tensor(-10.0)
+    pairs = {
+        "clip": (theirs.ClipLoss(), lambda a, b: info_nce(a, b, scale).mean(), (scale,)),
+        "siglip": (theirs.SigLipLoss(), lambda a, b: sigmoid_loss(a, b, scale, bias).mean(), (scale, bias)),
+    }
+    for name, (their_loss, our_loss, rest) in pairs.items():
+        found = []
+        for loss in (our_loss, lambda a, b, their_loss=their_loss, rest=rest: their_loss(a, b, *rest)):
+            a, b = unit(0, rows).requires_grad_(), unit(1, rows).requires_grad_()
+            value = loss(a, b)
+            value.backward()
+            found.append((value.detach(), a.grad, b.grad))
+        for ours, other in zip(*found, strict=True):
+            torch.testing.assert_close(ours, other, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_sigmoid_loss_equals_its_definition() -> None:
+    a, b = unit(0), unit(1)
+    for i, cost in enumerate(sigmoid_loss(a, b, 7.0, -3.0)):
+        expected = 0.0
+        for j in range(BATCH):
+            score = 7.0 * float(a[i] @ b[j]) - 3.0
+            expected -= float(F.logsigmoid(torch.tensor(score if i == j else -score)))
+        assert float(cost) == pytest.approx(expected, rel=1e-5)
+    same = torch.eye(BATCH, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True
+    fewer = sigmoid_loss(a, b, 7.0, -3.0, same)
+    without = torch.tensor([0, 2, 3, 4, 5])
+    torch.testing.assert_close(fewer[0], sigmoid_loss(a[without], b[without], 7.0, -3.0)[0])
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda *x: info_nce(*x[:2], 5.0, *x[2:]), lambda *x: sigmoid_loss(*x[:2], 5.0, -1.0, *x[2:])]
+)
+def test_some_rows_cost_what_they_cost_among_all(loss: Any) -> None:
+    same = torch.tensor([0, 1, 2, 3, 1, 5])[:, None] == torch.tensor([0, 1, 2, 3, 1, 5])
+    whole = loss(unit(0), unit(1), same)
+    torch.testing.assert_close(loss(unit(0), unit(1), same, slice(2, 5)), whole[2:5])
+
+
+def test_alone_a_process_is_all_there_is() -> None:
     x = unit(0)
     assert gather_with_grad(x) is x
-
-
-class Tower(nn.Module):
-    """Shared weights and a learned scale, as the align task has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(DIM, DIM)
-        self.log_scale = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, a: Tensor, b: Tensor, key: Tensor) -> Tensor:
-        embedding = gather_with_grad(F.normalize(self.linear(a), dim=-1))
-        target, keys = gather_with_grad(b), gather_with_grad(key)
-        return info_nce(embedding, target, self.log_scale.exp(), keys[:, None] == keys)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
-
-
-KEYS = torch.tensor([0, 1, 2, 3, 1, 5])
+    assert (world_size(), own_rows(6)) == (1, slice(0, 6))
+    assert float(mean_over_ranks(torch.tensor(3.0, requires_grad=True))) == 3.0
 
 
 def _rank(rank: int, folder: str) -> None:
-    model = DistributedDataParallel(Tower())
-    part = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
-    model(unit(0)[part], unit(1)[part], KEYS[part]).backward()
-    torch.save(gradients(model), f"{folder}/{rank}.pt")
+    x = torch.full((2, 3), float(rank), requires_grad=True)
+    gathered = gather_with_grad(x)
+    assert own_rows(2) == slice(2 * rank, 2 * rank + 2)
+    assert world_size() == 2
+    assert gathered[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    (gathered * torch.arange(4.0)[:, None] * (rank + 1)).sum().backward()
+    # Rank 0 says arange, rank 1 twice that: a row hears both.
+    assert x.grad is not None
+    assert x.grad[:, 0].tolist() == [6.0 * rank, 6.0 * rank + 3.0]
+    figure = torch.tensor([float(rank), 5.0], requires_grad=True)
+    assert mean_over_ranks(figure).tolist() == [0.5, 5.0]
+    assert figure.tolist() == [float(rank), 5.0]
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path: Path) -> None:
-    whole = Tower()
-    whole(unit(0), unit(1), KEYS).backward()
-    on_two_ranks(_rank, str(tmp_path))
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, expected in gradients(whole).items():
-            torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-5)
+def test_rows_and_gradients_travel_between_ranks(tmp_path: Path) -> None:
+    on_ranks(2, _rank, str(tmp_path))
