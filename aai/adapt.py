@@ -7,6 +7,7 @@ Shapes: B clips, D CLIP space, K tokens, D_t token embedding, L context, [C, h, 
 """
 
 import re
+from functools import partial
 from typing import Any
 
 import pydantic
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder
-from aai.inject import Injector
+from aai.inject import Injector, with_head
+from aai.memory import in_chunks
 
 
 class AdapterConfig(Config):
@@ -42,7 +44,8 @@ class AdaptLossConfig(Config):
     w_clip: float = pydantic.Field(0.5, ge=0)
     """1 - cosine of the prompt's pooled text feature to the clip's image feature."""
     w_hidden: float = pydantic.Field(1.0, ge=0)
-    """MSE of the prompt's hidden states, from its end of text on, to the caption's."""
+    """MSE of the prompt's hidden states, from its end of text on, to the caption's (to `prompt` with the caption in the
+    sound's place, where the caption has no head: a bare label says less than the prompt)."""
     w_norm: float = pydantic.Field(0.01, ge=0)
     """Squared relative distance of each token's length from the vocabulary's median."""
     head_pattern: str = r"^a \w+ of\b"
@@ -122,9 +125,11 @@ class AdaptTask(nn.Module):
         text_projection: nn.Linear | None,
         cfg: AdaptLossConfig,
         neutral_word: str = "thing",
+        chunk_size: int = 0,
     ) -> None:
+        """chunk_size: clips that go through the UNet at once (see `aai.memory.in_chunks`)."""
         super().__init__()
-        self.adapter, self.cfg = adapter, cfg
+        self.adapter, self.cfg, self.chunk_size = adapter, cfg, chunk_size
         self.aligner = aligner.eval().requires_grad_(False)
         self.unet = pipe.unet.eval().requires_grad_(False)
         self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
@@ -151,14 +156,15 @@ class AdaptTask(nn.Module):
             steps = self.scheduler.config.num_train_timesteps
             timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
             noise = torch.randn_like(latents)
-            terms["denoise"] = denoising_loss(
-                self.unet, self.scheduler, latents, states[: len(latents)], timesteps, noise
-            ).mean()
+            parts = latents, states[: len(latents)], timesteps, noise
+            run = partial(denoising_loss, self.unet, self.scheduler)
+            terms["denoise"] = in_chunks(run, self.chunk_size, *parts).mean()
         if cfg.w_clip and self.text_projection is not None:
             target = F.normalize(batch["image_features"].float().mean(1), dim=-1)
             terms["clip"] = 1 - F.cosine_similarity(self.text_projection(pooled), target).mean()
         if cfg.w_hidden:
-            terms["hidden"] = self._hidden_distance(states, pooled, batch["caption"])
+            wanted = [with_head(c, cfg.head_pattern, cfg.prompt) for c in batch["caption"]]
+            terms["hidden"] = self._hidden_distance(states, pooled, wanted)
         if cfg.w_norm:
             terms["norm"] = (tokens.norm(dim=-1) / self.injector.median_norm - 1).square().mean()
         weights = {"denoise": cfg.w_denoise, "clip": cfg.w_clip, "hidden": cfg.w_hidden, "norm": cfg.w_norm}

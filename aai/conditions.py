@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aai.foundation.clip import FrozenClip
+from aai.inject import with_head
 from aai.painter import Painter
 
 CONDITIONS = (
@@ -62,9 +63,9 @@ class Conditions:
         self.caption_features = clip.texts(self.captions)
 
     def _with_head(self, caption: str) -> str:
-        """The caption under the common prompt's head: "a sketch of a dog" -> "a photo of a dog"."""
+        """The caption under the common prompt's head: "a sketch of a dog", or "dog" alone -> "a photo of a dog"."""
         head = self.prompt.split(" <sound>")[0]
-        return re.sub(self.head_pattern, head, caption)
+        return re.sub(self.head_pattern, head, with_head(caption, self.head_pattern, self.prompt))
 
     @torch.no_grad()
     def embed(self, condition: str, clips: Sequence[HeldOutClip]) -> Tensor:

@@ -170,3 +170,12 @@ class Injector:
 def export_textual_inversion(tokens: Tensor, path: str, name: str = "sound") -> None:
     """Saves A* [K, D_t] as a textual-inversion file that `pipe.load_textual_inversion(path)` of diffusers reads."""
     save_file({f"<{name}>": tokens.detach().float().contiguous().cpu()}, path)
+
+
+def with_head(caption: str, head_pattern: str, prompt: str) -> str:
+    """A caption as what the sound says in its prompt: itself, or, where it has no head, in the sound's place.
+
+    >>> with_head("dog barking", r"^a \\w+ of", "a photo of <sound>")
+    'a photo of dog barking'
+    """
+    return caption if re.match(head_pattern, caption) else prompt.replace("<sound>", caption)

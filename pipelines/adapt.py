@@ -7,6 +7,7 @@ kill.
 
 import argparse
 import logging
+from collections import defaultdict
 from typing import Any, ClassVar
 
 import pydantic
@@ -19,6 +20,7 @@ from aai.concepts import Vocabulary
 from aai.config import Config
 from aai.encoders.aligner import encoder_config, load_aligner
 from aai.features import FeatureManifest
+from aai.fit import local_batch_size
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_clip, load_diffusion
 from aai.inject import Injector
@@ -96,16 +98,23 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         dims = {"embed_dim": self.encoder.embed_dim, "token_dim": injector.token_dim}
         adapter = AudioAdapter(self.config.adapter.model_copy(update=dims), injector.median_norm)
         projection = text_projection(spec, pipe.text_encoder)
-        return AdaptTask(adapter, load_aligner(self.parent), pipe, projection, self.config.loss, neutral_word)
+        parts = adapter, load_aligner(self.parent), pipe, projection
+        return AdaptTask(*parts, self.config.loss, neutral_word, self.config.fit.chunk_size)
 
     def validate(self, task: AdaptTask, held_out: dict[str, Any]) -> dict[str, float]:
-        """The loss and its terms, with the same noise every time."""
+        """The loss and its terms, with the same noise every time, over batches as large as a worker's in training."""
         device = next(task.adapter.parameters()).device
-        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in held_out.items()}
+        size = local_batch_size(self.config.fit, self.config.cluster.num_workers)
+        rows, totals = len(held_out["caption"]), defaultdict[str, float](float)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            loss, terms = task(batch)
-        return {"loss": float(loss), **{name: float(value) for name, value in terms.items()}}
+            for first in range(0, rows, size):
+                part = {name: values[first : first + size] for name, values in held_out.items()}
+                batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in part.items()}
+                loss, terms = task(batch)
+                for name, value in {"loss": loss, **terms}.items():
+                    totals[name] += float(value) * len(batch["caption"])
+        return {name: total / rows for name, total in totals.items()}
 
     def export(self, task: AdaptTask) -> tuple[nn.Module, Config]:
         """See TrainRecipe."""

@@ -126,6 +126,22 @@ def test_noise_levels_cover_the_whole_schedule_and_are_drawn_anew(
     assert set(noise_levels(task, batch, 60).tolist()) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_chunks_have_the_loss_and_gradients_of_the_whole(
+    spec: FoundationSpec, pipe: StableDiffusionPipeline, chunk_size: int
+) -> None:
+    found = []
+    for size in (0, chunk_size):
+        task = make_task(spec, pipe, AdaptLossConfig())
+        task.chunk_size = size
+        torch.manual_seed(3)
+        loss, _ = task.train()(make_batch())
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in task.adapter.parameters())])
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
+
+
 def test_denoise_rows_are_the_first_clips_with_their_own_prompts(
     spec: FoundationSpec, pipe: StableDiffusionPipeline
 ) -> None:
@@ -153,7 +169,8 @@ def test_every_term_by_hand(spec: FoundationSpec, pipe: StableDiffusionPipeline)
     target = batch["image_features"].mean(1)
     cosine = (task.text_projection(pooled) * target).sum(-1)
     cosine = cosine / task.text_projection(pooled).norm(dim=-1) / target.norm(dim=-1)
-    want, want_pooled = task.injector.encode(CAPTIONS)
+    whole_captions = [CAPTIONS[0], "a photo of a clock", CAPTIONS[2], "a photo of a clock"]
+    want, want_pooled = task.injector.encode(whole_captions)
     tail = states.shape[1] // 2
     median = float(pipe.text_encoder.get_input_embeddings().weight.norm(dim=-1).median())
     expected = {

@@ -9,6 +9,7 @@ from aai.foundation.clip import FrozenClip
 from aai.painter import Painter
 
 CAPTIONS = ("a sketch of a big dog in the rain", "a photo of a bell at night", "a clock")
+TRAIN = ["a photo of a bell at night", "a photo of a big dog in the rain", "a photo of a clock"]
 
 
 def sound(seed: int) -> np.ndarray:
@@ -43,7 +44,10 @@ def test_captions_as_they_are_and_under_the_common_head(painter: Painter, condit
     torch.testing.assert_close(conditions.embed("caption", CLIPS), plain)
     common = painter.embed_text(["a photo of a big dog in the rain", "a photo of a bell at night"])
     torch.testing.assert_close(conditions.embed("ceiling", CLIPS[:2]), common)
-    assert conditions.captions == ["a clock", "a photo of a bell at night", "a photo of a big dog in the rain"]
+    bare = [HeldOutClip(sound(0), "clock", 1)]  # a label alone: the ceiling paints what the sound's prompt asks for
+    torch.testing.assert_close(conditions.embed("ceiling", bare), painter.embed_text(["a photo of clock"]))
+    torch.testing.assert_close(conditions.embed("caption", bare), painter.embed_text(["clock"]))
+    assert conditions.captions == TRAIN
 
 
 def test_prompt_and_head_are_the_bundles(painter: Painter, clip: FrozenClip) -> None:
@@ -58,7 +62,7 @@ def test_prompt_and_head_are_the_bundles(painter: Painter, clip: FrozenClip) -> 
         "^the noise of",
     )
     other = Conditions(own, clip, ["the noise of a dog", "a photo of a dog"], torch.zeros(32))
-    assert other.captions == ["a photo of a dog", "hear a dog"]
+    assert other.captions == ["hear a dog", "hear a photo of a dog"]
     torch.testing.assert_close(other.embed("sound", CLIPS[:1]), painter.embed(CLIPS[0].audio, "hear <sound>"))
 
 
@@ -105,7 +109,7 @@ def test_the_closed_form_is_taken_around_the_mean_sound(painter: Painter, clip: 
     held = HeldOutClip(sound(3), "", 0)
     mean = painter.listen(held.audio)[0]
     found = Conditions(painter, clip, CAPTIONS, mean).embed("closed_form", [held])
-    _, pooled = painter.injector.encode(["a clock", "a photo of a bell at night", "a photo of a big dog in the rain"])
+    _, pooled = painter.injector.encode(TRAIN)
     end = painter.injector.slots("a photo of thing", {}).end
     torch.testing.assert_close(found[0, end:], pooled.mean(0).expand(32 - end, -1), atol=1e-5, rtol=0)
     torch.testing.assert_close(found[0, :end], painter.embed_text(["a photo of thing"])[0, :end])

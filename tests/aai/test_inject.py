@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from aai.errors import UserError
-from aai.inject import Injector, Sound, export_textual_inversion
+from aai.inject import Injector, Sound, export_textual_inversion, with_head
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +207,10 @@ def test_exported_token_is_read_by_diffusers(pipe: StableDiffusionPipeline, inje
         assert torch.allclose(plain(pipe, "a photo of <sound>"), ours, atol=1e-5)
     finally:
         pipe.unload_textual_inversion()
+
+
+def test_a_caption_without_a_head_gets_the_prompts() -> None:
+    pattern = r"^a \w+ of\b"
+    assert with_head("a sketch of a dog", pattern, "a photo of <sound>") == "a sketch of a dog"
+    assert with_head("dog barking", pattern, "a photo of <sound>") == "a photo of dog barking"
+    assert with_head("dog barking", pattern, "<sound> at night") == "dog barking at night"
