@@ -155,7 +155,7 @@ def test_scores_of_every_condition_that_fills_one_prompt(out: str) -> None:
     features = F.normalize(torch.randn(5, 6, generator=torch.Generator().manual_seed(6)), dim=-1)
     of = [3, 1, 0, 2, 0]
     painted = [{"row": row, "clip_feature": x} for row, x in zip(of, features.tolist(), strict=True)]
-    by_condition = {"sound": painted, "ceiling": painted[:2], "edit": painted, "stylize": painted, "loudness": painted}
+    by_condition = {"loudness": painted, "sound": painted, "edit": painted, "stylize": painted, "ceiling": painted[:2]}
     heard = Heard(out)
     found = grades.clip_figures(by_condition, LABELS, heard, out)
     assert found.keys() == {"sound", "ceiling"}
