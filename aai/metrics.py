@@ -14,7 +14,7 @@ def first_hit_ranks(
     gallery: np.ndarray,
     query_keys: np.ndarray,
     gallery_keys: np.ndarray,
-    chunk: int = 256,
+    chunk: int = 64,
 ) -> np.ndarray:
     """Rank (1 = best) of each query's most similar match in the gallery; int [N].
 
@@ -36,7 +36,7 @@ def first_hit_ranks(
     return ranks
 
 
-def nearest(queries: np.ndarray, gallery: np.ndarray, chunk: int = 256) -> np.ndarray:
+def nearest(queries: np.ndarray, gallery: np.ndarray, chunk: int = 64) -> np.ndarray:
     """Place int [N] of the gallery item [M, D] most similar to each query [N, D]. Memory: chunk x M."""
     parts = [(queries[start : start + chunk] @ gallery.T).argmax(1) for start in range(0, len(queries), chunk)]
     return np.concatenate([np.empty(0, np.int64), *parts])
