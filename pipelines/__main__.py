@@ -178,6 +178,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"aai {verb}: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "aai").split(".")[0]
+        if package in ("aai", "pipelines"):
+            raise
+        remedy = "pip install 'aai[ray,serve]' brings what the commands need (add shots for cut.mode=shots)"
+        print(f"aai {verb}: error: package={package}: is not installed; {remedy}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"aai {verb}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

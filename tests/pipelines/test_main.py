@@ -125,3 +125,13 @@ def test_only_verbs_on_ray_take_an_address(capsys: pytest.CaptureFixture[str]) -
     assert "unrecognized arguments: --address auto" in capsys.readouterr().err
     assert main(["generate", "--set", "cluster.address=auto", "--dry-run"]) == 2
     assert "cluster" in capsys.readouterr().err
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_remedy() -> None:
+    """As after `pip install aai` without its extras."""
+    code = "import sys; sys.modules['psutil'] = None; from pipelines.__main__ import main; sys.exit(main(['demo']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    message = "aai demo: error: package=psutil: is not installed; pip install 'aai[ray,serve]' brings"
+    assert done.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr
