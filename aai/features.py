@@ -1,10 +1,7 @@
-"""Reads a FeatureTable: seeded batches for training on any number of ranks, and whole splits for evaluation."""
+"""What a FeatureTable holds: its manifest, its columns as arrays, and whole splits for evaluation."""
 
 import hashlib
-import logging
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +14,8 @@ import torch
 from aai import storage
 from aai.config import Config
 from aai.errors import UserError
-from aai.media.waveform import decode_flac, flac_rate_hz
+from aai.media.waveform import read_samples, sound_rate_hz
 from aai.version import UNKNOWN
-
-log = logging.getLogger(__name__)
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -107,7 +102,8 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True) if text else 0
 
 
-def _open(file: str, manifest: FeatureManifest) -> pq.ParquetFile:
+def open_table(file: str, manifest: FeatureManifest) -> pq.ParquetFile:
+    """One file of a table. Raises UserError when it was made with other settings than the manifest says."""
     fs, path = storage.filesystem(file)
     table = pq.ParquetFile(path, filesystem=fs)
     found = (table.schema_arrow.metadata or {}).get(METADATA_KEY, b"").decode()
@@ -121,7 +117,7 @@ def _open(file: str, manifest: FeatureManifest) -> pq.ParquetFile:
     return table
 
 
-def _arrays(table: pa.Table, manifest: FeatureManifest, clip_samples: int, columns: Sequence[str]) -> dict[str, Any]:
+def arrays_of(table: pa.Table, manifest: FeatureManifest, clip_samples: int, columns: Sequence[str]) -> dict[str, Any]:
     """Columns as arrays: audio int16 [N, S], features float16 [N, *shape]; hashes, captions and ids always."""
     captions = table["caption"].to_pylist()
     out: dict[str, Any] = {
@@ -139,27 +135,27 @@ def _arrays(table: pa.Table, manifest: FeatureManifest, clip_samples: int, colum
     return out
 
 
-def _samples(flac: bytes, manifest: FeatureManifest) -> np.ndarray:
-    """A clip's waveform. Raises UserError when it is not of the rate that the manifest names."""
-    if (rate_hz := flac_rate_hz(flac)) != manifest.sample_rate_hz:
+def _samples(sound: bytes, manifest: FeatureManifest) -> np.ndarray:
+    """A clip's samples int16 [S]. Raises UserError when they are not of the rate that the manifest names."""
+    if (rate_hz := sound_rate_hz(sound)) != manifest.sample_rate_hz:
         rule = f"its manifest says {manifest.sample_rate_hz} Hz"
         raise UserError("features", f"sound at {rate_hz} Hz", rule, "run `aai featurize` into an empty folder")
-    return decode_flac(flac)
+    return read_samples(sound)
 
 
-def _fixed(audio: np.ndarray, samples: int) -> np.ndarray:
-    """Float samples as int16 [samples]: zeros after a short clip, the middle of a long one."""
-    extra = max(0, len(audio) - samples)
-    audio = audio[extra // 2 : extra // 2 + samples]
-    scaled = np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
-    return np.pad(scaled, (0, samples - len(scaled)))
+def _fixed(samples: np.ndarray, count: int) -> np.ndarray:
+    """int16 [count]: zeros after a short clip, the middle of a long one."""
+    extra = max(0, len(samples) - count)
+    samples = samples[extra // 2 : extra // 2 + count]
+    return np.pad(samples, (0, count - len(samples)))
 
 
-def _tensor(name: str, values: np.ndarray) -> torch.Tensor:
+def tensor_of(name: str, values: np.ndarray) -> torch.Tensor:
     """float32 of features, -1..1 of audio, int64 of hashes."""
     if name in ("caption_id", "clip_hash"):
         return torch.from_numpy(values)
-    return torch.from_numpy(values.astype(np.float32)) / (32768.0 if name == "audio" else 1.0)
+    scale = 1 / 32768.0 if name == "audio" else 1.0
+    return torch.from_numpy(values.astype(np.float32)).mul_(scale)
 
 
 def load_split(
@@ -180,133 +176,10 @@ def load_split(
     for file in storage.list_files(uri, ".parquet"):
         if max_rows is not None and found >= max_rows:
             break
-        table = _open(file, manifest).read(columns=["split", *plain, *columns])
+        table = open_table(file, manifest).read(columns=["split", *plain, *columns])
         parts.append(table.filter(pa.compute.equal(table["split"], split)))
         found += parts[-1].num_rows
     whole = pa.concat_tables(parts).slice(0, max_rows)
-    arrays = _arrays(whole, manifest, clip_samples, columns)
+    arrays = arrays_of(whole, manifest, clip_samples, columns)
     out: dict[str, Any] = {name: whole[name].to_pylist() for name in plain}
-    return out | {n: v if n == "caption" else _tensor(n, v) for n, v in arrays.items()}
-
-
-class FeatureReader:
-    """Endless seeded batches of one split for one rank.
-
-    Each epoch the row groups are put in a random order, the rows are shuffled within windows of row groups that fit the
-    cache, and the order is cut into equal, consecutive parts: one for each rank. So every rank takes the same number of
-    steps by construction, and reads about its own share of the files. Decoded row groups are kept while they fit in
-    `cache_bytes`. The batch of a step depends on (seed, step) alone: a resumed run sees the same clips.
-    """
-
-    def __init__(
-        self,
-        uri: str,
-        split: str,
-        batch_size: int,
-        clip_samples: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        columns: Sequence[str] = ARRAYS,
-        cache_bytes: int = 1 << 30,
-    ) -> None:
-        """batch_size: clips per step of this rank; clip_samples: length sounds are padded or cut to.
-
-        Raises UserError when the table is not there, is mixed, or has fewer rows in the split than one step takes.
-        """
-        self.manifest = FeatureManifest.read(uri)
-        self.batch_size, self.clip_samples, self.columns = batch_size, clip_samples, tuple(columns)
-        self.rank, self.world_size, self.seed, self.cache_bytes = rank, world_size, seed, cache_bytes
-        self.split = split
-        self.groups = self._index(uri)
-        self.num_rows = sum(len(rows) for _, _, rows in self.groups)
-        self.steps_per_epoch = self.num_rows // (batch_size * world_size)
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                "fit.batch_size",
-                batch_size * world_size,
-                f"is more than the {self.num_rows} rows of split {split!r}",
-                "lower it, or featurize more clips",
-            )
-        self._cache: OrderedDict[int, dict[str, Any]] = OrderedDict()
-        self._cached_bytes = 0
-
-    def _index(self, uri: str) -> list[tuple[str, int, np.ndarray]]:
-        """(file, row group, its rows of the split) for every row group with such rows, in table order."""
-        files = storage.list_files(uri, ".parquet")
-        groups: list[tuple[str, int, np.ndarray]] = []
-        with ThreadPoolExecutor(16) as pool:  # on S3 nearly all the time is waiting
-            for found in pool.map(self._index_file, files):
-                groups += found
-        return groups
-
-    def _index_file(self, file: str) -> list[tuple[str, int, np.ndarray]]:
-        table = _open(file, self.manifest)
-        groups = []
-        for number in range(table.num_row_groups):
-            splits = table.read_row_group(number, columns=["split"])["split"].to_pylist()
-            rows = np.flatnonzero([name == self.split for name in splits])
-            if len(rows):
-                groups.append((file, number, rows))
-        return groups
-
-    def order(self, epoch: int) -> np.ndarray:
-        """This rank's rows of an epoch: int64 [steps * batch_size, 2] of (group, position within it)."""
-        rng = np.random.default_rng([self.seed, epoch])
-        shuffled = rng.permutation(len(self.groups))
-        window = self._window()
-        parts = []
-        for start in range(0, len(shuffled), window):
-            rows = [
-                np.stack([np.full(len(self.groups[g][2]), g), np.arange(len(self.groups[g][2]))], axis=1)
-                for g in shuffled[start : start + window]
-            ]
-            parts.append(rng.permutation(np.concatenate(rows), axis=0))
-        share = self.steps_per_epoch * self.batch_size
-        return np.concatenate(parts)[self.rank * share : (self.rank + 1) * share]
-
-    def _window(self) -> int:
-        """Row groups that fit half the cache: the reach of the shuffle. Equal on all ranks."""
-        m = self.manifest
-        features = m.num_frames * m.image_dim + m.num_texts * m.text_dim + int(np.prod(m.latent_shape))
-        largest = max(len(rows) for _, _, rows in self.groups) * 2 * (self.clip_samples + features)
-        return max(1, self.cache_bytes // 2 // largest)
-
-    def batches(self, first_step: int = 0) -> Iterator[dict[str, Any]]:
-        """The batch of every step from `first_step` on (from 0), without end.
-
-        Tensors audio float32 [B, S], image_features [B, K, D], text_features [B, T, D], latents [B, C, h, w] (as
-        chosen by `columns`), caption_id and clip_hash int64 [B], and caption, a list of B texts.
-        """
-        epoch, step = divmod(first_step, self.steps_per_epoch)
-        while True:
-            order = self.order(epoch)
-            for start in range(step * self.batch_size, len(order), self.batch_size):
-                yield self._batch(order[start : start + self.batch_size])
-            epoch, step = epoch + 1, 0
-
-    def _batch(self, places: np.ndarray) -> dict[str, Any]:
-        rows = [(self._group(int(group)), int(row)) for group, row in places]
-        batch: dict[str, Any] = {"caption": [arrays["caption"][row] for arrays, row in rows]}
-        for name in (*self.columns, "caption_id", "clip_hash"):
-            batch[name] = _tensor(name, np.stack([arrays[name][row] for arrays, row in rows]))
-        return batch
-
-    def _group(self, number: int) -> dict[str, Any]:
-        """A row group's arrays, decoded once while the cache holds it."""
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number]
-        file, group, rows = self.groups[number]
-        names = ["caption", "content_hash", *self.columns]
-        table = _open(file, self.manifest).read_row_group(group, columns=names).take(pa.array(rows))
-        arrays = _arrays(table, self.manifest, self.clip_samples, self.columns)
-        self._cache[number] = arrays
-        self._cached_bytes += _nbytes(arrays)
-        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
-            self._cached_bytes -= _nbytes(self._cache.popitem(last=False)[1])
-        return arrays
-
-
-def _nbytes(arrays: dict[str, Any]) -> int:
-    return sum(values.nbytes for values in arrays.values() if isinstance(values, np.ndarray))
+    return out | {n: v if n == "caption" else tensor_of(n, v) for n, v in arrays.items()}

@@ -135,9 +135,7 @@ def fit(
     meter = Meter()
     for step in range(start + 1, config.steps + 1):
         task.train()
-        batch = next(iterator, None)
-        if batch is None:
-            raise ValueError(f"the data ended before step {step}: batches must go on for {config.steps} steps")
+        batch = _next_batch(iterator, meter, step, config.steps)
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -171,14 +169,14 @@ def learning_rate(step: int, config: FitConfig) -> float:
 
 
 class Meter:
-    """Running means of scalar tensors, and steps per second, since the last flush."""
+    """Running means of scalar tensors, steps per second and waiting for data, since the last flush."""
 
     def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count, self._since = 0, time.monotonic()
+        self._count, self._since, self._waited_s = 0, time.monotonic(), 0.0
 
     def add(self, figures: dict[str, Tensor]) -> None:
         """Takes one step's figures; nothing is copied off the device yet."""
@@ -186,10 +184,15 @@ class Meter:
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
 
+    def waited(self, seconds: float) -> None:
+        """Takes the time that a step's batch was waited for."""
+        self._waited_s += seconds
+
     def flush(self) -> dict[str, float]:
-        """The means and the speed; starts over."""
+        """The means, the speed, and the share of the time that data was waited for; starts over."""
         out = {name: float(total) / self._count for name, total in self._sums.items()}
-        out["steps_per_s"] = self._count / max(1e-9, time.monotonic() - self._since)
+        elapsed_s = max(1e-9, time.monotonic() - self._since)
+        out |= {"steps_per_s": self._count / elapsed_s, "data_wait_share": self._waited_s / elapsed_s}
         self._reset()
         return out
 
@@ -204,6 +207,15 @@ def _precision(config: FitConfig, device: torch.device, resume: State | None) ->
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(native, dist.ReduceOp.MIN)
     return "bfloat16" if native else "float32"
+
+
+def _next_batch(iterator: Iterator[Batch], meter: Meter, step: int, steps: int) -> Batch:
+    asked_s = time.monotonic()
+    batch = next(iterator, None)
+    meter.waited(time.monotonic() - asked_s)
+    if batch is None:
+        raise ValueError(f"the data ended before step {step}: batches must go on for {steps} steps")
+    return batch
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

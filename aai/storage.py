@@ -194,12 +194,22 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=1, sort_keys=False, default=str) + "\n").encode())
 
 
-def write_table(uri: str, table: pa.Table, row_group_size: int = 256, new: bool = False) -> None:
-    """Writes a Parquet file in one step (zstd); its metadata says which code wrote it. new: as for `write_bytes`."""
+def parquet_options(compressed: bool) -> dict[str, Any]:
+    """How Parquet files are written: zstd, or plain for numbers and sound, which hardly shrink and are read often."""
+    return {"compression": "zstd"} if compressed else {"compression": "none", "use_dictionary": False}
+
+
+def write_table(
+    uri: str, table: pa.Table, row_group_size: int = 256, new: bool = False, compressed: bool = True
+) -> None:
+    """Writes a Parquet file in one step; its metadata says which code wrote it.
+
+    new: as for `write_bytes`. compressed: see `parquet_options`.
+    """
     written_by = {METADATA_KEY: code_version().encode()}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **written_by})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+    pq.write_table(table, sink, row_group_size=row_group_size, **parquet_options(compressed))
     write_bytes(uri, sink.getvalue().to_pybytes(), new)
 
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pydantic
 
 from aai import storage
-from aai.media.waveform import decode_flac, flac_rate_hz, write_wav
+from aai.media.waveform import read_sound, sound_rate_hz, write_wav
 from aai.schema import VERSION
 from aai.toy.scoring import score_defects
 from pipelines.__main__ import load_config, module_of
@@ -122,7 +122,7 @@ def generate_examples(run_dir: str) -> dict[str, Any]:
         sound = storage.join(run_dir, "pictures", f"{name}.wav")
         picture = storage.join(run_dir, "pictures", f"{name}_given.png")
         storage.write_bytes(picture, chosen[(i + 1) % len(chosen)]["frames"][0])
-        write_wav(sound, decode_flac(row["audio"]), flac_rate_hz(row["audio"]))
+        write_wav(sound, read_sound(row["audio"]), sound_rate_hz(row["audio"]))
         for verb in ("generate", "edit", "stylize"):
             image = [] if verb == "generate" else ["--image", picture]
             settings, _ = load_config(verb, ["--audio", sound, *image, "--set", f"run_dir={run_dir}"])

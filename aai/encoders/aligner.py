@@ -9,7 +9,7 @@ from torch import Tensor
 from aai.bundle import Bundle
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, fit_length
 from aai.errors import UserError
-from aai.media.waveform import decode_flac, flac_rate_hz
+from aai.media.waveform import read_sound, sound_rate_hz
 
 
 def encoder_config(bundle: Bundle) -> AudioEncoderConfig:
@@ -41,13 +41,13 @@ def embed_files(aligner: AudioEncoder, sounds: Sequence[bytes], batch_size: int 
     Raises UserError for sound of another rate than the aligner hears.
     """
     heard_hz = aligner.config.sample_rate_hz
-    for rate_hz in {flac_rate_hz(data) for data in sounds} - {heard_hz}:
+    for rate_hz in {sound_rate_hz(data) for data in sounds} - {heard_hz}:
         rule = f"the sounds are kept at {rate_hz} Hz"
         raise UserError("encoder.sample_rate_hz", heard_hz, rule, "give a bundle that was aligned at their rate")
     device = next(aligner.parameters()).device
     parts = [np.empty((0, aligner.config.embed_dim), np.float32)]
     for at in range(0, len(sounds), batch_size):
-        waves = [torch.from_numpy(decode_flac(data)) for data in sounds[at : at + batch_size]]
+        waves = [torch.from_numpy(read_sound(data)) for data in sounds[at : at + batch_size]]
         batch = torch.stack([fit_length(wave, aligner.config.clip_samples) for wave in waves])
         with torch.no_grad():
             parts.append(aligner(batch.to(device)).cpu().numpy())

@@ -1,6 +1,10 @@
-"""Sound as bytes: 16-bit FLAC for the tables, WAV for people. Mono, float32 in [-1, 1] in memory."""
+"""Sound as bytes, mono, 16 bits: FLAC where it is kept, WAV where it is read again and again, and for people.
+
+In memory a waveform is float32 in [-1, 1].
+"""
 
 import io
+import wave
 from typing import Any
 
 import av
@@ -38,21 +42,54 @@ def encode_flac(audio: np.ndarray, sample_rate_hz: int) -> bytes:
     return _encode(audio, sample_rate_hz, "flac", "flac", {"compression_level": "3"})
 
 
-def decode_flac(data: bytes) -> np.ndarray:
-    """The samples of `encode_flac`, float32 [S]; their rate tells `flac_rate_hz`."""
+def _flac_samples(data: bytes) -> np.ndarray:
     with open_media(data, max_bytes=len(data), max_streams=1, formats="flac") as container:
-        parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
-    return np.concatenate(parts).astype(np.float32) / _FULL_SCALE
+        return np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
 
 
-def flac_rate_hz(data: bytes) -> int:
-    """The sample rate that a FLAC file's header names (STREAMINFO, RFC 9639). Raises ValueError for another file."""
-    if data[:4] != b"fLaC" or len(data) < 21:
-        raise ValueError("is no FLAC file")
-    return int.from_bytes(data[18:21], "big") >> 4
+def encode_wav(samples: np.ndarray, sample_rate_hz: int) -> bytes:
+    """WAV of int16 samples [S]."""
+    sink = io.BytesIO()
+    with wave.open(sink, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate_hz)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return sink.getvalue()
+
+
+def read_samples(data: bytes) -> np.ndarray:
+    """The samples int16 [S] of FLAC or WAV bytes as the tables hold them. Raises ValueError or ClipError for others."""
+    if data[:4] == b"fLaC":
+        return _flac_samples(data)
+    with _wav(data) as file:
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2")
+
+
+def read_sound(data: bytes) -> np.ndarray:
+    """The waveform float32 [S] of FLAC or WAV bytes as the tables hold them. Raises ValueError for others."""
+    return read_samples(data).astype(np.float32) / _FULL_SCALE
+
+
+def sound_rate_hz(data: bytes) -> int:
+    """The sample rate that FLAC's (STREAMINFO, RFC 9639) or WAV's header names. Raises ValueError for others."""
+    if data[:4] == b"fLaC" and len(data) >= 21:
+        return int.from_bytes(data[18:21], "big") >> 4
+    with _wav(data) as file:
+        return file.getframerate()
+
+
+def _wav(data: bytes) -> wave.Wave_read:
+    try:
+        file = wave.open(io.BytesIO(data), "rb")  # noqa: SIM115 (the caller closes it)
+    except (wave.Error, EOFError) as error:
+        raise ValueError("is neither FLAC nor WAV") from error
+    if (file.getnchannels(), file.getsampwidth()) != (1, 2):
+        raise ValueError("is no WAV of one channel and 16 bits")
+    return file
 
 
 def write_wav(path: str, audio: np.ndarray, sample_rate_hz: int) -> None:
     """Writes mono samples float32 [S] as a 16-bit PCM WAV file."""
     with open(path, "wb") as file:
-        file.write(_encode(audio, sample_rate_hz, "wav", "pcm_s16le"))
+        file.write(encode_wav(_to_int16(audio)[0], sample_rate_hz))

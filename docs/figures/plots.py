@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from aai.media.waveform import decode_flac
+from aai.media.waveform import read_sound
 from pipelines.pages.plots import COLOURS
 from pipelines.pages.run_files import RunFiles
 
@@ -110,7 +110,7 @@ def draw_examples(run: RunFiles) -> None:
             axes.set(xticks=[], yticks=[])
             axes.grid(False)
         clip = run.clips[row]
-        audio = decode_flac(clip["audio"])
+        audio = read_sound(clip["audio"])
         cells[0].specgram(
             audio + 1e-5 * noise.standard_normal(len(audio)), Fs=16_000, NFFT=512, noverlap=256, cmap="magma"
         )

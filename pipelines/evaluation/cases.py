@@ -19,7 +19,7 @@ from aai.bundle import BundleConfig, read_bundle
 from aai.conditions import CONDITIONS, SKETCH, Conditions, HeldOutClip
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
-from aai.media.waveform import decode_flac
+from aai.media.waveform import read_sound
 from aai.painter import Painter, PaintRequest, check_repaint
 from aai.png import encode_png
 from pipelines.engine.shards import Result, Shard
@@ -218,7 +218,7 @@ class PictureWorker:
 
 def _audio(flac: bytes, gain_db: float) -> np.ndarray:
     """Waveform float32 [S], louder or quieter; what goes beyond full scale is clipped."""
-    return np.clip(decode_flac(flac) * 10 ** (gain_db / 20), -1, 1).astype(np.float32)
+    return np.clip(read_sound(flac) * 10 ** (gain_db / 20), -1, 1).astype(np.float32)
 
 
 def _picture(jpeg: bytes) -> Image.Image:

@@ -18,7 +18,7 @@ from aai.bundle import read_bundle
 from aai.encoders.aligner import embed_files, load_aligner
 from aai.foundation.clip import FrozenClip
 from aai.grading import class_prompt
-from aai.media.waveform import decode_flac
+from aai.media.waveform import read_sound
 from aai.toy.grammar import OBJECTS
 from pipelines.engine.shards import Result
 from pipelines.evaluation.clips import ClipPlace, ListenShard
@@ -131,7 +131,7 @@ class ListenWorker:
         rows = []
         for i, place in enumerate(shard.clips):
             vectors = {"audio": audio[i].tolist(), "image": image[i].tolist(), "text": text[i].tolist()}
-            loudness_db = rms_db(decode_flac(sounds[i]))
+            loudness_db = rms_db(read_sound(sounds[i]))
             caption = table["caption"][i].as_py()
             rows.append(
                 {"row": place.row, "caption": caption, **vectors, "rms_db": loudness_db, "alone_max_abs": gaps[i]}

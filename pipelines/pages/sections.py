@@ -9,7 +9,7 @@ from typing import Any
 from aai import storage
 from aai.encoders.audio import AudioEncoderConfig
 from aai.media.signals import level_db
-from aai.media.waveform import decode_flac, flac_rate_hz
+from aai.media.waveform import read_sound, sound_rate_hz
 from aai.version import UNKNOWN
 from pipelines.pages.plots import data_uri, lines, scatter, spectrogram, thumbnail
 from pipelines.pages.run_files import Missing, Row, RunFiles, find, need, spread
@@ -92,8 +92,8 @@ def _picture(row: Row, truth: str, attribute: str = "object", note: str = "") ->
 
 def _sound(run: RunFiles, row: int) -> Row:
     clip = run.clips[row]
-    audio = decode_flac(clip["audio"])
-    rate_hz = flac_rate_hz(clip["audio"])
+    audio = read_sound(clip["audio"])
+    rate_hz = sound_rate_hz(clip["audio"])
     return {
         "spectrogram": spectrogram(audio, AudioEncoderConfig(sample_rate_hz=rate_hz)),
         "audio": data_uri(clip["audio"], "audio/flac"),
@@ -144,7 +144,7 @@ def loudness(run: RunFiles) -> Row:
         series.append({"object": name, "cells": cells})
     plots = [lines(curves, "Judged size by gain", "gain in dB", "size read by the judge", dots=True)]
     if "sound" in run.pictures:
-        points = [(level_db(decode_flac(run.clips[r["row"]]["audio"])), r["size"]) for r in run.pictures["sound"]]
+        points = [(level_db(read_sound(run.clips[r["row"]]["audio"])), r["size"]) for r in run.pictures["sound"]]
         title = "Judged size by loudness, held-out sounds"
         plots.append(scatter(points, title, "loudness in dBFS", "size read by the judge"))
     return {

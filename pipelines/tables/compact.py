@@ -120,7 +120,8 @@ def _write(
     """One file of the rows from `first` up to `last` of the whole table."""
     if shapes:
         schema = schema.with_metadata({**schema.metadata, SHAPES_KEY: _shapes(sources, first, last, shapes)})
-    with storage.writing(target) as local, pq.ParquetWriter(local, schema, compression="zstd") as writer:
+    how = storage.parquet_options(compressed=not shapes)  # features are kept plain
+    with storage.writing(target) as local, pq.ParquetWriter(local, schema, **how) as writer:
         held: list[pa.RecordBatch] = []
         for batch in _batches(sources, first, last):
             held.append(batch)

@@ -13,7 +13,7 @@ from PIL import Image
 from aai import storage
 from aai.errors import UserError
 from aai.features import MANIFEST, FeatureManifest
-from aai.media.waveform import decode_flac, flac_rate_hz
+from aai.media.waveform import read_sound, sound_rate_hz
 from aai.schema import SIGNALS, SIMILARITIES
 
 TITLE_CHARS = 105
@@ -144,7 +144,7 @@ def _print_row(row: Row, where: str) -> None:
         if row.get(field.name) is not None:
             print(f"  {field.name:<22} {_text(row[field.name])}")
     if "frames" in row:
-        print(f"  {'audio':<22} {len(row['audio']):,} bytes of FLAC, {flac_rate_hz(row['audio'])} Hz mono")
+        print(f"  {'audio':<22} {len(row['audio']):,} bytes of FLAC, {sound_rate_hz(row['audio'])} Hz mono")
         sizes = sum(len(frame) for frame in row["frames"])
         print(f"  {'frames':<22} {len(row['frames'])} JPEG, {sizes:,} bytes, at {_text(row['frame_pts_s'])} s")
 
@@ -221,7 +221,7 @@ def _draw_sound(axes: Any, row: Row) -> None:
         axes.set_axis_off()
         axes.text(0, 0.5, "The sound of a rejected clip is not kept.", fontsize=8.5, color="0.4")
         return
-    audio, rate_hz = decode_flac(row["audio"]), flac_rate_hz(row["audio"])
+    audio, rate_hz = read_sound(row["audio"]), sound_rate_hz(row["audio"])
     size = min(512, max(16, len(audio)))
     with np.errstate(divide="ignore"):  # digital silence
         axes.specgram(

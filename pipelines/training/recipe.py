@@ -40,8 +40,9 @@ class StageConfig(RayVerbConfig):
     fit: FitConfig = FitConfig()
     cluster: TrainClusterConfig = TrainClusterConfig()
     tracking: RunsConfig = RunsConfig()
-    cache_mb: int = pydantic.Field(1024, ge=1)
-    """Memory of each worker for decoded clips."""
+    shuffle_clips: int = pydantic.Field(2048, ge=1)
+    """Clips that a worker shuffles together, of several files. It holds twice as many in memory, at 16 kHz 32 kB for
+    each second."""
     max_val_clips: int = pydantic.Field(1000, ge=2)
     """Validation takes at most this many clips of the val split."""
     max_cut_share: float = pydantic.Field(0.5, ge=0, le=1)
@@ -60,7 +61,7 @@ class StageConfig(RayVerbConfig):
 
     def content(self) -> dict[str, Any]:
         """The settings that determine the weights: all but places, machines and what is only looked at."""
-        elsewhere = {"run_dir", "cluster", "tracking", "cache_mb", "max_val_clips", "max_cut_share", *self.places}
+        elsewhere = {"run_dir", "cluster", "tracking", "max_val_clips", "max_cut_share", *self.places}
         return self.model_dump(mode="json", exclude=elsewhere)
 
 
@@ -103,7 +104,7 @@ class TrainRecipe(ABC, Generic[C]):
 
     config_class: ClassVar[type[StageConfig]]
     columns: ClassVar[tuple[str, ...]]
-    """Columns of the FeatureTable that a batch holds (see `aai.features.FeatureReader`)."""
+    """Columns of the FeatureTable that a batch holds (see `aai.reader.FeatureReader`)."""
     clip_samples: int = 0
     """Length that sounds are padded or cut to; for recipes with the column audio."""
     parents: tuple[str, ...] = ()

@@ -13,8 +13,9 @@ import torch
 from aai import storage
 from aai.digest import digest
 from aai.errors import UserError
-from aai.features import FeatureManifest, FeatureReader, load_split
+from aai.features import FeatureManifest, load_split
 from aai.fit import FitConfig, local_batch_size
+from aai.reader import FeatureReader, read_ahead
 from pipelines.engine.lock import output_lock
 from pipelines.registry import tracking
 from pipelines.training import ray_train
@@ -91,7 +92,8 @@ def make_work(rank: int, world_size: int, settings: tuple[type[TrainRecipe[Any]]
         world_size,
         config.fit.seed,
         recipe.columns,
-        config.cache_mb << 20,
+        config.shuffle_clips,
+        max(1, int(config.cluster.cpus_per_worker)),
     )
     torch.manual_seed(config.fit.seed)  # all ranks begin with the same weights
     task = recipe.build()
@@ -99,7 +101,10 @@ def make_work(rank: int, world_size: int, settings: tuple[type[TrainRecipe[Any]]
     if rank == 0 and validates(config.fit, reader.manifest):
         held_out = load_split(config.features, "val", recipe.clip_samples, recipe.columns, config.max_val_clips)
         evaluate = partial(_validate, recipe, task, held_out)
-    return ray_train.Work(task, reader.batches, partial(recipe.export, task), evaluate)
+    pin = torch.cuda.is_available()
+    return ray_train.Work(
+        task, lambda first_step: read_ahead(reader.batches(first_step), pin), partial(recipe.export, task), evaluate
+    )
 
 
 def _validate(recipe: TrainRecipe[Any], task: torch.nn.Module, held_out: dict[str, Any]) -> dict[str, float]:

@@ -264,8 +264,15 @@ def test_the_meter_gives_means_since_the_last_flush() -> None:
     first = meter.flush()
     assert (first["loss"], first["part"]) == (2.5, 5.5)
     assert 0 < first["steps_per_s"] <= 2 / 0.02
+    assert first["data_wait_share"] == 0
     meter.add({"loss": torch.tensor(7.0, requires_grad=True)})
-    assert meter.flush()["loss"] == 7.0
+    meter.waited(0.01)
+    meter.waited(0.02)
+    time.sleep(0.06)
+    second = meter.flush()
+    assert second["loss"] == 7.0
+    assert 0.1 < second["data_wait_share"] <= 0.5
+    assert second["data_wait_share"] == pytest.approx(0.03 * second["steps_per_s"])
 
 
 def test_bounds_and_defaults_of_the_settings() -> None:

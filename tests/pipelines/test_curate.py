@@ -14,7 +14,7 @@ from PIL import Image
 
 from aai import storage
 from aai.errors import UserError
-from aai.media.waveform import decode_flac
+from aai.media.waveform import read_sound
 from aai.schema import CLIP_TABLE, REJECT_TABLE
 from aai.toy.scoring import score_defects
 from aai.toy.writer import write_world
@@ -70,7 +70,7 @@ def check_tables(out: Path) -> None:
         for file in (out / folder).iterdir():
             assert pq.read_schema(file).equals(schema)
     for row in storage.read_table(str(out / "accepted")).to_pylist():
-        assert decode_flac(row["audio"]).shape == pytest.approx((32_000,), abs=2500)
+        assert read_sound(row["audio"]).shape == pytest.approx((32_000,), abs=2500)
         assert len(row["frames"]) == len(row["frame_pts_s"]) == 4
         assert Image.open(io.BytesIO(row["frames"][0])).size == (64, 64)
         assert len(row["labels"]) == 4

@@ -10,7 +10,8 @@ import pytest
 
 from aai import schema, storage
 from aai.errors import UserError
-from aai.features import METADATA_KEY, SHAPES_KEY, FeatureReader, load_split
+from aai.features import METADATA_KEY, SHAPES_KEY, load_split
+from aai.reader import FeatureReader
 from aai.version import METADATA_KEY as WRITTEN_BY
 from aai.version import code_version
 from tests.pipelines.tables.conftest import data
