@@ -1,14 +1,19 @@
 """Training within a GPU's memory."""
 
+import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+
+from aai.errors import UserError
 
 
 def in_chunks(run: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
@@ -21,6 +26,17 @@ def in_chunks(run: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
         return run(*rows)
     parts = zip(*(tensor.split(size) for tensor in rows), strict=True)
     return torch.cat([checkpoint(run, *part, use_reentrant=False) for part in parts])
+
+
+@contextmanager
+def memory_explained(chunk_size: int) -> Iterator[None]:
+    """Turns a device's out-of-memory error into a UserError that names what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rule = f"a step does not fit into the device's memory ({str(error).splitlines()[0][:200]})"
+        remedy = "lower it (0 = all of a worker's clips at once): the gradient stays the same"
+        raise UserError("fit.chunk_size", chunk_size, rule, remedy) from error
 
 
 class PeakMemory(TorchDispatchMode):
@@ -59,3 +75,24 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
         return out
+
+
+def training_bytes(task: nn.Module, batch: dict[str, tuple[int, ...]], bfloat16: bool) -> int:
+    """Bytes that a training with AdamW holds at most in a step: weights, gradients, moments, activations, the batch.
+
+    Computed over PyTorch's fake tensors, which have shapes and no numbers: it needs no GPU and next to no time. batch:
+    shapes by name; of float32, but for names that end with `_id` or `_hash`. Not in it: what the allocator leaves
+    unused, and workspaces of kernels.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(fake):
+        shadow = copy.deepcopy(task).train()
+    with fake, PeakMemory() as memory:
+        memory.count(*shadow.parameters(), *shadow.buffers())
+        kinds = {name: torch.int64 if name.endswith(("_id", "_hash")) else torch.float32 for name in batch}
+        tensors = {name: torch.ones(shape, dtype=kinds[name]) for name, shape in batch.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss, _ = shadow(tensors)
+        loss.backward()
+        moments = 2 * sum(p.numel() * p.element_size() for p in shadow.parameters() if p.requires_grad)
+        return memory.peak + moments

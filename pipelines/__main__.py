@@ -133,8 +133,9 @@ def print_plan(verb: str, config: VerbConfig) -> None:
     """The --dry-run output."""
     plan = config.plan()
     print(f"aai {verb}: settings are valid; nothing was started")
-    chosen = [("chosen", plan.chosen)] if plan.chosen else []
-    for title, rows in (("inputs", plan.inputs), ("outputs", plan.outputs), ("resources", plan.resources), *chosen):
+    for title, rows in plan:
+        if not rows and title in ("chosen", "training"):  # not every command has them
+            continue
         print(f"{title}:")
         for name, value in rows.items():
             print(f"  {name:<14} {value}")

@@ -6,21 +6,24 @@ and writes OUT/bundle, OUT/history.jsonl and, last, OUT/align.json. The same com
 
 import argparse
 import logging
+import os
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from torch import nn
 
-from aai import storage
 from aai.align import AlignLossConfig, AlignTask, validate
 from aai.bundle import BundleConfig, write_bundle
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, described, mel_statistics
 from aai.errors import UserError
-from aai.features import MANIFEST, FeatureManifest, load_split
+from aai.features import FeatureManifest, load_split
+from aai.fit import local_batch_size
 from aai.foundation.identity import FoundationSpec
+from aai.memory import training_bytes
+from aai.precision import native_bfloat16
 from pipelines.settings import Choice, Plan
-from pipelines.training.lengths import check_cut, clip_lengths_s, fitting_clip_s
+from pipelines.training.lengths import LONGEST_S, check_cut, clip_lengths_s, fitting_clip_s
 from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, refuse_given
 from pipelines.training.stage import run_stage
 
@@ -51,9 +54,32 @@ class AlignConfig(StageConfig):
     def plan(self) -> Plan:
         """See VerbConfig."""
         told = "auto: told when the features are there"
-        if self.encoder.clip_s != "auto" or storage.exists(storage.join(self.features, MANIFEST)):
+        if self.encoder.clip_s != "auto" or self.manifest() is not None:
             told = str(self.fitted()[1])
         return super().plan().model_copy(update={"chosen": {"encoder.clip_s": told}})
+
+    def step_memory(self) -> str:
+        """See StageConfig."""
+        clip_s = LONGEST_S if self.encoder.clip_s == "auto" else self.encoder.clip_s
+        encoder: AudioEncoderConfig = self.encoder.model_copy(update={"clip_s": clip_s})
+        try:
+            encoder = described(encoder, local=True)
+        except UserError:
+            if os.path.isdir(str(encoder.pretrained)):
+                raise
+            return f"told when {encoder.pretrained} is on this machine"
+        clips = local_batch_size(self.fit, self.cluster.num_workers)
+        batch = {
+            "audio": (clips, encoder.clip_samples),
+            "image_features": (clips, 1, encoder.embed_dim),
+            "text_features": (clips, 1, encoder.embed_dim),
+            "caption_id": (clips,),
+            "clip_hash": (clips,),
+        }
+        auto = self.cluster.gpus_per_worker > 0 or native_bfloat16("cpu")
+        half = self.fit.precision == "bfloat16" or (self.fit.precision == "auto" and auto)
+        size = training_bytes(AlignTask(AudioEncoder(encoder), self.loss, self.fit.chunk_size), batch, half)
+        return f"{size / 1e9:.1f} GB a worker, by PyTorch's fake tensors"
 
     def fitted(self) -> tuple["AlignConfig", Choice]:
         """These settings with a number for `encoder.clip_s`, and why it is that one."""

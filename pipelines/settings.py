@@ -81,6 +81,8 @@ class Plan(Config):
     resources: dict[str, str]
     chosen: dict[str, str] = pydantic.Field(default_factory=dict)
     """What settings that are `auto` stand for, and why."""
+    training: dict[str, str] = pydantic.Field(default_factory=dict)
+    """Steps, batches and memory of a training."""
 
 
 class VerbConfig(Config):

@@ -118,8 +118,10 @@ def log_mel(config: AudioEncoderConfig) -> LogMel:
     )
 
 
-def described(config: AudioEncoderConfig) -> AudioEncoderConfig:
+def described(config: AudioEncoderConfig, local: bool = False) -> AudioEncoderConfig:
     """These settings with what a pretrained backbone says of itself: its sizes, its spectrogram, its rate.
+
+    local: a hub is not asked (see `backbones.describe`).
 
     Raises UserError for a folder or hub id that does not say it, and for settings that are not those of the backbone.
     """
@@ -128,7 +130,7 @@ def described(config: AudioEncoderConfig) -> AudioEncoderConfig:
     for name in sorted(config.model_fields_set.intersection((*OF_THE_BACKBONE, "architecture", "extractor"))):
         rule = f"{config.pretrained} has its own sizes and spectrogram"
         raise UserError(f"encoder.{name}", getattr(config, name), rule, "leave it out")
-    architecture, extractor = backbones.describe(config.backbone, config.pretrained, config.revision)
+    architecture, extractor = backbones.describe(config.backbone, config.pretrained, config.revision, local)
     rate_hz = extractor["sampling_rate"]
     if "sample_rate_hz" in config.model_fields_set and config.sample_rate_hz != rate_hz:
         rule = f"{config.pretrained} was trained on sounds of {rate_hz} Hz"

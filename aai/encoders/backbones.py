@@ -69,8 +69,12 @@ FAMILIES: dict[BackboneName, Family] = {
 }
 
 
-def describe(backbone: BackboneName, where: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def describe(
+    backbone: BackboneName, where: str, revision: str | None, local: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sizes of a folder's or hub id's tower and settings of its feature extractor, as plain JSON; loads no weights.
+
+    local: a hub is not asked; what it gave before may be on this machine.
 
     Raises UserError for what is not there, is of another kind, or does not fit together.
     """
@@ -78,8 +82,8 @@ def describe(backbone: BackboneName, where: str, revision: str | None) -> tuple[
     _check_pinned(where, revision)
     with_rule = "holds no readable config.json and preprocessor_config.json"
     try:
-        found = AutoConfig.from_pretrained(where, revision=revision)
-        extractor = family.extractor.from_pretrained(where, revision=revision)
+        found = AutoConfig.from_pretrained(where, revision=revision, local_files_only=local)
+        extractor = family.extractor.from_pretrained(where, revision=revision, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
         remedy = "give a folder or a reachable hub id; a model's extractor is saved beside it with save_pretrained"
         raise UserError("encoder.pretrained", where, f"{with_rule} ({_first_line(error)})", remedy) from error

@@ -29,6 +29,7 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from aai.fit import FitConfig, State
+from aai.memory import memory_explained
 from pipelines.engine.cluster import connect, native_stderr_held
 from pipelines.settings import TrainClusterConfig
 from pipelines.training.board import Board
@@ -172,7 +173,8 @@ def _work(config: dict[str, Any]) -> str | None:
     session = Session(rank, fit.steps, work, config["board"])
     evaluate = work.evaluate if rank == 0 else None
     try:
-        loop.fit(task, work.batches, fit, session.log, session.checkpoint, evaluate, _resume())
+        with memory_explained(fit.chunk_size):
+            loop.fit(task, work.batches, fit, session.log, session.checkpoint, evaluate, _resume())
     except FloatingPointError as error:
         # The gradient is the same on all ranks, so all end here, and would again after a restart.
         return str(error)

@@ -5,6 +5,7 @@ All else is the same for all stages and lives in `pipelines.training`: batches, 
 """
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from aai import storage
 from aai.config import Config
 from aai.errors import UserError
-from aai.features import FeatureManifest
-from aai.fit import FitConfig
+from aai.features import MANIFEST, FeatureManifest
+from aai.fit import FitConfig, local_batch_size
 from aai.foundation.identity import FoundationSpec, identity
 from pipelines.settings import Plan, RayVerbConfig, RunsConfig, TrainClusterConfig
+
+log = logging.getLogger(__name__)
 
 
 class StageConfig(RayVerbConfig):
@@ -52,7 +55,33 @@ class StageConfig(RayVerbConfig):
         """See VerbConfig."""
         inputs = {name: getattr(self, name) for name in self.places if name != "out"}
         outputs = {"bundle": bundle_dir(self.out), "figures": self.result}
-        return Plan(inputs=inputs, outputs=outputs, resources=self.resources())
+        return Plan(inputs=inputs, outputs=outputs, resources=self.resources(), training=self._arithmetic())
+
+    def _arithmetic(self) -> dict[str, str]:
+        """Steps, epochs, batches and memory, as far as they can be told before anything runs."""
+        fit, workers = self.fit, self.cluster.num_workers
+        steps, manifest = f"{fit.steps}", self.manifest()
+        if manifest is not None:
+            clips = manifest.rows.get("train", 0)
+            steps += f" = {fit.steps * fit.batch_size / max(1, clips):.1f} epochs of {clips:,} clips"
+        each = local_batch_size(fit, workers)
+        batch = f"{fit.batch_size:,} clips a step = {workers} workers x {each:,}"
+        if 0 < fit.chunk_size < each:
+            batch += f", in chunks of {fit.chunk_size}"
+        return {"steps": steps, "batch": batch, "memory": self.step_memory()}
+
+    def manifest(self) -> FeatureManifest | None:
+        """The features', for a plan: none before they are there, or where their storage cannot be reached."""
+        try:
+            there = storage.exists(storage.join(self.features, MANIFEST))
+        except Exception as error:  # no credentials, no network: a plan can be made anywhere
+            log.warning("%s: features %s cannot be looked at (%s)", self.stage, self.features, error)
+            return None
+        return FeatureManifest.read(self.features) if there else None
+
+    def step_memory(self) -> str:
+        """What a worker's step holds in its device's memory, in words."""
+        return "not told for this stage"
 
     @property
     def result(self) -> str:

@@ -3,7 +3,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from aai.memory import PeakMemory, in_chunks
+from aai.align import AlignLossConfig, AlignTask
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.errors import UserError
+from aai.memory import PeakMemory, in_chunks, memory_explained, training_bytes
 
 
 def test_chunks_draw_the_same_numbers_when_they_are_computed_again() -> None:
@@ -82,3 +85,45 @@ def test_peak_memory_of_fake_tensors_is_that_of_real_ones() -> None:
     with FakeTensorMode():
         fake = peak_of(nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 1)), 32, 0)
     assert real == fake
+
+
+def test_what_a_step_holds_is_told_without_taking_it() -> None:
+    """The real step of the align task, with AdamW's moments, beside its forecast."""
+    encoder = AudioEncoder(AudioEncoderConfig(num_layers=4, stride=4, clip_s=1.0, num_mel_bins=32, embed_dim=16))
+    batch = {
+        "audio": (16, 16_000),
+        "image_features": (16, 1, 16),
+        "text_features": (16, 1, 16),
+        "caption_id": (16,),
+        "clip_hash": (16,),
+    }
+    found = {}
+    for chunk_size in (0, 4):
+        task = AlignTask(encoder, AlignLossConfig(), chunk_size).train()
+        forecast = training_bytes(task, batch, bfloat16=False)
+        assert all(type(p) is nn.Parameter for p in task.parameters()), "the task itself stays as it is"
+        with PeakMemory() as memory:
+            memory.count(*task.parameters(), *task.buffers())
+            optimizer = torch.optim.AdamW(task.parameters())
+            for _ in range(2):  # the moments are there from the second step on
+                tensors = {name: torch.ones(shape) for name, shape in batch.items()}
+                tensors |= {name: torch.arange(16) for name in ("caption_id", "clip_hash")}
+                optimizer.zero_grad()
+                task(tensors)[0].backward()
+                optimizer.step()
+        task.zero_grad()
+        assert forecast == pytest.approx(memory.peak, rel=0.15), (forecast, memory.peak)
+        found[chunk_size] = forecast
+    assert found[4] < 0.7 * found[0]
+    half = training_bytes(AlignTask(encoder, AlignLossConfig()), batch, bfloat16=True)
+    assert 0.4 * found[0] < half < found[0]
+
+
+def test_an_out_of_memory_error_names_the_setting() -> None:
+    with (
+        pytest.raises(UserError, match=r"fit\.chunk_size=128: .* not fit .*\(tried to allocate 9 GB\).*lower it"),
+        memory_explained(128),
+    ):
+        raise torch.OutOfMemoryError("tried to allocate 9 GB\nmore")
+    with pytest.raises(ZeroDivisionError), memory_explained(0):
+        raise ZeroDivisionError

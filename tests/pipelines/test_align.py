@@ -1,5 +1,6 @@
 """featurize and align on real Ray with two workers, on a table of 48 toy clips and random small models."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,10 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     assert encoder_config.mel_mean != 0
     assert encoder_config.clip_s == 2.0  # by the clips
     assert config.plan().chosen == {"encoder.clip_s": "2 (auto: 95% of 48 clips last 2.00 s or less)"}
+    training = config.plan().training
+    assert training["steps"] == "6 = 1.3 epochs of 36 clips"
+    assert training["batch"] == "8 clips a step = 2 workers x 4"
+    assert re.fullmatch(r"0\.\d GB a worker, by PyTorch's fake tensors", training["memory"])
     encoder = AudioEncoder(encoder_config)
     encoder.load_state_dict(bundle.aligner())
     val = load_split(config.features, "val", encoder_config.clip_samples)
@@ -136,6 +141,28 @@ def test_k2_a_pretrained_backbone_trains_on_ray_and_its_bundle_stands_alone(
     result = align.run(config)
     found = validated_elsewhere(result["bundle"], tmp_path, monkeypatch, config.features)
     assert found == pytest.approx(result["metrics"]["val_a2v_r1"])
+
+
+def test_a_dry_run_tells_steps_batches_and_memory(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = str(write_ast(tmp_path / "ast"))
+    config = AlignConfig.parse(
+        {
+            **settings,
+            "features": "s3://nobody/features",
+            "encoder": {"pretrained": folder, "clip_s": 1.0},
+            "fit": {"steps": 9, "batch_size": 1024, "chunk_size": 32},
+            "cluster": {"num_workers": 8},
+        }
+    )
+    training = config.plan().training
+    assert training["steps"] == "9"
+    assert training["batch"] == "1,024 clips a step = 8 workers x 128, in chunks of 32"
+    assert training["memory"].endswith("GB a worker, by PyTorch's fake tensors")
+    hub = {"pretrained": "somebody/something", "revision": "abc", "clip_s": 1.0}
+    told = AlignConfig.parse({**settings, "encoder": hub}).plan().training["memory"]
+    assert told == "told when somebody/something is on this machine"
+    with pytest.raises(UserError, match="is longer than"):
+        AlignConfig.parse({**settings, "encoder": {"pretrained": folder, "clip_s": 9.0}}).plan()
 
 
 def test_a_pretrained_backbone_takes_no_settings_of_another(settings: dict[str, Any], tmp_path: Path) -> None:
