@@ -121,6 +121,7 @@ def arrays_of(table: pa.Table, manifest: FeatureManifest, clip_samples: int, col
     """Columns as arrays: audio int16 [N, S], features float16 [N, *shape]; hashes, captions and ids always."""
     captions = table["caption"].to_pylist()
     out: dict[str, Any] = {
+        "clip_id": table["clip_id"].to_pylist(),
         "caption": captions,
         "caption_id": np.array([hash64(caption) for caption in captions], np.int64),
         "clip_hash": np.array([hash64(text) for text in table["content_hash"].to_pylist()], np.int64),
@@ -182,4 +183,4 @@ def load_split(
     whole = pa.concat_tables(parts).slice(0, max_rows)
     arrays = arrays_of(whole, manifest, clip_samples, columns)
     out: dict[str, Any] = {name: whole[name].to_pylist() for name in plain}
-    return out | {n: v if n == "caption" else tensor_of(n, v) for n, v in arrays.items()}
+    return out | {n: v if n in ("clip_id", "caption") else tensor_of(n, v) for n, v in arrays.items()}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from aai.config import Config
 from aai.errors import UserError
+from aai.finite import FiniteGuard
 from aai.precision import native_bfloat16
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class FitConfig(Config):
     warmup_steps: int = pydantic.Field(20, ge=0)
     grad_clip: float = pydantic.Field(1.0, gt=0)
     """Ceiling of the gradient's norm."""
+    max_skipped_in_a_row: int = pydantic.Field(10, ge=0)
+    """Steps in a row whose loss or gradient may be not finite: they are left out, counted, and their clips named; one
+    more ends the run."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; weights stay float32. auto: bfloat16 where every worker's device has it natively,
     float32 elsewhere; a run that is resumed, also on other machines, keeps what it began with."""
@@ -113,13 +117,14 @@ def fit(
     on_checkpoint: Callable[[State], None] = lambda state: None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     resume: State | None = None,
+    on_skip: Callable[[int, list[str]], None] = lambda step, clips: None,
 ) -> State:
     """Trains `task` for `config.steps` steps and returns the final state.
 
     task: `task(batch) -> (loss, report)`, both of scalars. batches: given the first step's number (from 0), yields the
     batch of every step from there on. on_log gets the means since the last entry; evaluate's figures come as an entry
-    of their own. Raises FloatingPointError before a step with a non-finite loss or gradient is taken, and ValueError
-    when the batches run out.
+    of their own. A step with a non-finite loss or gradient is not taken: on_skip gets its number and this process's
+    suspects. Raises FloatingPointError for too many of them in a row, and ValueError when the batches run out.
     """
     params = trainable(task)
     if not params:
@@ -132,7 +137,7 @@ def fit(
         restore_weights(task, resume.weights)
         _restore_moments(optimizer, params, resume.moments)
     iterator = batches(start)
-    meter = Meter()
+    meter, guard = Meter(), FiniteGuard(config.max_skipped_in_a_row, on_skip)
     for step in range(start + 1, config.steps + 1):
         task.train()
         batch = _next_batch(iterator, meter, step, config.steps)
@@ -145,12 +150,13 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(params.values(), config.grad_clip)
-        _check_finite(step, loss, norm, report)
-        optimizer.step()
-        meter.add({"loss": loss, **report, "grad_norm": norm})
+        figures = {"loss": loss.detach(), **report, "grad_norm": norm}
+        if guard.lets_pass(step, figures, batch):
+            optimizer.step()
+            meter.add(figures)
         last = step == config.steps
         if last or step % config.log_every == 0:
-            on_log(step, {**meter.flush(), "learning_rate": rate})
+            on_log(step, {**meter.flush(), "skipped_steps": guard.flush(), "learning_rate": rate})
         if evaluate and (last or (config.eval_every and step % config.eval_every == 0)):
             task.eval()
             with torch.no_grad():
@@ -239,15 +245,6 @@ def _seed_step(seed: int, step: int) -> None:
     """Seeds torch for one step, differently on each rank (they augment different clips)."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     torch.manual_seed((seed * 1_000_003 + step) * 10_007 + rank)
-
-
-def _check_finite(step: int, loss: Tensor, norm: Tensor, report: dict[str, Tensor]) -> None:
-    """Looked at after the backward pass, where all ranks share one gradient and so stop together."""
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        figures = ", ".join(f"{name} {float(x):.4g}" for name, x in {"loss": loss.detach(), **report}.items())
-        raise FloatingPointError(
-            f"loss or gradient is not finite at step {step} ({figures}); lower fit.learning_rate or look at the data"
-        )
 
 
 def _state(step: int, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, precision: str) -> State:

@@ -108,7 +108,7 @@ class FeatureReader:
         """The batch of every step from `first_step` on (from 0), without end.
 
         Tensors audio float32 [B, S], image_features [B, K, D], text_features [B, T, D], latents [B, C, h, w] (as
-        chosen by `columns`), caption_id and clip_hash int64 [B], and caption, a list of B texts.
+        chosen by `columns`), caption_id and clip_hash int64 [B], and the lists of texts clip_id and caption.
         """
         with ThreadPoolExecutor(self.threads) as pool:
             windows = self._windows(first_step)
@@ -146,7 +146,7 @@ class FeatureReader:
     def _read(self, number: int, first: int, last: int) -> Batch:
         """Some rows of a row group as arrays."""
         file, group, rows = self.groups[number]
-        names = ["caption", "content_hash", *self.columns]
+        names = ["clip_id", "caption", "content_hash", *self.columns]
         table = open_table(file, self.manifest).read_row_group(group, columns=names, use_threads=False)
         wanted = rows[first:last]
         if wanted[-1] - wanted[0] + 1 == len(wanted):
@@ -156,7 +156,7 @@ class FeatureReader:
         return arrays_of(table, self.manifest, self.clip_samples, self.columns)
 
     def _batch(self, rows: list[tuple[Batch, int]]) -> Batch:
-        batch: Batch = {"caption": [arrays["caption"][row] for arrays, row in rows]}
+        batch: Batch = {name: [arrays[name][row] for arrays, row in rows] for name in ("clip_id", "caption")}
         for name in (*self.columns, "caption_id", "clip_hash"):
             batch[name] = tensor_of(name, np.stack([arrays[name][row] for arrays, row in rows]))
         return batch

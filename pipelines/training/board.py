@@ -1,17 +1,19 @@
-"""Where rank 0 of a training posts its figures and the driver reads them; imports nothing, so it starts at once."""
+"""Where ranks of a training post figures and skipped steps, and the driver reads them; it starts at once."""
+
+from typing import Any
 
 
 class Board:
     """The state of a small Ray actor."""
 
     def __init__(self) -> None:
-        self.entries: list[dict[str, float]] = []
+        self.entries: list[dict[str, Any]] = []
 
-    def post(self, entry: dict[str, float]) -> None:
+    def post(self, entry: dict[str, Any]) -> None:
         """Adds one entry."""
         self.entries.append(entry)
 
-    def take(self) -> list[dict[str, float]]:
+    def take(self) -> list[dict[str, Any]]:
         """The entries since the last call."""
         taken, self.entries = self.entries, []
         return taken

@@ -42,6 +42,9 @@ STATE = "state.safetensors"
 TRAINED = "trained.safetensors"
 """In the last checkpoint also: what the driver gets."""
 HISTORY = "history.jsonl"
+SKIPPED = "skipped.jsonl"
+"""Steps that were not taken, with the clips that are suspected."""
+SHOWN_CLIPS = 5
 POLL_S = 0.5
 
 
@@ -76,6 +79,10 @@ class Session:
         """Rank 0 posts an entry of the history."""
         if self.rank == 0:
             ray.get(self.board.post.remote({"step": step, **figures}))
+
+    def skip(self, step: int, clips: list[str]) -> None:
+        """Any rank posts the clips of a step that was not taken."""
+        ray.get(self.board.post.remote({"step": step, "clips": clips, "rank": self.rank}))
 
     def checkpoint(self, state: State) -> None:
         """Rank 0 writes, with the last step also what the driver gets; all report, since reporting is a barrier."""
@@ -155,10 +162,12 @@ def checkpoints(out: str) -> str:
 
 def history(out: str) -> list[dict[str, Any]]:
     """The entries of history.jsonl by step; empty before the first."""
-    where = storage.join(out, HISTORY)
-    if not storage.exists(where):
-        return []
-    return [json.loads(line) for line in storage.read_bytes(where).decode().splitlines()]
+    return [json.loads(line) for line in _lines(out, HISTORY)]
+
+
+def _lines(out: str, name: str) -> list[str]:
+    where = storage.join(out, name)
+    return storage.read_bytes(where).decode().splitlines() if storage.exists(where) else []
 
 
 def _work(config: dict[str, Any]) -> str | None:
@@ -174,7 +183,7 @@ def _work(config: dict[str, Any]) -> str | None:
     evaluate = work.evaluate if rank == 0 else None
     try:
         with memory_explained(fit.chunk_size):
-            loop.fit(task, work.batches, fit, session.log, session.checkpoint, evaluate, _resume())
+            loop.fit(task, work.batches, fit, session.log, session.checkpoint, evaluate, _resume(), session.skip)
     except FloatingPointError as error:
         # The gradient is the same on all ranks, so all end here, and would again after a restart.
         return str(error)
@@ -215,7 +224,7 @@ def _follow(
     name: str, board: Any, out: str, steps: int, on_log: Callable[[int, dict[str, float]], None]
 ) -> Iterator[None]:
     """While the body runs: one progress line, history.jsonl, and `on_log` for every entry."""
-    entries = {_key(entry): entry for entry in history(out)}
+    entries, skipped = {_key(entry): entry for entry in history(out)}, _lines(out, SKIPPED)
     stop = threading.Event()
     with (
         native_stderr_held() as terminal,
@@ -225,13 +234,20 @@ def _follow(
         def poll() -> None:
             """Takes what rank 0 has posted: shows it, and rewrites the history with it."""
             taken = ray.get(board.take.remote())
-            for entry in taken:
+            for entry in [entry for entry in taken if "clips" in entry]:
+                some = ", ".join(entry["clips"][:SHOWN_CLIPS]) or "(not named)"
+                more = f" and {len(entry['clips']) - SHOWN_CLIPS} more" if len(entry["clips"]) > SHOWN_CLIPS else ""
+                log.warning("%s: step %d was left out, not finite: clips %s%s", name, entry["step"], some, more)
+                skipped.append(json.dumps(entry))
+            for entry in [entry for entry in taken if "clips" not in entry]:
                 # After a restart steps come again: the newer entry counts.
                 entries[_key(entry)] = entry
                 bar.n = int(entry["step"])
                 if "loss" in entry:
                     bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
                 on_log(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
+            if skipped:
+                storage.write_bytes(storage.join(out, SKIPPED), ("\n".join(skipped) + "\n").encode())
             if taken:
                 lines = [json.dumps(entries[key]) for key in sorted(entries)]
                 storage.write_bytes(storage.join(out, HISTORY), ("\n".join(lines) + "\n").encode())
@@ -253,4 +269,4 @@ def _follow(
 
 def _key(entry: dict[str, Any]) -> tuple[int, bool]:
     """A step may have two entries: training, then validation."""
-    return int(entry["step"]), "loss" not in entry
+    return int(entry["step"]), "learning_rate" not in entry

@@ -35,6 +35,7 @@ def test_a_batch_holds_what_the_table_holds(tmp_path: Path) -> None:
         "clip_hash": (4,),
     }
     for i, number in enumerate(numbers(batch)):
+        assert batch["clip_id"][i] == f"c{number}"
         assert batch["caption"][i] == f"word {number % 3}"
         assert batch["caption_id"][i] == hash64(f"word {number % 3}")
         assert batch["clip_hash"][i] == hash64(f"h{number}")
@@ -64,7 +65,7 @@ def test_epochs_differ_and_cover_everything(tmp_path: Path) -> None:
 
 def test_a_reader_of_few_columns_reads_no_others(tmp_path: Path) -> None:
     batch = next(FeatureReader(write(tmp_path), "train", 4, SAMPLES, columns=("latents",)).batches())
-    assert batch.keys() == {"caption", "latents", "caption_id", "clip_hash"}
+    assert batch.keys() == {"clip_id", "caption", "latents", "caption_id", "clip_hash"}
     assert batch["latents"].dtype == torch.float32
 
 

@@ -1,6 +1,7 @@
 """Real Ray Train on two gloo workers. Worker functions travel by value: Ray's processes cannot import test files."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def make_parts() -> tuple[type, Callable[..., Any], Callable[..., Any]]:
         for step in itertools.count(first):
             factor = hook(step)
             x = torch.randn(8, 1, generator=torch.Generator().manual_seed(step))[part]
-            yield {"x": x * factor, "y": 3 * x - 1}
+            yield {"x": x * factor, "y": 3 * x - 1, "clip_id": [f"c{row}" for row in range(len(x))]}
 
     class Size(Config):
         inputs: int = 1
@@ -101,9 +102,25 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) 
     assert len(starts(tmp_path)) == 3
 
 
-def test_a_nan_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_is_left_out_and_its_clips_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _, _, make_work = make_parts()
-    settings = {"folder": str(tmp_path), "nan_at": 2}
+    settings, out = {"folder": str(tmp_path), "nan_at": 2}, str(tmp_path / "out")
+    final = ray_train.train("test", make_work, settings, CLUSTER, out, "run1", CONFIG)
+    assert final.step == 12
+    assert all(weights.isfinite().all() for weights in final.weights.values())
+    entries = [entry for entry in ray_train.history(out) if "learning_rate" in entry]
+    assert {entry["step"]: entry["skipped_steps"] for entry in entries} == {2: 0, 4: 1, 6: 0, 8: 0, 10: 0, 12: 0}
+    lines = [json.loads(line) for line in (tmp_path / "out" / ray_train.SKIPPED).read_text().splitlines()]
+    assert {(line["step"], line["rank"]) for line in lines} == {(3, 0), (3, 1)}
+    assert lines[0]["clips"] == ["c0", "c1", "c2", "c3"]
+    assert "test: step 3 was left out, not finite: clips c0, c1, c2, c3" in caplog.text
+
+
+def test_a_nan_ends_the_run_where_none_is_allowed(tmp_path: Path) -> None:
+    _, _, make_work = make_parts()
+    settings, strict = {"folder": str(tmp_path), "nan_at": 2}, CONFIG.model_copy(update={"max_skipped_in_a_row": 0})
     with pytest.raises(FloatingPointError, match="step 3"):
-        ray_train.train("test", make_work, settings, CLUSTER, str(tmp_path / "out"), "run1", CONFIG)
+        ray_train.train("test", make_work, settings, CLUSTER, str(tmp_path / "out"), "run1", strict)
     assert starts(tmp_path) == [0]
