@@ -198,7 +198,10 @@ def run(
         status = "KILLED"
         raise
     finally:
-        _attempt(cfg, client.set_terminated, opened.run_id, status)
+        try:
+            _attempt(cfg, client.set_terminated, opened.run_id, status)
+        except UserError as error:  # the work is done, or has an error of its own that must be seen
+            log.warning("MLflow was not told that the run %s is %s (%s)", opened.run_id, status, error)
 
 
 def _log_params(opened: OpenRun, params: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from aai.fit import FitConfig, local_batch_size
 from aai.reader import FeatureReader, read_ahead
 from pipelines.engine.lock import output_lock
 from pipelines.registry import tracking
+from pipelines.registry.live import live_metrics
 from pipelines.training import ray_train
 from pipelines.training.recipe import C, StageConfig, TrainRecipe, bundle_dir
 
@@ -48,13 +49,12 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
     settings = recipe.prepare(manifest).model_dump(mode="json")
     params = {"fingerprint": manifest.fingerprint, **settings}
     with tracking.run(config.tracking, config.stage, params, {"digest": run_digest}) as run:
-        trained = ray_train.train(
-            config.stage, make_work, (recipe_class, settings), config.cluster, config.out, run_digest, config.fit
-        )
-        entries = ray_train.history(config.out)
-        for entry in entries:
-            run.log_metrics(_figures(entry), step=int(entry["step"]))
-        metrics = _figures(entries[-1])
+        with live_metrics(run) as send:
+            for entry in ray_train.history(config.out):  # of a run that goes on
+                send(int(entry["step"]), _figures(entry))
+            work = make_work, (recipe_class, settings), config.cluster, config.out, run_digest, config.fit
+            trained = ray_train.train(config.stage, *work, send)
+        metrics = _figures(ray_train.history(config.out)[-1])
         folder = bundle_dir(config.out)
         meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": list(recipe.parents)}
         sha = recipe.write(folder, trained, meta)

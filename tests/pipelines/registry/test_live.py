@@ -1,0 +1,113 @@
+"""Figures of a running training against a real MLflow server that goes away and comes back."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aai.errors import UserError
+from pipelines.registry import live, tracking
+from pipelines.registry.live import live_metrics
+from pipelines.settings import TrackingConfig
+
+
+class Server:
+    """An MLflow server on one port, with one database, that can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder = folder
+        self.config = TrackingConfig(uri=f"http://127.0.0.1:{self.port}", experiment="live")
+
+    def start(self) -> None:
+        store = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), *store]
+        with (self.folder / "server.log").open("ab") as sink:
+            self.process = subprocess.Popen(command, cwd=self.folder, stdout=sink, stderr=sink, start_new_session=True)
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=20)
+
+    def wait(self) -> None:
+        deadline_s = time.monotonic() + 120
+        while time.monotonic() < deadline_s:
+            try:
+                with tracking.run(self.config, "probe"):
+                    return
+            except UserError:
+                time.sleep(0.5)
+        pytest.fail((self.folder / "server.log").read_text()[-2000:])
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(live, "RETRY_S", 0.3)
+    for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")):
+        monkeypatch.setenv(name, value)
+    found = Server(tmp_path)
+    found.start()
+    yield found
+    found.stop()
+
+
+def fail_without(server: Server) -> None:
+    """A training that fails while the server is away."""
+    with tracking.run(server.config, "align") as run, live_metrics(run) as send:
+        server.stop()
+        send(1, {"loss": 1.0})
+        raise ZeroDivisionError
+
+
+def logged(run: tracking.OpenRun, name: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in run.client.get_metric_history(run.run_id, name)]
+
+
+def test_a_server_that_goes_away_and_comes_back_has_every_figure(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.wait()
+    with tracking.run(server.config, "align") as run:
+        with live_metrics(run) as send:
+            send(1, {"loss": 3.0})
+            deadline_s = time.monotonic() + 30
+            while logged(run, "loss") != [(1, 3.0)]:  # while it runs, not at the end
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
+            server.stop()
+            begin_s = time.monotonic()
+            for step in (2, 3, 4):
+                send(step, {"loss": 3.0 - step / 10})
+            assert time.monotonic() - begin_s < 0.1, "the training does not wait"
+            time.sleep(1.0)
+            server.start()
+        assert logged(run, "loss") == [(1, 3.0), (2, 2.8), (3, 2.7), (4, 2.6)]
+    assert "MLflow is away, the training goes on" in caplog.text
+
+    # One that stays away is waited for, then told of, and ends nothing.
+    monkeypatch.setattr(live, "PATIENCE_S", 1.0)
+    with tracking.run(server.config, "align") as run:
+        with live_metrics(run) as send:
+            server.stop()
+            send(1, {"loss": 1.0})
+            send(2, {"loss": 1.0})
+        assert "MLflow got 2 entries less than history.jsonl has" in caplog.text
+    assert "MLflow was not told that the run" in caplog.text
+
+    # An error of the training does not wait for it.
+    server.start()
+    server.wait()
+    monkeypatch.setattr(live, "PATIENCE_S", 600.0)
+    begin_s = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        fail_without(server)
+    assert time.monotonic() - begin_s < 30
+    server.start()
