@@ -127,7 +127,7 @@ class AdaptTask(nn.Module):
         neutral_word: str = "thing",
         chunk_size: int = 0,
     ) -> None:
-        """chunk_size: clips that go through the UNet at once (see `aai.memory.in_chunks`)."""
+        """chunk_size: clips that go through aligner and UNet at once (see `aai.memory.in_chunks`)."""
         super().__init__()
         self.adapter, self.cfg, self.chunk_size = adapter, cfg, chunk_size
         self.aligner = aligner.eval().requires_grad_(False)
@@ -147,7 +147,7 @@ class AdaptTask(nn.Module):
         """batch: audio [B, S], latents [B, C, h, w], image_features [B, N, D], caption list[str] -> loss, its terms."""
         cfg = self.cfg
         with torch.no_grad():
-            embed = self.aligner(batch["audio"])
+            embed = in_chunks(self.aligner, self.chunk_size, batch["audio"])
         tokens = self.adapter(embed)
         states, pooled = self.injector.encode([prompt_of(c, cfg) for c in batch["caption"]], tokens)
         terms: dict[str, Tensor] = {}

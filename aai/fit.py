@@ -57,7 +57,7 @@ class FitConfig(Config):
     """Steps between two validations; 0 = only at the end."""
     checkpoint_every: int = pydantic.Field(100, ge=1)
     """Steps between two checkpoints; the last step always makes one."""
-    seed: int = 0
+    seed: int = pydantic.Field(0, ge=0)
 
 
 @dataclass(frozen=True)

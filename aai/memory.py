@@ -22,9 +22,11 @@ def in_chunks(run: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
     Gradient caching (arXiv 2101.06983): a chunk's activations are thrown away and computed again, with the same random
     numbers, when the backward pass comes to it. Memory is that of one chunk, gradients are those of the whole batch.
     """
-    if not size or len(rows[0]) <= size or not torch.is_grad_enabled():
+    if not size or len(rows[0]) <= size:
         return run(*rows)
     parts = zip(*(tensor.split(size) for tensor in rows), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([run(*part) for part in parts])
     return torch.cat([checkpoint(run, *part, use_reentrant=False) for part in parts])
 
 

@@ -90,7 +90,7 @@ class FeatureReader:
         ends = np.cumsum(sizes)
         share = self.steps_per_epoch * self.batch_size
         first, last = self.rank * share, (self.rank + 1) * share
-        rng = np.random.default_rng([self.seed, epoch, self.rank])
+        rng = np.random.default_rng([self.seed, epoch, 1 + self.rank])
         windows: list[np.ndarray] = []
         parts: list[np.ndarray] = []
         for group, size, end in zip(shuffled, sizes, ends, strict=True):

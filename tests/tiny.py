@@ -163,9 +163,9 @@ def write_clap(folder: str | Path, fusion: bool = False) -> Path:
     return Path(folder)
 
 
-def clap_extractor(truncation: str) -> ClapFeatureExtractor:
+def clap_extractor(truncation: str, max_length_s: int = 2) -> ClapFeatureExtractor:
     """The extractor of `write_clap`'s models."""
-    return ClapFeatureExtractor(feature_size=16, max_length_s=2, frequency_min=50, truncation=truncation)
+    return ClapFeatureExtractor(feature_size=16, max_length_s=max_length_s, frequency_min=50, truncation=truncation)
 
 
 PE_AUDIO_SIZES = {

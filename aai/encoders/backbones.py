@@ -94,6 +94,8 @@ def describe(
         raise UserError("encoder.backbone", backbone, f"{where} holds a model of the type {kind}", "name its own kind")
     _check_fit(backbone, where, tower, extractor)
     architecture = json.loads(tower.to_json_string(use_diff=False))
+    # A layer that is dropped gets no gradient, for which DDP would wait.
+    architecture |= {"encoder_layerdrop": 0.0} if backbone == "whisper" else {}
     return {k: v for k, v in architecture.items() if k != "_name_or_path"}, json.loads(extractor.to_json_string())
 
 
@@ -199,6 +201,8 @@ def _check_fit(backbone: BackboneName, where: str, tower: PreTrainedConfig, extr
         pairs["chunk_length (in frames)"] = (extractor.nb_max_frames, 2 * tower.max_source_positions)
     elif backbone == "clap":
         pairs = {"feature_size": (extractor.feature_size, tower.num_mel_bins)}
+        most, frames = tower.spec_size**2 // tower.num_mel_bins, extractor.nb_max_samples // extractor.hop_length + 1
+        pairs["max_length_s (in frames)"] = (frames, min(frames, most))
     else:
         pairs = {"hop_length": (extractor.hop_length, tower.dac_config.hop_length)}
     for name, (given, taken) in pairs.items():

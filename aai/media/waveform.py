@@ -63,7 +63,10 @@ def read_samples(data: bytes) -> np.ndarray:
     if data[:4] == b"fLaC":
         return _flac_samples(data)
     with _wav(data) as file:
-        return np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        if len(samples) != file.getnframes():
+            raise ValueError(f"WAV is cut off: {len(samples)} of {file.getnframes()} samples are there")
+    return samples
 
 
 def read_sound(data: bytes) -> np.ndarray:
@@ -82,7 +85,7 @@ def sound_rate_hz(data: bytes) -> int:
 def _wav(data: bytes) -> wave.Wave_read:
     try:
         file = wave.open(io.BytesIO(data), "rb")  # noqa: SIM115 (the caller closes it)
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:  # the last from a header that points outside
         raise ValueError("is neither FLAC nor WAV") from error
     if (file.getnchannels(), file.getsampwidth()) != (1, 2):
         raise ValueError("is no WAV of one channel and 16 bits")

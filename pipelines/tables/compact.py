@@ -19,6 +19,8 @@ from pipelines.tables.resume import finished
 
 log = logging.getLogger(__name__)
 
+OF_ONE_FILE = ("input", "splits", "enlarged", "dtype")
+"""What the files of a FeatureTable say of themselves alone; the manifest has the table's."""
 GROUP_ROWS = 256
 """Rows of a row group: what is held in memory, and what a reader takes at once."""
 
@@ -101,7 +103,7 @@ def _common(files: Sequence[str], schemas: Sequence[pa.Schema]) -> tuple[pa.Sche
             raise UserError("input", file, rule, "tables of different settings cannot be mixed")
     constant = []
     for of_file in shapes.values():
-        constant.append({k: v for k, v in of_file.items() if k not in ("input", "splits")})
+        constant.append({k: v for k, v in of_file.items() if k not in OF_ONE_FILE})
     if shapes and (len(shapes) != len(files) or any(c != constant[0] for c in constant)):
         raise UserError("input", files[0], "and its neighbours differ in their shapes", "featurize them anew")
     if authors:
@@ -167,7 +169,8 @@ def _shapes(sources: Sources, first: int, last: int, shapes: dict[str, dict[str,
     for file, low, high in _parts(sources, first, last):
         splits.update(storage.read_table(file, ["split"])["split"].slice(low, high - low).to_pylist())
         made_of.append([shapes[file]["input"], low, high])
-    return json.dumps({**shapes[sources[0][0]], "input": _hash(made_of), "splits": splits}).encode()
+    shared = {key: value for key, value in shapes[sources[0][0]].items() if key not in OF_ONE_FILE}
+    return json.dumps({**shared, "input": _hash(made_of), "splits": splits}).encode()
 
 
 def _hash(value: Any) -> str:

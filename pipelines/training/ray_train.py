@@ -224,7 +224,9 @@ def _follow(
     name: str, board: Any, out: str, steps: int, on_log: Callable[[int, dict[str, float]], None]
 ) -> Iterator[None]:
     """While the body runs: one progress line, history.jsonl, and `on_log` for every entry."""
-    entries, skipped = {_key(entry): entry for entry in history(out)}, _lines(out, SKIPPED)
+    entries = {_key(entry): entry for entry in history(out)}
+    before = [json.loads(line) for line in _lines(out, SKIPPED)]
+    skipped = {(entry["step"], entry["rank"]): entry for entry in before}
     stop = threading.Event()
     with (
         native_stderr_held() as terminal,
@@ -238,7 +240,7 @@ def _follow(
                 some = ", ".join(entry["clips"][:SHOWN_CLIPS]) or "(not named)"
                 more = f" and {len(entry['clips']) - SHOWN_CLIPS} more" if len(entry["clips"]) > SHOWN_CLIPS else ""
                 log.warning("%s: step %d was left out, not finite: clips %s%s", name, entry["step"], some, more)
-                skipped.append(json.dumps(entry))
+                skipped[entry["step"], entry["rank"]] = entry
             for entry in [entry for entry in taken if "clips" not in entry]:
                 # After a restart steps come again: the newer entry counts.
                 entries[_key(entry)] = entry
@@ -246,8 +248,9 @@ def _follow(
                 if "loss" in entry:
                     bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
                 on_log(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
-            if skipped:
-                storage.write_bytes(storage.join(out, SKIPPED), ("\n".join(skipped) + "\n").encode())
+            if any("clips" in entry for entry in taken):
+                lines = [json.dumps(skipped[key]) for key in sorted(skipped)]
+                storage.write_bytes(storage.join(out, SKIPPED), ("\n".join(lines) + "\n").encode())
             if taken:
                 lines = [json.dumps(entries[key]) for key in sorted(entries)]
                 storage.write_bytes(storage.join(out, HISTORY), ("\n".join(lines) + "\n").encode())

@@ -45,7 +45,7 @@ class StageConfig(RayVerbConfig):
     tracking: RunsConfig = RunsConfig()
     shuffle_clips: int = pydantic.Field(2048, ge=1)
     """Clips that a worker shuffles together, of several files. It holds twice as many in memory, at 16 kHz 32 kB for
-    each second."""
+    each second, besides some batches that are ready, 64 kB for each second."""
     max_val_clips: int = pydantic.Field(1000, ge=2)
     """Validation takes at most this many clips of the val split."""
     max_cut_share: float = pydantic.Field(0.5, ge=0, le=1)

@@ -142,6 +142,18 @@ def test_folders_that_do_not_fit_are_user_errors(tmp_path: Path) -> None:
         backbones.describe("ast", str(folder), None)
 
 
+def test_what_a_tower_cannot_take_is_found_before_it_trains(tmp_path: Path) -> None:
+    clap = write_clap(tmp_path / "clap")
+    clap_extractor("rand_trunc", max_length_s=3).save_pretrained(clap)
+    with pytest.raises(UserError, match=r"max_length_s \(in frames\) 301, its model takes 256"):
+        backbones.describe("clap", str(clap), None)
+    whisper = BACKBONES["whisper"](tmp_path / "whisper")
+    config = json.loads((whisper / "config.json").read_text())
+    (whisper / "config.json").write_text(json.dumps(config | {"encoder_layerdrop": 0.9}))
+    architecture, _ = backbones.describe("whisper", str(whisper), None)
+    assert architecture["encoder_layerdrop"] == 0, "a dropped layer has no gradient, for which DDP would wait"
+
+
 def write_mixed(tmp_path: Path, ast: Path) -> Path:
     """An AST with the extractor of a CLAP."""
     mixed = tmp_path / "mixed"

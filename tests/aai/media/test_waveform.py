@@ -55,6 +55,12 @@ def test_another_file_has_no_rate(data: bytes) -> None:
         read_samples(data)
 
 
+def test_a_wav_that_is_cut_off_is_no_shorter_sound() -> None:
+    sound = encode_wav(np.arange(1000, dtype=np.int16), 16_000)
+    with pytest.raises(ValueError, match="cut off: 500 of 1000"):
+        read_samples(sound[:-1000])
+
+
 def test_only_wavs_as_the_tables_hold_them_are_read(tmp_path: Path) -> None:
     with wave.open(str(tmp_path / "stereo.wav"), "wb") as file:
         file.setnchannels(2)

@@ -59,6 +59,20 @@ def test_large_tables_are_written_group_by_group(tmp_path: Path) -> None:
     assert again.schema.metadata == {b"who": b"me", WRITTEN_BY: code_version().encode()}
 
 
+def test_files_may_have_enlarged_different_numbers_of_pictures(features: Path, tmp_path: Path) -> None:
+    files = storage.list_files(str(features), ".parquet")
+    for number, file in enumerate(files):
+        table = pq.read_table(file)
+        metadata = table.schema.metadata
+        shapes = json.loads(metadata[SHAPES_KEY]) | {"enlarged": {"clip": number, "latents": 0}}
+        target = str(tmp_path / "in" / Path(file).name)
+        storage.write_table(target, table.replace_schema_metadata({**metadata, SHAPES_KEY: json.dumps(shapes)}))
+    storage.write_bytes(f"{tmp_path}/in/manifest.json", storage.read_bytes(f"{features}/manifest.json"))
+    data("compact", input=tmp_path / "in", out=tmp_path / "out", rows_per_file=20)
+    for file in storage.list_files(f"{tmp_path}/out", ".parquet"):
+        assert "enlarged" not in json.loads(pq.read_schema(file).metadata[SHAPES_KEY])
+
+
 def test_a_compacted_feature_table_trains_the_same(features: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     data("compact", input=features, out=out, rows_per_file=20)
