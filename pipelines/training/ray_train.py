@@ -251,7 +251,7 @@ def _follow(
             if any("clips" in entry for entry in taken):
                 lines = [json.dumps(skipped[key]) for key in sorted(skipped)]
                 storage.write_bytes(storage.join(out, SKIPPED), ("\n".join(lines) + "\n").encode())
-            if taken:
+            if taken and entries:
                 lines = [json.dumps(entries[key]) for key in sorted(entries)]
                 storage.write_bytes(storage.join(out, HISTORY), ("\n".join(lines) + "\n").encode())
                 bar.refresh()

@@ -134,9 +134,12 @@ def test_chunks_have_the_loss_and_gradients_of_the_whole(
     for size in (0, chunk_size):
         task = make_task(spec, pipe, AdaptLossConfig())
         task.chunk_size = size
+        heard: list[int] = []
+        task.aligner.register_forward_pre_hook(lambda _, rows, heard=heard: heard.append(len(rows[0])))
         torch.manual_seed(3)
         loss, _ = task.train()(make_batch())
         loss.backward()
+        assert max(heard) == (size or 4), "the frozen aligner, too, hears a chunk at a time"
         found.append([loss.detach(), *(p.grad for p in task.adapter.parameters())])
     for whole, chunked in zip(*found, strict=True):
         torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)

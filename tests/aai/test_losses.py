@@ -133,4 +133,5 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_rows_and_gradients_travel_between_ranks(tmp_path: Path) -> None:
+    """`_rank` asserts, in each of two processes; what fails there is raised here."""
     on_ranks(2, _rank, str(tmp_path))

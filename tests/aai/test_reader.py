@@ -102,6 +102,15 @@ def test_each_rank_takes_consecutive_rows_of_one_order_of_row_groups(tmp_path: P
         assert (reader.steps_per_epoch, reader.num_rows) == (steps, 20)
 
 
+def test_a_window_is_shuffled_anew_in_each_epoch_and_on_each_rank(tmp_path: Path) -> None:
+    uri = write(tmp_path, shards=1, rows=5)  # a single row group
+    reader = FeatureReader(uri, "train", 4, SAMPLES)
+    assert len({tuple(reader.order(epoch)[0][:, 1].tolist()) for epoch in range(8)}) > 3
+    ranks = [FeatureReader(write(tmp_path / "b"), "train", 10, SAMPLES, rank, 2) for rank in range(2)]
+    runs = [np.argsort(reader.order(0)[0][:, 0] * 10 + reader.order(0)[0][:, 1]).tolist() for reader in ranks]
+    assert runs[0] != runs[1]
+
+
 @pytest.mark.parametrize(("shuffle_clips", "windows"), [(1, 6), (4, 3), (7, 3), (8, 2), (20, 1), (10_000, 1)])
 def test_rows_are_shuffled_within_windows_of_whole_row_groups(tmp_path: Path, shuffle_clips: int, windows: int) -> None:
     """Row groups have 3 or 4 rows of the split."""

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from aai.config import Config
@@ -14,6 +16,7 @@ from aai.fit import FitConfig, fit
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import TrainClusterConfig
 from pipelines.training import ray_train
+from pipelines.training.board import Board
 
 CLUSTER = TrainClusterConfig(num_workers=2, max_failures=1)
 CONFIG = FitConfig(steps=12, learning_rate=0.1, warmup_steps=2, checkpoint_every=4, log_every=2, precision="float32")
@@ -124,3 +127,21 @@ def test_a_nan_ends_the_run_where_none_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="step 3"):
         ray_train.train("test", make_work, settings, CLUSTER, str(tmp_path / "out"), "run1", strict)
     assert starts(tmp_path) == [0]
+
+
+def test_a_skipped_step_is_listed_once_however_often_it_comes(tmp_path: Path) -> None:
+    """After a restart steps come again; and the file is written when there is something new, not at each poll."""
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    listed = tmp_path / ray_train.SKIPPED
+    for _ in range(2):  # two calls of the same run
+        with ray_train._follow("test", board, str(tmp_path), 12, lambda step, figures: None):
+            for rank in (1, 0, 1):
+                ray.get(board.post.remote({"step": 3, "rank": rank, "clips": ["c1"]}))
+            while not listed.exists():
+                time.sleep(0.05)
+            time.sleep(3 * ray_train.POLL_S)
+            written_ns = listed.stat().st_mtime_ns
+            time.sleep(3 * ray_train.POLL_S)
+            assert listed.stat().st_mtime_ns == written_ns
+        lines = [json.loads(line) for line in listed.read_text().splitlines()]
+        assert [(line["step"], line["rank"]) for line in lines] == [(3, 0), (3, 1)]
