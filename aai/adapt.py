@@ -17,7 +17,6 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from aai.config import Config
-from aai.encoders.audio import AudioEncoder
 from aai.inject import Injector, with_head
 from aai.memory import in_chunks
 
@@ -113,24 +112,22 @@ def denoising_loss(
 class AdaptTask(nn.Module):
     """Adapter + losses; only the adapter has gradients.
 
-    aligner is the trained audio encoder, frozen; text_projection maps the text encoder's pooled state into CLIP space
-    ([D, D_h] linear), or None when the diffusion model's text encoder is not the CLIP's.
+    Sounds come as aligned embeddings that were computed once (`aai.aligned`). text_projection maps the text encoder's
+    pooled state into CLIP space ([D, D_h] linear), or None when the diffusion model's text encoder is not the CLIP's.
     """
 
     def __init__(
         self,
         adapter: AudioAdapter,
-        aligner: AudioEncoder,
         pipe: StableDiffusionPipeline,
         text_projection: nn.Linear | None,
         cfg: AdaptLossConfig,
         neutral_word: str = "thing",
         chunk_size: int = 0,
     ) -> None:
-        """chunk_size: clips that go through aligner and UNet at once (see `aai.memory.in_chunks`)."""
+        """chunk_size: clips that go through the UNet at once (see `aai.memory.in_chunks`)."""
         super().__init__()
         self.adapter, self.cfg, self.chunk_size = adapter, cfg, chunk_size
-        self.aligner = aligner.eval().requires_grad_(False)
         self.unet = pipe.unet.eval().requires_grad_(False)
         self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
         self.text_projection = text_projection.requires_grad_(False) if text_projection else None
@@ -144,11 +141,9 @@ class AdaptTask(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch: audio [B, S], latents [B, C, h, w], image_features [B, N, D], caption list[str] -> loss, its terms."""
+        """batch: aligned [B, D], latents [B, C, h, w], image_features [B, N, D], caption list[str] -> loss, terms."""
         cfg = self.cfg
-        with torch.no_grad():
-            embed = in_chunks(self.aligner, self.chunk_size, batch["audio"])
-        tokens = self.adapter(embed)
+        tokens = self.adapter(batch["aligned"])
         states, pooled = self.injector.encode([prompt_of(c, cfg) for c in batch["caption"]], tokens)
         terms: dict[str, Tensor] = {}
         if cfg.w_denoise:
@@ -168,7 +163,7 @@ class AdaptTask(nn.Module):
         if cfg.w_norm:
             terms["norm"] = (tokens.norm(dim=-1) / self.injector.median_norm - 1).square().mean()
         weights = {"denoise": cfg.w_denoise, "clip": cfg.w_clip, "hidden": cfg.w_hidden, "norm": cfg.w_norm}
-        loss = embed.new_zeros(())
+        loss = tokens.new_zeros(())
         for name, term in terms.items():
             loss = loss + weights[name] * term
         return loss, {name: term.detach() for name, term in terms.items()}

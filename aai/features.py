@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pydantic
 import torch
 
-from aai import storage
+from aai import aligned, storage
+from aai.aligned import AlignedCache
 from aai.config import Config
 from aai.errors import UserError
 from aai.media.waveform import read_samples, sound_rate_hz
@@ -93,6 +94,7 @@ class FeatureManifest(Config):
             "image_features": (self.num_frames, self.image_dim),
             "text_features": (self.num_texts, self.text_dim),
             "latents": self.latent_shape,
+            aligned.COLUMN: (self.image_dim,),
         }
         return shapes[column]
 
@@ -115,6 +117,19 @@ def open_table(file: str, manifest: FeatureManifest) -> pq.ParquetFile:
             "run `aai featurize` into an empty folder",
         )
     return table
+
+
+def read_group(
+    table: pq.ParquetFile, file: str, group: int, columns: Sequence[str], cache: AlignedCache | None = None
+) -> pa.Table:
+    """Columns of one row group of an opened file of features; the column `aligned` is taken from the cache."""
+    names = [name for name in columns if name != aligned.COLUMN]
+    found = table.read_row_group(group, columns=names, use_threads=False)
+    if aligned.COLUMN not in columns:
+        return found
+    if cache is None:
+        raise ValueError("the column aligned needs a cache of embeddings")
+    return found.append_column(aligned.COLUMN, cache.read_group(file, group, found["clip_id"]))
 
 
 def arrays_of(table: pa.Table, manifest: FeatureManifest, clip_samples: int, columns: Sequence[str]) -> dict[str, Any]:
@@ -165,11 +180,13 @@ def load_split(
     clip_samples: int,
     columns: Sequence[str] = ARRAYS,
     max_rows: int | None = None,
+    cache: AlignedCache | None = None,
 ) -> dict[str, Any]:
     """All rows of a split in table order (the first `max_rows`), for evaluation.
 
     Tensors: audio float32 [N, S], image_features [N, K, D], text_features [N, T, D], latents [N, C, h, w] (as chosen
-    by `columns`), caption_id and clip_hash int64 [N]. Lists: clip_id, content_hash, uri, caption, labels.
+    by `columns`; aligned [N, D] needs a cache), caption_id and clip_hash int64 [N]. Lists: clip_id, content_hash, uri,
+    caption, labels.
     """
     manifest = FeatureManifest.read(uri)
     plain = ["clip_id", "content_hash", "uri", "caption", "labels"]
@@ -177,9 +194,11 @@ def load_split(
     for file in storage.list_files(uri, ".parquet"):
         if max_rows is not None and found >= max_rows:
             break
-        table = open_table(file, manifest).read(columns=["split", *plain, *columns])
-        parts.append(table.filter(pa.compute.equal(table["split"], split)))
-        found += parts[-1].num_rows
+        opened = open_table(file, manifest)
+        for group in range(opened.num_row_groups):
+            table = read_group(opened, file, group, ["split", *plain, *columns], cache)
+            parts.append(table.filter(pa.compute.equal(table["split"], split)))
+            found += parts[-1].num_rows
     whole = pa.concat_tables(parts).slice(0, max_rows)
     arrays = arrays_of(whole, manifest, clip_samples, columns)
     out: dict[str, Any] = {name: whole[name].to_pylist() for name in plain}

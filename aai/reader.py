@@ -11,8 +11,9 @@ import pyarrow as pa
 import torch
 
 from aai import storage
+from aai.aligned import AlignedCache
 from aai.errors import UserError
-from aai.features import ARRAYS, FeatureManifest, arrays_of, open_table, tensor_of
+from aai.features import ARRAYS, FeatureManifest, arrays_of, open_table, read_group, tensor_of
 
 Batch = dict[str, Any]
 READY_BATCHES = 4
@@ -42,16 +43,17 @@ class FeatureReader:
         columns: Sequence[str] = ARRAYS,
         shuffle_clips: int = 2048,
         threads: int = 2,
+        cache: AlignedCache | None = None,
     ) -> None:
         """batch_size: clips per step of this rank; clip_samples: length sounds are padded or cut to; shuffle_clips:
-        least size of a window, of which two are in memory.
+        least size of a window, of which two are in memory; cache: where the column `aligned` is.
 
         Raises UserError when the table is not there, is mixed, or has fewer rows in the split than one step takes.
         """
         self.manifest = FeatureManifest.read(uri)
         self.batch_size, self.clip_samples, self.columns = batch_size, clip_samples, tuple(columns)
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.split, self.shuffle_clips, self.threads = split, shuffle_clips, threads
+        self.split, self.shuffle_clips, self.threads, self.cache = split, shuffle_clips, threads, cache
         self.groups = self._index(uri)
         self.num_rows = sum(len(rows) for _, _, rows in self.groups)
         self.steps_per_epoch = self.num_rows // (batch_size * world_size)
@@ -107,8 +109,8 @@ class FeatureReader:
     def batches(self, first_step: int = 0) -> Iterator[Batch]:
         """The batch of every step from `first_step` on (from 0), without end.
 
-        Tensors audio float32 [B, S], image_features [B, K, D], text_features [B, T, D], latents [B, C, h, w] (as
-        chosen by `columns`), caption_id and clip_hash int64 [B], and the lists of texts clip_id and caption.
+        Tensors audio float32 [B, S], image_features [B, K, D], text_features [B, T, D], latents [B, C, h, w], aligned
+        [B, D] (as chosen by `columns`), caption_id and clip_hash int64 [B], and the lists of texts clip_id and caption.
         """
         with ThreadPoolExecutor(self.threads) as pool:
             windows = self._windows(first_step)
@@ -147,7 +149,7 @@ class FeatureReader:
         """Some rows of a row group as arrays."""
         file, group, rows = self.groups[number]
         names = ["clip_id", "caption", "content_hash", *self.columns]
-        table = open_table(file, self.manifest).read_row_group(group, columns=names, use_threads=False)
+        table = read_group(open_table(file, self.manifest), file, group, names, self.cache)
         wanted = rows[first:last]
         if wanted[-1] - wanted[0] + 1 == len(wanted):
             table = table.slice(wanted[0], len(wanted))  # nothing is copied

@@ -1,8 +1,8 @@
 """Trains the audio adapter: an aligned sound becomes words A* for the frozen diffusion model.
 
-Reads a FeatureTable and the bundle of `aai align`, trains with Ray Train through the frozen text encoder and UNet, and
-writes OUT/bundle (aligner and adapter), OUT/history.jsonl and, last, OUT/adapt.json. The same command goes on after a
-kill.
+Reads a FeatureTable and the bundle of `aai align`, embeds all sounds once, trains with Ray Train through the frozen
+text encoder and UNet, and writes OUT/bundle (aligner and adapter), OUT/history.jsonl and, last, OUT/adapt.json.
+The same command goes on after a kill.
 """
 
 import argparse
@@ -14,16 +14,20 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from aai import aligned
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
+from aai.aligned import AlignedCache
 from aai.bundle import read_bundle, write_bundle
 from aai.concepts import Vocabulary
 from aai.config import Config
-from aai.encoders.aligner import encoder_config, load_aligner
+from aai.encoders.aligner import encoder_config
 from aai.features import FeatureManifest
 from aai.fit import local_batch_size
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_clip, load_diffusion
 from aai.inject import Injector
+from pipelines.settings import Plan
+from pipelines.training.embedding import embed_table
 from pipelines.training.lengths import check_cut, clip_lengths_s
 from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, refuse_given
 from pipelines.training.stage import run_stage
@@ -35,10 +39,12 @@ class AdaptConfig(StageConfig):
     """The adapt stage."""
 
     stage: ClassVar[str] = "adapt"
-    places: ClassVar[tuple[str, ...]] = ("features", "bundle", "out")
+    places: ClassVar[tuple[str, ...]] = ("features", "bundle", "aligned", "out")
 
     bundle: str
     """The bundle of `aai align`; it names the foundation."""
+    aligned: str = "${features}-aligned"
+    """Folder or s3:// prefix of the sounds' embeddings, made once for an aligner and shared by all runs."""
     adapter: AdapterConfig = AdapterConfig()
     """embed_dim and token_dim are taken from the bundle and the diffusion model, and refused here."""
     loss: AdaptLossConfig = AdaptLossConfig()
@@ -48,6 +54,12 @@ class AdaptConfig(StageConfig):
     """The word that stands in a prompt where a sound has no say."""
     max_val_clips: int = pydantic.Field(128, ge=2)
     """Validation takes at most this many clips of the val split."""
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        plan = super().plan()
+        inputs = {name: place for name, place in plan.inputs.items() if name != "aligned"}
+        return plan.model_copy(update={"inputs": inputs, "outputs": {"embeddings": self.aligned, **plan.outputs}})
 
 
 CONFIG = AdaptConfig
@@ -71,14 +83,14 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
     """The adapter with everything frozen around it; the bundle holds the parent's aligner and the adapter."""
 
     config_class = AdaptConfig
-    columns = ("audio", "image_features", "latents")
+    columns = (aligned.COLUMN, "image_features", "latents")
 
     def __init__(self, config: AdaptConfig) -> None:
         super().__init__(config)
         self.parent = read_bundle(config.bundle)
         self.parents = (self.parent.sha,)
         self.encoder = encoder_config(self.parent)
-        self.clip_samples = self.encoder.clip_samples
+        self.cache = AlignedCache.of(self.parent, config.aligned)
 
     def prepare(self, manifest: FeatureManifest) -> AdaptConfig:
         """See TrainRecipe; the token's width is known only where the diffusion model is."""
@@ -90,16 +102,20 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         check_cut("adapt", lengths_s, self.encoder.clip_s, self.config.max_cut_share)
         return self.config
 
+    def precompute(self) -> None:
+        """Embeds the sounds."""
+        config = self.config
+        embed_table(config.bundle, config.features, config.aligned, config.cluster, config.out)
+
     def build(self) -> AdaptTask:
-        """Loads the foundation and the aligner."""
+        """Loads the foundation."""
         spec, neutral_word = self.parent.config.foundation, self.config.neutral_word
         pipe = load_diffusion(spec)
         injector = Injector(pipe.text_encoder, pipe.tokenizer, neutral_word)
         dims = {"embed_dim": self.encoder.embed_dim, "token_dim": injector.token_dim}
         adapter = AudioAdapter(self.config.adapter.model_copy(update=dims), injector.median_norm)
         projection = text_projection(spec, pipe.text_encoder)
-        parts = adapter, load_aligner(self.parent), pipe, projection
-        return AdaptTask(*parts, self.config.loss, neutral_word, self.config.fit.chunk_size)
+        return AdaptTask(adapter, pipe, projection, self.config.loss, neutral_word, self.config.fit.chunk_size)
 
     def validate(self, task: AdaptTask, held_out: dict[str, Any]) -> dict[str, float]:
         """The loss and its terms, with the same noise every time, over batches as large as a worker's in training."""

@@ -1,5 +1,6 @@
 """Config sections that all commands share."""
 
+import re
 from typing import Literal
 
 import pydantic
@@ -85,6 +86,14 @@ class Plan(Config):
     """Steps, batches and memory of a training."""
 
 
+_NAMED = re.compile(r"\$\{(\w+)\}")
+
+
+def _text_of(cls: type[Config], given: dict[str, object], name: str) -> str:
+    """What a default puts in the place of ${name}: a folder without the slash at its end."""
+    return str(given.get(name, cls.model_fields[name].default)).rstrip("/")
+
+
 class VerbConfig(Config):
     """Base of every command's config."""
 
@@ -93,16 +102,15 @@ class VerbConfig(Config):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _under_run_dir(cls, given: object) -> object:
-        """Puts the run's folder into the defaults that name it; in a file's values OmegaConf has done so."""
+    def _defaults_name_others(cls, given: object) -> object:
+        """Puts other settings into the defaults that name them; in a file's values OmegaConf has done so."""
         if not isinstance(given, dict):
             return given
-        run_dir = given.get("run_dir", cls.model_fields["run_dir"].default)
-        filled = {}
+        filled = dict(given)
         for name, field in cls.model_fields.items():
-            if isinstance(field.default, str) and "${run_dir}" in field.default:
-                filled[name] = field.default.replace("${run_dir}", str(run_dir))
-        return {**filled, **given}
+            if name not in given and isinstance(field.default, str) and "${" in field.default:
+                filled[name] = _NAMED.sub(lambda found: _text_of(cls, filled, found[1]), field.default)
+        return filled
 
     def plan(self) -> Plan:
         """What the command would do with these settings, without doing it."""

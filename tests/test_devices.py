@@ -192,7 +192,7 @@ def align_batch(size: int) -> dict[str, Any]:
 def adapt_batch(size: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     return {
-        "audio": 0.1 * torch.randn(size, ENCODER.clip_samples, generator=g),
+        "aligned": nn.functional.normalize(torch.randn(size, 32, generator=g), dim=-1),
         "latents": torch.randn(size, 8, 8, 8, generator=g),
         "image_features": nn.functional.normalize(torch.randn(size, 2, 32, generator=g), dim=-1),
         "caption": [CAPTIONS[i % 2] for i in range(size)],
@@ -201,7 +201,7 @@ def adapt_batch(size: int) -> dict[str, Any]:
 
 def check_training(task: nn.Module, batch: dict[str, Any], evaluate: Callable[[], dict[str, float]]) -> None:
     """Three steps with validation, and two more from a checkpoint, whose batches come from the CPU as the reader's."""
-    config = FitConfig(steps=3, batch_size=len(batch["audio"]), log_every=1, warmup_steps=1)
+    config = FitConfig(steps=3, batch_size=len(batch["image_features"]), log_every=1, warmup_steps=1)
     figures: list[dict[str, float]] = []
 
     def batches(start: int) -> Iterator[dict[str, Any]]:

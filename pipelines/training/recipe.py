@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aai import storage
+from aai.aligned import AlignedCache
 from aai.config import Config
 from aai.errors import UserError
 from aai.features import MANIFEST, FeatureManifest
@@ -127,8 +128,8 @@ class Trained:
 class TrainRecipe(ABC, Generic[C]):
     """One training. Made on the driver and again on every worker, from the class and the settings as JSON.
 
-    On the driver: `prepare`, then, when the workers are done, `write`. On the workers: `build`, and on rank 0
-    `validate` and `export`.
+    On the driver: `prepare` and `precompute`, then, when the workers are done, `write`. On the workers: `build`, and on
+    rank 0 `validate` and `export`.
     """
 
     config_class: ClassVar[type[StageConfig]]
@@ -136,6 +137,8 @@ class TrainRecipe(ABC, Generic[C]):
     """Columns of the FeatureTable that a batch holds (see `aai.reader.FeatureReader`)."""
     clip_samples: int = 0
     """Length that sounds are padded or cut to; for recipes with the column audio."""
+    cache: AlignedCache | None = None
+    """Where the sounds' embeddings are; for recipes with the column aligned."""
     parents: tuple[str, ...] = ()
     """Hashes of what the stage takes besides the features, such as an earlier bundle."""
 
@@ -145,6 +148,9 @@ class TrainRecipe(ABC, Generic[C]):
     def prepare(self, manifest: FeatureManifest) -> C:
         """The settings with what only the data knows. Raises UserError for what does not fit together."""
         return self.config
+
+    def precompute(self) -> None:
+        """Makes what the workers read besides the features, where it is not there yet."""
 
     @abstractmethod
     def build(self) -> nn.Module:

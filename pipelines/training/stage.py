@@ -47,6 +47,7 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
     if (found := up_to_date(config, run_digest)) is not None:
         return found
     settings = recipe.prepare(manifest).model_dump(mode="json")
+    recipe.precompute()
     params = {"fingerprint": manifest.fingerprint, **settings}
     with tracking.run(config.tracking, config.stage, params, {"digest": run_digest}) as run:
         with live_metrics(run) as send:
@@ -94,12 +95,14 @@ def make_work(rank: int, world_size: int, settings: tuple[type[TrainRecipe[Any]]
         recipe.columns,
         config.shuffle_clips,
         max(1, int(config.cluster.cpus_per_worker)),
+        recipe.cache,
     )
     torch.manual_seed(config.fit.seed)  # all ranks begin with the same weights
     task = recipe.build()
     evaluate = None
     if rank == 0 and validates(config.fit, reader.manifest):
-        held_out = load_split(config.features, "val", recipe.clip_samples, recipe.columns, config.max_val_clips)
+        what = recipe.clip_samples, recipe.columns, config.max_val_clips, recipe.cache
+        held_out = load_split(config.features, "val", *what)
         evaluate = partial(_validate, recipe, task, held_out)
     pin = torch.cuda.is_available()
     return ray_train.Work(

@@ -10,7 +10,6 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter, denoising_loss, prompt_of
-from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_clip, load_diffusion
@@ -29,16 +28,15 @@ class Echo(nn.Module):
 
 def make_task(spec: FoundationSpec, pipe: StableDiffusionPipeline, cfg: AdaptLossConfig) -> AdaptTask:
     torch.manual_seed(0)
-    aligner = AudioEncoder(AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, head_size=32, embed_dim=32))
     adapter = AudioAdapter(AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=32), 0.1)
     clip, _, _ = load_clip(spec)
-    return AdaptTask(adapter, aligner, pipe, clip.text_projection, cfg)
+    return AdaptTask(adapter, pipe, clip.text_projection, cfg)
 
 
 def make_batch() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     return {
-        "audio": 0.1 * torch.randn(4, 32000, generator=generator),
+        "aligned": torch.nn.functional.normalize(torch.randn(4, 32, generator=generator), dim=-1),
         "latents": torch.randn(4, 8, 8, 8, generator=generator),
         "image_features": torch.nn.functional.normalize(torch.randn(4, 2, 32, generator=generator), dim=-1),
         "caption": list(CAPTIONS),
@@ -105,9 +103,9 @@ def test_denoising_loss_by_hand() -> None:
 
 
 def noise_levels(task: AdaptTask, batch: dict[str, Any], rows: int) -> Tensor:
-    """The levels drawn for so many rows, with an echo in the UNet's place and embeddings in the sounds' place."""
-    task.unet, task.aligner = Echo(), nn.Identity()
-    task({**batch, "audio": batch["audio"][:, :32], "latents": batch["latents"][:1].expand(rows, -1, -1, -1)})
+    """The levels drawn for so many rows, with an echo in the UNet's place."""
+    task.unet = Echo()
+    task({**batch, "latents": batch["latents"][:1].expand(rows, -1, -1, -1)})
     return task.unet.timesteps
 
 
@@ -134,12 +132,12 @@ def test_chunks_have_the_loss_and_gradients_of_the_whole(
     for size in (0, chunk_size):
         task = make_task(spec, pipe, AdaptLossConfig())
         task.chunk_size = size
-        heard: list[int] = []
-        task.aligner.register_forward_pre_hook(lambda _, rows, heard=heard: heard.append(len(rows[0])))
+        seen: list[int] = []
+        task.unet.register_forward_pre_hook(lambda _, rows, seen=seen: seen.append(len(rows[0])))
         torch.manual_seed(3)
         loss, _ = task.train()(make_batch())
         loss.backward()
-        assert max(heard) == (size or 4), "the frozen aligner, too, hears a chunk at a time"
+        assert max(seen) == (size or 4)
         found.append([loss.detach(), *(p.grad for p in task.adapter.parameters())])
     for whole, chunked in zip(*found, strict=True):
         torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
@@ -152,7 +150,7 @@ def test_denoise_rows_are_the_first_clips_with_their_own_prompts(
     task.unet, task.scheduler = Echo(), DDPMScheduler(num_train_timesteps=2, trained_betas=[1e-6, 1e-6])
     batch = make_batch()
     task({**batch, "latents": batch["latents"].half()})
-    tokens = task.adapter(task.aligner(batch["audio"]))
+    tokens = task.adapter(batch["aligned"])
     prompts = ["a sketch of <sound>", "a photo of <sound>"]
     torch.testing.assert_close(task.unet.states, task.injector.encode(prompts, tokens[:2])[0])
     torch.testing.assert_close(task.unet.noisy, batch["latents"][:2], atol=0.02, rtol=0)
@@ -166,7 +164,7 @@ def test_every_term_by_hand(spec: FoundationSpec, pipe: StableDiffusionPipeline)
     task, batch = make_task(spec, pipe, cfg), make_batch()
     torch.manual_seed(3)
     loss, terms = task(batch)
-    tokens = task.adapter(task.aligner(batch["audio"]))
+    tokens = task.adapter(batch["aligned"])
     prompts = ["a sketch of <sound>", "a photo of <sound>", "a photo of <sound>", "a photo of <sound>"]
     states, pooled = task.injector.encode(prompts, tokens)
     target = batch["image_features"].mean(1)
@@ -219,7 +217,7 @@ def test_hidden_states_count_from_the_middle_of_the_context(
 
 def test_without_a_projection_there_is_no_clip_term(spec: FoundationSpec, pipe: StableDiffusionPipeline) -> None:
     whole = make_task(spec, pipe, AdaptLossConfig())
-    task = AdaptTask(whole.adapter, whole.aligner, pipe, None, AdaptLossConfig(w_denoise=0))
+    task = AdaptTask(whole.adapter, pipe, None, AdaptLossConfig(w_denoise=0))
     assert set(task(make_batch())[1]) == {"hidden", "norm"}
 
 

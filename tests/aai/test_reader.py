@@ -16,9 +16,12 @@ import pytest
 import torch
 
 from aai import schema, storage
-from aai.features import ARRAYS, METADATA_KEY, FeatureManifest, hash64
+from aai.aligned import COLUMN, AlignedCache
+from aai.features import METADATA_KEY, FeatureManifest, hash64
 from aai.media.waveform import encode_wav
 from aai.reader import FeatureReader, read_ahead
+from pipelines.adapt import AdaptRecipe
+from pipelines.align import AlignRecipe
 from tests.aai.numbered import SAMPLES, numbers, row, write
 
 
@@ -227,7 +230,7 @@ ROWS_PER_FILE, FILES, CLIP_S, RATE_HZ = 1024, 180, 10, 16_000
 
 
 def write_vggsound(folder: Path) -> str:
-    """180 files of 1,024 clips with 10 s of noise and the features of ViT-L/14, all links to two."""
+    """180 files of 1,024 clips with 10 s of noise, features of ViT-L/14 and embeddings, all links to two of each."""
     rng = np.random.default_rng(0)
     shapes = {"image_features": 4 * 768, "text_features": 768, "latents": 4 * 64 * 64}
     out = schema.feature_table(4, 768, 1, 768, 4 * 64 * 64).with_metadata({METADATA_KEY: b"d"})
@@ -242,10 +245,14 @@ def write_vggsound(folder: Path) -> str:
             columns[key] = pa.FixedSizeListArray.from_arrays(flat, size)
         table = pa.table([columns[key] for key in out.names], schema=out)
         storage.write_table(str(folder / "made" / f"{name}.parquet"), table, compressed=False)
-    for number in range(FILES):
-        target = folder / "features" / f"shard-{number:05d}.parquet"
-        target.parent.mkdir(exist_ok=True)
-        os.link(folder / "made" / f"{'ab'[number % 2]}.parquet", target)
+        flat = pa.array(rng.standard_normal(ROWS_PER_FILE * 768).astype(np.float32))
+        embeddings = {"clip_id": table["clip_id"], COLUMN: pa.FixedSizeListArray.from_arrays(flat, 768)}
+        storage.write_table(str(folder / "embedded" / f"{name}.parquet"), pa.table(embeddings), compressed=False)
+    for made, place in (("made", "features"), ("embedded", "aligned")):
+        (folder / place).mkdir()
+        for number in range(FILES):
+            source = folder / made / f"{'ab'[number % 2]}.parquet"
+            os.link(source, folder / place / f"shard-{number:05d}.parquet")
     about = {"settings_digest": "d", "num_frames": 4, "image_dim": 768, "text_dim": 768, "latent_shape": (4, 64, 64)}
     manifest = FeatureManifest.read(write(folder / "small")).model_copy(update=about)
     storage.write_json(str(folder / "features" / "manifest.json"), manifest.model_dump(mode="json"))
@@ -256,13 +263,14 @@ def write_vggsound(folder: Path) -> str:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("stage", "columns", "clips", "step_s"),
-    [("align", ("audio", "image_features", "text_features"), 128, 0.5), ("adapt", ARRAYS, 16, 0.25)],
+    [("align", AlignRecipe.columns, 128, 0.5), ("adapt", AdaptRecipe.columns, 16, 0.25)],
 )
 def test_k3_one_of_eight_ranks_is_fed(
     stage: str, columns: tuple[str, ...], clips: int, step_s: float, tmp_path: Path
 ) -> None:
     """184,320 clips of 10 s; one rank with six threads, its steps as long as a GPU's."""
-    reader = Counting(write_vggsound(tmp_path), "train", clips, CLIP_S * RATE_HZ, 3, 8, columns=columns, threads=6)
+    features, cache = write_vggsound(tmp_path), AlignedCache(str(tmp_path / "aligned"), "a")
+    reader = Counting(features, "train", clips, CLIP_S * RATE_HZ, 3, 8, columns=columns, threads=6, cache=cache)
     assert reader.num_rows == 184_320
     READ.clear()
     free = read_ahead(reader.batches())

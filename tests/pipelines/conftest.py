@@ -112,7 +112,8 @@ def no_models_here() -> Iterator[None]:
         raise AssertionError("the driver builds a model")
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("pipelines.adapt.load_clip", "pipelines.adapt.load_diffusion", "pipelines.adapt.load_aligner"):
+        loaders = "adapt.load_clip", "adapt.load_diffusion", "training.embedding.load_aligner"
+        for name in [f"pipelines.{loader}" for loader in loaders]:
             patch.setattr(name, refuse)
         for name in ("aai.encoders.audio.AudioEncoder", "aai.adapt.AudioAdapter"):
             patch.setattr(f"{name}.__init__", refuse)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from aai import storage
 from aai.bundle import read_bundle
 from aai.errors import UserError
 from aai.features import FeatureManifest
@@ -71,6 +72,14 @@ def test_adapt_trains_and_writes_a_bundle_without_a_model_on_the_driver(settings
     assert untrained.keys() == bundle.adapter().keys()
     assert not torch.equal(untrained["net.0.weight"], bundle.adapter()["net.0.weight"])
     assert Painter.load(result["bundle"]).adapter.cfg.num_tokens == 2
+
+    made = {file: Path(file).stat().st_mtime_ns for file in storage.list_files(config.aligned, ".parquet")}
+    assert len(made) == len(storage.list_files(config.features, ".parquet"))
+    assert config.aligned == f"{config.features}-aligned"
+    again = adapt.run(config.model_copy(update={"out": f"{config.out}-again", "fit": config.fit}))
+    assert {file: Path(file).stat().st_mtime_ns for file in made} == made, "another run of this aligner embeds nothing"
+    for name, value in read_bundle(again["bundle"]).adapter().items():
+        assert torch.equal(bundle.adapter()[name], value), name
 
 
 def test_an_encoder_that_hears_too_little_of_the_clips_is_refused(settings: dict[str, Any]) -> None:
