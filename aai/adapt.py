@@ -17,7 +17,9 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from aai.config import Config
+from aai.errors import UserError
 from aai.inject import Injector, with_head
+from aai.losses import mean_over_ranks, rows_of_ranks
 from aai.memory import in_chunks
 
 
@@ -39,7 +41,7 @@ class AdaptLossConfig(Config):
     w_denoise: float = pydantic.Field(1.0, ge=0)
     """Denoising MSE through the frozen UNet."""
     denoise_rows: int = pydantic.Field(0, ge=0)
-    """Clips of a worker's batch that take the denoising term, the costly one; 0 = all."""
+    """Clips of a step, over all workers, that take the denoising term, the costly one; 0 = all."""
     w_clip: float = pydantic.Field(0.5, ge=0)
     """1 - cosine of the prompt's pooled text feature to the clip's image feature."""
     w_hidden: float = pydantic.Field(1.0, ge=0)
@@ -127,6 +129,9 @@ class AdaptTask(nn.Module):
     ) -> None:
         """chunk_size: clips that go through the UNet at once (see `aai.memory.in_chunks`)."""
         super().__init__()
+        if text_projection is None and not (cfg.w_denoise or cfg.w_hidden):
+            rule = "is the only loss, and the diffusion model's text encoder is not the CLIP's"
+            raise UserError("loss.w_clip", cfg.w_clip, rule, "set loss.w_denoise or loss.w_hidden")
         self.adapter, self.cfg, self.chunk_size = adapter, cfg, chunk_size
         self.unet = pipe.unet.eval().requires_grad_(False)
         self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
@@ -141,13 +146,37 @@ class AdaptTask(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch: aligned [B, D], latents [B, C, h, w], image_features [B, N, D], caption list[str] -> loss, terms."""
+        """This process's loss of one batch, whose mean over all processes is the loss, and the terms of all.
+
+        batch: see `terms`.
+        """
+        rows = len(batch["aligned"])
+        counts = rows_of_ranks(rows, batch["aligned"].device)
+        share = rows / sum(counts)
+        denoised = max(1, round(self.cfg.denoise_rows * share)) if self.cfg.denoise_rows else 0
+        terms = self.terms(batch, denoised)
+        weight = share * len(counts)  # 1 where all processes hold equally many rows
+        told = mean_over_ranks(weight * torch.stack(list(terms.values())))
+        return weight * self.total(terms), dict(zip(terms, told, strict=True))
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The loss of its terms."""
+        cfg = self.cfg
+        weights = {"denoise": cfg.w_denoise, "clip": cfg.w_clip, "hidden": cfg.w_hidden, "norm": cfg.w_norm}
+        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+
+    def terms(self, batch: dict[str, Any], denoise_rows: int = 0) -> dict[str, Tensor]:
+        """The means of this process's rows, of what has a weight.
+
+        batch: aligned [B, D], latents [B, C, h, w], image_features [B, N, D], caption list[str]. denoise_rows: so many
+        of the rows, the first, take the denoising term; 0 = all.
+        """
         cfg = self.cfg
         tokens = self.adapter(batch["aligned"])
         states, pooled = self.injector.encode([prompt_of(c, cfg) for c in batch["caption"]], tokens)
         terms: dict[str, Tensor] = {}
         if cfg.w_denoise:
-            latents = batch["latents"][: cfg.denoise_rows or None].float()
+            latents = batch["latents"][: denoise_rows or None].float()
             steps = self.scheduler.config.num_train_timesteps
             timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
             noise = torch.randn_like(latents)
@@ -162,11 +191,7 @@ class AdaptTask(nn.Module):
             terms["hidden"] = self._hidden_distance(states, pooled, wanted)
         if cfg.w_norm:
             terms["norm"] = (tokens.norm(dim=-1) / self.injector.median_norm - 1).square().mean()
-        weights = {"denoise": cfg.w_denoise, "clip": cfg.w_clip, "hidden": cfg.w_hidden, "norm": cfg.w_norm}
-        loss = tokens.new_zeros(())
-        for name, term in terms.items():
-            loss = loss + weights[name] * term
-        return loss, {name: term.detach() for name, term in terms.items()}
+        return terms
 
     def _hidden_distance(self, states: Tensor, pooled: Tensor, captions: list[str]) -> Tensor:
         """MSE to the caption's states at its pooled position and over the padding, where both prompts say the same.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aai.config import Config
 from aai.encoders.aligner import embed
 from aai.encoders.audio import AudioEncoder
-from aai.losses import gather_with_grad, info_nce, mean_over_ranks, own_rows, sigmoid_loss, world_size
+from aai.losses import gather_with_grad, info_nce, mean_over_ranks, own_rows, rows_of_ranks, sigmoid_loss, world_size
 from aai.memory import in_chunks
 from aai.metrics import retrieval
 
@@ -73,16 +73,17 @@ class AlignTask(nn.Module):
         batch: audio [B, S] in -1..1, image_features [B, K, D] and text_features [B, T, D] of unit norm, caption_id
         int64 [B] (0 = no caption), clip_hash int64 [B]. Negatives come from all processes.
         """
-        audio = gather_with_grad(in_chunks(self.encode, self.chunk_size, batch["audio"]))
-        caption, clip = gather_with_grad(batch["caption_id"]), gather_with_grad(batch["clip_hash"])
+        counts = rows_of_ranks(len(batch["audio"]), batch["audio"].device)
+        audio = gather_with_grad(in_chunks(self.encode, self.chunk_size, batch["audio"]), counts)
+        caption, clip = gather_with_grad(batch["caption_id"], counts), gather_with_grad(batch["clip_hash"], counts)
         copies = clip[:, None] == clip
         alike = {"image": copies, "text": copies | (caption[:, None] == caption)}
         # A clip without a caption has no place in the text term.
         present = {"image": torch.ones_like(caption, dtype=torch.bool), "text": caption != 0}
-        mine = own_rows(len(batch["audio"]))
+        mine = own_rows(counts)
         total, losses = audio.new_zeros(()), {}
         for term, weight in self.weights.items():
-            target = gather_with_grad(self._pick(batch[f"{term}_features"]))
+            target = gather_with_grad(self._pick(batch[f"{term}_features"]), counts)
             loss = self._loss(term, audio, target, alike[term], present[term], mine)
             total = total + weight * loss
             losses[f"loss_{term}"] = loss.detach()

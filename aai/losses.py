@@ -59,18 +59,34 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_with_grad(x: Tensor) -> Tensor:
-    """All ranks' rows [world * B, ...] in rank order; the gradient flows back to every rank. Identity on one process.
+def rows_of_ranks(count: int, device: torch.device) -> list[int]:
+    """How many rows of the batch each rank holds, `count` this one."""
+    if world_size() == 1:
+        return [count]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([count], device=device))
+    return [int(other) for other in counts]
 
-    The backward pass sums what all ranks' losses say of a row. Every rank must hold equally many rows.
+
+def gather_with_grad(x: Tensor, counts: list[int]) -> Tensor:
+    """All ranks' rows [N, ...] in rank order; the gradient flows back to every rank. Identity on one process.
+
+    counts: rows of each rank (`rows_of_ranks`), whose sum is N. The backward pass sums what all ranks' losses say of a
+    row.
     """
-    return x if world_size() == 1 else torch.cat(all_gather(x))
+    if len(counts) == 1:
+        return x
+    missing = max(counts) - len(x)  # tensors that are gathered must be of one size
+    if missing:
+        x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+    return torch.cat([rows[:count] for rows, count in zip(all_gather(x), counts, strict=True)])
 
 
-def own_rows(count: int) -> slice:
-    """Where the `count` rows of this rank stand among those of `gather_with_grad`."""
-    first = count * dist.get_rank() if world_size() > 1 else 0
-    return slice(first, first + count)
+def own_rows(counts: list[int]) -> slice:
+    """Where this rank's rows stand among those of `gather_with_grad`."""
+    rank = dist.get_rank() if len(counts) > 1 else 0
+    first = sum(counts[:rank])
+    return slice(first, first + counts[rank])
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

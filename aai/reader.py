@@ -1,5 +1,7 @@
 """Feeds a training: seeded batches of a FeatureTable for one of many ranks, read ahead on threads."""
 
+import copy
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -64,6 +66,12 @@ class FeatureReader:
                 f"is more than the {self.num_rows} rows of split {split!r}",
                 "lower it, or featurize more clips",
             )
+
+    def of_rank(self, rank: int) -> "FeatureReader":
+        """The reader of another rank; what both know of the table is read once."""
+        other = copy.copy(self)
+        other.rank = rank
+        return other
 
     def _index(self, uri: str) -> list[tuple[str, int, np.ndarray]]:
         """(file, row group, its rows of the split) for every row group with such rows, in table order."""
@@ -162,6 +170,24 @@ class FeatureReader:
         for name in (*self.columns, "caption_id", "clip_hash"):
             batch[name] = tensor_of(name, np.stack([arrays[name][row] for arrays, row in rows]))
         return batch
+
+
+def joined(parts: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
+    """The batches of several ranks, step by step, as one."""
+    if len(parts) == 1:
+        yield from parts[0]
+        return
+    for batches in zip(*parts, strict=True):
+        whole: Batch = {}
+        for name, first in batches[0].items():
+            rows = [batch[name] for batch in batches]
+            whole[name] = torch.cat(rows) if isinstance(first, torch.Tensor) else list(itertools.chain(*rows))
+        yield whole
+
+
+def ranks_of(worker: int, workers: int, ranks: int) -> range:
+    """The ranks whose clips one of `workers` takes: `ranks` are shared out evenly, none is without."""
+    return range(worker * ranks // workers, (worker + 1) * ranks // workers)
 
 
 def read_ahead(batches: Iterator[Batch], pin: bool = False, ready: int = READY_BATCHES) -> Iterator[Batch]:

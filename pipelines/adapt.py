@@ -21,6 +21,7 @@ from aai.bundle import read_bundle, write_bundle
 from aai.concepts import Vocabulary
 from aai.config import Config
 from aai.encoders.aligner import encoder_config
+from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import local_batch_size
 from aai.foundation.identity import FoundationSpec
@@ -98,6 +99,10 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         refuse_given("adapter", self.config.adapter, ("embed_dim", "token_dim"))
         remedy = "give the features that it was aligned on"
         manifest.check_sample_rate("bundle", self.config.bundle, self.encoder.sample_rate_hz, remedy)
+        denoised, workers = self.config.loss.denoise_rows, self.config.cluster.most_workers
+        if denoised % workers:
+            rule = f"is not a multiple of the {workers} workers"
+            raise UserError("loss.denoise_rows", denoised, rule, "choose a multiple of cluster.num_workers, or 0")
         lengths_s = clip_lengths_s(self.config.features)
         check_cut("adapt", lengths_s, self.encoder.clip_s, self.config.max_cut_share)
         return self.config
@@ -120,15 +125,15 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
     def validate(self, task: AdaptTask, held_out: dict[str, Any]) -> dict[str, float]:
         """The loss and its terms, with the same noise every time, over batches as large as a worker's in training."""
         device = next(task.adapter.parameters()).device
-        size = local_batch_size(self.config.fit, self.config.cluster.num_workers)
+        size = local_batch_size(self.config.fit, self.config.cluster.most_workers)
         rows, totals = len(held_out["caption"]), defaultdict[str, float](float)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for first in range(0, rows, size):
                 part = {name: values[first : first + size] for name, values in held_out.items()}
                 batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in part.items()}
-                loss, terms = task(batch)
-                for name, value in {"loss": loss, **terms}.items():
+                terms = task.terms(batch)  # this process alone: the others wait
+                for name, value in {"loss": task.total(terms), **terms}.items():
                     totals[name] += float(value) * len(batch["caption"])
         return {name: total / rows for name, total in totals.items()}
 

@@ -68,7 +68,7 @@ class AlignConfig(StageConfig):
             if os.path.isdir(str(encoder.pretrained)):
                 raise
             return f"told when {encoder.pretrained} is on this machine"
-        clips = local_batch_size(self.fit, self.cluster.num_workers)
+        clips = local_batch_size(self.fit, self.cluster.most_workers)
         batch = {
             "audio": (clips, encoder.clip_samples),
             "image_features": (clips, 1, encoder.embed_dim),

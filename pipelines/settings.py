@@ -18,17 +18,58 @@ class ClusterConfig(Config):
     cpus_per_worker: float = pydantic.Field(1, gt=0)
     gpus_per_worker: float = pydantic.Field(0, ge=0)
 
+    @property
+    def most_workers(self) -> int:
+        """Workers when all are there."""
+        return self.num_workers
+
     def describe(self) -> dict[str, str]:
         """The cluster and its share, in words."""
         each = f"{self.cpus_per_worker:g} CPU, {self.gpus_per_worker:g} GPU"
-        return {"cluster": self.address or "this machine", "workers": f"{self.num_workers} x ({each})"}
+        return {"cluster": self.address or "this machine", "workers": f"{self.most_workers} x ({each})"}
 
 
 class TrainClusterConfig(ClusterConfig):
     """As ClusterConfig, for workers that train together."""
 
+    num_workers: pydantic.PositiveInt | tuple[pydantic.PositiveInt, pydantic.PositiveInt] = 2  # type: ignore[assignment]
+    """Worker processes; [2, 8] = as many as there is room for, from 2 to 8, changing while it runs. The clips of a step
+    stay the same: they are shared out among fewer."""
+    resize_every_s: float = pydantic.Field(60, gt=0)
+    """How often an elastic training looks whether there is room for more workers; it then goes on from a checkpoint."""
     max_failures: int = pydantic.Field(2, ge=0)
-    """How often a failed group of workers is started again from its last checkpoint."""
+    """How often a failed group of workers is started again from its last checkpoint; what a cloud takes back with a
+    notice does not count."""
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> "TrainClusterConfig":
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(f"num_workers: {self.fewest_workers} is more than {self.most_workers}")
+        return self
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers without which training waits."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """See ClusterConfig."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    def at_most(self, workers: int) -> "TrainClusterConfig":
+        """The same with no more workers than these."""
+        if self.most_workers <= workers:
+            return self
+        fewest = min(self.fewest_workers, workers)
+        bounds = workers if isinstance(self.num_workers, int) else (fewest, workers)
+        return self.model_copy(update={"num_workers": bounds})
+
+    def describe(self) -> dict[str, str]:
+        """See ClusterConfig."""
+        told = super().describe()
+        elastic = f"{self.fewest_workers} to " if self.fewest_workers < self.most_workers else ""
+        return {**told, "workers": elastic + told["workers"]}
 
 
 class StoreConfig(Config):

@@ -78,7 +78,7 @@ def connect(cluster: ClusterConfig, log_dir: str | None = None) -> None:
     _ensure_token()
     # Ray's default of 15 would let its workers starve beside anything else that runs here.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    needed = int(cluster.num_workers * cluster.cpus_per_worker + 0.999)
+    needed = int(cluster.most_workers * cluster.cpus_per_worker + 0.999)
     context = ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, needed),

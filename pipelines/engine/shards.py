@@ -243,7 +243,7 @@ class _Job:
 
     @property
     def workers(self) -> int:
-        return min(self.cluster.num_workers, len(self.shards))
+        return min(self.cluster.most_workers, len(self.shards))
 
 
 _pooled: _Actor

@@ -130,6 +130,7 @@ def train(
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker},
         ),

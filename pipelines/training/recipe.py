@@ -60,13 +60,15 @@ class StageConfig(RayVerbConfig):
 
     def _arithmetic(self) -> dict[str, str]:
         """Steps, epochs, batches and memory, as far as they can be told before anything runs."""
-        fit, workers = self.fit, self.cluster.num_workers
+        fit, workers = self.fit, self.cluster.most_workers
         steps, manifest = f"{fit.steps}", self.manifest()
         if manifest is not None:
             clips = manifest.rows.get("train", 0)
             steps += f" = {fit.steps * fit.batch_size / max(1, clips):.1f} epochs of {clips:,} clips"
         each = local_batch_size(fit, workers)
         batch = f"{fit.batch_size:,} clips a step = {workers} workers x {each:,}"
+        if (fewest := self.cluster.fewest_workers) < workers:
+            batch += f", up to {each * -(-workers // fewest):,} when they are {fewest}"
         if 0 < fit.chunk_size < each:
             batch += f", in chunks of {fit.chunk_size}"
         return {"steps": steps, "batch": batch, "memory": self.step_memory()}

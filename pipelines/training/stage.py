@@ -5,6 +5,7 @@ OUT holds the bundle, history.jsonl and, written last, NAME.json; a folder with 
 
 import logging
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from aai.digest import digest
 from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
 from aai.fit import FitConfig, local_batch_size
-from aai.reader import FeatureReader, read_ahead
+from aai.reader import Batch, FeatureReader, joined, ranks_of, read_ahead
 from pipelines.engine.lock import output_lock
 from pipelines.registry import tracking
 from pipelines.registry.live import live_metrics
@@ -39,7 +40,7 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
     begin = time.monotonic()
     config = config.model_copy(update={name: storage.absolute(getattr(config, name)) for name in config.places})
     manifest = FeatureManifest.read(config.features)
-    local_batch_size(config.fit, config.cluster.num_workers)
+    local_batch_size(config.fit, config.cluster.most_workers)
     if not validates(config.fit, manifest):
         log.warning("%s: no validation: the features have no clips of the split val", config.stage)
     recipe = recipe_class(config)
@@ -53,8 +54,9 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
         with live_metrics(run) as send:
             for entry in ray_train.history(config.out):  # of a run that goes on
                 send(int(entry["step"]), _figures(entry))
-            work = make_work, (recipe_class, settings), config.cluster, config.out, run_digest, config.fit
-            trained = ray_train.train(config.stage, *work, send)
+            ranks = ranks_of_run(config, run_digest)
+            work = make_work, (recipe_class, settings, ranks), config.cluster.at_most(ranks), config.out, run_digest
+            trained = ray_train.train(config.stage, *work, config.fit, send)
         metrics = _figures(ray_train.history(config.out)[-1])
         folder = bundle_dir(config.out)
         meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": list(recipe.parents)}
@@ -64,7 +66,7 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
             "seconds": round(time.monotonic() - begin, 1),
             "steps": trained.step,
             "precision": trained.precision,
-            "workers": config.cluster.num_workers,
+            "ranks": ranks,
             "metrics": metrics,
             "data_fingerprint": manifest.fingerprint,
             "bundle": folder,
@@ -76,38 +78,56 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
     return result
 
 
-def make_work(rank: int, world_size: int, settings: tuple[type[TrainRecipe[Any]], dict[str, Any]]) -> ray_train.Work:
-    """What one worker trains; only rank 0 gets held-out clips.
+def ranks_of_run(config: StageConfig, run_digest: str) -> int:
+    """Into how many parts the clips of a run are shared out: the workers it began with, however many it has later."""
+    where = storage.join(ray_train.checkpoints(config.out), f"{run_digest}.json")
+    if not storage.exists(where):
+        storage.write_json(where, {"ranks": config.cluster.most_workers})
+    ranks = int(storage.read_json(where)["ranks"])
+    if config.cluster.most_workers > ranks:
+        said = "%s: this run was begun with %d workers, whose clips no more than %d can share: %d are not used"
+        log.warning(said, config.stage, ranks, ranks, config.cluster.most_workers - ranks)
+    return ranks
 
-    settings: the recipe's class, which Ray sends by name, and its config as JSON.
+
+def make_work(
+    worker: int, workers: int, settings: tuple[type[TrainRecipe[Any]], dict[str, Any], int]
+) -> ray_train.Work:
+    """What one worker trains: the clips of one rank of the run, or of several when workers are missing.
+
+    Only the first worker gets held-out clips. settings: the recipe's class, which Ray sends by name, its config as
+    JSON, and the number of ranks.
     """
-    recipe_class, values = settings
+    recipe_class, values, ranks = settings
     config = recipe_class.config_class.parse(values)
     recipe = recipe_class(config)
+    mine = ranks_of(worker, workers, ranks)
     reader = FeatureReader(
         config.features,
         "train",
-        local_batch_size(config.fit, world_size),
+        local_batch_size(config.fit, ranks),
         recipe.clip_samples,
-        rank,
-        world_size,
+        0,
+        ranks,
         config.fit.seed,
         recipe.columns,
         config.shuffle_clips,
-        max(1, int(config.cluster.cpus_per_worker)),
+        max(1, int(config.cluster.cpus_per_worker) // len(mine)),
         recipe.cache,
     )
+    readers = [reader.of_rank(rank) for rank in mine]
     torch.manual_seed(config.fit.seed)  # all ranks begin with the same weights
     task = recipe.build()
     evaluate = None
-    if rank == 0 and validates(config.fit, reader.manifest):
+    if worker == 0 and validates(config.fit, reader.manifest):
         what = recipe.clip_samples, recipe.columns, config.max_val_clips, recipe.cache
         held_out = load_split(config.features, "val", *what)
         evaluate = partial(_validate, recipe, task, held_out)
-    pin = torch.cuda.is_available()
-    return ray_train.Work(
-        task, lambda first_step: read_ahead(reader.batches(first_step), pin), partial(recipe.export, task), evaluate
-    )
+
+    def batches(first_step: int) -> Iterator[Batch]:
+        return read_ahead(joined([reader.batches(first_step) for reader in readers]), torch.cuda.is_available())
+
+    return ray_train.Work(task, batches, partial(recipe.export, task), evaluate)
 
 
 def _validate(recipe: TrainRecipe[Any], task: torch.nn.Module, held_out: dict[str, Any]) -> dict[str, float]:
@@ -115,12 +135,11 @@ def _validate(recipe: TrainRecipe[Any], task: torch.nn.Module, held_out: dict[st
 
 
 def content_digest(recipe: TrainRecipe[Any], manifest: FeatureManifest) -> str:
-    """Of everything that determines the weights: settings, number of workers, features, and what else goes in."""
+    """Of everything that determines the weights: settings, features, and what else goes in."""
     config = recipe.config
     return digest(
         {
             "settings": config.content(),
-            "workers": config.cluster.num_workers,
             "data": manifest.fingerprint,
             "parents": recipe.parents,
         }

@@ -14,6 +14,8 @@ from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_clip, load_diffusion
 from aai.inject import Injector
+from tests.ranks import on_ranks
+from tests.tiny import write_clip, write_diffusion
 
 CAPTIONS = ("a sketch of a small bell at night", "a clock", "a photo of a big dog in the rain", "a clock")
 
@@ -199,6 +201,57 @@ class Told:
         return values[:, None, None].expand(-1, 6, 4), values[:, None].expand(-1, 4)
 
 
+SHARES = [3, 1]
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes with unequal shares; `folder` holds the foundation."""
+    spec = FoundationSpec(clip=f"{folder}/clip", diffusion=f"{folder}/diffusion")
+    task = make_task(spec, load_diffusion(spec), STILL)
+    part = {n: x.split(SHARES)[rank] for n, x in make_batch().items() if isinstance(x, Tensor)}
+    part["caption"] = list(CAPTIONS[:3] if rank == 0 else CAPTIONS[3:])
+    wrapped = nn.parallel.DistributedDataParallel(task)
+    loss, terms = wrapped(part)
+    loss.backward()
+    gradients = {name: p.grad for name, p in task.adapter.named_parameters()}
+    torch.save({**terms, **gradients}, f"{folder}/{rank}.pt")
+
+
+STILL = AdaptLossConfig(w_denoise=0, w_norm=2.0)
+"""Nothing is drawn at random: what is drawn differs between processes."""
+
+
+@pytest.mark.slow
+def test_processes_with_unequal_shares_have_the_terms_and_gradients_of_one(tmp_path: Path) -> None:
+    spec = FoundationSpec(clip=f"{tmp_path}/clip", diffusion=f"{tmp_path}/diffusion")
+    write_diffusion(tmp_path / "diffusion", write_clip(tmp_path / "clip"))
+    task = make_task(spec, load_diffusion(spec), STILL)
+    loss, expected = task(make_batch())
+    loss.backward()
+    expected |= {name: p.grad for name, p in task.adapter.named_parameters()}
+    on_ranks(2, _rank, str(tmp_path))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_denoised_clips_are_of_the_whole_step(spec: FoundationSpec, pipe: StableDiffusionPipeline) -> None:
+    """Two of four clips, of which this process holds half."""
+    task = make_task(spec, pipe, AdaptLossConfig(denoise_rows=2))
+    task.unet = Echo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aai.adapt.rows_of_ranks", lambda rows, device: [4, 4])
+        loss, terms = task(make_batch())
+        assert len(task.unet.noisy) == 1
+        torch.testing.assert_close(loss.detach(), task.total(terms))
+    task(make_batch())
+    assert len(task.unet.noisy) == 2
+    task.terms(make_batch())
+    assert len(task.unet.noisy) == 4
+
+
 def test_hidden_states_count_from_the_middle_of_the_context(
     spec: FoundationSpec, pipe: StableDiffusionPipeline
 ) -> None:
@@ -219,6 +272,8 @@ def test_without_a_projection_there_is_no_clip_term(spec: FoundationSpec, pipe: 
     whole = make_task(spec, pipe, AdaptLossConfig())
     task = AdaptTask(whole.adapter, pipe, None, AdaptLossConfig(w_denoise=0))
     assert set(task(make_batch())[1]) == {"hidden", "norm"}
+    with pytest.raises(UserError, match=r"loss\.w_clip=0\.5: is the only loss, and"):
+        AdaptTask(whole.adapter, pipe, None, AdaptLossConfig(w_denoise=0, w_hidden=0))
 
 
 def test_only_the_adapter_enters_training_mode(spec: FoundationSpec, pipe: StableDiffusionPipeline) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aai.losses import gather_with_grad, info_nce, mean_over_ranks, own_rows, sigmoid_loss, world_size
+from aai.losses import gather_with_grad, info_nce, mean_over_ranks, own_rows, rows_of_ranks, sigmoid_loss, world_size
 from tests.ranks import on_ranks
 
 BATCH, DIM = 6, 5
@@ -111,15 +111,19 @@ def test_some_rows_cost_what_they_cost_among_all(loss: Any) -> None:
 
 def test_alone_a_process_is_all_there_is() -> None:
     x = unit(0)
-    assert gather_with_grad(x) is x
-    assert (world_size(), own_rows(6)) == (1, slice(0, 6))
+    counts = rows_of_ranks(6, x.device)
+    assert counts == [6]
+    assert gather_with_grad(x, counts) is x
+    assert (world_size(), own_rows(counts)) == (1, slice(0, 6))
     assert float(mean_over_ranks(torch.tensor(3.0, requires_grad=True))) == 3.0
 
 
 def _rank(rank: int, folder: str) -> None:
     x = torch.full((2, 3), float(rank), requires_grad=True)
-    gathered = gather_with_grad(x)
-    assert own_rows(2) == slice(2 * rank, 2 * rank + 2)
+    counts = rows_of_ranks(2, x.device)
+    assert counts == [2, 2]
+    gathered = gather_with_grad(x, counts)
+    assert own_rows(counts) == slice(2 * rank, 2 * rank + 2)
     assert world_size() == 2
     assert gathered[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
     (gathered * torch.arange(4.0)[:, None] * (rank + 1)).sum().backward()
@@ -129,6 +133,16 @@ def _rank(rank: int, folder: str) -> None:
     figure = torch.tensor([float(rank), 5.0], requires_grad=True)
     assert mean_over_ranks(figure).tolist() == [0.5, 5.0]
     assert figure.tolist() == [float(rank), 5.0]
+
+    counts = rows_of_ranks(3 - 2 * rank, x.device)  # unequal: three rows and one
+    assert counts == [3, 1]
+    assert own_rows(counts) == (slice(0, 3), slice(3, 4))[rank]
+    rows = torch.full((3 - 2 * rank, 2), float(rank + 1), requires_grad=True)
+    gathered = gather_with_grad(rows, counts)
+    assert gathered[:, 0].tolist() == [1.0, 1.0, 1.0, 2.0]
+    (gathered * torch.arange(4.0)[:, None]).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad[:, 0].tolist() == ([0.0, 2.0, 4.0], [6.0])[rank]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from aai import schema, storage
 from aai.aligned import COLUMN, AlignedCache
 from aai.features import METADATA_KEY, FeatureManifest, hash64
 from aai.media.waveform import encode_wav
-from aai.reader import FeatureReader, read_ahead
+from aai.reader import FeatureReader, joined, ranks_of, read_ahead
 from pipelines.adapt import AdaptRecipe
 from pipelines.align import AlignRecipe
 from tests.aai.numbered import SAMPLES, numbers, row, write
@@ -143,6 +143,31 @@ def test_threads_change_nothing(tmp_path: Path) -> None:
         reader = FeatureReader(uri, "train", 3, SAMPLES, shuffle_clips=5, threads=threads)
         runs.append([numbers(batch) for batch in itertools.islice(reader.batches(), 15)])
     assert runs[0] == runs[1]
+
+
+def test_several_ranks_of_one_reader_are_those_of_several(tmp_path: Path) -> None:
+    uri = write(tmp_path)
+    alone = [FeatureReader(uri, "train", 2, SAMPLES, rank, 3, seed=5) for rank in range(3)]
+    shared = [alone[0].of_rank(rank) for rank in range(3)]
+    steps = [itertools.islice(zip(*(r.batches(1) for r in readers), strict=True), 5) for readers in (alone, shared)]
+    for ours, theirs in zip(*steps, strict=True):
+        assert [numbers(batch) for batch in ours] == [numbers(batch) for batch in theirs]
+    whole = joined([reader.batches(1) for reader in alone[:2]])
+    parts = zip(alone[0].batches(1), alone[1].batches(1), strict=True)
+    for batch, (first, second) in zip(itertools.islice(whole, 5), parts, strict=False):
+        assert numbers(batch) == numbers(first) + numbers(second)
+        assert batch["clip_id"] == first["clip_id"] + second["clip_id"]
+        assert batch["audio"].shape == (4, SAMPLES)
+
+
+def test_ranks_are_shared_out_evenly() -> None:
+    for ranks in range(1, 9):
+        for workers in range(1, ranks + 1):
+            shares = [list(ranks_of(worker, workers, ranks)) for worker in range(workers)]
+            assert list(itertools.chain(*shares)) == list(range(ranks))
+            sizes = {len(share) for share in shares}
+            assert max(sizes) - min(sizes) <= 1
+            assert min(sizes) > 0
 
 
 class Counting(FeatureReader):

@@ -98,9 +98,15 @@ def test_what_changes_the_weights_changes_the_digest(tmp_path: Path) -> None:
         return content_digest(recipe, manifest.model_copy(update={"fingerprint": data}))
 
     first = of({})
-    for same in ({"out": "b"}, {"features": "b"}, {"max_val_clips": 2}, {"run_dir": "b"}):
+    for same in (
+        {"out": "b"},
+        {"features": "b"},
+        {"max_val_clips": 2},
+        {"run_dir": "b"},
+        {"cluster": {"num_workers": 4}},
+    ):
         assert of(same) == first, same
-    for other in ({"map": {"bias": False}}, {"fit": {"seed": 1}}, {"cluster": {"num_workers": 4}}):
+    for other in ({"map": {"bias": False}}, {"fit": {"seed": 1}}):
         assert of(other) != first, other
     assert of({}, parents=("bundle",)) != first
     assert of({}, data="g") != first

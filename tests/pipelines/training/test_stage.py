@@ -10,7 +10,7 @@ from aai import storage
 from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import FitConfig
-from pipelines.training.stage import make_work, up_to_date, validates
+from pipelines.training.stage import make_work, ranks_of_run, up_to_date, validates
 from tests.aai import test_features as table
 from tests.pipelines.training.third_stage import CaptionConfig, CaptionRecipe
 
@@ -29,17 +29,44 @@ def settings(features: str, **fit: Any) -> dict[str, Any]:
 
 
 def test_only_the_first_rank_validates_and_all_begin_alike(features: str) -> None:
-    works = [make_work(rank, 2, (CaptionRecipe, settings(features, seed=5))) for rank in range(2)]
+    works = [make_work(worker, 2, (CaptionRecipe, settings(features, seed=5), 2)) for worker in range(2)]
     assert [work.evaluate is None for work in works] == [False, True]
     first, second = (work.task.state_dict() for work in works)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    other = make_work(0, 2, (CaptionRecipe, settings(features, seed=6))).task.state_dict()
+    other = make_work(0, 2, (CaptionRecipe, settings(features, seed=6), 2)).task.state_dict()
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
     batches = [next(work.batches(0)) for work in works]
     assert {len(batch["image_features"]) for batch in batches} == {3}  # each rank's share of six
     assert not torch.equal(*(batch["image_features"] for batch in batches))
     assert works[0].evaluate is not None
     assert {name.split("_")[0] for name in works[0].evaluate()} == {"val"}
+
+
+def test_fewer_workers_take_the_same_clips_in_each_step(features: str) -> None:
+    """Three ranks' clips, by three workers, by two (one of which takes two ranks') and by one."""
+    seen = []
+    for workers in (3, 2, 1):
+        works = [make_work(n, workers, (CaptionRecipe, settings(features, seed=5), 3)) for n in range(workers)]
+        steps = [[] for _ in range(7)]
+        for work in works:
+            for step, batch in zip(range(7), work.batches(2), strict=False):
+                assert len(batch["clip_id"]) == len(batch["image_features"]) == len(batch["caption_id"])
+                steps[step] += batch["clip_id"]
+        assert [len(step) for step in steps] == [6] * 7
+        seen.append(steps)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_run_keeps_the_ranks_it_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def of(workers: Any, digest: str = "d") -> int:
+        values = settings("unused") | {"out": str(tmp_path), "cluster": {"num_workers": workers}}
+        return ranks_of_run(CaptionConfig.parse(values), digest)
+
+    assert [of([2, 4]), of(2), of(1)] == [4, 4, 4]
+    assert caplog.text == ""
+    assert of(6) == 4
+    assert "begun with 4 workers, whose clips no more than 4 can share: 2 are not used" in caplog.text
+    assert of(6, "another run") == 6
 
 
 def test_validation_that_is_asked_for_needs_clips(features: str) -> None:
