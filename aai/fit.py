@@ -118,13 +118,15 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     resume: State | None = None,
     on_skip: Callable[[int, list[str]], None] = lambda step, clips: None,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> State:
     """Trains `task` for `config.steps` steps and returns the final state.
 
     task: `task(batch) -> (loss, report)`, both of scalars. batches: given the first step's number (from 0), yields the
     batch of every step from there on. on_log gets the means since the last entry; evaluate's figures come as an entry
     of their own. A step with a non-finite loss or gradient is not taken: on_skip gets its number and this process's
-    suspects. Raises FloatingPointError for too many of them in a row, and ValueError when the batches run out.
+    suspects. leaving is asked with every entry; true makes a checkpoint out of turn. Raises FloatingPointError for too
+    many steps in a row that are not finite, and ValueError when the batches run out.
     """
     params = trainable(task)
     if not params:
@@ -155,13 +157,14 @@ def fit(
             optimizer.step()
             meter.add(figures)
         last = step == config.steps
-        if last or step % config.log_every == 0:
+        logs = last or step % config.log_every == 0
+        if logs:
             on_log(step, {**meter.flush(), "skipped_steps": guard.flush(), "learning_rate": rate})
         if evaluate and (last or (config.eval_every and step % config.eval_every == 0)):
             task.eval()
             with torch.no_grad():
                 on_log(step, evaluate())
-        if last or step % config.checkpoint_every == 0:
+        if last or step % config.checkpoint_every == 0 or (logs and leaving()):
             on_checkpoint(_state(step, params, optimizer, precision))
     return _state(max(start, config.steps), params, optimizer, precision)
 

@@ -28,6 +28,8 @@ from aai.errors import UserError
 from aai.version import METADATA_KEY, UNKNOWN, code_version
 
 SCHEMES = ("file", "s3")
+PATIENCE = {"retries": {"mode": "standard", "total_max_attempts": 16}}
+"""botocore's: waits that double up to 20 s between tries."""
 _MEMBER = re.compile(r"(?P<file>.+?\.tar)#(?P<offset>[0-9]+),(?P<size>[0-9]+),(?P<name>.*)", re.I | re.S)
 
 
@@ -58,8 +60,20 @@ def file_of(uri: str) -> str:
     return part.file if part else uri
 
 
-def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The fsspec file system of a URI and the path of its file there. Raises UserError for another scheme."""
+_patient = False
+
+
+def be_patient() -> None:
+    """From now on this process bridges S3 outages of a minute or two, not of seconds: for what runs for days."""
+    global _patient
+    _patient = True
+
+
+def filesystem(uri: str, patient: bool = False) -> tuple[AbstractFileSystem, str]:
+    """The fsspec file system of a URI and the path of its file there. Raises UserError for another scheme.
+
+    patient: see `be_patient`, for this file system alone.
+    """
     uri = file_of(uri)
     scheme = uri.split("://", 1)[0] if "://" in uri else "file"
     if scheme not in SCHEMES:
@@ -68,7 +82,8 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
         # Servers other than AWS reject the newer trailing checksums.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-        return fsspec.filesystem("s3", use_listings_cache=False), uri.split("://", 1)[1]
+        options = {"config_kwargs": PATIENCE} if patient or _patient else {}
+        return fsspec.filesystem("s3", use_listings_cache=False, **options), uri.split("://", 1)[1]
     # Only this prefix is cut: a name may itself hold "://" or start with "-".
     return fsspec.filesystem("file"), os.path.abspath(uri.removeprefix("file://"))
 

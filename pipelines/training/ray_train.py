@@ -4,14 +4,12 @@ A run is named by its output folder and a digest of its settings; calling `train
 checkpoint, whether the workers, the driver or the whole cluster died.
 """
 
-import json
 import logging
 import os
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ import ray.train.torch
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train.v2.api.config import LoggingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
-from tqdm import tqdm
 
 from aai import fit as loop
 from aai import storage
@@ -30,9 +28,10 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.fit import FitConfig, State
 from aai.memory import memory_explained
-from pipelines.engine.cluster import connect, native_stderr_held
+from pipelines.engine.cluster import connect
 from pipelines.settings import TrainClusterConfig
 from pipelines.training.board import Board
+from pipelines.training.following import OnLog, following
 from pipelines.training.recipe import Trained
 
 log = logging.getLogger(__name__)
@@ -41,11 +40,8 @@ STATE = "state.safetensors"
 """In every checkpoint: what the next step depends on."""
 TRAINED = "trained.safetensors"
 """In the last checkpoint also: what the driver gets."""
-HISTORY = "history.jsonl"
-SKIPPED = "skipped.jsonl"
-"""Steps that were not taken, with the clips that are suspected."""
-SHOWN_CLIPS = 5
-POLL_S = 0.5
+UPLOAD_WAITS_S = (2, 5, 10, 20, *[60] * 9)
+"""Between the tries to send a checkpoint: ten minutes, then it is given up."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ MakeWork = Callable[[int, int, Any], Work]
 """(rank, world size, settings) -> Work."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
     """A worker's place in the run, and what it does there between steps."""
 
@@ -74,6 +70,9 @@ class Session:
     steps: int
     work: Work
     board: Any
+    out: str
+    preemptible: bool
+    _noticed: set[str] = field(default_factory=set)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Rank 0 posts an entry of the history."""
@@ -84,18 +83,49 @@ class Session:
         """Any rank posts the clips of a step that was not taken."""
         ray.get(self.board.post.remote({"step": step, "clips": clips, "rank": self.rank}))
 
+    def leaving(self) -> bool:
+        """Whether a node of the run was announced to be taken away since the last call; all ranks ask together."""
+        info = ray.train.get_preemption_info() if self.preemptible else None
+        fresh = set(info.preempted_node_ids) - self._noticed if info else set()
+        self._noticed |= fresh
+        return bool(fresh)
+
     def checkpoint(self, state: State) -> None:
-        """Rank 0 writes, with the last step also what the driver gets; all report, since reporting is a barrier."""
+        """Rank 0 writes, with the last step also what the driver gets; all report, since reporting is a barrier.
+
+        To s3:// it is sent on a thread while steps go on, but for the last one.
+        """
         if self.rank != 0:
             ray.train.report({"step": state.step})
             return
-        with tempfile.TemporaryDirectory() as folder:
-            state.save(Path(folder) / STATE)
-            if state.step == self.steps:
-                module, settings = self.work.export()
-                final = Trained(module.state_dict(), settings.model_dump(mode="json"), state.step, state.precision)
-                final.save(Path(folder) / TRAINED)
-            ray.train.report({"step": state.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        folder, last = tempfile.mkdtemp(prefix="aai-checkpoint-"), state.step == self.steps
+        state.save(Path(folder) / STATE)
+        if last:
+            module, settings = self.work.export()
+            final = Trained(module.state_dict(), settings.model_dump(mode="json"), state.step, state.precision)
+            final.save(Path(folder) / TRAINED)
+        how: dict[str, Any] = {}
+        if self.out.startswith("s3://"):
+            modes = ray.train.CheckpointUploadMode
+            how = {"checkpoint_upload_mode": modes.SYNC if last else modes.ASYNC, "checkpoint_upload_fn": _upload}
+        here = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"step": state.step}, here, delete_local_checkpoint_after_upload=True, **how)
+
+
+def _upload(checkpoint: Any, name: str) -> Any:
+    """Sends a checkpoint's files to the run's storage; errors are bridged for about ten minutes, then raised."""
+    place = ray.train.get_context().get_storage()
+    target = f"{place.experiment_fs_path}/{name}"
+    for wait_s in UPLOAD_WAITS_S:
+        try:
+            storage.upload_folder(checkpoint.path, f"s3://{target}")
+            break
+        except Exception as error:
+            log.warning("checkpoint %s cannot be sent for now (%s)", name, error)
+            time.sleep(wait_s)
+    else:
+        storage.upload_folder(checkpoint.path, f"s3://{target}")
+    return ray.train.Checkpoint(target, place.storage_filesystem)
 
 
 def train(
@@ -106,7 +136,7 @@ def train(
     out: str,
     digest: str,
     fit: FitConfig,
-    on_log: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+    on_log: OnLog = lambda step, figures: None,
 ) -> Trained:
     """Trains `make_work(rank, world_size, settings)` on all workers and returns what rank 0 exports at the end.
 
@@ -117,7 +147,8 @@ def train(
     connect(cluster, out)
     if cluster.address is None:  # nobody preempts this machine: one process less to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # not on a node that may be taken
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={
@@ -125,6 +156,8 @@ def train(
             "settings": settings,
             "fit": fit,
             "board": board,
+            "out": out,
+            "preemptible": cluster.address is not None,
             "cpus": cluster.cpus_per_worker,
         },
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
@@ -143,7 +176,7 @@ def train(
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-    with _follow(name, board, out, fit.steps, on_log):
+    with following(name, board, out, fit.steps, on_log):
         try:
             result = trainer.fit()
         except ray.train.v2.api.exceptions.TrainingFailedError as error:
@@ -161,30 +194,22 @@ def checkpoints(out: str) -> str:
     return storage.join(out, "_checkpoints")
 
 
-def history(out: str) -> list[dict[str, Any]]:
-    """The entries of history.jsonl by step; empty before the first."""
-    return [json.loads(line) for line in _lines(out, HISTORY)]
-
-
-def _lines(out: str, name: str) -> list[str]:
-    where = storage.join(out, name)
-    return storage.read_bytes(where).decode().splitlines() if storage.exists(where) else []
-
-
 def _work(config: dict[str, Any]) -> str | None:
     """What runs on a worker. Returns what went wrong when trying again cannot help, else None."""
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":  # two workers with all cores each would only wait for one another
         torch.set_num_threads(max(1, int(config["cpus"])))
+    storage.be_patient()
     rank, fit = context.get_world_rank(), config["fit"]
     work = config["make_work"](rank, context.get_world_size(), config["settings"])
     task = ray.train.torch.prepare_model(work.task, parallel_strategy_kwargs={"broadcast_buffers": False})
-    session = Session(rank, fit.steps, work, config["board"])
-    evaluate = work.evaluate if rank == 0 else None
+    session = Session(rank, fit.steps, work, config["board"], config["out"], config["preemptible"])
+    evaluate, resume = work.evaluate if rank == 0 else None, _resume()
+    hooks = session.log, session.checkpoint, evaluate, resume, session.skip, session.leaving
     try:
         with memory_explained(fit.chunk_size):
-            loop.fit(task, work.batches, fit, session.log, session.checkpoint, evaluate, _resume(), session.skip)
+            loop.fit(task, work.batches, fit, *hooks)
     except FloatingPointError as error:
         # The gradient is the same on all ranks, so all end here, and would again after a restart.
         return str(error)
@@ -203,7 +228,7 @@ def _resume() -> State | None:
 def _storage(uri: str) -> dict[str, Any]:
     if not uri.startswith("s3://"):
         return {"storage_path": storage.absolute(uri)}
-    fs, path = storage.filesystem(uri)
+    fs, path = storage.filesystem(uri, patient=True)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
@@ -218,59 +243,3 @@ def _cause(name: str, error: Exception) -> Exception:
             inner = getattr(inner, "cause", None) or inner.__cause__
     first = next(iter(failures.values()), error)
     return RuntimeError(f"{name}: training failed: {str(first).strip().splitlines()[-1]}")
-
-
-@contextmanager
-def _follow(
-    name: str, board: Any, out: str, steps: int, on_log: Callable[[int, dict[str, float]], None]
-) -> Iterator[None]:
-    """While the body runs: one progress line, history.jsonl, and `on_log` for every entry."""
-    entries = {_key(entry): entry for entry in history(out)}
-    before = [json.loads(line) for line in _lines(out, SKIPPED)]
-    skipped = {(entry["step"], entry["rank"]): entry for entry in before}
-    stop = threading.Event()
-    with (
-        native_stderr_held() as terminal,
-        tqdm(total=steps, desc=name, unit="step", mininterval=1.0, file=terminal) as bar,
-    ):
-
-        def poll() -> None:
-            """Takes what rank 0 has posted: shows it, and rewrites the history with it."""
-            taken = ray.get(board.take.remote())
-            for entry in [entry for entry in taken if "clips" in entry]:
-                some = ", ".join(entry["clips"][:SHOWN_CLIPS]) or "(not named)"
-                more = f" and {len(entry['clips']) - SHOWN_CLIPS} more" if len(entry["clips"]) > SHOWN_CLIPS else ""
-                log.warning("%s: step %d was left out, not finite: clips %s%s", name, entry["step"], some, more)
-                skipped[entry["step"], entry["rank"]] = entry
-            for entry in [entry for entry in taken if "clips" not in entry]:
-                # After a restart steps come again: the newer entry counts.
-                entries[_key(entry)] = entry
-                bar.n = int(entry["step"])
-                if "loss" in entry:
-                    bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
-                on_log(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
-            if any("clips" in entry for entry in taken):
-                lines = [json.dumps(skipped[key]) for key in sorted(skipped)]
-                storage.write_bytes(storage.join(out, SKIPPED), ("\n".join(lines) + "\n").encode())
-            if taken and entries:
-                lines = [json.dumps(entries[key]) for key in sorted(entries)]
-                storage.write_bytes(storage.join(out, HISTORY), ("\n".join(lines) + "\n").encode())
-                bar.refresh()
-
-        def watch() -> None:
-            while not stop.wait(POLL_S):
-                poll()
-
-        thread = threading.Thread(target=watch, name="training-progress", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            poll()
-
-
-def _key(entry: dict[str, Any]) -> tuple[int, bool]:
-    """A step may have two entries: training, then validation."""
-    return int(entry["step"]), "learning_rate" not in entry

@@ -20,7 +20,7 @@ from aai.reader import Batch, FeatureReader, joined, ranks_of, read_ahead
 from pipelines.engine.lock import output_lock
 from pipelines.registry import tracking
 from pipelines.registry.live import live_metrics
-from pipelines.training import ray_train
+from pipelines.training import following, ray_train
 from pipelines.training.recipe import C, StageConfig, TrainRecipe, bundle_dir
 
 log = logging.getLogger(__name__)
@@ -52,12 +52,12 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
     params = {"fingerprint": manifest.fingerprint, **settings}
     with tracking.run(config.tracking, config.stage, params, {"digest": run_digest}) as run:
         with live_metrics(run) as send:
-            for entry in ray_train.history(config.out):  # of a run that goes on
+            for entry in following.history(config.out):  # of a run that goes on
                 send(int(entry["step"]), _figures(entry))
             ranks = ranks_of_run(config, run_digest)
             work = make_work, (recipe_class, settings, ranks), config.cluster.at_most(ranks), config.out, run_digest
             trained = ray_train.train(config.stage, *work, config.fit, send)
-        metrics = _figures(ray_train.history(config.out)[-1])
+        metrics = _figures(following.history(config.out)[-1])
         folder = bundle_dir(config.out)
         meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": list(recipe.parents)}
         sha = recipe.write(folder, trained, meta)

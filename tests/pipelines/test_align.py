@@ -22,7 +22,7 @@ from pipelines import adapt, align, featurize
 from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
-from pipelines.training import ray_train
+from pipelines.training import following, ray_train
 from pipelines.training.recipe import Trained
 from pipelines.training.stage import validates
 from tests.pipelines.conftest import no_models_here
@@ -60,7 +60,7 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     assert result["steps"] == 6
     assert result["precision"] == resolve("auto", "cpu")
     assert {"val_a2v_r1", "val_a2t_r1"} <= result["metrics"].keys()
-    history = ray_train.history(config.out)
+    history = following.history(config.out)
     assert [(e["step"], "loss" in e) for e in history] == [(2, True), (4, True), (4, False), (6, True), (6, False)]
     assert not Path(ray_train.checkpoints(config.out)).exists()
 

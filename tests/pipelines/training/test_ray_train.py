@@ -15,7 +15,7 @@ from aai.config import Config
 from aai.fit import FitConfig, fit
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import TrainClusterConfig
-from pipelines.training import ray_train
+from pipelines.training import following, ray_train
 from pipelines.training.board import Board
 
 CLUSTER = TrainClusterConfig(num_workers=2, max_failures=1)
@@ -97,7 +97,7 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) 
     whole = fit(line(), lambda first: batches(first, slice(None), lambda step: 1.0), CONFIG)
     for name, value in whole.weights.items():
         torch.testing.assert_close(final.weights[name], value, atol=1e-5, rtol=1e-5)
-    history = ray_train.history(str(tmp_path / "out"))
+    history = following.history(str(tmp_path / "out"))
     assert [(e["step"], "val" in e) for e in history] == [(s, False) for s in (2, 4, 6, 8, 10, 12)] + [(12, True)]
     again = call()  # the same call finds the finished run in storage
     assert again.step == 12
@@ -113,9 +113,9 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_clips_are_named(
     final = ray_train.train("test", make_work, settings, CLUSTER, out, "run1", CONFIG)
     assert final.step == 12
     assert all(weights.isfinite().all() for weights in final.weights.values())
-    entries = [entry for entry in ray_train.history(out) if "learning_rate" in entry]
+    entries = [entry for entry in following.history(out) if "learning_rate" in entry]
     assert {entry["step"]: entry["skipped_steps"] for entry in entries} == {2: 0, 4: 1, 6: 0, 8: 0, 10: 0, 12: 0}
-    lines = [json.loads(line) for line in (tmp_path / "out" / ray_train.SKIPPED).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / following.SKIPPED).read_text().splitlines()]
     assert {(line["step"], line["rank"]) for line in lines} == {(3, 0), (3, 1)}
     assert lines[0]["clips"] == ["c0", "c1", "c2", "c3"]
     assert "test: step 3 was left out, not finite: clips c0, c1, c2, c3" in caplog.text
@@ -132,16 +132,16 @@ def test_a_nan_ends_the_run_where_none_is_allowed(tmp_path: Path) -> None:
 def test_a_skipped_step_is_listed_once_however_often_it_comes(tmp_path: Path) -> None:
     """After a restart steps come again; and the file is written when there is something new, not at each poll."""
     board: Any = ray.remote(num_cpus=0)(Board).remote()
-    listed = tmp_path / ray_train.SKIPPED
+    listed = tmp_path / following.SKIPPED
     for _ in range(2):  # two calls of the same run
-        with ray_train._follow("test", board, str(tmp_path), 12, lambda step, figures: None):
+        with following.following("test", board, str(tmp_path), 12, lambda step, figures: None):
             for rank in (1, 0, 1):
                 ray.get(board.post.remote({"step": 3, "rank": rank, "clips": ["c1"]}))
             while not listed.exists():
                 time.sleep(0.05)
-            time.sleep(3 * ray_train.POLL_S)
+            time.sleep(3 * following.POLL_S)
             written_ns = listed.stat().st_mtime_ns
-            time.sleep(3 * ray_train.POLL_S)
+            time.sleep(3 * following.POLL_S)
             assert listed.stat().st_mtime_ns == written_ns
         lines = [json.loads(line) for line in listed.read_text().splitlines()]
         assert [(line["step"], line["rank"]) for line in lines] == [(3, 0), (3, 1)]

@@ -14,7 +14,7 @@ from aai import storage
 from aai.features import FeatureManifest
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
-from pipelines.training import ray_train
+from pipelines.training import following
 from pipelines.training.recipe import Trained
 from pipelines.training.stage import content_digest, run_stage
 from tests.aai import test_features as table
@@ -82,7 +82,7 @@ def test_a_third_stage_killed_and_resumed_ends_where_it_would_have(features: str
     assert killed["sha"] == whole["sha"]
     written = storage.read_json(storage.join(whole["bundle"], "map.json"))
     assert (written["map"], written["data_fingerprint"]) == ({"width": 3, "bias": True}, "f")
-    steps = [(entry["step"], "loss" in entry) for entry in ray_train.history(str(tmp_path / "killed"))]
+    steps = [(entry["step"], "loss" in entry) for entry in following.history(str(tmp_path / "killed"))]
     assert steps == [(step, True) for step in range(1, STEPS + 1)] + [(STEPS, False)]
     assert third_stage.run(settings(features, tmp_path / "whole")) == whole  # nothing to do
 

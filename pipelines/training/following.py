@@ -1,0 +1,114 @@
+"""What the driver sees of a running training: one progress line, history.jsonl, skipped.jsonl, and whoever listens."""
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from aai import storage
+from pipelines.engine.cluster import native_stderr_held
+
+log = logging.getLogger(__name__)
+
+HISTORY = "history.jsonl"
+SKIPPED = "skipped.jsonl"
+"""Steps that were not taken, with the clips that are suspected."""
+SHOWN_CLIPS = 5
+POLL_S = 0.5
+
+Entry = dict[str, Any]
+OnLog = Callable[[int, dict[str, float]], None]
+
+
+def history(out: str) -> list[Entry]:
+    """The entries of history.jsonl by step; empty before the first."""
+    return _read(out, HISTORY)
+
+
+class Follower:
+    """Takes what the ranks have posted on the board, shows it and writes it down."""
+
+    def __init__(self, name: str, board: Any, out: str, bar: Any, on_log: OnLog) -> None:
+        """Entries of earlier, interrupted calls are kept."""
+        self.name, self.board, self.out, self.bar, self.on_log = name, board, out, bar, on_log
+        self.entries = {_key(entry): entry for entry in history(out)}
+        self.skipped = {(entry["step"], entry["rank"]): entry for entry in _read(out, SKIPPED)}
+        self._unwritten: set[str] = set()
+
+    def poll(self) -> None:
+        """Takes what is new. What could not be written, because storage was away, is written by a later call."""
+        for entry in ray.get(self.board.take.remote()):
+            if "clips" in entry:
+                self._skip(entry)
+            else:
+                self._log(entry)
+        for file, entries in ((HISTORY, self.entries), (SKIPPED, self.skipped)):
+            if file in self._unwritten:
+                lines = [json.dumps(entries[key]) for key in sorted(entries)]
+                storage.write_bytes(storage.join(self.out, file), ("\n".join(lines) + "\n").encode())
+                self._unwritten.remove(file)
+
+    def _skip(self, entry: Entry) -> None:
+        clips = entry["clips"]
+        some = ", ".join(clips[:SHOWN_CLIPS]) or "(not named)"
+        more = f" and {len(clips) - SHOWN_CLIPS} more" if len(clips) > SHOWN_CLIPS else ""
+        log.warning("%s: step %d was left out, not finite: clips %s%s", self.name, entry["step"], some, more)
+        self.skipped[entry["step"], entry["rank"]] = entry
+        self._unwritten.add(SKIPPED)
+
+    def _log(self, entry: Entry) -> None:
+        # After a restart steps come again: the newer entry counts.
+        self.entries[_key(entry)] = entry
+        self._unwritten.add(HISTORY)
+        self.bar.n = int(entry["step"])
+        if "loss" in entry:
+            self.bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
+        self.bar.refresh()
+        self.on_log(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
+
+
+@contextmanager
+def following(name: str, board: Any, out: str, steps: int, on_log: OnLog) -> Iterator[None]:
+    """While the body runs, a thread follows the training; what is left at its end is taken then."""
+    stop = threading.Event()
+    with (
+        native_stderr_held() as terminal,
+        tqdm(total=steps, desc=name, unit="step", mininterval=1.0, file=terminal) as bar,
+    ):
+        follower = Follower(name, board, out, bar, on_log)
+
+        def watch() -> None:
+            told = False
+            while not stop.wait(POLL_S):
+                try:
+                    follower.poll()
+                    told = False
+                except Exception as error:  # storage may be away for a while; the training goes on
+                    if not told:
+                        log.warning("%s: figures cannot be written to %s for now (%s)", name, out, error)
+                    told = True
+
+        thread = threading.Thread(target=watch, name="training-progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            follower.poll()
+
+
+def _read(out: str, name: str) -> list[Entry]:
+    where = storage.join(out, name)
+    lines = storage.read_bytes(where).decode().splitlines() if storage.exists(where) else []
+    return [json.loads(line) for line in lines]
+
+
+def _key(entry: Entry) -> tuple[int, bool]:
+    """A step may have two entries: training, then validation."""
+    return int(entry["step"]), "learning_rate" not in entry
