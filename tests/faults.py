@@ -15,10 +15,13 @@ SLOW_S = 1.5
 
 
 @contextmanager
-def faulty(endpoint: str, share: float, seed: int = 0) -> Iterator[tuple[str, Counter[str]]]:
+def faulty(
+    endpoint: str, share: float, seed: int = 0, outage: threading.Event | None = None
+) -> Iterator[tuple[str, Counter[str]]]:
     """A server on this machine that passes requests on to `endpoint` and spoils `share` of them.
 
-    A spoilt request is answered with 500 or 503 (SlowDown), or passed on late. Yields the address and the counts.
+    A spoilt request is answered with 500 or 503 (SlowDown), or passed on late. While `outage` is set, all are answered
+    with 500 or 503. Yields the address and the counts.
     """
     target, rng, counts = urlsplit(endpoint), random.Random(seed), Counter[str]()
 
@@ -31,6 +34,8 @@ def faulty(endpoint: str, share: float, seed: int = 0) -> Iterator[tuple[str, Co
         def any_method(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = rng.choice(["500", "503", "slow"]) if rng.random() < share else "none"
+            if outage is not None and outage.is_set():
+                fault = rng.choice(["500", "503"])
             counts[fault] += 1
             if fault in ("500", "503"):
                 code = "InternalError" if fault == "500" else "SlowDown"

@@ -75,9 +75,10 @@ class Session:
     _noticed: set[str] = field(default_factory=set)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Rank 0 posts an entry of the history."""
+        """Rank 0 posts an entry of the history; those of training say how many workers there are."""
         if self.rank == 0:
-            ray.get(self.board.post.remote({"step": step, **figures}))
+            workers = {"workers": ray.train.get_context().get_world_size()} if "loss" in figures else {}
+            ray.get(self.board.post.remote({"step": step, **figures, **workers}))
 
     def skip(self, step: int, clips: list[str]) -> None:
         """Any rank posts the clips of a step that was not taken."""
