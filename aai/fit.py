@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.finite import FiniteGuard
 from aai.precision import native_bfloat16
+from aai.selection import Best, Keeper, MovingAverage, copied, put
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,25 @@ class FitConfig(Config):
     """Steps between two entries of the history."""
     eval_every: int = pydantic.Field(0, ge=0)
     """Steps between two validations; 0 = only at the end."""
+    best_metric: str = ""
+    """Figure of validation by which the best weights are kept, such as val_a2v_r1; empty = the last are kept."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Which value of best_metric is the best."""
+    patience: int = pydantic.Field(0, ge=0)
+    """Validations in a row without a better best_metric after which training ends; 0 = it runs to its last step."""
+    ema_decay: float = pydantic.Field(0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is then what is validated and kept; 0 = none."""
     checkpoint_every: int = pydantic.Field(100, ge=1)
     """Steps between two checkpoints; the last step always makes one."""
     seed: int = pydantic.Field(0, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _selection_can_act(self) -> "FitConfig":
+        if self.patience and not self.best_metric:
+            raise ValueError("patience needs best_metric: the figure that it waits for")
+        if self.best_metric and not self.eval_every:
+            raise ValueError("best_metric needs eval_every: one validation at the end chooses nothing")
+        return self
 
 
 @dataclass(frozen=True)
@@ -72,12 +89,29 @@ class State:
     """AdamW's state, named `KIND/PARAMETER`."""
     precision: str | None = None
     """float32 or bfloat16; None in checkpoints of earlier versions."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """The moving average of the weights; empty without one."""
+    best: Best | None = None
+    """The best weights so far, where they are looked for."""
+    ended: bool = False
+    """Whether no step follows."""
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights would be kept now."""
+        return self.best.step if self.best and self.best.weights else self.step
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
         tensors = {f"weights/{name}": value for name, value in self.weights.items()}
         tensors |= {f"moments/{name}": value for name, value in self.moments.items()}
-        about = {"step": json.dumps(self.step)} | ({"precision": self.precision} if self.precision else {})
+        tensors |= {f"average/{name}": value for name, value in self.average.items()}
+        about = {"step": json.dumps(self.step), "ended": json.dumps(self.ended)}
+        if self.precision:
+            about["precision"] = self.precision
+        if self.best:
+            tensors |= {f"best/{name}": value for name, value in self.best.weights.items()}
+            about["best"] = json.dumps(self.best.described())
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, about)
 
     @classmethod
@@ -90,23 +124,15 @@ class State:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
-        return cls(int(about["step"]), part("weights/"), part("moments/"), about.get("precision"))
+        best = Best(**json.loads(about["best"]), weights=part("best/")) if "best" in about else None
+        selection = part("average/"), best, json.loads(about.get("ended", "false"))
+        return cls(int(about["step"]), part("weights/"), part("moments/"), about.get("precision"), *selection)
 
 
 def trainable(task: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name; a DistributedDataParallel wrapper does not show."""
     inner = task.module if isinstance(task, nn.parallel.DistributedDataParallel) else task
     return {name: p for name, p in inner.named_parameters() if p.requires_grad}
-
-
-def restore_weights(task: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copies trained weights into a task. Raises ValueError when they are not exactly its trainable ones."""
-    params = trainable(task)
-    if params.keys() != weights.keys():
-        raise ValueError(f"weights do not fit the model: {sorted(params.keys() ^ weights.keys())[:5]} are unmatched")
-    with torch.no_grad():
-        for name, param in params.items():
-            param.copy_(weights[name])
 
 
 def fit(
@@ -136,17 +162,17 @@ def fit(
     optimizer = _optimizer(params, config)
     start = resume.step if resume else 0
     if resume is not None:
-        restore_weights(task, resume.weights)
+        put(params, resume.weights)
         _restore_moments(optimizer, params, resume.moments)
-    iterator = batches(start)
+        if resume.ended or start >= config.steps:
+            return resume
+    iterator, keeper = batches(start), _keeper(params, config, resume)
     meter, guard = Meter(), FiniteGuard(config.max_skipped_in_a_row, on_skip)
     for step in range(start + 1, config.steps + 1):
         task.train()
         batch = _next_batch(iterator, meter, step, config.steps)
         rate = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        _seed_step(config.seed, step)
+        _begin_step(optimizer, rate, config.seed, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             loss, report = task(_to(batch, device))
         optimizer.zero_grad(set_to_none=True)
@@ -155,18 +181,22 @@ def fit(
         figures = {"loss": loss.detach(), **report, "grad_norm": norm}
         if guard.lets_pass(step, figures, batch):
             optimizer.step()
+            keeper.update()
             meter.add(figures)
         last = step == config.steps
         logs = last or step % config.log_every == 0
         if logs:
             on_log(step, {**meter.flush(), "skipped_steps": guard.flush(), "learning_rate": rate})
-        if evaluate and (last or (config.eval_every and step % config.eval_every == 0)):
-            task.eval()
-            with torch.no_grad():
-                on_log(step, evaluate())
+        if last or (config.eval_every and step % config.eval_every == 0):
+            last = keeper.validate(task, step, evaluate, on_log) or last
         if last or step % config.checkpoint_every == 0 or (logs and leaving()):
-            on_checkpoint(_state(step, params, optimizer, precision))
-    return _state(max(start, config.steps), params, optimizer, precision)
+            state = _state(step, params, optimizer, precision, keeper, last)
+            if last:
+                keeper.put_kept()
+            on_checkpoint(state)
+        if last:
+            return state
+    raise AssertionError("a run that goes on has a step to take")
 
 
 def learning_rate(step: int, config: FitConfig) -> float:
@@ -244,18 +274,41 @@ def _optimizer(params: dict[str, nn.Parameter], config: FitConfig) -> torch.opti
     )
 
 
-def _seed_step(seed: int, step: int) -> None:
-    """Seeds torch for one step, differently on each rank (they augment different clips)."""
+def _begin_step(optimizer: torch.optim.Optimizer, rate: float, seed: int, step: int) -> None:
+    """Sets the rate, and seeds torch for one step, differently on each rank (they augment different clips)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     torch.manual_seed((seed * 1_000_003 + step) * 10_007 + rank)
 
 
-def _state(step: int, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, precision: str) -> State:
+def _keeper(params: dict[str, nn.Parameter], config: FitConfig, resume: State | None) -> Keeper:
+    """The first rank's keeper holds weights, the others' only agree with it."""
+    average = best = None
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        if config.ema_decay:
+            before = (resume.step, resume.average) if resume else (0, None)
+            average = MovingAverage(params, config.ema_decay, *before)
+        if config.best_metric:
+            best = (resume and resume.best) or Best(config.best_metric, config.best_is == "highest")
+    return Keeper(params, average, best, config.patience)
+
+
+def _state(
+    step: int,
+    params: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+    keeper: Keeper,
+    ended: bool,
+) -> State:
     moments: dict[str, Tensor] = {}
     for name, param in params.items():
         for kind, value in optimizer.state[param].items():
             moments[f"{kind}/{name}"] = value.detach().clone()
-    return State(step, {name: p.detach().clone() for name, p in params.items()}, moments, precision)
+    average = {name: x.clone() for name, x in keeper.average.weights.items()} if keeper.average else {}
+    best = replace(keeper.best) if keeper.best else None
+    return State(step, copied(params), moments, precision, average, best, ended)
 
 
 def _restore_moments(

@@ -67,7 +67,6 @@ class Session:
     """A worker's place in the run, and what it does there between steps."""
 
     rank: int
-    steps: int
     work: Work
     board: Any
     out: str
@@ -99,11 +98,12 @@ class Session:
         if self.rank != 0:
             ray.train.report({"step": state.step})
             return
-        folder, last = tempfile.mkdtemp(prefix="aai-checkpoint-"), state.step == self.steps
+        folder, last = tempfile.mkdtemp(prefix="aai-checkpoint-"), state.ended
         state.save(Path(folder) / STATE)
         if last:
             module, settings = self.work.export()
-            final = Trained(module.state_dict(), settings.model_dump(mode="json"), state.step, state.precision)
+            about = settings.model_dump(mode="json"), state.step, state.precision, state.kept_step
+            final = Trained(module.state_dict(), *about)
             final.save(Path(folder) / TRAINED)
         how: dict[str, Any] = {}
         if self.out.startswith("s3://"):
@@ -205,7 +205,7 @@ def _work(config: dict[str, Any]) -> str | None:
     rank, fit = context.get_world_rank(), config["fit"]
     work = config["make_work"](rank, context.get_world_size(), config["settings"])
     task = ray.train.torch.prepare_model(work.task, parallel_strategy_kwargs={"broadcast_buffers": False})
-    session = Session(rank, fit.steps, work, config["board"], config["out"], config["preemptible"])
+    session = Session(rank, work, config["board"], config["out"], config["preemptible"])
     evaluate, resume = work.evaluate if rank == 0 else None, _resume()
     hooks = session.log, session.checkpoint, evaluate, resume, session.skip, session.leaving
     try:

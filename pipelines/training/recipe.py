@@ -112,11 +112,14 @@ class Trained:
     """Steps done."""
     precision: str | None
     """Arithmetic of the forward pass."""
+    kept_step: int | None = None
+    """The step that the weights are of: an earlier one where the best are kept."""
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
         weights = {name: x.detach().cpu().contiguous() for name, x in self.weights.items()}
-        about = {"settings": self.settings, "step": self.step, "precision": self.precision}
+        names = "settings", "step", "precision", "kept_step"
+        about = {name: getattr(self, name) for name in names}
         save_file(weights, path, {"about": json.dumps(about)})
 
     @classmethod

@@ -21,7 +21,7 @@ from pipelines.engine.lock import output_lock
 from pipelines.registry import tracking
 from pipelines.registry.live import live_metrics
 from pipelines.training import following, ray_train
-from pipelines.training.recipe import C, StageConfig, TrainRecipe, bundle_dir
+from pipelines.training.recipe import C, StageConfig, Trained, TrainRecipe, bundle_dir
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
             ranks = ranks_of_run(config, run_digest)
             work = make_work, (recipe_class, settings, ranks), config.cluster.at_most(ranks), config.out, run_digest
             trained = ray_train.train(config.stage, *work, config.fit, send)
-        metrics = _figures(following.history(config.out)[-1])
+        metrics = kept_figures(following.history(config.out), trained)
         folder = bundle_dir(config.out)
         meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": list(recipe.parents)}
         sha = recipe.write(folder, trained, meta)
@@ -65,6 +65,7 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
             "digest": run_digest,
             "seconds": round(time.monotonic() - begin, 1),
             "steps": trained.step,
+            "kept_step": trained.kept_step,
             "precision": trained.precision,
             "ranks": ranks,
             "metrics": metrics,
@@ -172,6 +173,12 @@ def up_to_date(config: StageConfig, run_digest: str) -> dict[str, Any] | None:
     return found
 
 
+def kept_figures(entries: list[dict[str, Any]], trained: Trained) -> dict[str, float]:
+    """Figures of the weights that are kept: of their validation, or without one of their last steps."""
+    of_step = [entry for entry in entries if entry["step"] == trained.kept_step]
+    return _figures((of_step or entries)[-1])
+
+
 def _figures(entry: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if name != "step"}
 
@@ -179,9 +186,10 @@ def _figures(entry: dict[str, Any]) -> dict[str, float]:
 def _log_summary(stage: str, result: dict[str, Any]) -> None:
     shown = " ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items())
     log.info(
-        "%s: %d steps in %s, %.0f s, %s -> %s",
+        "%s: %d steps%s in %s, %.0f s, %s -> %s",
         stage,
         result["steps"],
+        "" if result["kept_step"] in (None, result["steps"]) else f", the weights of step {result['kept_step']} kept,",
         result["precision"],
         result["seconds"],
         shown,

@@ -19,7 +19,6 @@ from aai.fit import (
     fit,
     learning_rate,
     local_batch_size,
-    restore_weights,
     trainable,
 )
 from tests.ranks import on_ranks
@@ -119,7 +118,19 @@ def test_evaluation_runs_in_eval_mode_and_at_the_end() -> None:
 
 def test_weights_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"linear\.bias"):
-        restore_weights(Line(), {"linear.weight": torch.ones(1, 1)})
+        fit(Line(), batches, CONFIG, resume=State(1, {"linear.weight": torch.ones(1, 1)}, {}))
+
+
+def test_a_node_that_leaves_makes_a_checkpoint_out_of_turn() -> None:
+    asked, states = [], []
+
+    def leaving() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    fit(Line(), batches, CONFIG, on_checkpoint=states.append, leaving=leaving)
+    assert [state.step for state in states] == [25, 40, 50, 60]
+    assert len(asked) == 2  # with each entry, but for the last step, which makes one anyway
 
 
 def test_schedule() -> None:
@@ -276,6 +287,10 @@ def test_bounds_and_defaults_of_the_settings() -> None:
         "precision": "auto",
         "log_every": 10,
         "eval_every": 0,
+        "best_metric": "",
+        "best_is": "highest",
+        "patience": 0,
+        "ema_decay": 0.0,
         "checkpoint_every": 100,
         "seed": 0,
     }

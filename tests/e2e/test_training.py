@@ -116,11 +116,6 @@ def kill_runs(
     return {"killed_at": at, "calls": attempts, "equal": runs, "sha": sha(folder / "whole")}
 
 
-@pytest.mark.slow
-def test_k4_sample_a_killed_worker_changes_no_bit(world: dict[str, str], tmp_path: Path) -> None:
-    kill_runs(world, tmp_path, 1, training_worker)
-
-
 @pytest.mark.accept
 @pytest.mark.timeout(3600)
 def test_k4_ten_killed_workers(world: dict[str, str], tmp_path: Path) -> None:
@@ -173,7 +168,8 @@ def final_loss(out: Path) -> float:
 @pytest.mark.accept
 @pytest.mark.timeout(1800)
 def test_k4_from_four_workers_to_two_and_back(world: dict[str, str], nodes: Cluster, tmp_path: Path) -> None:
-    first, second = (nodes.add_node(num_cpus=2) for _ in range(2))
+    nodes.add_node(num_cpus=2)
+    second = nodes.add_node(num_cpus=2)
     common = {"cluster__cpus_per_worker": 1, "cluster__address": nodes.address, "cluster__resize_every_s": 5}
     out, heard = tmp_path / "elastic", tmp_path / "heard"
     heard.mkdir()
@@ -262,9 +258,8 @@ def test_k4_mlflow_and_s3_away_for_a_minute(
         assert entries == list(range(1, 901))
     with tracking.run(server.config, "probe") as run:
         experiment = run.client.get_experiment_by_name("live")
-        trained = [
-            found for found in run.client.search_runs([experiment.experiment_id]) if "align" in found.info.run_name
-        ]
+        found = run.client.search_runs([experiment.experiment_id])
+        trained = [other for other in found if "align" in other.info.run_name]
         steps = [metric.step for metric in run.client.get_metric_history(trained[0].info.run_id, "loss")]
     server.stop()
     assert sorted(set(steps)) == list(range(1, 901))

@@ -114,7 +114,7 @@ def test_what_changes_the_weights_changes_the_digest(tmp_path: Path) -> None:
 
 def test_what_was_trained_survives_the_file(tmp_path: Path) -> None:
     weights = {"a": torch.arange(6.0).view(2, 3).T, "count": torch.tensor(3)}
-    Trained(weights, {"width": 3}, 7, "bfloat16").save(tmp_path / "x")
+    Trained(weights, {"width": 3}, 7, "bfloat16", 5).save(tmp_path / "x")
     found = Trained.load(tmp_path / "x")
-    assert (found.settings, found.step, found.precision) == ({"width": 3}, 7, "bfloat16")
+    assert (found.settings, found.step, found.precision, found.kept_step) == ({"width": 3}, 7, "bfloat16", 5)
     assert all(torch.equal(found.weights[name], value) for name, value in weights.items())

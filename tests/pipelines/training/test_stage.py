@@ -10,7 +10,8 @@ from aai import storage
 from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import FitConfig
-from pipelines.training.stage import make_work, ranks_of_run, up_to_date, validates
+from pipelines.training.recipe import Trained
+from pipelines.training.stage import kept_figures, make_work, ranks_of_run, up_to_date, validates
 from tests.aai import test_features as table
 from tests.pipelines.training.third_stage import CaptionConfig, CaptionRecipe
 
@@ -76,6 +77,13 @@ def test_validation_that_is_asked_for_needs_clips(features: str) -> None:
     assert not validates(FitConfig(eval_every=0), alone)
     with pytest.raises(UserError, match=r"fit\.eval_every=5: .*; curate with val_share=0\.02, or "):
         validates(FitConfig(eval_every=5), alone)
+
+
+def test_figures_are_of_the_weights_that_are_kept() -> None:
+    entries = [{"step": s, **f} for s in (2, 4) for f in ({"loss": s + 0.5}, {"val_r1": float(s)})]
+    for kept, expected in ((2, {"val_r1": 2.0}), (4, {"val_r1": 4.0}), (None, {"val_r1": 4.0})):
+        assert kept_figures(entries, Trained({}, {}, 4, "float32", kept)) == expected
+    assert kept_figures(entries[:1], Trained({}, {}, 2, "float32", 2)) == {"loss": 2.5}
 
 
 def test_a_finished_result_is_taken_only_for_its_own_settings(features: str, tmp_path: Path) -> None:
