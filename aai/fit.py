@@ -162,8 +162,7 @@ def fit(
     optimizer = _optimizer(params, config)
     start = resume.step if resume else 0
     if resume is not None:
-        put(params, resume.weights)
-        _restore_moments(optimizer, params, resume.moments)
+        _restore(params, optimizer, resume)
         if resume.ended or start >= config.steps:
             return resume
     iterator, keeper = batches(start), _keeper(params, config, resume)
@@ -173,26 +172,20 @@ def fit(
         batch = _next_batch(iterator, meter, step, config.steps)
         rate = learning_rate(step, config)
         _begin_step(optimizer, rate, config.seed, step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, report = task(_to(batch, device))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(params.values(), config.grad_clip)
-        figures = {"loss": loss.detach(), **report, "grad_norm": norm}
+        figures = _gradients(task, _to(batch, device), precision)
+        figures["grad_norm"] = nn.utils.clip_grad_norm_(params.values(), config.grad_clip)
         if guard.lets_pass(step, figures, batch):
             optimizer.step()
             keeper.update()
             meter.add(figures)
         last = step == config.steps
-        logs = last or step % config.log_every == 0
-        if logs:
+        if logs := last or step % config.log_every == 0:
             on_log(step, {**meter.flush(), "skipped_steps": guard.flush(), "learning_rate": rate})
         if last or (config.eval_every and step % config.eval_every == 0):
             last = keeper.validate(task, step, evaluate, on_log) or last
         if last or step % config.checkpoint_every == 0 or (logs and leaving()):
             state = _state(step, params, optimizer, precision, keeper, last)
-            if last:
-                keeper.put_kept()
             on_checkpoint(state)
         if last:
             return state
@@ -282,6 +275,15 @@ def _begin_step(optimizer: torch.optim.Optimizer, rate: float, seed: int, step: 
     torch.manual_seed((seed * 1_000_003 + step) * 10_007 + rank)
 
 
+def _gradients(task: nn.Module, batch: Batch, precision: str) -> dict[str, Tensor]:
+    """Leaves the gradient of one batch in the parameters; returns the loss and what the task reports."""
+    device = next(task.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        loss, report = task(batch)
+    loss.backward()
+    return {"loss": loss.detach(), **report}
+
+
 def _keeper(params: dict[str, nn.Parameter], config: FitConfig, resume: State | None) -> Keeper:
     """The first rank's keeper holds weights, the others' only agree with it."""
     average = best = None
@@ -302,19 +304,22 @@ def _state(
     keeper: Keeper,
     ended: bool,
 ) -> State:
+    """What a checkpoint holds; where training has ended, the weights that are kept take their place."""
     moments: dict[str, Tensor] = {}
     for name, param in params.items():
         for kind, value in optimizer.state[param].items():
             moments[f"{kind}/{name}"] = value.detach().clone()
+    weights = copied(params)
+    if ended:
+        keeper.put_kept()
     average = {name: x.clone() for name, x in keeper.average.weights.items()} if keeper.average else {}
     best = replace(keeper.best) if keeper.best else None
-    return State(step, copied(params), moments, precision, average, best, ended)
+    return State(step, weights, moments, precision, average, best, ended)
 
 
-def _restore_moments(
-    optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], moments: dict[str, Tensor]
-) -> None:
-    for key, value in moments.items():
+def _restore(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: State) -> None:
+    put(params, state.weights)
+    for key, value in state.moments.items():
         kind, name = key.split("/", 1)
         param = params[name]
         # AdamW keeps its step counter on the CPU.

@@ -162,12 +162,7 @@ def train(
             "cpus": cluster.cpus_per_worker,
         },
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
-            elastic_resize_monitor_interval_s=cluster.resize_every_s,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker},
-        ),
+        scaling_config=_scaling(cluster),
         run_config=ray.train.RunConfig(
             name=digest,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
@@ -224,6 +219,15 @@ def _resume() -> State | None:
         return None
     with checkpoint.as_directory() as folder:
         return State.load(Path(folder) / STATE)
+
+
+def _scaling(cluster: TrainClusterConfig) -> Any:
+    return ray.train.ScalingConfig(
+        num_workers=cluster.num_workers,
+        elastic_resize_monitor_interval_s=cluster.resize_every_s,
+        use_gpu=cluster.gpus_per_worker > 0,
+        resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker},
+    )
 
 
 def _storage(uri: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def test_what_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch:
     board.post({"step": 2, "loss": 1.0, "learning_rate": 0.1})
     board.post({"step": 3, "clips": ["c1"], "rank": 0})
     for _ in range(2):
-        with pytest.raises(OSError, match="exists|directory"):
+        with pytest.raises(OSError, match=r"exists|directory"):
             found.poll()
     out.unlink()
     found.poll()
