@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aai.config import Config
 from aai.errors import UserError
+from aai.foundation.loaders import DiffusionSkeleton
 from aai.inject import Injector, with_head
 from aai.losses import mean_over_ranks, rows_of_ranks
 from aai.memory import in_chunks
@@ -64,6 +65,7 @@ class AudioAdapter(nn.Module):
     """MLP from the aligned embedding to A*; starts at the vocabulary's median length."""
 
     def __init__(self, cfg: AdapterConfig, median_norm: float = 1.0) -> None:
+        """median_norm: how long an ordinary word is (`Injector.median_norm`)."""
         super().__init__()
         self.cfg = cfg
         self.net = nn.Sequential(
@@ -121,7 +123,7 @@ class AdaptTask(nn.Module):
     def __init__(
         self,
         adapter: AudioAdapter,
-        pipe: StableDiffusionPipeline,
+        pipe: StableDiffusionPipeline | DiffusionSkeleton,
         text_projection: nn.Linear | None,
         cfg: AdaptLossConfig,
         neutral_word: str = "thing",
@@ -190,7 +192,7 @@ class AdaptTask(nn.Module):
             wanted = [with_head(c, cfg.head_pattern, cfg.prompt) for c in batch["caption"]]
             terms["hidden"] = self._hidden_distance(states, pooled, wanted)
         if cfg.w_norm:
-            terms["norm"] = (tokens.norm(dim=-1) / self.injector.median_norm - 1).square().mean()
+            terms["norm"] = (tokens.norm(dim=-1) / self.adapter.scale - 1).square().mean()
         return terms
 
     def _hidden_distance(self, states: Tensor, pooled: Tensor, captions: list[str]) -> Tensor:

@@ -60,6 +60,8 @@ class AlignTask(nn.Module):
         """chunk_size: clips that go through the encoder at once (see `aai.memory.in_chunks`)."""
         super().__init__()
         self.encoder, self.config, self.chunk_size = encoder, config, chunk_size
+        self.rate_scales: dict[str, float] = {}
+        """See `aai.fit.fit`."""
         start = torch.tensor(math.log(1 / config.temperature))
         weights = {"image": config.w_image, "text": config.w_text}
         self.weights = {term: weight for term, weight in weights.items() if weight > 0}

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,11 @@ class FitConfig(Config):
     chunk_size: int = pydantic.Field(0, ge=0)
     """Clips of a worker that go through the model at once; 0 = all. Fewer need less memory and a third more time, with
     the gradient of the whole batch: set it when a GPU's memory does not hold batch_size / workers clips."""
+    checkpoint_activations: bool = False
+    """Keep only what goes in and out of the layers of the large network, and compute the rest again in the backward
+    pass: less memory, a third more time. With chunks it gains little."""
+    compile: bool = False
+    """Compile the large network (torch.compile): minutes at the start, faster steps on a GPU."""
     learning_rate: float = pydantic.Field(1e-3, gt=0)
     weight_decay: float = pydantic.Field(0.05, ge=0)
     """Of matrices; vectors and scalars (norms, biases, temperatures) are not decayed."""
@@ -131,8 +136,11 @@ class State:
 
 def trainable(task: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name; a DistributedDataParallel wrapper does not show."""
-    inner = task.module if isinstance(task, nn.parallel.DistributedDataParallel) else task
-    return {name: p for name, p in inner.named_parameters() if p.requires_grad}
+    return {name: p for name, p in _inner(task).named_parameters() if p.requires_grad}
+
+
+def _inner(task: nn.Module) -> nn.Module:
+    return task.module if isinstance(task, nn.parallel.DistributedDataParallel) else task
 
 
 def fit(
@@ -148,18 +156,19 @@ def fit(
 ) -> State:
     """Trains `task` for `config.steps` steps and returns the final state.
 
-    task: `task(batch) -> (loss, report)`, both of scalars. batches: given the first step's number (from 0), yields the
-    batch of every step from there on. on_log gets the means since the last entry; evaluate's figures come as an entry
-    of their own. A step with a non-finite loss or gradient is not taken: on_skip gets its number and this process's
-    suspects. leaving is asked with every entry; true makes a checkpoint out of turn. Raises FloatingPointError for too
-    many steps in a row that are not finite, and ValueError when the batches run out.
+    task: `task(batch) -> (loss, report)`, both of scalars; its `rate_scales`, if it has them, are shares of the rate by
+    parameter. batches: given the first step's number (from 0), yields the batch of every step from there on.
+    on_log gets the means since the last entry; evaluate's figures come as an entry of their own. A step with a
+    non-finite loss or gradient is not taken: on_skip gets its number and this process's suspects. leaving is asked with
+    every entry; true makes a checkpoint out of turn. Raises FloatingPointError for too many steps in a row that are not
+    finite, and ValueError when the batches run out.
     """
     params = trainable(task)
     if not params:
         raise ValueError("nothing to train: no parameter requires a gradient")
     device = next(iter(params.values())).device
     precision = _precision(config, device, resume)
-    optimizer = _optimizer(params, config)
+    optimizer = _optimizer(params, config, getattr(_inner(task), "rate_scales", {}))
     start = resume.step if resume else 0
     if resume is not None:
         _restore(params, optimizer, resume)
@@ -170,8 +179,7 @@ def fit(
     for step in range(start + 1, config.steps + 1):
         task.train()
         batch = _next_batch(iterator, meter, step, config.steps)
-        rate = learning_rate(step, config)
-        _begin_step(optimizer, rate, config.seed, step)
+        rate = _begin_step(optimizer, config, step)
         optimizer.zero_grad(set_to_none=True)
         figures = _gradients(task, _to(batch, device), precision)
         figures["grad_norm"] = nn.utils.clip_grad_norm_(params.values(), config.grad_clip)
@@ -255,24 +263,30 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
-def _optimizer(params: dict[str, nn.Parameter], config: FitConfig) -> torch.optim.AdamW:
-    decayed = [p for p in params.values() if p.ndim >= 2]
-    free = [p for p in params.values() if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+def _optimizer(params: dict[str, nn.Parameter], config: FitConfig, scales: Mapping[str, float]) -> torch.optim.AdamW:
+    """scales: share of the learning rate of a parameter; 1 for one that is not named."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, param in params.items():
+        groups.setdefault((param.ndim >= 2, scales.get(name, 1.0)), []).append(param)
+    decay = config.weight_decay
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": found, "weight_decay": decay if matrices else 0.0, "scale": scale}
+            for (matrices, scale), found in groups.items()
+        ],
         lr=config.learning_rate,
         betas=(0.9, 0.98),
-        weight_decay=config.weight_decay,
     )
 
 
-def _begin_step(optimizer: torch.optim.Optimizer, rate: float, seed: int, step: int) -> None:
+def _begin_step(optimizer: torch.optim.Optimizer, config: FitConfig, step: int) -> float:
     """Sets the rate, and seeds torch for one step, differently on each rank (they augment different clips)."""
+    rate = learning_rate(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    torch.manual_seed((seed * 1_000_003 + step) * 10_007 + rank)
+    torch.manual_seed((config.seed * 1_000_003 + step) * 10_007 + rank)
+    return rate
 
 
 def _gradients(task: nn.Module, batch: Batch, precision: str) -> dict[str, Tensor]:

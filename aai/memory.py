@@ -2,8 +2,9 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 from aai.errors import UserError
 
@@ -42,7 +44,8 @@ def memory_explained(chunk_size: int) -> Iterator[None]:
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes of tensors that were alive at once while it was entered: `.peak`; `.now` at this moment.
+    """The most bytes of tensors that were alive at once while it was entered: `.peak`; `.now` at this moment. `.flop`:
+    multiplications and additions of matrix products, attention and convolutions, by PyTorch's own formulas.
 
     It counts storages that operators make, of real and of fake tensors alike; not what the allocator adds, nor
     workspaces inside of an operator.
@@ -50,7 +53,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flop = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def count(self, *tensors: Tensor) -> None:
@@ -73,28 +76,49 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flop += formula(*args, **(kwargs or {}), out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
         return out
 
 
-def training_bytes(task: nn.Module, batch: dict[str, tuple[int, ...]], bfloat16: bool) -> int:
-    """Bytes that a training with AdamW holds at most in a step: weights, gradients, moments, activations, the batch.
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step of one process takes."""
 
-    Computed over PyTorch's fake tensors, which have shapes and no numbers: it needs no GPU and next to no time. batch:
-    shapes by name; of float32, but for names that end with `_id` or `_hash`. Not in it: what the allocator leaves
-    unused, and workspaces of kernels.
+    num_bytes: int
+    """Held at most: weights, gradients, moments, activations, the batch."""
+    flop: int
+    """See `PeakMemory`; forwards and backwards."""
+
+
+def step_cost(
+    make: Callable[[], nn.Module],
+    batch: Mapping[str, tuple[int, ...] | list[str]],
+    bfloat16: bool,
+) -> StepCost:
+    """The cost of a step with AdamW, over PyTorch's fake tensors: they have shapes and no numbers, so that it needs no
+    GPU and next to no time.
+
+    make: builds the task; a network of real tensors that it holds is copied without its numbers. batch: shapes of
+    tensors by name, of float32 but for names that end with `_id` or `_hash`; and lists of texts. Not in it: what the
+    allocator leaves unused, and workspaces of kernels.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        task = make()
     with FakeCopyMode(fake):
         shadow = copy.deepcopy(task).train()
     with fake, PeakMemory() as memory:
         memory.count(*shadow.parameters(), *shadow.buffers())
-        kinds = {name: torch.int64 if name.endswith(("_id", "_hash")) else torch.float32 for name in batch}
-        tensors = {name: torch.ones(shape, dtype=kinds[name]) for name, shape in batch.items()}
+        values: dict[str, Any] = {}
+        for name, shape in batch.items():
+            kind = torch.int64 if name.endswith(("_id", "_hash")) else torch.float32
+            values[name] = torch.ones(shape, dtype=kind) if isinstance(shape, tuple) else shape
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss, _ = shadow(tensors)
+            loss, _ = shadow(values)
         loss.backward()
         moments = 2 * sum(p.numel() * p.element_size() for p in shadow.parameters() if p.requires_grad)
-        return memory.peak + moments
+        return StepCost(memory.peak + moments, memory.flop)

@@ -25,12 +25,13 @@ from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import local_batch_size
 from aai.foundation.identity import FoundationSpec
-from aai.foundation.loaders import load_clip, load_diffusion
+from aai.foundation.loaders import diffusion_skeleton, load_clip, load_diffusion
 from aai.inject import Injector
+from aai.memory import StepCost, step_cost
 from pipelines.settings import Plan
 from pipelines.training.embedding import embed_table
 from pipelines.training.lengths import check_cut, clip_lengths_s
-from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, refuse_given
+from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, prepare_network, refuse_given
 from pipelines.training.stage import run_stage
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,33 @@ class AdaptConfig(StageConfig):
     """The word that stands in a prompt where a sound has no say."""
     max_val_clips: int = pydantic.Field(128, ge=2)
     """Validation takes at most this many clips of the val split."""
+
+    def step_cost(self) -> StepCost | str:
+        """See StageConfig."""
+        manifest = self.manifest()
+        if manifest is None:
+            return "told when the features are there"
+        clips, dim = self.clips_of_worker, manifest.image_dim
+        batch: dict[str, tuple[int, ...] | list[str]] = {
+            "aligned": (clips, dim),
+            "image_features": (clips, manifest.num_frames, dim),
+            "latents": (clips, *manifest.latent_shape),
+            "caption": [f"caption {row}" for row in range(clips)],
+        }
+        try:
+            spec = read_bundle(self.bundle).config.foundation
+            return step_cost(lambda: self._skeleton_task(spec, dim), batch, self.half)
+        except UserError as error:
+            return f"told when the bundle and its diffusion model are on this machine ({error})"
+
+    def _skeleton_task(self, spec: FoundationSpec, dim: int) -> AdaptTask:
+        """The task without a weight that means anything."""
+        parts = diffusion_skeleton(spec)
+        width = parts.text_encoder.config.hidden_size
+        shape = self.adapter.model_copy(update={"embed_dim": dim, "token_dim": width})
+        prepare_network(parts.unet, self.fit)
+        projection = nn.Linear(width, dim, bias=False)
+        return AdaptTask(AudioAdapter(shape), parts, projection, self.loss, self.neutral_word, self.fit.chunk_size)
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -120,6 +148,7 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         dims = {"embed_dim": self.encoder.embed_dim, "token_dim": injector.token_dim}
         adapter = AudioAdapter(self.config.adapter.model_copy(update=dims), injector.median_norm)
         projection = text_projection(spec, pipe.text_encoder)
+        prepare_network(pipe.unet, self.config.fit)
         return AdaptTask(adapter, pipe, projection, self.config.loss, neutral_word, self.config.fit.chunk_size)
 
     def validate(self, task: AdaptTask, held_out: dict[str, Any]) -> dict[str, float]:

@@ -16,15 +16,14 @@ from aai.align import AlignLossConfig, AlignTask, validate
 from aai.bundle import BundleConfig, write_bundle
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, described, mel_statistics
+from aai.encoders.depth import freeze_lowest, num_layers, rate_scales
 from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
-from aai.fit import local_batch_size
 from aai.foundation.identity import FoundationSpec
-from aai.memory import training_bytes
-from aai.precision import native_bfloat16
+from aai.memory import StepCost, step_cost
 from pipelines.settings import Choice, Plan
 from pipelines.training.lengths import LONGEST_S, check_cut, clip_lengths_s, fitting_clip_s
-from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, refuse_given
+from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, prepare_network, refuse_given
 from pipelines.training.stage import run_stage
 
 log = logging.getLogger(__name__)
@@ -50,6 +49,10 @@ class AlignConfig(StageConfig):
     encoder: FittedEncoderConfig = FittedEncoderConfig()
     """mel_mean, mel_std and embed_dim are taken from the data, and refused here."""
     loss: AlignLossConfig = AlignLossConfig()
+    frozen_layers: int = pydantic.Field(0, ge=0)
+    """So many of the backbone's lowest layers, and what is below them, are not trained."""
+    layer_decay: float = pydantic.Field(1.0, gt=0, le=1)
+    """Each layer of the backbone learns at this share of the rate of the one above it; 1 = all alike."""
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -58,7 +61,7 @@ class AlignConfig(StageConfig):
             told = str(self.fitted()[1])
         return super().plan().model_copy(update={"chosen": {"encoder.clip_s": told}})
 
-    def step_memory(self) -> str:
+    def step_cost(self) -> StepCost | str:
         """See StageConfig."""
         clip_s = LONGEST_S if self.encoder.clip_s == "auto" else self.encoder.clip_s
         encoder: AudioEncoderConfig = self.encoder.model_copy(update={"clip_s": clip_s})
@@ -68,7 +71,7 @@ class AlignConfig(StageConfig):
             if os.path.isdir(str(encoder.pretrained)):
                 raise
             return f"told when {encoder.pretrained} is on this machine"
-        clips = local_batch_size(self.fit, self.cluster.most_workers)
+        clips = self.clips_of_worker
         batch = {
             "audio": (clips, encoder.clip_samples),
             "image_features": (clips, 1, encoder.embed_dim),
@@ -76,10 +79,19 @@ class AlignConfig(StageConfig):
             "caption_id": (clips,),
             "clip_hash": (clips,),
         }
-        auto = self.cluster.gpus_per_worker > 0 or native_bfloat16("cpu")
-        half = self.fit.precision == "bfloat16" or (self.fit.precision == "auto" and auto)
-        size = training_bytes(AlignTask(AudioEncoder(encoder), self.loss, self.fit.chunk_size), batch, half)
-        return f"{size / 1e9:.1f} GB a worker, by PyTorch's fake tensors"
+        task = self.task(AudioEncoder(encoder))
+        return step_cost(lambda: task, batch, self.half)
+
+    def task(self, encoder: AudioEncoder) -> AlignTask:
+        """The encoder with its losses, as it is trained."""
+        task, tower = AlignTask(encoder, self.loss, self.fit.chunk_size), encoder.backbone
+        if self.frozen_layers > (layers := num_layers(tower)):
+            rule = f"is more than the backbone's {layers} layers"
+            raise UserError("frozen_layers", self.frozen_layers, rule, "lower it, or set encoder.freeze_backbone")
+        freeze_lowest(tower, self.frozen_layers)
+        task.rate_scales = {f"encoder.backbone.{n}": s for n, s in rate_scales(tower, self.layer_decay).items()}
+        prepare_network(tower, self.fit)
+        return task
 
     def fitted(self) -> tuple["AlignConfig", Choice]:
         """These settings with a number for `encoder.clip_s`, and why it is that one."""
@@ -139,8 +151,7 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
 
     def build(self) -> AlignTask:
         """See TrainRecipe."""
-        encoder = AudioEncoder(self.config.encoder, from_pretrained=True)
-        return AlignTask(encoder, self.config.loss, self.config.fit.chunk_size)
+        return self.config.task(AudioEncoder(self.config.encoder, from_pretrained=True))
 
     def validate(self, task: AlignTask, held_out: dict[str, Any]) -> dict[str, float]:
         """Retrieval by sound."""

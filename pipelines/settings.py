@@ -35,6 +35,9 @@ class TrainClusterConfig(ClusterConfig):
     num_workers: pydantic.PositiveInt | tuple[pydantic.PositiveInt, pydantic.PositiveInt] = 2  # type: ignore[assignment]
     """Worker processes; [2, 8] = as many as there is room for, from 2 to 8, changing while it runs. The clips of a step
     stay the same: they are shared out among fewer."""
+    gb_per_worker: float = pydantic.Field(0, ge=0)
+    """Memory of a worker's device in GB; a training whose step is forecast to need more than nine tenths of it is
+    refused before anything starts. 0 = not checked."""
     resize_every_s: float = pydantic.Field(60, gt=0)
     """How often an elastic training looks whether there is room for more workers; it then goes on from a checkpoint."""
     max_failures: int = pydantic.Field(2, ge=0)

@@ -1,13 +1,14 @@
 """The frozen foundation models by id: a CLIP and a Stable Diffusion, each a local folder, a hub id, or `toy:NAME`."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec, locate
@@ -88,3 +89,31 @@ def load_vae(
         ),
     )
     return vae.to(device).eval().requires_grad_(False), diffusion_px(spec)
+
+
+@dataclass(frozen=True)
+class DiffusionSkeleton:
+    """The parts of a diffusion pipeline that a training step runs, with weights of the right shapes and no meaning."""
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDPMScheduler
+
+
+def diffusion_skeleton(spec: FoundationSpec) -> DiffusionSkeleton:
+    """Of the configs alone: to be made where tensors are fake. Raises UserError when they are not on this machine."""
+    where, kwargs = locate(spec.diffusion, spec.diffusion_revision, "diffusion")
+    kwargs = {**kwargs, "local_files_only": True}
+
+    def made() -> DiffusionSkeleton:
+        text = CLIPTextConfig.from_pretrained(where, subfolder="text_encoder", **kwargs)
+        return DiffusionSkeleton(
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(where, subfolder="unet", **kwargs)),
+            CLIPTextModel(text),
+            _whole(CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **kwargs)),
+            DDPMScheduler.from_pretrained(where, subfolder="scheduler", **kwargs),
+        )
+
+    found: DiffusionSkeleton = _load("diffusion", spec.diffusion, made)
+    return found

@@ -24,9 +24,14 @@ from aai.errors import UserError
 from aai.features import MANIFEST, FeatureManifest
 from aai.fit import FitConfig, local_batch_size
 from aai.foundation.identity import FoundationSpec, identity
+from aai.memory import StepCost
+from aai.precision import native_bfloat16
 from pipelines.settings import Plan, RayVerbConfig, RunsConfig, TrainClusterConfig
 
 log = logging.getLogger(__name__)
+
+GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.03
+"""Of one GPU (a third of an A100's peak in bfloat16) and of one core, for the time that a plan tells."""
 
 
 class StageConfig(RayVerbConfig):
@@ -56,22 +61,51 @@ class StageConfig(RayVerbConfig):
         """See VerbConfig."""
         inputs = {name: getattr(self, name) for name in self.places if name != "out"}
         outputs = {"bundle": bundle_dir(self.out), "figures": self.result}
+        self.refuse_what_cannot_fit()
         return Plan(inputs=inputs, outputs=outputs, resources=self.resources(), training=self._arithmetic())
 
     def _arithmetic(self) -> dict[str, str]:
-        """Steps, epochs, batches and memory, as far as they can be told before anything runs."""
+        """Steps, epochs, batches, memory and time, as far as they can be told before anything runs."""
         fit, workers = self.fit, self.cluster.most_workers
         steps, manifest = f"{fit.steps}", self.manifest()
-        if manifest is not None:
-            clips = manifest.rows.get("train", 0)
-            steps += f" = {fit.steps * fit.batch_size / max(1, clips):.1f} epochs of {clips:,} clips"
+        clips = manifest.rows.get("train", 0) if manifest is not None else 0
+        if clips:
+            steps += f" = {fit.steps * fit.batch_size / clips:.1f} epochs of {clips:,} clips"
         each = local_batch_size(fit, workers)
         batch = f"{fit.batch_size:,} clips a step = {workers} workers x {each:,}"
-        if (fewest := self.cluster.fewest_workers) < workers:
-            batch += f", up to {each * -(-workers // fewest):,} when they are {fewest}"
+        if self.clips_of_worker > each:
+            batch += f", up to {self.clips_of_worker:,} when they are {self.cluster.fewest_workers}"
         if 0 < fit.chunk_size < each:
             batch += f", in chunks of {fit.chunk_size}"
-        return {"steps": steps, "batch": batch, "memory": self.step_memory()}
+        cost = self.step_cost()
+        if isinstance(cost, str):
+            return {"steps": steps, "batch": batch, "memory": cost}
+        memory = f"{cost.num_bytes / 1e9:.1f} GB a worker, by PyTorch's fake tensors"
+        return {"steps": steps, "batch": batch, "memory": memory, "time": self._time(cost, clips)}
+
+    def _time(self, cost: StepCost, clips: int) -> str:
+        """How long an epoch and all steps take at a stated speed."""
+        on_gpu = self.cluster.gpus_per_worker > 0
+        tflops = GPU_TFLOPS * self.cluster.gpus_per_worker if on_gpu else CPU_TFLOPS * self.cluster.cpus_per_worker
+        step_tflop = cost.flop / 1e12 * local_batch_size(self.fit, self.cluster.most_workers) / self.clips_of_worker
+        step_s = step_tflop / tflops
+        told = f"{step_s:.2g} s a step, {_duration(step_s * self.fit.steps)} for all"
+        if clips:
+            told += f", {_duration(step_s * clips / self.fit.batch_size)} an epoch"
+        return f"{told}: {step_tflop:.3g} TFLOP a worker at {tflops:g} TFLOP/s, where data does not wait"
+
+    @property
+    def clips_of_worker(self) -> int:
+        """Clips that a worker takes in a step at most: more than its share where others are missing."""
+        most, fewest = self.cluster.most_workers, self.cluster.fewest_workers
+        return local_batch_size(self.fit, most) * -(-most // fewest)
+
+    @property
+    def half(self) -> bool:
+        """Whether a step is computed in bfloat16, as far as this machine can tell of the workers' devices."""
+        if self.fit.precision != "auto":
+            return self.fit.precision == "bfloat16"
+        return self.cluster.gpus_per_worker > 0 or native_bfloat16("cpu")
 
     def manifest(self) -> FeatureManifest | None:
         """The features', for a plan: none before they are there, or where their storage cannot be reached."""
@@ -82,9 +116,20 @@ class StageConfig(RayVerbConfig):
             return None
         return FeatureManifest.read(self.features) if there else None
 
-    def step_memory(self) -> str:
-        """What a worker's step holds in its device's memory, in words."""
+    def step_cost(self) -> StepCost | str:
+        """What a worker's step takes, or why that cannot be told."""
         return "not told for this stage"
+
+    def refuse_what_cannot_fit(self) -> None:
+        """Raises UserError when a step is forecast to need more than a worker's device has."""
+        limit_gb = 0.9 * self.cluster.gb_per_worker
+        cost = self.step_cost() if limit_gb else ""
+        if isinstance(cost, StepCost) and cost.num_bytes > limit_gb * 1e9:
+            limit = f"nine tenths of cluster.gb_per_worker={self.cluster.gb_per_worker:g}"
+            needs = f"{cost.num_bytes / 1e9:.1f} GB"
+            rule = f"a step of {self.clips_of_worker} clips is forecast to need {needs}, more than {limit}"
+            remedy = "lower it (0 = all of a worker's clips at once): the gradient stays the same"
+            raise UserError("fit.chunk_size", self.fit.chunk_size, rule, remedy)
 
     @property
     def result(self) -> str:
@@ -177,6 +222,13 @@ class TrainRecipe(ABC, Generic[C]):
         """
 
 
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} s"
+
+
 def bundle_dir(out: str) -> str:
     """Where a stage with output `out` puts its bundle."""
     return storage.join(out, "bundle")
@@ -188,6 +240,21 @@ def refuse_given(section: str, config: Config, names: Iterable[str]) -> None:
         if name in config.model_fields_set:
             remedy = "leave it out"
             raise UserError(f"{section}.{name}", getattr(config, name), "is decided by data and models", remedy)
+
+
+def prepare_network(network: nn.Module, fit: FitConfig) -> None:
+    """What the settings ask of the large network. Raises UserError for one that cannot keep fewer activations."""
+    if fit.checkpoint_activations:
+        # diffusers and transformers name it differently
+        enable = getattr(network, "enable_gradient_checkpointing", None)
+        enable = enable or getattr(network, "gradient_checkpointing_enable", None)
+        able = getattr(network, "supports_gradient_checkpointing", False)
+        if enable is None or not (able or getattr(network, "_supports_gradient_checkpointing", False)):
+            rule = f"{type(network).__name__} does not offer it"
+            raise UserError("fit.checkpoint_activations", True, rule, "set it to false, and lower fit.chunk_size")
+        enable()
+    if fit.compile:
+        network.compile()
 
 
 def check_foundation(spec: FoundationSpec, manifest: FeatureManifest) -> None:

@@ -48,6 +48,7 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
     if (found := up_to_date(config, run_digest)) is not None:
         return found
     settings = recipe.prepare(manifest).model_dump(mode="json")
+    config.refuse_what_cannot_fit()
     recipe.precompute()
     params = {"fingerprint": manifest.fingerprint, **settings}
     with tracking.run(config.tracking, config.stage, params, {"digest": run_digest}) as run:

@@ -30,7 +30,8 @@ class Echo(nn.Module):
 
 def make_task(spec: FoundationSpec, pipe: StableDiffusionPipeline, cfg: AdaptLossConfig) -> AdaptTask:
     torch.manual_seed(0)
-    adapter = AudioAdapter(AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=32), 0.1)
+    shape = AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=32)
+    adapter = AudioAdapter(shape, Injector(pipe.text_encoder, pipe.tokenizer).median_norm)
     clip, _, _ = load_clip(spec)
     return AdaptTask(adapter, pipe, clip.text_projection, cfg)
 

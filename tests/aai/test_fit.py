@@ -173,6 +173,19 @@ def test_only_matrices_are_decayed() -> None:
     assert float(task.scalar) == 1
 
 
+def test_parameters_learn_at_their_share_of_the_rate() -> None:
+    """AdamW's first step is as long as the rate, whatever the gradient."""
+    moved = {}
+    for scales in ({}, {"linear.weight": 0.25}):
+        task = Line()
+        task.rate_scales = scales
+        before = task.linear.weight.item(), task.linear.bias.item()
+        fit(task, batches, CONFIG.model_copy(update={"steps": 1, "warmup_steps": 1}))
+        moved[len(scales)] = abs(task.linear.weight.item() - before[0]), abs(task.linear.bias.item() - before[1])
+    assert moved[0] == pytest.approx((0.2, 0.2), rel=1e-3)
+    assert moved[1] == pytest.approx((0.05, 0.2), rel=1e-3)
+
+
 def test_every_step_and_every_seed_has_random_numbers_of_its_own() -> None:
     first, again, other = Still(), Still(), Still()
     config = FitConfig(steps=5, warmup_steps=1)
@@ -279,6 +292,8 @@ def test_bounds_and_defaults_of_the_settings() -> None:
         "steps": 400,
         "batch_size": 128,
         "chunk_size": 0,
+        "checkpoint_activations": False,
+        "compile": False,
         "learning_rate": 1e-3,
         "weight_decay": 0.05,
         "warmup_steps": 20,

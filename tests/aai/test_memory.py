@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from aai.align import AlignLossConfig, AlignTask
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.memory import PeakMemory, in_chunks, memory_explained, training_bytes
+from aai.memory import PeakMemory, in_chunks, memory_explained, step_cost
 
 
 def test_chunks_draw_the_same_numbers_when_they_are_computed_again() -> None:
@@ -100,7 +100,7 @@ def test_what_a_step_holds_is_told_without_taking_it() -> None:
     found = {}
     for chunk_size in (0, 4):
         task = AlignTask(encoder, AlignLossConfig(), chunk_size).train()
-        forecast = training_bytes(task, batch, bfloat16=False)
+        forecast = step_cost(lambda task=task: task, batch, bfloat16=False)
         assert all(type(p) is nn.Parameter for p in task.parameters()), "the task itself stays as it is"
         with PeakMemory() as memory:
             memory.count(*task.parameters(), *task.buffers())
@@ -112,11 +112,21 @@ def test_what_a_step_holds_is_told_without_taking_it() -> None:
                 task(tensors)[0].backward()
                 optimizer.step()
         task.zero_grad()
-        assert forecast == pytest.approx(memory.peak, rel=0.15), (forecast, memory.peak)
+        assert forecast.num_bytes == pytest.approx(memory.peak, rel=0.15), (forecast, memory.peak)
+        assert forecast.flop == memory.flop / 2
         found[chunk_size] = forecast
-    assert found[4] < 0.7 * found[0]
-    half = training_bytes(AlignTask(encoder, AlignLossConfig()), batch, bfloat16=True)
-    assert 0.4 * found[0] < half < found[0]
+    assert found[4].num_bytes < 0.7 * found[0].num_bytes
+    assert 1.2 * found[0].flop < found[4].flop < 1.4 * found[0].flop, "each chunk goes forwards twice"
+    half = step_cost(lambda: AlignTask(encoder, AlignLossConfig()), batch, bfloat16=True)
+    assert 0.4 * found[0].num_bytes < half.num_bytes < found[0].num_bytes
+
+
+def test_the_work_of_a_step_by_hand() -> None:
+    """x [5, 8] through 8 x 64 and 64 x 1: forwards, and backwards for the weights of both and between them."""
+    net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 1))
+    with PeakMemory() as memory:
+        net(torch.randn(5, 8)).sum().backward()
+    assert memory.flop == 2 * 5 * (2 * 8 * 64 + 3 * 64)
 
 
 def test_an_out_of_memory_error_names_the_setting() -> None:

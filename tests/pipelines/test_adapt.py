@@ -1,5 +1,6 @@
 """adapt on real Ray with two workers, on a table of 16 toy clips and random small models."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from aai.features import FeatureManifest
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Injector
+from aai.memory import PeakMemory, StepCost
 from aai.painter import Painter
 from pipelines import adapt, featurize
 from pipelines.adapt import AdaptConfig, AdaptRecipe
 from pipelines.engine.cluster import connect, shutdown
-from pipelines.settings import ClusterConfig
+from pipelines.settings import ClusterConfig, TrainClusterConfig
 from tests.pipelines.conftest import no_models_here, run_here
 from tests.tiny import write_bundle_of, write_clip, write_clip_table, write_diffusion
 
@@ -80,6 +82,50 @@ def test_adapt_trains_and_writes_a_bundle_without_a_model_on_the_driver(settings
     assert {file: Path(file).stat().st_mtime_ns for file in made} == made, "another run of this aligner embeds nothing"
     for name, value in read_bundle(again["bundle"]).adapter().items():
         assert torch.equal(bundle.adapter()[name], value), name
+
+
+def test_the_plan_tells_what_a_step_takes(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The forecast, of fake tensors, beside a real step."""
+    config = AdaptConfig.parse(settings)
+    forecast = config.step_cost()
+    assert isinstance(forecast, StepCost)
+    task = AdaptRecipe(config).build().train()
+    batch = {
+        "aligned": torch.ones(2, 32),
+        "image_features": torch.ones(2, 2, 32),
+        "latents": torch.ones(2, 8, 8, 8),
+        "caption": ["caption 0", "caption 1"],
+    }
+    with PeakMemory() as memory:
+        memory.count(*task.parameters(), *task.buffers())
+        optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad])
+        for _ in range(2):
+            optimizer.zero_grad()
+            task(batch)[0].backward()
+            optimizer.step()
+    assert forecast.num_bytes == pytest.approx(memory.peak, rel=0.15)
+    assert forecast.flop == memory.flop / 2
+    told = config.plan().training
+    assert told["batch"] == "4 clips a step = 2 workers x 2"
+    assert told["memory"] == f"{forecast.num_bytes / 1e9:.1f} GB a worker, by PyTorch's fake tensors"
+    assert re.fullmatch(
+        r"[\d.e+-]+ s a step, .* for all, .* an epoch: .* TFLOP a worker at 0\.03 TFLOP/s, .*", told["time"]
+    )
+    small = config.model_copy(update={"cluster": TrainClusterConfig(gb_per_worker=1e-4)})
+    with pytest.raises(UserError, match=r"fit\.chunk_size=0: a step of 2 clips is forecast to need 0\.0 GB, more than"):
+        adapt.run(small.model_copy(update={"out": str(tmp_path / "out")}))
+    with pytest.raises(UserError, match=r"nine tenths of cluster\.gb_per_worker=0\.0001"):
+        small.plan()
+    away = AdaptConfig.parse({**settings, "bundle": str(tmp_path / "none")}).plan().training
+    assert away["memory"].startswith("told when the bundle and its diffusion model are on this machine")
+    away = AdaptConfig.parse({**settings, "features": str(tmp_path / "none")}).plan().training
+    assert away["memory"] == "told when the features are there"
+
+
+def test_denoised_clips_are_shared_out_evenly(settings: dict[str, Any]) -> None:
+    recipe = AdaptRecipe(AdaptConfig.parse({**settings, "loss": {"denoise_rows": 3}}))
+    with pytest.raises(UserError, match=r"loss\.denoise_rows=3: is not a multiple of the 2 workers"):
+        recipe.prepare(FeatureManifest.read(recipe.config.features))
 
 
 def test_an_encoder_that_hears_too_little_of_the_clips_is_refused(settings: dict[str, Any]) -> None:

@@ -76,6 +76,7 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     assert training["steps"] == "6 = 1.3 epochs of 36 clips"
     assert training["batch"] == "8 clips a step = 2 workers x 4"
     assert re.fullmatch(r"0\.\d GB a worker, by PyTorch's fake tensors", training["memory"])
+    assert re.fullmatch(r".* s a step, .* for all, .* an epoch: .* TFLOP a worker at .* TFLOP/s, .*", training["time"])
     encoder = AudioEncoder(encoder_config)
     encoder.load_state_dict(bundle.aligner())
     val = load_split(config.features, "val", encoder_config.clip_samples)

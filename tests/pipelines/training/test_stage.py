@@ -1,5 +1,6 @@
 """What a stage decides before and around training; the training itself is tested on Ray with a recipe."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 from aai import storage
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import FitConfig
-from pipelines.training.recipe import Trained
+from aai.memory import PeakMemory
+from pipelines.training.recipe import Trained, prepare_network
 from pipelines.training.stage import kept_figures, make_work, ranks_of_run, up_to_date, validates
 from tests.aai import test_features as table
 from tests.pipelines.training.third_stage import CaptionConfig, CaptionRecipe
@@ -77,6 +80,40 @@ def test_validation_that_is_asked_for_needs_clips(features: str) -> None:
     assert not validates(FitConfig(eval_every=0), alone)
     with pytest.raises(UserError, match=r"fit\.eval_every=5: .*; curate with val_share=0\.02, or "):
         validates(FitConfig(eval_every=5), alone)
+
+
+def loss_of(fit: FitConfig) -> tuple[list[torch.Tensor], int]:
+    """Gradients of a small encoder, and the bytes that its step held at most."""
+    torch.manual_seed(0)
+    encoder = AudioEncoder(AudioEncoderConfig(num_layers=4, stride=4, clip_s=1.0, num_mel_bins=32, dropout=0.0))
+    prepare_network(encoder.backbone, fit)
+    with PeakMemory() as memory:
+        (encoder(torch.ones(8, 16_000)) * torch.arange(128.0)).sum().backward()
+    return [p.grad for p in encoder.parameters() if p.grad is not None], memory.peak
+
+
+def test_fewer_activations_are_kept_and_the_gradient_stays() -> None:
+    (whole, most), (again, least) = loss_of(FitConfig()), loss_of(FitConfig(checkpoint_activations=True))
+    assert len(whole) == len(again) > 20
+    for ours, theirs in zip(again, whole, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert least < 0.6 * most
+    with pytest.raises(UserError, match=r"fit\.checkpoint_activations=True: Linear does not offer it"):
+        prepare_network(torch.nn.Linear(1, 1), FitConfig(checkpoint_activations=True))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_same_names_and_gradients() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 1))
+    compiled = copy.deepcopy(plain)
+    prepare_network(compiled, FitConfig(compile=True))
+    assert compiled._compiled_call_impl is not None
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for network in (plain, compiled):
+        network(torch.ones(3, 4)).sum().backward()
+    for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_figures_are_of_the_weights_that_are_kept() -> None:
