@@ -151,11 +151,12 @@ class TuneConfig(VerbConfig):
         stage, (metric, mode) = candidates[0].config.plan(), self.metric_and_mode()
         swept = self.space or SPACES[self.stage]
         outputs = {"winner": self.best, "figures": self.result, "trials": storage.join(self.out, "trials")}
-        stops = f"from step {self.stopping.grace_steps} on, at each validation that ASHA asks for"
+        fit = candidates[0].config.fit
+        asked = ", ".join(map(str, self.stopping.asked(fit.steps, fit.eval_every)))
         chosen = {"metric": f"{metric}, {'more' if mode == 'max' else 'less'} is better, on the val split"}
         chosen |= {name: str(swept[name]) for name in sorted(swept)}
         training = {"trials": f"{len(candidates)}: the stage as it is, and {len(candidates) - 1} drawn"}
-        training |= {"early stop": stops if self.stopping.enabled else "none", **stage.training}
+        training |= {"early stop": f"at step {asked}" if asked else "none", **stage.training}
         resources = {**stage.resources, "at a time": f"{self.concurrent} trials"}
         inputs = {"base": self.base or f"configs/demo/{self.stage}.yaml", **stage.inputs}
         return Plan(inputs=inputs, outputs=outputs, resources=resources, chosen=chosen, training=training)

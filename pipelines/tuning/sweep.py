@@ -7,6 +7,7 @@ workers that it owns. Nothing depends on what Tune stores: a sweep that goes on 
 
 import contextlib
 import logging
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -55,6 +56,15 @@ class StoppingConfig(Config):
     reduction_factor: float = pydantic.Field(2, gt=1)
     """A trial is stopped unless it is among the best 1 / reduction_factor of those that came as far; it is asked after
     grace_steps, and again each time its steps have grown by this factor."""
+
+    def asked(self, steps: int, every: int) -> list[int]:
+        """The steps at which a trial of `steps` steps that validates every `every` may be stopped."""
+        found: dict[int, int] = {}
+        for step in range(every, steps, every) if self.enabled and every else ():
+            if step >= self.grace_steps:  # a validation counts for the last rung before it, the first that does
+                rung = int(math.log(step / self.grace_steps, self.reduction_factor) + 1e-9)
+                found.setdefault(rung, step)
+        return sorted(found.values())
 
 
 @dataclass(frozen=True)

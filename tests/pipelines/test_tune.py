@@ -220,6 +220,7 @@ def test_the_plan_tells_what_is_swept(root: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     for line in (
         "  trials         5: the stage as it is, and 4 drawn",
+        "  early stop     at step 50",
         "  fit.steps      one of 10, 20, 30, 40",
         "  metric         val_loss, less is better, on the val split",
         "  winner         runs/demo/tune/adapt/best.yaml",

@@ -69,6 +69,27 @@ def test_the_base_and_a_last_step_are_never_stopped(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(STOPPED))
 
 
+@pytest.mark.parametrize(
+    ("grace", "factor", "every"), [(1, 2, 10), (20, 2, 10), (15, 3, 10), (16, 1.5, 4), (90, 2, 10)]
+)
+def test_a_plan_names_the_steps_at_which_trials_are_stopped(
+    grace: int, factor: float, every: int, tmp_path: Path
+) -> None:
+    sweep = sweep_of(tmp_path, 41, grace_steps=grace, reduction_factor=factor)
+    asked = []
+    race, others = Race(sweep), iter(range(1, 41))
+    for step in range(every, STEPS + 1, every):
+        race.hears(0, step, 1.0)
+    for step in range(every, STEPS, every):  # a trial that keeps up until here, and then falls behind
+        number = next(others)
+        for before in range(every, step, every):
+            assert race.hears(number, before, 1.0)
+        if not race.hears(number, step, 0.0):
+            asked.append(step)
+    assert asked == sweep.stopping.asked(STEPS, every)
+    assert StoppingConfig(enabled=False).asked(STEPS, 10) == StoppingConfig().asked(STEPS, 0) == []
+
+
 def test_what_a_trial_reports() -> None:
     told = {"number": 3, "step": 5, "steps": 9}
     assert reported(3, 5, 9, {"loss": 1.0}, "val_x") == told
