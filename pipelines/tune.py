@@ -197,8 +197,10 @@ def run(config: TuneConfig) -> dict[str, Any]:
         end_children(opened)  # of a driver that was killed
         parts = metric, mode, config.stopping, config.concurrent, config.out, {PARENT: opened.run_id}
         sweep = Sweep(RECIPES[config.stage], candidates, *parts)
-        failed = run_sweep(sweep)
-        end_children(opened)
+        try:
+            failed = run_sweep(sweep)
+        finally:
+            end_children(opened)
         standing = standings(sweep, failed)
         for line in table(standing, metric):
             print(line)

@@ -56,6 +56,8 @@ class StoppingConfig(Config):
     reduction_factor: float = pydantic.Field(2, gt=1)
     """A trial is stopped unless it is among the best 1 / reduction_factor of those that came as far; it is asked after
     grace_steps, and again each time its steps have grown by this factor."""
+    min_trials: int = pydantic.Field(3, ge=1)
+    """A trial is stopped only where at least so many others have come as far: by one alone it would be chance."""
 
     def asked(self, steps: int, every: int) -> list[int]:
         """The steps at which a trial of `steps` steps that validates every `every` may be stopped."""
@@ -222,22 +224,31 @@ class Watch(tune.Stopper):
 
 
 class Halving(ASHAScheduler):  # type: ignore[misc]
-    """ASHA by the steps of the training. The base runs to its end, as what all others are compared with."""
+    """ASHA by the steps of the training. The base runs to its end, as what all others are compared with.
+
+    ASHA itself compares the second trial with the first alone, whose figure may be luck: `min_trials`.
+    """
 
     def __init__(self, sweep: Sweep) -> None:
         steps = max(candidate.config.fit.steps for candidate in sweep.candidates)
         grace = min(sweep.stopping.grace_steps, steps)
         super().__init__("step", "value", sweep.mode, steps, grace, sweep.stopping.reduction_factor, 1, False)
+        self.min_trials = sweep.stopping.min_trials
+        self.came_to: dict[int, int] = {}
         self.outs = {candidate.number: candidate.config.out for candidate in sweep.candidates}
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
-        last = result["step"] >= result["steps"]  # it only has to write its bundle
-        if decision != TrialScheduler.STOP or last or result["number"] == 0:
+        number, step = result["number"], result["step"]
+        others = [other for other, came in self.came_to.items() if other != number and came >= step]
+        if "value" in result:
+            self.came_to[number] = step
+        last = step >= result["steps"]  # it only has to write its bundle
+        if decision != TrialScheduler.STOP or last or number == 0 or len(others) < self.min_trials:
             return str(TrialScheduler.CONTINUE)
-        where = storage.join(self.outs[result["number"]], STOPPED)
+        where = storage.join(self.outs[number], STOPPED)
         if not storage.exists(where):  # a sweep that goes on decides once more, by the histories
-            storage.write_json(where, {"step": result["step"], "value": result["value"]})
+            storage.write_json(where, {"step": step, "value": result["value"]})
         return str(decision)
 
 

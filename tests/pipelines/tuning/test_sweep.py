@@ -18,7 +18,7 @@ def sweep_of(folder: Path, count: int, mode: str = "max", **stopping: Any) -> Sw
     fit = {"steps": STEPS}
     configs = [AlignConfig.parse({"features": "f", "out": str(folder / f"{i}"), "fit": fit}) for i in range(count)]
     candidates = tuple(Candidate(number, {}, config) for number, config in enumerate(configs))
-    parts = StoppingConfig(**{"grace_steps": 20, **stopping}), 1, str(folder), dict[str, str]()
+    parts = StoppingConfig(**{"grace_steps": 20, "min_trials": 1, **stopping}), 1, str(folder), dict[str, str]()
     return Sweep(AlignRecipe, candidates, "val_x", mode, *parts)
 
 
@@ -58,6 +58,19 @@ def test_less_is_better_where_the_mode_says_so(tmp_path: Path) -> None:
     assert race.hears(0, 20, 0.5)
     assert race.hears(1, 20, 0.4)
     assert not race.hears(2, 20, 0.6)
+
+
+def test_nothing_is_stopped_by_too_few_others(tmp_path: Path) -> None:
+    race = Race(sweep_of(tmp_path, 6, min_trials=3))
+    for number in range(3):
+        assert race.hears(number, 20, 0.5 - number / 10)  # the third falls behind two
+    assert not race.hears(3, 20, 0.2)
+    assert race.hears(0, 40, 0.5)
+    assert race.hears(1, 40, 0.4)
+    assert race.hears(4, 20, 0.6)
+    assert race.hears(4, 40, 0.1)  # two others have come as far
+    assert race.hears(2, 40, 0.7)
+    assert not race.hears(5, 40, 0.05)
 
 
 def test_the_base_and_a_last_step_are_never_stopped(tmp_path: Path) -> None:
