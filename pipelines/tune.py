@@ -32,9 +32,10 @@ from pipelines.registry.figures import flatten
 from pipelines.registry.nested import PARENT, end_children
 from pipelines.settings import Plan, VerbConfig
 from pipelines.training.recipe import StageConfig, TrainRecipe, bundle_dir
+from pipelines.training.stage import content_digest
 from pipelines.tuning.space import Distribution, Settings, by_dotted_name, drawn
 from pipelines.tuning.standing import Standing, plot, sentence, standings, table, winner
-from pipelines.tuning.sweep import Candidate, StoppingConfig, Sweep, run_sweep
+from pipelines.tuning.sweep import Candidate, StoppingConfig, Sweep, connect_for, run_sweep
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
     begin = time.monotonic()
     config = config.model_copy(update={"out": storage.absolute(config.out)})
     candidates = config.candidates()
-    sweep_digest = check(config, candidates)
+    sweep_digest, recipe = check(config, candidates)
     if (found := up_to_date(config, sweep_digest, len(candidates))) is not None:
         return found
     metric, mode = config.metric_and_mode()
@@ -197,6 +198,8 @@ def run(config: TuneConfig) -> dict[str, Any]:
         end_children(opened)  # of a driver that was killed
         parts = metric, mode, config.stopping, config.concurrent, config.out, {PARENT: opened.run_id}
         sweep = Sweep(RECIPES[config.stage], candidates, *parts)
+        connect_for(sweep)
+        recipe.precompute()  # once, and here: within a trial of Tune nothing but Ray Train gets CPUs
         try:
             failed = run_sweep(sweep)
         finally:
@@ -210,8 +213,11 @@ def run(config: TuneConfig) -> dict[str, Any]:
     return result
 
 
-def check(config: TuneConfig, candidates: tuple[Candidate, ...]) -> str:
-    """The digest of what decides the trials' figures. Raises UserError for what would make every trial fail."""
+def check(config: TuneConfig, candidates: tuple[Candidate, ...]) -> tuple[str, TrainRecipe[Any]]:
+    """The digest of what decides the trials' figures, and the base's recipe.
+
+    Raises UserError for what would make every trial fail.
+    """
     base = candidates[0].config
     if (base.cluster.address or "").startswith("ray://"):
         remedy = "run it there, with HOST:PORT or auto: ray job submit -- aai tune"
@@ -220,23 +226,19 @@ def check(config: TuneConfig, candidates: tuple[Candidate, ...]) -> str:
     if manifest.rows.get("val", 0) < 2:
         rule = "has no clips of the split val, by which trials are compared"
         raise UserError("features", base.features, rule, "curate with val_share=0.02")
-    recipe = RECIPES[config.stage](base)
+    places = {name: storage.absolute(getattr(base, name)) for name in base.places}
+    recipe = RECIPES[config.stage](base.model_copy(update=places))
     recipe.prepare(manifest)
     sampled = {name: str(where) for name, where in (config.space or SPACES[config.stage]).items()}
-    return digest(
-        {
-            "stage": config.stage,
-            "base": base.content(),
-            "validation": base.max_val_clips,
-            "data": manifest.fingerprint,
-            "parents": recipe.parents,
-            "workers": base.cluster.num_workers,
-            "space": sampled,
-            "metric": config.metric_and_mode(),
-            "stopping": config.stopping.model_dump(),
-            "seed": config.seed,
-        }
-    )
+    decides = {
+        "base": content_digest(recipe, manifest),
+        "validation": base.max_val_clips,
+        "space": sampled,
+        "metric": config.metric_and_mode(),
+        "stopping": config.stopping.model_dump(),
+        "seed": config.seed,
+    }
+    return digest(decides), recipe
 
 
 def started(config: TuneConfig) -> str:

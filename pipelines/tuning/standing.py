@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from aai import storage
 from aai.config import Config
 from pipelines.pages.plots import COLOURS, STYLE
-from pipelines.training import ray_train
+from pipelines.training.following import history
 from pipelines.tuning.space import Settings, Value
 from pipelines.tuning.sweep import STOPPED, Candidate, Sweep
 
@@ -23,7 +23,7 @@ class Standing(Config):
     """0 is the stage as it is, without a change."""
     state: Literal["finished", "stopped", "failed"]
     value: float | None
-    """The metric at the last validation; none before the first, and none that is not finite."""
+    """The metric of the weights that were kept, or at the last validation; none before the first, or if not finite."""
     step: int
     """Steps done, as far as the history tells."""
     settings: Settings
@@ -52,14 +52,16 @@ def _standing(candidate: Candidate, metric: str, failed: dict[int, str]) -> Stan
         state = "finished"
     elif storage.exists(where := storage.join(out, STOPPED)):
         state, last = "stopped", storage.read_json(where)["step"]  # workers may have run on for a moment
-    history = [entry for entry in ray_train.history(out) if entry["step"] <= last]
-    points = [(int(entry["step"]), float(entry[metric])) for entry in history if metric in entry]
+    entries = [entry for entry in history(out) if entry["step"] <= last]
+    points = [(int(entry["step"]), float(entry[metric])) for entry in entries if metric in entry]
     value = points[-1][1] if points else math.nan
+    if state == "finished":  # of the weights that it kept
+        value = storage.read_json(candidate.config.result)["metrics"].get(metric, math.nan)
     return Standing(
         number=candidate.number,
         state=state,
         value=value if math.isfinite(value) else None,
-        step=max((int(entry["step"]) for entry in history), default=0),
+        step=max((int(entry["step"]) for entry in entries), default=0),
         settings=candidate.settings,
         out=out,
         error=failed.get(candidate.number, "it ended without a result") if state == "failed" else "",

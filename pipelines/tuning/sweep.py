@@ -26,6 +26,7 @@ from aai.errors import UserError
 from pipelines.engine.cluster import connect, native_stderr_held
 from pipelines.engine.orphans import remove_orphans
 from pipelines.training import ray_train
+from pipelines.training.following import history
 from pipelines.training.recipe import StageConfig, TrainRecipe
 from pipelines.training.stage import run_stage
 from pipelines.tuning.space import Settings
@@ -98,12 +99,17 @@ class Sweep:
     """Of the trials' runs in MLflow."""
 
 
+def connect_for(sweep: Sweep) -> None:
+    """Connects to Ray; one on this machine has room for all trials that run at a time."""
+    base = sweep.candidates[0].config.cluster
+    connect(base.model_copy(update={"num_workers": base.most_workers * sweep.concurrent}), sweep.out)
+
+
 def run_sweep(sweep: Sweep) -> dict[int, str]:
     """Runs all trials; what failed, and why, by number. Raises UserError when validations have no such metric."""
-    base = sweep.candidates[0].config.cluster
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    connect(base.model_copy(update={"num_workers": base.num_workers * sweep.concurrent}), sweep.out)
+    connect_for(sweep)
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     watch = Watch(sweep.metric)
@@ -190,7 +196,7 @@ def run_trial(recipe: type[TrainRecipe[Any]], candidate: Candidate, metric: str,
     def report(step: int, figures: Mapping[str, float]) -> None:
         tune.report(reported(number, step, config.fit.steps, figures, metric))
 
-    for entry in ray_train.history(config.out):
+    for entry in history(config.out):
         report(int(entry["step"]), entry)
     if not storage.exists(storage.join(config.out, STOPPED)):
         run_stage(recipe, config, report, {**tags, "trial": f"{number:03d}"})

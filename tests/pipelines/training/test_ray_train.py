@@ -129,22 +129,6 @@ def test_a_nan_ends_the_run_where_none_is_allowed(tmp_path: Path) -> None:
     assert starts(tmp_path) == [0]
 
 
-def test_the_history_has_an_entry_before_anybody_hears_of_it(tmp_path: Path) -> None:
-    """Who hears of it may end the process."""
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
-    heard: list[tuple[int, list[int]]] = []
-
-    def on_log(step: int, figures: dict[str, float]) -> None:
-        heard.append((step, [entry["step"] for entry in ray_train.history(str(tmp_path))]))
-
-    with ray_train._follow("test", board, str(tmp_path), 12, on_log):
-        for step in (2, 4):
-            ray.get(board.post.remote({"step": step, "loss": 1.0, "learning_rate": 0.1}))
-            while not heard or heard[-1][0] != step:
-                time.sleep(0.05)
-    assert heard == [(2, [2]), (4, [2, 4])]
-
-
 def test_a_skipped_step_is_listed_once_however_often_it_comes(tmp_path: Path) -> None:
     """After a restart steps come again; and the file is written when there is something new, not at each poll."""
     board: Any = ray.remote(num_cpus=0)(Board).remote()

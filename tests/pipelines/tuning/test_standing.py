@@ -10,7 +10,7 @@ from PIL import Image
 
 from aai import storage
 from pipelines.align import AlignConfig, AlignRecipe
-from pipelines.training.ray_train import HISTORY
+from pipelines.training.following import HISTORY
 from pipelines.tuning.space import Settings
 from pipelines.tuning.standing import Standing, plot, sentence, standings, table, winner
 from pipelines.tuning.sweep import STOPPED, Candidate, StoppingConfig, Sweep
@@ -25,13 +25,15 @@ class Trials:
         self.folder = folder
         self.candidates: list[Candidate] = []
 
-    def add(self, values: list[float], state: str, settings: Settings | None = None) -> None:
+    def add(self, values: list[float], state: str, settings: Settings | None = None, kept: float | None = None) -> None:
         out = self.folder / f"{len(self.candidates):03d}"
         entries = [{"step": 10 * i, "loss": 1.0} for i in range(1, len(values) + 1)]
         entries += [{"step": 10 * i, METRIC: value} for i, value in enumerate(values, 1)]
         storage.write_bytes(str(out / HISTORY), "".join(json.dumps(entry) + "\n" for entry in entries).encode())
         if state in ("align.json", STOPPED):
-            storage.write_json(str(out / state), {"step": 10})
+            storage.write_json(
+                str(out / state), {"step": 10, "metrics": {METRIC: values[-1] if kept is None else kept}}
+            )
         config = AlignConfig.parse({"features": "f", "out": str(out)})
         self.candidates.append(Candidate(len(self.candidates), settings or {"fit.learning_rate": 0.001}, config))
 
@@ -81,6 +83,12 @@ def test_what_only_equals_the_base_is_no_improvement(trials: Trials) -> None:
     assert best is not None
     assert best.number == 0
     assert sentence(trials.stand(), METRIC).startswith("nothing is better than the base")
+
+
+def test_the_value_is_that_of_the_weights_that_were_kept(trials: Trials) -> None:
+    trials.add([0.1, 0.5, 0.3], "align.json", kept=0.5)
+    trials.add([0.1, 0.2, 0.4], "align.json")
+    assert [(s.number, s.value) for s in trials.stand()] == [(0, 0.5), (1, 0.4)]
 
 
 def test_the_base_may_have_failed_and_all_may_have(trials: Trials) -> None:
