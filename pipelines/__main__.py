@@ -32,6 +32,7 @@ VERBS = {
     "featurize": "frozen CLIP features and VAE latents -> FeatureTable",
     "align": "train the audio encoder against the frozen CLIP -> bundle",
     "adapt": "train the audio adapter through the frozen diffusion model -> bundle",
+    "tune": "sweep over the settings of align or adapt -> the best as a config file",
     "evaluate": "retrieval and generation quality on held-out clips, with floors and ceilings",
     "promote": "gate, register and alias a bundle; --rollback moves the alias back",
     "generate": "sound -> pictures",
@@ -117,16 +118,19 @@ def build_parser(verb: str) -> tuple[argparse.ArgumentParser, dict[str, str]]:
     return parser, {**on_ray, **flags}
 
 
+def config_file(name: str) -> Path:
+    """The config file of this name: here, or, named outside the checkout, the shipped one."""
+    file, shipped = Path(name), CONFIGS.parent / name
+    return shipped if not file.exists() and shipped.is_relative_to(CONFIGS) and shipped.exists() else file
+
+
 def load_config(verb: str, argv: list[str]) -> tuple[VerbConfig, argparse.Namespace]:
     """Parses a verb's arguments into its config."""
     parser, flags = build_parser(verb)
     args = parser.parse_args(argv)
     given = {setting: getattr(args, flag) for flag, setting in flags.items()}
-    file, shipped = Path(args.config), CONFIGS.parent / args.config
-    if not file.exists() and shipped.is_relative_to(CONFIGS) and shipped.exists():  # named outside the checkout
-        file = shipped
     values = {setting: value for setting, value in given.items() if value is not None and value is not False}
-    return module_of(verb).CONFIG.load(file, args.set, values), args
+    return module_of(verb).CONFIG.load(config_file(args.config), args.set, values), args
 
 
 def print_plan(verb: str, config: VerbConfig) -> None:

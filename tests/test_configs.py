@@ -10,7 +10,7 @@ from pipelines.__main__ import CONFIGS, VERBS, main, module_of
 
 REAL = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "demo")
 CLUSTER_VERBS = [
-    "curate", "featurize", "align", "adapt", "evaluate", "promote", "generate", "edit", "stylize", "serve",
+    "curate", "featurize", "align", "adapt", "tune", "evaluate", "promote", "generate", "edit", "stylize", "serve",
 ]  # fmt: skip
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -24,7 +24,8 @@ TEMPLATES = {
     "aai serve --address": "the flag alone is meant",
 }
 """What looks like a command and is none, and why."""
-WORDS = {"FILE": "runs/demo/world/manifest.csv", "FOLDER": "runs/demo/world", "DIR": "out", "ID": "433095ce"}
+WORDS = {"FILE": "runs/demo/world/manifest.csv", "FOLDER": "runs/demo/world", "DIR": "out", "ID": "433095ce",
+         "OUT/best.yaml": "configs/demo/align.yaml"}  # fmt: skip
 """What stands for a user's own file."""
 REAL: dict[tuple[str, ...], str] = {
     ("data",): "",

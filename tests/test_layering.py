@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "painting": {"registry", "settings"},
     "service": {"registry", "settings"},
     "training": CLUSTER | {"registry"},
+    "tuning": {"engine", "pages", "training"},
     "curation": CLUSTER | {"manifests", "pages", "registry"},
-    "benches": CLUSTER | {"manifests", "__main__", *VERBS} - {"bench", "plan", "demo"},
+    "benches": CLUSTER | {"manifests", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
 }
 """What each package (or single module) of pipelines/ may import of the others; a verb may import all packages."""
-RUNS_OTHERS = {"bench", "demo", "plan"}
+RUNS_OTHERS = {"bench", "demo", "plan", "tune"}
 """Verbs that run other verbs, and the only ones that may import benches/."""
 SAME_STEM = {"align", "adapt"}
 """A verb, and the stage of the paper that it runs."""

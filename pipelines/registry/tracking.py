@@ -140,6 +140,14 @@ class OpenRun:
         for i in range(0, len(rows), 1000):
             _attempt(self.cfg, self.client.log_batch, self.run_id, metrics=rows[i : i + 1000])
 
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Logs nested settings under dotted names, cut at 6,000 characters; a param that is there cannot change."""
+        from mlflow.entities import Param
+
+        rows = [Param(_clean(key), _text(value)[:6000]) for key, value in flatten(params).items()]
+        for i in range(0, len(rows), 100):
+            _attempt(self.cfg, self.client.log_batch, self.run_id, params=rows[i : i + 100])
+
     def log_artifact(self, uri: str | Path, folder: str | None = None) -> None:
         """Copies a file (local or s3://) into the run's artifacts."""
         with tempfile.TemporaryDirectory(prefix="aai-") as scratch:
@@ -177,21 +185,28 @@ def _text(value: object) -> str:
 
 @contextlib.contextmanager
 def run(
-    cfg: RunsConfig, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
+    cfg: RunsConfig,
+    name: str,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    again: str | None = None,
 ) -> Iterator[OpenRun]:
     """Opens a run; an exception marks it FAILED and goes on its way.
 
-    params: nested settings, logged under dotted names, cut at 6,000 characters. Raises UserError when the tracking
-    server cannot be reached, before any work is done.
+    params: nested settings, logged under dotted names, cut at 6,000 characters. again: the id of an earlier run, which
+    goes on with the params that it has if the store still knows it. Raises UserError when the tracking server cannot be
+    reached, before any work is done.
     """
     client = _client(cfg)
     experiment = _attempt(cfg, _experiment, client, cfg)
-    created = _attempt(cfg, client.create_run, experiment, run_name=name)
-    opened = OpenRun(client, cfg, str(created.info.run_id))
+    goes_on = again is not None and _reopened(client, cfg, again)
+    run_id = again if goes_on else _attempt(cfg, client.create_run, experiment, run_name=name).info.run_id
+    opened = OpenRun(client, cfg, str(run_id))
     status = "FAILED"
     try:
         opened.set_tags({"written_by": code_version(), **(tags or {})})
-        _log_params(opened, params or {})
+        if not goes_on:
+            opened.log_params(params or {})
         yield opened
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -204,12 +219,12 @@ def run(
             log.warning("MLflow was not told that the run %s is %s (%s)", opened.run_id, status, error)
 
 
-def _log_params(opened: OpenRun, params: Mapping[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    rows = [Param(_clean(key), _text(value)[:6000]) for key, value in flatten(params).items()]
-    for i in range(0, len(rows), 100):
-        _attempt(opened.cfg, opened.client.log_batch, opened.run_id, params=rows[i : i + 100])
+def _reopened(client: "MlflowClient", cfg: RunsConfig, run_id: str) -> bool:
+    """Marks an earlier run as running; False when the store has it no more."""
+    if _attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", client.get_run, run_id) is None:
+        return False
+    _attempt(cfg, client.update_run, run_id, status="RUNNING")
+    return True
 
 
 def register(

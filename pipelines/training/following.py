@@ -39,6 +39,7 @@ class Follower:
         self.entries = {_key(entry): entry for entry in history(out)}
         self.skipped = {(entry["step"], entry["rank"]): entry for entry in _read(out, SKIPPED)}
         self._unwritten: set[str] = set()
+        self._unheard: list[Entry] = []
 
     def poll(self) -> None:
         """Takes what is new. What could not be written, because storage was away, is written by a later call."""
@@ -52,6 +53,9 @@ class Follower:
                 lines = [json.dumps(entries[key]) for key in sorted(entries)]
                 storage.write_bytes(storage.join(self.out, file), ("\n".join(lines) + "\n").encode())
                 self._unwritten.remove(file)
+        while self._unheard:  # the history has an entry before anybody hears of it, and ends the run by it
+            entry = self._unheard.pop(0)
+            self.on_log(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
 
     def _skip(self, entry: Entry) -> None:
         clips = entry["clips"]
@@ -69,7 +73,7 @@ class Follower:
         if "loss" in entry:
             self.bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
         self.bar.refresh()
-        self.on_log(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
+        self._unheard.append(entry)
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def train(
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="ERROR"),
-            **_storage(checkpoints(out)),
+            **storage_of(checkpoints(out)),
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
@@ -230,7 +230,8 @@ def _scaling(cluster: TrainClusterConfig) -> Any:
     )
 
 
-def _storage(uri: str) -> dict[str, Any]:
+def storage_of(uri: str) -> dict[str, Any]:
+    """What a RunConfig of Ray says of a local folder or s3:// prefix."""
     if not uri.startswith("s3://"):
         return {"storage_path": storage.absolute(uri)}
     fs, path = storage.filesystem(uri, patient=True)

@@ -5,7 +5,7 @@ OUT holds the bundle, history.jsonl and, written last, NAME.json; a folder with 
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,22 +21,29 @@ from pipelines.engine.lock import output_lock
 from pipelines.registry import tracking
 from pipelines.registry.live import live_metrics
 from pipelines.training import following, ray_train
+from pipelines.training.following import OnLog
 from pipelines.training.recipe import C, StageConfig, Trained, TrainRecipe, bundle_dir
 
 log = logging.getLogger(__name__)
 
 
-def run_stage(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
+def run_stage(
+    recipe_class: type[TrainRecipe[C]],
+    config: C,
+    on_log: OnLog = lambda step, figures: None,
+    tags: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Trains and writes the result; returns what NAME.json holds.
 
-    A finished run with the same settings and data is returned as it is; the same call goes on after a kill. Raises
-    UserError when OUT holds a run with others.
+    A finished run with the same settings and data is returned as it is; the same call goes on after a kill. on_log
+    hears of every new entry of the history, in another thread; tags: of the run in MLflow. Raises UserError when OUT
+    holds a run with others.
     """
     with output_lock(config.out):
-        return _run(recipe_class, config)
+        return _run(recipe_class, config, on_log, tags or {})
 
 
-def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
+def _run(recipe_class: type[TrainRecipe[C]], config: C, on_log: OnLog, tags: Mapping[str, str]) -> dict[str, Any]:
     begin = time.monotonic()
     config = config.model_copy(update={name: storage.absolute(getattr(config, name)) for name in config.places})
     manifest = FeatureManifest.read(config.features)
@@ -51,13 +58,18 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C) -> dict[str, Any]:
     config.refuse_what_cannot_fit()
     recipe.precompute()
     params = {"fingerprint": manifest.fingerprint, **settings}
-    with tracking.run(config.tracking, config.stage, params, {"digest": run_digest}) as run:
+    with tracking.run(config.tracking, config.stage, params, {"digest": run_digest, **tags}) as run:
         with live_metrics(run) as send:
             for entry in following.history(config.out):  # of a run that goes on
                 send(int(entry["step"]), _figures(entry))
             ranks = ranks_of_run(config, run_digest)
             work = make_work, (recipe_class, settings, ranks), config.cluster.at_most(ranks), config.out, run_digest
-            trained = ray_train.train(config.stage, *work, config.fit, send)
+
+            def heard(step: int, figures: dict[str, float]) -> None:
+                send(step, figures)
+                on_log(step, figures)
+
+            trained = ray_train.train(config.stage, *work, config.fit, heard)
         metrics = kept_figures(following.history(config.out), trained)
         folder = bundle_dir(config.out)
         meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": list(recipe.parents)}

@@ -265,3 +265,20 @@ def wait_for(cfg: TrackingConfig, log: Path) -> None:
         except UserError:
             subprocess.run(["sleep", "0.5"], check=True)
     pytest.fail(log.read_text()[-2000:])
+
+
+def test_an_earlier_run_goes_on_with_the_params_it_has(cfg: TrackingConfig) -> None:
+    with pytest.raises(ZeroDivisionError), tracking.run(cfg, "tune", {"trials": 8}) as first:
+        raise ZeroDivisionError
+    with tracking.run(cfg, "tune", {"trials": 9}, {"digest": "abc"}, again=first.run_id) as second:
+        assert client(cfg).get_run(first.run_id).info.status == "RUNNING"
+        second.log_params({"best": {"fit.steps": 3}})
+    assert second.run_id == first.run_id
+    found = client(cfg).get_run(first.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"trials": "8", "best.fit.steps": "3"}
+    assert found.data.tags["digest"] == "abc"
+    with tracking.run(cfg, "tune", {"trials": 9}, again="0" * 32) as third:  # the store is another one now
+        pass
+    assert third.run_id not in ("0" * 32, first.run_id)
+    assert client(cfg).get_run(third.run_id).data.params == {"trials": "9"}

@@ -60,3 +60,14 @@ def test_entries_of_an_earlier_call_stay_and_those_that_come_again_are_replaced(
         (3, None),
     ]
     assert entries[3]["val_r1"] == 0.7
+
+
+def test_the_history_has_an_entry_before_anybody_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who hears of it may end the process."""
+    board, written = Board(), []
+    found, _ = follower(board, tmp_path, monkeypatch)
+    found.on_log = lambda step, figures: written.append((step, [e["step"] for e in history(str(tmp_path))]))
+    for step in (2, 4):
+        board.post({"step": step, "loss": 1.0, "learning_rate": 0.1})
+        found.poll()
+    assert written == [(2, [2]), (4, [2, 4])]

@@ -1,0 +1,24 @@
+"""Placement groups that outlive the actor that made them: Ray frees their CPUs only when the whole job ends.
+
+A training within a trial of Ray Tune leaves one when the trial is stopped (ray issue 54305). Ray Train's own cleaner
+asks the dashboard whether its training is alive, and a local Ray has none.
+"""
+
+import ray
+from ray._private.state import gcs_pb2, state
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+_REMOVED = gcs_pb2.PlacementGroupTableData.PlacementGroupState.REMOVED
+
+
+def remove_orphans() -> int:
+    """Removes this job's placement groups whose maker, an actor, is dead, and returns how many; a driver's stay."""
+    job, removed = ray.get_runtime_context().get_job_id(), 0
+    for data in state._connect_and_get_accessor().get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(data)
+        by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        ours = group.creator_job_id.hex() == job and not group.is_detached
+        if ours and by_actor and group.creator_actor_dead and group.state != _REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            removed += 1
+    return removed
