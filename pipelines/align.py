@@ -13,6 +13,7 @@ import pydantic
 from torch import nn
 
 from aai.align import AlignLossConfig, AlignTask, validate
+from aai.augment import AugmentConfig
 from aai.bundle import BundleConfig, write_bundle
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, described, mel_statistics
@@ -50,6 +51,7 @@ class AlignConfig(StageConfig):
     encoder: FittedEncoderConfig = FittedEncoderConfig()
     """mel_mean, mel_std and embed_dim are taken from the data, and refused here."""
     loss: AlignLossConfig = AlignLossConfig()
+    augment: AugmentConfig = AugmentConfig()
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -78,7 +80,8 @@ class AlignConfig(StageConfig):
         }
         auto = self.cluster.gpus_per_worker > 0 or native_bfloat16("cpu")
         half = self.fit.precision == "bfloat16" or (self.fit.precision == "auto" and auto)
-        size = training_bytes(AlignTask(AudioEncoder(encoder), self.loss, self.fit.chunk_size), batch, half)
+        task = AlignTask(AudioEncoder(encoder), self.loss, self.augment, self.fit.chunk_size)
+        size = training_bytes(task, batch, half)
         return f"{size / 1e9:.1f} GB a worker, by PyTorch's fake tensors"
 
     def fitted(self) -> tuple["AlignConfig", Choice]:
@@ -140,7 +143,7 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
     def build(self) -> AlignTask:
         """See TrainRecipe."""
         encoder = AudioEncoder(self.config.encoder, from_pretrained=True)
-        return AlignTask(encoder, self.config.loss, self.config.fit.chunk_size)
+        return AlignTask(encoder, self.config.loss, self.config.augment, self.config.fit.chunk_size)
 
     def validate(self, task: AlignTask, held_out: dict[str, Any]) -> dict[str, float]:
         """Retrieval by sound."""
