@@ -55,7 +55,8 @@ class AlignTask(nn.Module):
     def __init__(
         self, encoder: AudioEncoder, config: AlignLossConfig, augment: AugmentConfig, chunk_size: int = 0
     ) -> None:
-        """augment: of training sounds alone. chunk_size: clips that go through the encoder at once (see `aai.memory.in_chunks`)."""
+        """augment: of training sounds alone. chunk_size: clips that go through the encoder at once (see
+        `aai.memory.in_chunks`); what is mixed into a clip is another of its chunk."""
         super().__init__()
         self.encoder, self.config, self.augment, self.chunk_size = encoder, config, augment, chunk_size
         start = torch.tensor(math.log(1 / config.temperature))
