@@ -74,7 +74,7 @@ class AugmentConfig(Config):
 def augment(waveforms: Tensor, sample_rate_hz: int, config: AugmentConfig) -> Tensor:
     """Waveforms [B, S] as a training step hears them, float32, also under autocast; `mask` comes after the front end.
 
-    In the order in which things happen to a sound: others beside it, the room, the channel, a recorder's noise and level.
+    In the order in which it happens to a sound: others beside it, the room, the channel, a recorder's noise and level.
     """
     with torch.autocast(waveforms.device.type, enabled=False):
         x = rotate(waveforms.float(), config.time_shift)
