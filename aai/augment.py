@@ -78,7 +78,7 @@ def augment(waveforms: Tensor, sample_rate_hz: int, config: AugmentConfig) -> Te
     """
     with torch.autocast(waveforms.device.type, enabled=False):
         x = rotate(waveforms.float(), config.time_shift)
-        if len(x) > 1:
+        if config.mix_probability and len(x) > 1:
             x = on_some(config.mix_probability, lambda x, y: add(x, y, draw(x, config.mix_snr_db)), x, others(x))
         x = on_some(config.reverb_probability, lambda x: _in_some_room(x, sample_rate_hz, config), x)
         x = on_some(config.lowpass_probability, lambda x: _through_some_filter(x, sample_rate_hz, config), x)
@@ -101,7 +101,7 @@ def _with_some_noise(x: Tensor, sample_rate_hz: int, config: AugmentConfig) -> T
 
 
 def on_some(probability: float, change: Callable[..., Tensor], waveforms: Tensor, *more: Tensor) -> Tensor:
-    """Waveforms [B, S] of which each is, with this probability, what `change` makes of it (and of its row of `more`).
+    """Puts into the place of each of the waveforms [B, S], with this probability, `change` of it and its row of `more`.
 
     As few as the probability needs are computed: ceil(probability B) clips drawn at random, of which each is then
     taken with what the probability leaves. The others, and all of them for 0, stay bit for bit what they were.
@@ -112,7 +112,8 @@ def on_some(probability: float, change: Callable[..., Tensor], waveforms: Tensor
     rows = torch.rand(len(waveforms), device=waveforms.device).argsort()[:count]
     taken = torch.rand(count, 1, device=waveforms.device) * count < probability * len(waveforms)
     before = waveforms[rows]
-    return waveforms.index_copy(0, rows, torch.where(taken, change(before, *(tensor[rows] for tensor in more)), before))
+    after = torch.where(taken, change(before, *(tensor[rows] for tensor in more)), before)
+    return waveforms.index_copy_(0, rows, after)
 
 
 def draw(waveforms: Tensor, limits: tuple[float, float]) -> Tensor:
@@ -165,12 +166,13 @@ def coloured_noise(waveforms: Tensor, slope_db: Tensor, sample_rate_hz: int) -> 
 def lowpass(waveforms: Tensor, cutoff_hz: Tensor, order: Tensor, sample_rate_hz: int) -> Tensor:
     """Waveforms [B, S] through a Butterworth low-pass, by its magnitude; cutoff_hz and order [B, 1].
 
-    The signal is padded to twice its length, so that its end does not come out at its beginning.
+    Zeros are put behind, a quarter of its length, so that its end does not come out at its beginning.
     """
     samples = waveforms.shape[1]
-    f = torch.fft.rfftfreq(2 * samples, 1 / sample_rate_hz, device=waveforms.device)
+    whole = samples + samples // 4
+    f = torch.fft.rfftfreq(whole, 1 / sample_rate_hz, device=waveforms.device)
     response = (1 + (f / cutoff_hz) ** (2 * order)).rsqrt()
-    return torch.fft.irfft(torch.fft.rfft(waveforms, n=2 * samples) * response, n=2 * samples)[:, :samples]
+    return torch.fft.irfft(torch.fft.rfft(waveforms, n=whole) * response, n=whole)[:, :samples]
 
 
 def room(rt60_s: Tensor, drr_db: Tensor, longest_s: float, sample_rate_hz: int) -> Tensor:
@@ -200,9 +202,10 @@ def rotate(waveforms: Tensor, share: float) -> Tensor:
     """Each waveform [B, S] rotated in time by its own random offset of up to `share` of its length either way."""
     batch, samples = waveforms.shape
     reach = int(share * samples)
-    shift = torch.randint(-reach, reach + 1, (batch, 1), device=waveforms.device)
-    index = (torch.arange(samples, device=waveforms.device) + shift) % samples
-    return waveforms.gather(1, index)
+    shift = torch.randint(-reach, reach + 1, (batch,), device=waveforms.device)
+    around = torch.cat([waveforms[:, samples - reach :], waveforms, waveforms[:, :reach]], dim=1)
+    # Rows of a view of all offsets: an index of each sample would be as large as the sounds, and slower by far.
+    return around.unfold(1, samples, 1)[torch.arange(batch, device=waveforms.device), shift + reach]
 
 
 def mask(heard: Tensor, share: float, blank: Tensor | float = 0.0) -> Tensor:

@@ -178,14 +178,14 @@ def test_each_clip_is_changed_with_its_probability_and_by_itself(kind: str) -> N
 def test_a_probability_holds_in_batches_of_any_size(probability: float, batch: int) -> None:
     torch.manual_seed(0)
     x = torch.zeros(batch, 2)
-    share = torch.stack([on_some(probability, lambda x: x + 1, x)[:, 0] for _ in range(4000 // batch)]).mean(0)
+    share = torch.stack([on_some(probability, lambda x: x + 1, x.clone())[:, 0] for _ in range(4000 // batch)]).mean(0)
     torch.testing.assert_close(share, torch.full((batch,), probability), atol=0.08, rtol=0)
 
 
 def test_each_clip_goes_with_its_own_row() -> None:
     x, y = torch.arange(8.0)[:, None], 10 * torch.arange(8.0)[:, None]
     torch.manual_seed(0)
-    found = on_some(0.5, lambda x, y: x + y, x, y)[:, 0]
+    found = on_some(0.5, lambda x, y: x + y, x.clone(), y)[:, 0]
     assert {float(value) / (i or 1) for i, value in enumerate(found)} == {0.0, 1.0, 11.0}
 
 
@@ -210,8 +210,11 @@ def test_draws_lie_between_their_limits() -> None:
     assert log.median() == pytest.approx(100, rel=0.15)
 
 
-def test_nothing_asked_leaves_every_bit() -> None:
+def test_nothing_asked_leaves_every_bit_and_the_batch_is_never_touched() -> None:
     assert torch.equal(run(STILL, sounds()), sounds())
+    batch = sounds()
+    run(ALL, batch)
+    assert torch.equal(batch, sounds())
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 37, 801])
