@@ -37,6 +37,10 @@ class AugmentConfig(Config):
     A probability is that of each clip, 0 leaves an augmentation out; limits are those of a uniform draw.
     """
 
+    probability: Share = 0.6
+    """That a sound is spoiled at all; the probabilities below are those of a sound that is. What stays as it is teaches
+    details fastest, and how loud things are: the level is changed as well."""
+
     time_shift: Share = 0.1
     """A sound is rotated in time by up to this share of its length."""
     mix_probability: Share = 0.0
@@ -74,16 +78,24 @@ class AugmentConfig(Config):
 def augment(waveforms: Tensor, sample_rate_hz: int, config: AugmentConfig) -> Tensor:
     """Waveforms [B, S] as a training step hears them, float32, also under autocast; `mask` comes after the front end.
 
-    In the order in which it happens to a sound: others beside it, the room, the channel, a recorder's noise and level.
+    Each is rotated; some are spoiled.
     """
     with torch.autocast(waveforms.device.type, enabled=False):
-        x = rotate(waveforms.float(), config.time_shift)
-        if config.mix_probability and len(x) > 1:
-            x = on_some(config.mix_probability, lambda x, y: add(x, y, draw(x, config.mix_snr_db)), x, others(x))
-        x = on_some(config.reverb_probability, lambda x: _in_some_room(x, sample_rate_hz, config), x)
-        x = on_some(config.lowpass_probability, lambda x: _through_some_filter(x, sample_rate_hz, config), x)
-        x = on_some(config.noise_probability, lambda x: _with_some_noise(x, sample_rate_hz, config), x)
-        return on_some(config.gain_probability, lambda x: amplify(x, draw(x, config.gain_db)), x)
+        turned = rotate(waveforms.float(), config.time_shift)
+        return on_some(config.probability, lambda x: spoil(x.clone(), sample_rate_hz, config), turned)
+
+
+def spoil(x: Tensor, sample_rate_hz: int, config: AugmentConfig) -> Tensor:
+    """Waveforms [B, S] of which each has gone, in place, through some of what may happen to a sound.
+
+    In the order in which it happens: other sounds, the room, the channel, the noise and the level of a recorder.
+    """
+    if config.mix_probability and len(x) > 1:
+        x = on_some(config.mix_probability, lambda x, y: add(x, y, draw(x, config.mix_snr_db)), x, others(x))
+    x = on_some(config.reverb_probability, lambda x: _in_some_room(x, sample_rate_hz, config), x)
+    x = on_some(config.lowpass_probability, lambda x: _through_some_filter(x, sample_rate_hz, config), x)
+    x = on_some(config.noise_probability, lambda x: _with_some_noise(x, sample_rate_hz, config), x)
+    return on_some(config.gain_probability, lambda x: amplify(x, draw(x, config.gain_db)), x)
 
 
 def _in_some_room(x: Tensor, sample_rate_hz: int, config: AugmentConfig) -> Tensor:

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "runs" / "accept-robustness"
 RATE = 16_000
 SEEDS = (0, 1, 2)
-KINDS = ("mix", "reverb", "lowpass", "noise", "gain")
-WAYS = {"plain": {f"augment__{kind}_probability": 0 for kind in KINDS}, "augmented": {}}
+BEFORE = {"augment__probability": 0, "augment__time_shift": 0.1, "augment__mask_share": 0.1}
+WAYS = {"plain": BEFORE, "augmented": {}}
 """plain: rotation and SpecAugment alone, as training was before. augmented: configs/demo/align.yaml as it is."""
 SIZES = ("small", "medium", "big")
 GAINS_DB = (-12, -6, 0, 6)
