@@ -37,35 +37,31 @@ class AugmentConfig(Config):
     A probability is that of each clip, 0 leaves an augmentation out; limits are those of a uniform draw.
     """
 
-    probability: Share = 0.6
-    """That a sound is spoiled at all; the probabilities below are those of a sound that is. What stays as it is teaches
-    details fastest, and how loud things are: the level is changed as well."""
-
     time_shift: Share = 0.1
     """A sound is rotated in time by up to this share of its length."""
     mix_probability: Share = 0.0
     """That another clip of the same chunk of the batch is mixed in."""
     mix_snr_db: Limits = (10.0, 30.0)
     """Level of the clip above the one mixed in, in dB."""
-    reverb_probability: Share = 0.3
+    reverb_probability: Share = 0.25
     """That a room is added: noise that decays exponentially; the clip's energy stays."""
     reverb_rt60_s: PositiveLimits = (0.1, 1.0)
     """Time in which the room's sound decays by 60 dB, in seconds; drawn uniformly in its logarithm."""
     reverb_drr_db: Limits = (-10.0, 10.0)
     """Direct-to-reverberant ratio: level of the direct sound above the room's, in dB."""
-    lowpass_probability: Share = 0.3
+    lowpass_probability: Share = 0.2
     """That high frequencies are taken off, by a Butterworth filter's response without its delay."""
-    lowpass_cutoff_hz: PositiveLimits = (1000.0, 7000.0)
+    lowpass_cutoff_hz: PositiveLimits = (1000.0, 4000.0)
     """Its cut-off frequency (-3 dB), in Hz; drawn uniformly in its logarithm."""
-    lowpass_order: PositiveLimits = (2.0, 12.0)
+    lowpass_order: PositiveLimits = (2.0, 10.0)
     """Its order: the slope is 6 dB per octave for each."""
-    noise_probability: Share = 0.5
+    noise_probability: Share = 0.4
     """That Gaussian noise is added."""
-    noise_snr_db: Limits = (5.0, 35.0)
+    noise_snr_db: Limits = (5.0, 30.0)
     """Signal-to-noise ratio in dB."""
-    noise_slope_db: Limits = (-6.0, 3.0)
+    noise_slope_db: Limits = (-3.0, 1.0)
     """Slope of the noise's spectrum in dB per octave: 0 is white, -3 pink, -6 brown."""
-    gain_probability: Share = 0.5
+    gain_probability: Share = 0.3
     """That the level is changed. Loudness carries meaning: the clips that keep theirs teach it."""
     gain_db: Limits = (-26.0, 6.0)
     """Change of the level in dB. The result is not clipped."""
@@ -78,18 +74,9 @@ class AugmentConfig(Config):
 def augment(waveforms: Tensor, sample_rate_hz: int, config: AugmentConfig) -> Tensor:
     """Waveforms [B, S] as a training step hears them, float32, also under autocast; `mask` comes after the front end.
 
-    Each is rotated; some are spoiled.
+    In the order in which it happens to a sound: others beside it, the room, the channel, a recorder's noise and level.
     """
-    with torch.autocast(waveforms.device.type, enabled=False):
-        turned = rotate(waveforms.float(), config.time_shift)
-        return on_some(config.probability, lambda x: spoil(x.clone(), sample_rate_hz, config), turned)
-
-
-def spoil(x: Tensor, sample_rate_hz: int, config: AugmentConfig) -> Tensor:
-    """Waveforms [B, S] of which each has gone, in place, through some of what may happen to a sound.
-
-    In the order in which it happens: other sounds, the room, the channel, the noise and the level of a recorder.
-    """
+    x = rotate(waveforms.float(), config.time_shift)
     if config.mix_probability and len(x) > 1:
         x = on_some(config.mix_probability, lambda x, y: add(x, y, draw(x, config.mix_snr_db)), x, others(x))
     x = on_some(config.reverb_probability, lambda x: _in_some_room(x, sample_rate_hz, config), x)

@@ -31,8 +31,8 @@ from aai.errors import UserError
 RATE = 16_000
 KINDS = ("mix", "reverb", "lowpass", "noise", "gain")
 OFF = {f"{kind}_probability": 0.0 for kind in KINDS}
-STILL = AugmentConfig.parse({**OFF, "probability": 1.0, "time_shift": 0.0})
-ALL = AugmentConfig.parse({**dict.fromkeys(OFF, 1.0), "probability": 1.0})
+STILL = AugmentConfig.parse({**OFF, "time_shift": 0.0})
+ALL = AugmentConfig.parse(dict.fromkeys(OFF, 1.0))
 
 
 def sounds(batch: int = 4, samples: int = RATE) -> Tensor:
@@ -172,14 +172,6 @@ def test_each_clip_is_changed_with_its_probability_and_by_itself(kind: str) -> N
     assert changed.mean(0).max() < 0.65
     assert changed.mean(0).min() > 0.02
     assert torch.equal(run(only(kind, 0.0), x), x)
-
-
-def test_some_sounds_are_not_spoiled_at_all() -> None:
-    x = sounds(40, 400)
-    config = AugmentConfig.parse({**ALL.model_dump(), "probability": 0.25, "time_shift": 0})
-    untouched = torch.stack([(run(config, x, seed) == x).all(1) for seed in range(50)]).float()
-    assert untouched.mean() == pytest.approx(0.75, abs=0.02)
-    assert torch.equal(run(config.model_copy(update={"probability": 0.0}), x), x)
 
 
 @pytest.mark.parametrize(("probability", "batch"), [(0.3, 1), (0.9, 3), (0.01, 7), (1.0, 5)])

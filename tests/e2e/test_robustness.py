@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "runs" / "accept-robustness"
 RATE = 16_000
 SEEDS = (0, 1, 2)
-BEFORE = {"augment__probability": 0, "augment__time_shift": 0.1, "augment__mask_share": 0.1}
+KINDS = ("mix", "reverb", "lowpass", "noise", "gain")
+BEFORE = {"augment__time_shift": 0.1, "augment__mask_share": 0.1, **{f"augment__{k}_probability": 0 for k in KINDS}}
 WAYS = {"plain": BEFORE, "augmented": {}}
 """plain: rotation and SpecAugment alone, as training was before. augmented: configs/demo/align.yaml as it is."""
 SIZES = ("small", "medium", "big")
@@ -132,11 +133,11 @@ def figures() -> dict[str, list[Figures]]:
     """Of each way to train, the figures of each seed on the split test."""
     for verb in ("world", "curate", "featurize"):
         aai(verb, run_dir=RUN)
-    out: dict[str, list[Figures]] = {}
-    for way, settings in WAYS.items():
-        for seed in SEEDS:
+    out: dict[str, list[Figures]] = {way: [] for way in WAYS}
+    for seed in SEEDS:
+        for way, settings in WAYS.items():
             aai("align", run_dir=RUN, out=RUN / f"{way}-{seed}", fit__seed=seed, **settings)
-        out[way] = [figures_of(RUN / f"{way}-{seed}", "test") for seed in SEEDS]
+            out[way].append(figures_of(RUN / f"{way}-{seed}", "test"))
     return out
 
 
