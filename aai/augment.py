@@ -55,7 +55,7 @@ class AugmentConfig(Config):
     """Its cut-off frequency (-3 dB), in Hz; drawn uniformly in its logarithm."""
     lowpass_order: PositiveLimits = (2.0, 10.0)
     """Its order: the slope is 6 dB per octave for each."""
-    noise_probability: Share = 0.4
+    noise_probability: Share = 0.35
     """That Gaussian noise is added."""
     noise_snr_db: Limits = (5.0, 30.0)
     """Signal-to-noise ratio in dB."""
