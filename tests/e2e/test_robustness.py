@@ -1,6 +1,6 @@
 """How well a sound is understood that is noisy, quiet, dull or in a room: trained with augmentation and without.
 
-Long evidence (make accept): the demo's world, three trainings of equal length each way in runs/accept-robustness, where
+Long evidence (make accept): the demo's world, two trainings of equal length each way in runs/accept-robustness, where
 what is finished is kept. The sounds are spoiled by numpy and scipy here, not by the code that training augments with.
 """
 
@@ -25,7 +25,7 @@ from tests.e2e.test_accept import aai
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "runs" / "accept-robustness"
 RATE = 16_000
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 KINDS = ("mix", "reverb", "lowpass", "noise", "gain")
 BEFORE = {"augment__time_shift": 0.1, "augment__mask_share": 0.1, **{f"augment__{k}_probability": 0 for k in KINDS}}
 WAYS = {"plain": BEFORE, "augmented": {}}
