@@ -8,6 +8,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from aai.augment import AugmentConfig, augment, mask
 from aai.config import Config
 from aai.encoders.aligner import embed
 from aai.encoders.audio import AudioEncoder
@@ -20,7 +21,7 @@ FIRST_BIAS = -10.0
 
 
 class AlignLossConfig(Config):
-    """Loss and augmentation of the align stage."""
+    """Loss of the align stage."""
 
     kind: Literal["info_nce", "sigmoid"] = "info_nce"
     """info_nce: each clip is told from all others of the batch (CLIP). sigmoid: each pair is judged by itself (SigLIP);
@@ -35,11 +36,6 @@ class AlignLossConfig(Config):
     """Where the (learned) temperature of each term begins."""
     max_logit_scale: float = pydantic.Field(100.0, gt=0)
     """Ceiling of the inverse temperature."""
-    time_shift: float = pydantic.Field(0.1, ge=0, le=1)
-    """A training sound is rotated in time by up to this share of its length. Its gain is never changed."""
-    mask_share: float = pydantic.Field(0.1, ge=0, lt=1)
-    """Largest share of frames, and of mel bins, that is blanked while training (SpecAugment, arXiv 1904.08779);
-    of a waveform (pe_audio) the largest share of its length."""
 
     @pydantic.model_validator(mode="after")
     def _some_loss(self) -> "AlignLossConfig":
@@ -56,10 +52,13 @@ class AlignTask(nn.Module):
     captions: their pictures differ, their texts do not.
     """
 
-    def __init__(self, encoder: AudioEncoder, config: AlignLossConfig, chunk_size: int = 0) -> None:
-        """chunk_size: clips that go through the encoder at once (see `aai.memory.in_chunks`)."""
+    def __init__(
+        self, encoder: AudioEncoder, config: AlignLossConfig, augment: AugmentConfig, chunk_size: int = 0
+    ) -> None:
+        """augment: of training sounds alone. chunk_size: clips that go through the encoder at once (see
+        `aai.memory.in_chunks`); what is mixed into a clip is another of its chunk."""
         super().__init__()
-        self.encoder, self.config, self.chunk_size = encoder, config, chunk_size
+        self.encoder, self.config, self.augment, self.chunk_size = encoder, config, augment, chunk_size
         self.rate_scales: dict[str, float] = {}
         """See `aai.fit.fit`."""
         start = torch.tensor(math.log(1 / config.temperature))
@@ -112,8 +111,8 @@ class AlignTask(nn.Module):
         if not self.training:
             embedding: Tensor = self.encoder(waveforms)
             return embedding
-        heard = self.encoder.features(rotate(waveforms, self.config.time_shift))
-        return self.encoder.embed_features(mask(heard, self.config.mask_share, self.encoder.blank))
+        heard = self.encoder.features(augment(waveforms, self.encoder.config.sample_rate_hz, self.augment))
+        return self.encoder.embed_features(mask(heard, self.augment.mask_share, self.encoder.blank))
 
     def _pick(self, features: Tensor) -> Tensor:
         """One feature [B, D] of each clip's several [B, K, D]."""
@@ -121,34 +120,6 @@ class AlignTask(nn.Module):
             return nn.functional.normalize(features.mean(dim=1), dim=-1)
         chosen = torch.randint(features.shape[1], (len(features),), device=features.device)
         return features[torch.arange(len(features), device=features.device), chosen]
-
-
-def rotate(waveforms: Tensor, share: float) -> Tensor:
-    """Each waveform [B, S] rotated in time by its own random offset of up to `share` of its length either way."""
-    batch, samples = waveforms.shape
-    reach = int(share * samples)
-    shift = torch.randint(-reach, reach + 1, (batch, 1), device=waveforms.device)
-    index = (torch.arange(samples, device=waveforms.device) + shift) % samples
-    return waveforms.gather(1, index)
-
-
-def mask(heard: Tensor, share: float, blank: Tensor | float = 0.0) -> Tensor:
-    """Spectrograms [B, T, M] with one random stretch of frames and one of bins set to `blank` (the data's mean).
-
-    Of waveforms [B, S], which some backbones take, a stretch of time alone is blanked.
-    """
-    keep = _stretch(heard.shape[0], heard.shape[1], share, heard.device)
-    if heard.ndim == 3:
-        keep = keep[:, :, None] & _stretch(heard.shape[0], heard.shape[2], share, heard.device)[:, None, :]
-    return torch.where(keep, heard, blank)
-
-
-def _stretch(batch: int, length: int, share: float, device: torch.device) -> Tensor:
-    """Bool [batch, length], false on one stretch of a random length up to `share` of the whole."""
-    width = torch.rand(batch, 1, device=device) * share * length
-    start = torch.rand(batch, 1, device=device) * (length - width)
-    position = torch.arange(length, device=device)
-    return (position < start) | (position >= start + width)
 
 
 def validate(encoder: AudioEncoder, clips: dict[str, Any]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import pydantic
 from torch import nn
 
 from aai.align import AlignLossConfig, AlignTask, validate
+from aai.augment import AugmentConfig
 from aai.bundle import BundleConfig, write_bundle
 from aai.config import Config
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, described, mel_statistics
@@ -53,6 +54,7 @@ class AlignConfig(StageConfig):
     """So many of the backbone's lowest layers, and what is below them, are not trained."""
     layer_decay: float = pydantic.Field(1.0, gt=0, le=1)
     """Each layer of the backbone learns at this share of the rate of the one above it; 1 = all alike."""
+    augment: AugmentConfig = AugmentConfig()
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -84,7 +86,7 @@ class AlignConfig(StageConfig):
 
     def task(self, encoder: AudioEncoder) -> AlignTask:
         """The encoder with its losses, as it is trained."""
-        task, tower = AlignTask(encoder, self.loss, self.fit.chunk_size), encoder.backbone
+        task, tower = AlignTask(encoder, self.loss, self.augment, self.fit.chunk_size), encoder.backbone
         if self.frozen_layers > (layers := num_layers(tower)):
             rule = f"is more than the backbone's {layers} layers"
             raise UserError("frozen_layers", self.frozen_layers, rule, "lower it, or set encoder.freeze_backbone")

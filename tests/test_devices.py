@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aai import storage
 from aai.adapt import AdapterConfig, AudioAdapter, denoising_loss
 from aai.align import AlignLossConfig, AlignTask
+from aai.augment import AugmentConfig
 from aai.bundle import BundleConfig, write_bundle
 from aai.concepts import Concepts, Vocabulary
 from aai.conditions import CONDITIONS, Conditions
@@ -361,6 +362,6 @@ def test_mistakes_planted_in_our_own_code_are_found(
     with pytest.raises(RuntimeError, match="cpu"):
         conditions._write(torch.ones(1, 2, 32), conditions.prompt)
 
-    task = AlignTask(AudioEncoder(ENCODER), AlignLossConfig()).to("cuda")
+    task = AlignTask(AudioEncoder(ENCODER), AlignLossConfig(), AugmentConfig()).to("cuda")
     with pytest.raises(RuntimeError, match="cpu"):
         task({name: value for name, value in align_batch(4).items() if name != "labels"})

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aai.align import AlignLossConfig, AlignTask, mask, rotate, validate
+from aai.align import AlignLossConfig, AlignTask, validate
+from aai.augment import AugmentConfig
 from aai.encoders.aligner import embed
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.losses import info_nce, sigmoid_loss
+from aai.memory import in_chunks
 from tests.ranks import on_ranks
 
 SMALL = AudioEncoderConfig(
@@ -19,9 +21,14 @@ SMALL = AudioEncoderConfig(
 )
 
 
-def make_task(**settings: object) -> AlignTask:
+OFF = {f"{name}_probability": 0.0 for name in ("mix", "reverb", "lowpass", "noise", "gain")}
+STILL = AugmentConfig.parse({**OFF, "time_shift": 0.0, "mask_share": 0.0})
+"""No augmentation."""
+
+
+def make_task(augment: AugmentConfig = STILL, **settings: object) -> AlignTask:
     torch.manual_seed(0)
-    return AlignTask(AudioEncoder(SMALL), AlignLossConfig.parse(settings))
+    return AlignTask(AudioEncoder(SMALL), AlignLossConfig.parse(settings), augment)
 
 
 def make_batch(size: int = 6) -> dict[str, Tensor]:
@@ -123,8 +130,8 @@ VARIANTS = [(kind, chunk) for kind in ("info_nce", "sigmoid") for chunk in (0, 1
 def shared_task(kind: str, chunk_size: int) -> AlignTask:
     """In training mode, with nothing drawn at random: what is drawn differs between ranks."""
     torch.manual_seed(0)
-    still = {"kind": kind, "frames": "mean", "time_shift": 0.0, "mask_share": 0.0, "w_text": 0.5}
-    task = AlignTask(AudioEncoder(SMALL), AlignLossConfig.parse(still), chunk_size).train()
+    config = AlignLossConfig.parse({"kind": kind, "frames": "mean", "w_text": 0.5})
+    task = AlignTask(AudioEncoder(SMALL), config, STILL, chunk_size).train()
     for parameter in task.encoder.backbone.parameters():
         if not parameter.any():
             nn.init.normal_(parameter)  # tokens and positions of zeros: the first norm would magnify every rounding
@@ -201,24 +208,6 @@ def test_the_logit_scale_has_a_ceiling() -> None:
     assert task(make_batch())[1]["temperature_image"] == pytest.approx(1 / 20)
 
 
-def test_augmentation_keeps_the_gain_and_happens_only_in_training() -> None:
-    torch.manual_seed(0)
-    sounds = torch.randn(4, 1000)
-    turned = rotate(sounds, 0.2)
-    torch.testing.assert_close(turned.sort(dim=1).values, sounds.sort(dim=1).values)
-    assert not torch.equal(turned, sounds)
-    assert torch.equal(rotate(sounds, 0.0), sounds)
-    mel = torch.ones(50, 100, 32)
-    masked = mask(mel, 0.2)
-    assert set(masked.unique().tolist()) == {0.0, 1.0}
-    assert (masked == 0).float().mean() < 0.25
-    assert torch.equal(mask(mel, 0.0), mel)
-    task, batch = make_task().eval(), make_batch()
-    assert task(batch)[0] == task(batch)[0]
-    task.train()
-    assert task(batch)[0] != task(batch)[0]
-
-
 def test_training_draws_one_of_the_pictures() -> None:
     task, features = make_task().train(), make_batch()["image_features"]
     drawn = {tuple(task._pick(features)[0].tolist()) for _ in range(50)}
@@ -234,34 +223,31 @@ def test_the_mean_of_the_pictures_where_it_is_asked_for() -> None:
     assert len(set(rows)) == 18  # each clip draws for itself: all three pictures of all six
 
 
-def test_a_sound_is_rotated_by_up_to_its_share_either_way() -> None:
-    torch.manual_seed(0)
-    turned = rotate(torch.arange(10.0).expand(200, 10), 0.25)
-    assert set(turned[:, 0].tolist()) == {8.0, 9.0, 0.0, 1.0, 2.0}
-    assert ((turned.diff(dim=1) % 10) == 1).all()
+def test_training_alone_augments_and_by_each_setting() -> None:
+    batch, still = make_batch()["audio"], make_task().train()
+    torch.testing.assert_close(still.encode(batch), still.encoder(batch))
+    for settings in ({"time_shift": 0.1}, {"mask_share": 0.1}, *({name: 1.0} for name in OFF)):
+        task = make_task(STILL.model_copy(update=settings)).train()
+        assert not torch.allclose(task.encode(batch), task.encoder(batch)), settings
+        assert not torch.equal(task.encode(batch), task.encode(batch)), settings
+        task.eval()
+        assert torch.equal(task.encode(batch), task.encoder(batch))
 
 
-def test_one_stretch_of_frames_and_one_of_bins_is_blanked() -> None:
-    torch.manual_seed(0)
-    masked = mask(torch.ones(400, 40, 20), 0.25) == 0
-    frames, bins = masked.all(dim=2), masked.all(dim=1)
-    assert torch.equal(masked, frames[:, :, None] | bins[:, None, :])
-    for blanked, longest in ((frames, 10), (bins, 5)):
-        length = blanked.sum(dim=1)
-        assert length.max() == longest  # the largest share, and no more
-        assert length.min() <= 1
-        assert (blanked[:, 1:] & ~blanked[:, :-1]).sum(dim=1).max() == 1
-        assert blanked.any(dim=0)[1:].all()
-    assert (frames != frames[0]).any()
+def test_augmented_chunks_have_the_gradients_of_the_same_augmented_sounds() -> None:
+    """A chunk is augmented once more when it is computed again: by the same numbers, or the gradient is another's."""
+    everything = AugmentConfig.parse(dict.fromkeys(OFF, 0.7))
+    task, sounds, goal = make_task(everything).train(), make_batch()["audio"], torch.randn(6, 8)
 
+    def gradients(chunked: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        task.zero_grad()
+        parts = in_chunks(task.encode, 3, sounds) if chunked else torch.cat([task.encode(x) for x in sounds.split(3)])
+        (parts * goal).sum().backward()
+        return [p.grad.clone() for p in task.parameters() if p.grad is not None]
 
-def test_training_augments_by_the_configs_shares() -> None:
-    task = make_task(time_shift=0.0, mask_share=0.0).train()
-    batch = make_batch()["audio"]
-    torch.testing.assert_close(task.encode(batch), task.encoder(batch))
-    for settings in ({"time_shift": 0.0}, {"mask_share": 0.0}):
-        task = make_task(**settings).train()
-        assert not torch.allclose(task.encode(batch), task.encoder(batch))
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_validate_scores_a_perfect_encoder() -> None:
@@ -328,15 +314,10 @@ def test_bounds_and_defaults_of_the_settings() -> None:
         "frames": "random",
         "temperature": 0.07,
         "max_logit_scale": 100.0,
-        "time_shift": 0.1,
-        "mask_share": 0.1,
     }
-    AlignLossConfig.parse({"w_image": 0, "time_shift": 0, "mask_share": 0})
-    AlignLossConfig.parse(
-        {"w_text": 0, "time_shift": 1, "mask_share": 0.99, "temperature": 0.01, "max_logit_scale": 0.1}
-    )
+    AlignLossConfig.parse({"w_image": 0})
+    AlignLossConfig.parse({"w_text": 0, "temperature": 0.01, "max_logit_scale": 0.1})
     outside = {"w_image": -0.5, "w_text": -0.5, "temperature": 0, "max_logit_scale": 0}
-    cases = [*outside.items(), ("time_shift", -0.1), ("time_shift", 1.1), ("mask_share", -0.1), ("mask_share", 1)]
-    for name, value in cases:
+    for name, value in outside.items():
         with pytest.raises(UserError, match=name):
             AlignLossConfig.parse({name: value})

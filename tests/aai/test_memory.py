@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from aai.align import AlignLossConfig, AlignTask
+from aai.augment import AugmentConfig
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.memory import PeakMemory, in_chunks, memory_explained, step_cost
@@ -99,7 +100,7 @@ def test_what_a_step_holds_is_told_without_taking_it() -> None:
     }
     found = {}
     for chunk_size in (0, 4):
-        task = AlignTask(encoder, AlignLossConfig(), chunk_size).train()
+        task = AlignTask(encoder, AlignLossConfig(), AugmentConfig(), chunk_size).train()
         forecast = step_cost(lambda task=task: task, batch, bfloat16=False)
         assert all(type(p) is nn.Parameter for p in task.parameters()), "the task itself stays as it is"
         with PeakMemory() as memory:
@@ -117,7 +118,7 @@ def test_what_a_step_holds_is_told_without_taking_it() -> None:
         found[chunk_size] = forecast
     assert found[4].num_bytes < 0.7 * found[0].num_bytes
     assert 1.2 * found[0].flop < found[4].flop < 1.4 * found[0].flop, "each chunk goes forwards twice"
-    half = step_cost(lambda: AlignTask(encoder, AlignLossConfig()), batch, bfloat16=True)
+    half = step_cost(lambda: AlignTask(encoder, AlignLossConfig(), AugmentConfig()), batch, bfloat16=True)
     assert 0.4 * found[0].num_bytes < half.num_bytes < found[0].num_bytes
 
 

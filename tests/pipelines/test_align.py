@@ -11,6 +11,7 @@ import torch
 
 from aai import storage
 from aai.align import validate
+from aai.augment import AugmentConfig
 from aai.bundle import read_bundle
 from aai.encoders.aligner import embed, load_aligner
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
@@ -164,6 +165,14 @@ def test_a_dry_run_tells_steps_batches_and_memory(settings: dict[str, Any], tmp_
     assert told == "told when somebody/something is on this machine"
     with pytest.raises(UserError, match="is longer than"):
         AlignConfig.parse({**settings, "encoder": {"pretrained": folder, "clip_s": 9.0}}).plan()
+
+
+def test_the_augmentation_that_is_set_reaches_the_task_and_decides_the_content(settings: dict[str, Any]) -> None:
+    config = AlignConfig.parse({**settings, "augment": {"gain_db": [-3, 3]}})
+    assert AlignRecipe(config).build().augment == AugmentConfig(gain_db=(-3, 3))
+    assert config.content() != AlignConfig.parse(settings).content()
+    with pytest.raises(UserError, match=r"augment\.gain_db"):
+        AlignConfig.parse({**settings, "augment": {"gain_db": [3, -3]}})
 
 
 def test_a_pretrained_backbone_takes_no_settings_of_another(settings: dict[str, Any], tmp_path: Path) -> None:
