@@ -1,6 +1,7 @@
 """Training within a GPU's memory."""
 
 import copy
+import resource
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,13 @@ def memory_explained(chunk_size: int) -> Iterator[None]:
         rule = f"a step does not fit into the device's memory ({str(error).splitlines()[0][:200]})"
         remedy = "lower it (0 = all of a worker's clips at once): the gradient stays the same"
         raise UserError("fit.chunk_size", chunk_size, rule, remedy) from error
+
+
+def peak_memory_gb() -> float:
+    """The most that this process has held so far: of tensors on its GPU, or without one of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in kB
 
 
 class PeakMemory(TorchDispatchMode):

@@ -27,7 +27,7 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from aai.fit import FitConfig, State
-from aai.memory import memory_explained
+from aai.memory import memory_explained, peak_memory_gb
 from pipelines.engine.cluster import connect
 from pipelines.settings import TrainClusterConfig
 from pipelines.training.board import Board
@@ -74,10 +74,12 @@ class Session:
     _noticed: set[str] = field(default_factory=set)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Rank 0 posts an entry of the history; those of training say how many workers there are."""
+        """Rank 0 posts an entry of the history; those of training say how many workers there are, and its memory."""
         if self.rank == 0:
-            workers = {"workers": ray.train.get_context().get_world_size()} if "loss" in figures else {}
-            ray.get(self.board.post.remote({"step": step, **figures, **workers}))
+            more: dict[str, float] = {}
+            if "loss" in figures:
+                more = {"workers": ray.train.get_context().get_world_size(), "peak_memory_gb": peak_memory_gb()}
+            ray.get(self.board.post.remote({"step": step, **figures, **more}))
 
     def skip(self, step: int, clips: list[str]) -> None:
         """Any rank posts the clips of a step that was not taken."""

@@ -7,7 +7,7 @@ from aai.align import AlignLossConfig, AlignTask
 from aai.augment import AugmentConfig
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.memory import PeakMemory, in_chunks, memory_explained, step_cost
+from aai.memory import PeakMemory, in_chunks, memory_explained, peak_memory_gb, step_cost
 
 
 def test_chunks_draw_the_same_numbers_when_they_are_computed_again() -> None:
@@ -120,6 +120,12 @@ def test_what_a_step_holds_is_told_without_taking_it() -> None:
     assert 1.2 * found[0].flop < found[4].flop < 1.4 * found[0].flop, "each chunk goes forwards twice"
     half = step_cost(lambda: AlignTask(encoder, AlignLossConfig(), AugmentConfig()), batch, bfloat16=True)
     assert 0.4 * found[0].num_bytes < half.num_bytes < found[0].num_bytes
+
+
+def test_the_memory_of_this_process() -> None:
+    before = peak_memory_gb()
+    held = torch.ones(50_000_000)
+    assert 0.1 < before < peak_memory_gb() < before + 1, held.shape
 
 
 def test_the_work_of_a_step_by_hand() -> None:

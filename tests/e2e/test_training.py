@@ -137,7 +137,9 @@ def test_k4_five_killed_drivers(world: dict[str, str], tmp_path: Path) -> None:
 def nodes() -> Iterator[Cluster]:
     """A head without CPUs for training; tests add nodes."""
     engine.shutdown()
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    patient = {"health_check_timeout_ms": 60_000}  # a busy machine is not a dead node
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": patient}
+    found = Cluster(initialize_head=True, head_node_args=head)
     yield found
     engine.shutdown()
     found.shutdown()
