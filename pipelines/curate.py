@@ -70,13 +70,14 @@ def run(config: CurateConfig) -> dict[str, Any]:
     if config.tracking:
         store.check(config.tracking)
     config, chosen = config.fitted()
+    rows, carved = config.listed()
+    chosen |= carved
     for name, choice in chosen.items():
         log.info("curate: %s = %s", name, choice)
     if config.scores.bundle:
         from pipelines.curation.scores import check_sound  # only here: torch takes seconds to import
 
         check_sound(config.scores, config.decode.sample_rate_hz)
-    rows = config.rows()
     out = storage.absolute(config.out)
     settings = config.digests()
     _open(out, settings, config.rejudge)

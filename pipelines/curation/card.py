@@ -55,6 +55,7 @@ def write_card(out: str, config_filters: Mapping[str, Any], result: Mapping[str,
         "labels": figures_of.labels(rows),
         "correspondence": figures_of.correspondence(result),
         "pictures": _pictures(result),
+        "val_share": result.get("chosen", {}).get("val_share"),
         "duplicates": groups,
     }
     card |= _samples(rows, found, ordered)

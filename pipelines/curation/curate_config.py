@@ -161,13 +161,14 @@ class CurateConfig(RayVerbConfig):
 
     def plan(self) -> Plan:
         """Counts the manifest's rows; decodes nothing."""
-        rows = len(self.rows())
-        shards = -(-rows // self.rows_per_shard)
+        rows, carved = self.listed()
+        shards = -(-len(rows) // self.rows_per_shard)
+        chosen = self.fitted()[1] | carved
         return Plan(
-            inputs={"manifest": f"{self.manifest} ({rows} rows, {shards} shards)"},
+            inputs={"manifest": f"{self.manifest} ({len(rows)} rows, {shards} shards)"},
             outputs={name: storage.join(self.out, name) for name in (ACCEPTED, REJECTED)},
             resources=self.resources(),
-            chosen={name: str(choice) for name, choice in self.fitted()[1].items()},
+            chosen={name: str(choice) for name, choice in chosen.items()},
         )
 
     def fitted(self) -> tuple[Self, dict[str, Choice]]:
@@ -195,9 +196,19 @@ class CurateConfig(RayVerbConfig):
 
     def rows(self) -> list[ManifestRow]:
         """The manifest's rows with their splits by our names and with `val_share`, before any cutting."""
+        return self.listed()[0]
+
+    def listed(self) -> tuple[list[ManifestRow], dict[str, Choice]]:
+        """See `rows`; besides, where `val_share` is set, how many rows it moved."""
         rows = read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
         rows = named_splits(self.manifest, rows, self.split_names)
-        return with_val_share(rows, self.val_share) if self.val_share else rows
+        if not self.val_share:
+            return rows, {}
+        train = _rows_of_train(rows)
+        rows = with_val_share(rows, self.val_share)
+        moved = train - _rows_of_train(rows)
+        why = f"{moved:,} of train's {train:,} rows become the split val, by a hash of where their files lie"
+        return rows, {"val_share": Choice(value=self.val_share, why=why)}
 
     def digests(self) -> dict[str, int | str]:
         """Of the (fitted) settings that decide what is measured, and how that is judged."""
@@ -211,3 +222,7 @@ class CurateConfig(RayVerbConfig):
             "decode": stored_digest(measured, sort_keys=True),
             "judge": stored_digest(judged, sort_keys=True),
         }
+
+
+def _rows_of_train(rows: list[ManifestRow]) -> int:
+    return sum(row.split == "train" for row in rows)

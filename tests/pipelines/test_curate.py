@@ -222,7 +222,8 @@ def test_captions_and_splits_come_from_the_manifest_of_today(tmp_path: Path) -> 
     assert curate(manifest, tmp_path / "out", **APART)["measured"] == 0
     rows = tables(tmp_path / "out")["accepted"]
     assert [(row["caption"], row["split"]) for row in rows] == [("new", "test"), ("old", "train")]
-    assert curate(manifest, tmp_path / "out", val_share=0.999999, **APART)["measured"] == 0
+    carved = curate(manifest, tmp_path / "out", val_share=0.999999, **APART)
+    assert (carved["measured"], carved["chosen"]["val_share"]["why"][:22]) == (0, "1 of train's 1 rows be")
     assert [row["split"] for row in tables(tmp_path / "out")["accepted"]] == ["test", "val"]
 
 

@@ -57,6 +57,16 @@ def test_the_funnel_adds_up(curated: tuple[Path, dict[str, Any]], made: dict[str
     assert storage.read_json(str(out / "card.json")) == json.loads(json.dumps(made))
 
 
+def test_a_split_of_our_own_making_is_told(curated: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shutil.copytree(curated[0], tmp_path / "out")
+    chosen = {"val_share": {"value": 0.02, "why": "3 of train's 150 rows become val"}}
+    for result, told in ((curated[1], False), (curated[1] | {"chosen": curated[1]["chosen"] | chosen}, True)):
+        made = card.write_card(str(tmp_path / "out"), FILTERS, result)
+        page = " ".join((tmp_path / "out/card.html").read_text().split())
+        assert ("val_share 0.02: 3 of train&#39;s 150 rows become val." in page) == told
+        assert made["val_share"] == (chosen["val_share"] if told else None)
+
+
 def test_moving_a_threshold_is_told_as_judging_anew_would_have_it(
     curated: tuple[Path, dict[str, Any]], made: dict[str, Any]
 ) -> None:

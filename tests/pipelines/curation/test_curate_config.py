@@ -83,3 +83,5 @@ def test_the_plan_counts_rows_and_shards(tmp_path: Path) -> None:
     assert {row.split for row in settings.rows()} == {"test"}
     trained = settings.model_copy(update={"split_names": {"eval": "train"}, "val_share": 0.999999})
     assert {row.split for row in trained.rows()} == {"val"}
+    told = "0.999999 (5 of train's 5 rows become the split val, by a hash of where their files lie)"
+    assert (trained.plan().chosen["val_share"], settings.plan().chosen.get("val_share")) == (told, None)
