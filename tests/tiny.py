@@ -98,8 +98,8 @@ def write_sizes(
     return FoundationSpec(clip=str(folder / "clip"), diffusion=str(folder / "sd"))
 
 
-def write_ast(folder: str | Path) -> Path:
-    """A random ASTModel (16 mel bins, 100 frames)."""
+def write_ast(folder: str | Path, frames: int = 100) -> Path:
+    """A random ASTModel (16 mel bins, frames of 10 ms)."""
     torch.manual_seed(2)
     config = ASTConfig(
         hidden_size=32,
@@ -109,11 +109,11 @@ def write_ast(folder: str | Path) -> Path:
         patch_size=8,
         frequency_stride=8,
         time_stride=8,
-        max_length=100,
+        max_length=frames,
         num_mel_bins=16,
     )
     ASTModel(config).save_pretrained(folder)
-    ASTFeatureExtractor(num_mel_bins=16, max_length=100, mean=-4.0, std=4.5).save_pretrained(folder)
+    ASTFeatureExtractor(num_mel_bins=16, max_length=frames, mean=-4.0, std=4.5).save_pretrained(folder)
     return Path(folder)
 
 

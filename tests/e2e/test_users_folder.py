@@ -33,8 +33,11 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(foundation: FoundationSpec, *more: str) -> list[str]:
-    named = (f"foundation.clip={foundation.clip}", f"foundation.diffusion={foundation.diffusion}")
+def words(foundation: FoundationSpec | None, *more: str) -> list[str]:
+    """Settings as arguments, the foundation's folders among them."""
+    named: tuple[str, ...] = ()
+    if foundation is not None:
+        named = (f"foundation.clip={foundation.clip}", f"foundation.diffusion={foundation.diffusion}")
     return [word for setting in (*named, *more) for word in ("--set", setting)]
 
 
