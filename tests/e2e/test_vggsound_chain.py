@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,10 +177,13 @@ def test_all_splits_have_features_of_what_the_prompt_says(featurized: Place) -> 
 def test_the_files_own_arithmetic_is_told(
     verb: str, steps: str, batch: str, aligned: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([verb, *real(verb), "--dry-run"]) == 0
+    on_this_machine = words(None, f"encoder.pretrained={aligned.bucket}/models/ast") if verb == "align" else []
+    assert main([verb, *real(verb), *on_this_machine, "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    for told in (f"steps          {steps}", f"batch          {batch}", "memory "):
-        assert told in plan
+    assert f"steps          {steps}" in plan
+    assert f"batch          {batch}" in plan
+    assert re.search(r"memory +[\d.]+ GB a worker", plan)
+    assert re.search(r"time +.* [\d.e-]+ s an epoch", plan)
 
 
 def test_the_aligner_is_validated_on_val_and_is_an_ast(aligned: Place) -> None:
