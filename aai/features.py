@@ -196,9 +196,13 @@ def load_split(
             break
         opened = open_table(file, manifest)
         for group in range(opened.num_row_groups):
-            table = read_group(opened, file, group, ["split", *plain, *columns], cache)
-            parts.append(table.filter(pa.compute.equal(table["split"], split)))
-            found += parts[-1].num_rows
+            wanted = pa.compute.equal(opened.read_row_group(group, columns=["split"])["split"], split)
+            count = wanted.combine_chunks().true_count  # most row groups of a large table may have no such rows
+            if count and (max_rows is None or found < max_rows):
+                parts.append(read_group(opened, file, group, [*plain, *columns], cache).filter(wanted))
+                found += count
+    if not parts:
+        parts.append(read_group(opened, file, 0, [*plain, *columns], cache).slice(0, 0))
     whole = pa.concat_tables(parts).slice(0, max_rows)
     arrays = arrays_of(whole, manifest, clip_samples, columns)
     out: dict[str, Any] = {name: whole[name].to_pylist() for name in plain}

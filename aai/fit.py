@@ -7,6 +7,7 @@ step), so a run resumed from a checkpoint takes the steps that the uninterrupted
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -63,8 +64,9 @@ class FitConfig(Config):
     """Steps between two validations; 0 = only at the end."""
     best_metric: str = ""
     """Figure of validation by which the best weights are kept, such as val_a2v_r1; empty = the last are kept."""
-    best_is: Literal["highest", "lowest"] = "highest"
-    """Which value of best_metric is the best."""
+    best_is: Literal["auto", "highest", "lowest"] = "auto"
+    """Which value of best_metric is the best; auto: the highest of a recall (a name that ends with _r1, _r5, ...), the
+    lowest of anything else, which is a loss."""
     patience: int = pydantic.Field(0, ge=0)
     """Validations in a row without a better best_metric after which training ends; 0 = it runs to its last step."""
     ema_decay: float = pydantic.Field(0.0, ge=0, lt=1)
@@ -80,6 +82,13 @@ class FitConfig(Config):
         if self.best_metric and not self.eval_every:
             raise ValueError("best_metric needs eval_every: one validation at the end chooses nothing")
         return self
+
+    @property
+    def highest_is_best(self) -> bool:
+        """See `best_is`."""
+        if self.best_is == "auto":
+            return re.search(r"_r\d+$", self.best_metric) is not None
+        return self.best_is == "highest"
 
 
 @dataclass(frozen=True)
@@ -306,7 +315,7 @@ def _keeper(params: dict[str, nn.Parameter], config: FitConfig, resume: State | 
             before = (resume.step, resume.average) if resume else (0, None)
             average = MovingAverage(params, config.ema_decay, *before)
         if config.best_metric:
-            best = (resume and resume.best) or Best(config.best_metric, config.best_is == "highest")
+            best = (resume and resume.best) or Best(config.best_metric, config.highest_is_best)
     return Keeper(params, average, best, config.patience)
 
 

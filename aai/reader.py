@@ -173,7 +173,7 @@ class FeatureReader:
 
 
 def joined(parts: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
-    """The batches of several ranks, step by step, as one."""
+    """The batches of several ranks, step by step, as one: the first rows of all, then the second ones, and so on."""
     if len(parts) == 1:
         yield from parts[0]
         return
@@ -181,7 +181,10 @@ def joined(parts: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
         whole: Batch = {}
         for name, first in batches[0].items():
             rows = [batch[name] for batch in batches]
-            whole[name] = torch.cat(rows) if isinstance(first, torch.Tensor) else list(itertools.chain(*rows))
+            if isinstance(first, torch.Tensor):
+                whole[name] = torch.stack(rows, dim=1).flatten(0, 1)
+            else:
+                whole[name] = list(itertools.chain(*zip(*rows, strict=True)))
         yield whole
 
 

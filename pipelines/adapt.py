@@ -23,7 +23,6 @@ from aai.config import Config
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from aai.features import FeatureManifest
-from aai.fit import local_batch_size
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import diffusion_skeleton, load_clip, load_diffusion
 from aai.inject import Injector
@@ -57,6 +56,12 @@ class AdaptConfig(StageConfig):
     max_val_clips: int = pydantic.Field(128, ge=2)
     """Validation takes at most this many clips of the val split."""
 
+    @pydantic.model_validator(mode="after")
+    def _beside_the_features(self) -> "AdaptConfig":
+        if f"{self.aligned.rstrip('/')}/".startswith(f"{self.features.rstrip('/')}/"):
+            raise ValueError("aligned lies in the folder of the features, whose files would then be mixed")
+        return self
+
     def step_cost(self) -> StepCost | str:
         """See StageConfig."""
         manifest = self.manifest()
@@ -69,20 +74,22 @@ class AdaptConfig(StageConfig):
             "latents": (clips, *manifest.latent_shape),
             "caption": [f"caption {row}" for row in range(clips)],
         }
+        own = self.loss.denoise_rows * clips // self.fit.batch_size  # of the step's, this worker's
+        loss = self.loss.model_copy(update={"denoise_rows": own})
         try:
             spec = read_bundle(self.bundle).config.foundation
-            return step_cost(lambda: self._skeleton_task(spec, dim), batch, self.half)
+            return step_cost(lambda: self._skeleton_task(spec, dim, loss), batch, self.half)
         except UserError as error:
             return f"told when the bundle and its diffusion model are on this machine ({error})"
 
-    def _skeleton_task(self, spec: FoundationSpec, dim: int) -> AdaptTask:
+    def _skeleton_task(self, spec: FoundationSpec, dim: int, loss: AdaptLossConfig) -> AdaptTask:
         """The task without a weight that means anything."""
         parts = diffusion_skeleton(spec)
         width = parts.text_encoder.config.hidden_size
         shape = self.adapter.model_copy(update={"embed_dim": dim, "token_dim": width})
         prepare_network(parts.unet, self.fit)
         projection = nn.Linear(width, dim, bias=False)
-        return AdaptTask(AudioAdapter(shape), parts, projection, self.loss, self.neutral_word, self.fit.chunk_size)
+        return AdaptTask(AudioAdapter(shape), parts, projection, loss, self.neutral_word, self.fit.chunk_size)
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -92,6 +99,8 @@ class AdaptConfig(StageConfig):
 
 
 CONFIG = AdaptConfig
+VALIDATED_AT_ONCE = 8
+"""Clips of the val split in one pass; another number draws other noise."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -152,9 +161,8 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         return AdaptTask(adapter, pipe, projection, self.config.loss, neutral_word, self.config.fit.chunk_size)
 
     def validate(self, task: AdaptTask, held_out: dict[str, Any]) -> dict[str, float]:
-        """The loss and its terms, with the same noise every time, over batches as large as a worker's in training."""
-        device = next(task.adapter.parameters()).device
-        size = local_batch_size(self.config.fit, self.config.cluster.most_workers)
+        """The loss and its terms, with the same noise every time, however many workers there are."""
+        device, size = next(task.adapter.parameters()).device, VALIDATED_AT_ONCE
         rows, totals = len(held_out["caption"]), defaultdict[str, float](float)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

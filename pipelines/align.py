@@ -65,14 +65,16 @@ class AlignConfig(StageConfig):
 
     def step_cost(self) -> StepCost | str:
         """See StageConfig."""
-        clip_s = LONGEST_S if self.encoder.clip_s == "auto" else self.encoder.clip_s
+        clip_s = self.encoder.clip_s
+        if clip_s == "auto":
+            clip_s = LONGEST_S if self.manifest() is None else self.fitted()[1].value
         encoder: AudioEncoderConfig = self.encoder.model_copy(update={"clip_s": clip_s})
         try:
             encoder = described(encoder, local=True)
-        except UserError:
-            if os.path.isdir(str(encoder.pretrained)):
+        except UserError as error:
+            if os.path.isdir(str(encoder.pretrained)) and self.encoder.clip_s != "auto":
                 raise
-            return f"told when {encoder.pretrained} is on this machine"
+            return f"not told: {error}"
         clips = self.clips_of_worker
         batch = {
             "audio": (clips, encoder.clip_samples),

@@ -229,6 +229,7 @@ def check(config: TuneConfig, candidates: tuple[Candidate, ...]) -> tuple[str, T
     places = {name: storage.absolute(getattr(base, name)) for name in base.places}
     recipe = RECIPES[config.stage](base.model_copy(update=places))
     recipe.prepare(manifest)
+    recipe.config.refuse_what_cannot_fit()
     sampled = {name: str(where) for name, where in (config.space or SPACES[config.stage]).items()}
     decides = {
         "base": content_digest(recipe, manifest),
@@ -307,6 +308,8 @@ def best_yaml(config: TuneConfig, candidate: Candidate, why: str) -> str:
     """A config file of the stage: what was given and drawn; all else keeps its default, also what the data decide."""
     given = candidate.config.model_dump(mode="json", exclude_unset=True)
     given["out"] = storage.join(config.out, "best")
+    if "@" in candidate.config.tracking.uri:  # a password out of the environment does not belong into a file
+        del given["tracking"]["uri"]
     head = f"# Trial {candidate.number} of a sweep by `aai tune {config.stage}`:\n# {why}.\n"
     return head + OmegaConf.to_yaml(OmegaConf.create(given))
 

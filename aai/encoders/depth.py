@@ -6,14 +6,18 @@ from torch import nn
 def depths(tower: nn.Module) -> dict[str, int]:
     """Of each parameter by name: 0 below the stack of layers, 1..L its layer, L + 1 above. L is `num_layers`.
 
-    The stack is the list of modules with the most parameters; what is registered before it counts as below.
+    The stack is the list of modules with the most parameters; what is registered before it counts as below, and so does
+    a batch norm: CLAP's is that of its input.
     """
     where, layers = _stack(tower)
     found, passed = {}, False
+    norms = [name for name, module in tower.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for name, _ in tower.named_parameters():
         inside = name.startswith(f"{where}.")
         passed = passed or inside
-        if inside:
+        if name.rsplit(".", 1)[0] in norms:
+            found[name] = 0
+        elif inside:
             found[name] = 1 + int(name.removeprefix(f"{where}.").split(".")[0])
         else:
             found[name] = len(layers) + 1 if passed else 0

@@ -1,8 +1,10 @@
 """What the driver sees of a running training: one progress line, history.jsonl, skipped.jsonl, and whoever listens."""
 
+import contextlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,8 @@ SKIPPED = "skipped.jsonl"
 """Steps that were not taken, with the clips that are suspected."""
 SHOWN_CLIPS = 5
 POLL_S = 0.5
+RETRY_S, PATIENCE_S = 15.0, 600.0
+"""When a training has ended: between two tries to write its figures, and for how long."""
 
 Entry = dict[str, Any]
 OnLog = Callable[[int, dict[str, float]], None]
@@ -101,10 +105,29 @@ def following(name: str, board: Any, out: str, steps: int, on_log: OnLog) -> Ite
         thread.start()
         try:
             yield
-        finally:
+        except BaseException:
             stop.set()
             thread.join()
+            with contextlib.suppress(Exception):  # what went wrong before must not be hidden
+                follower.poll()
+            raise
+        stop.set()
+        thread.join()
+        _finish(follower)
+
+
+def _finish(follower: Follower) -> None:
+    """Takes what is left; storage that is away is waited for."""
+    gives_up_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
             follower.poll()
+            return
+        except Exception as error:
+            if time.monotonic() > gives_up_s:
+                raise
+            log.warning("%s: figures cannot be written to %s for now (%s)", follower.name, follower.out, error)
+            time.sleep(RETRY_S)
 
 
 def _read(out: str, name: str) -> list[Entry]:

@@ -4,9 +4,12 @@ A run is named by its output folder and a digest of its settings; calling `train
 checkpoint, whether the workers, the driver or the whole cluster died.
 """
 
+import contextlib
 import logging
 import os
+import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,8 +43,10 @@ STATE = "state.safetensors"
 """In every checkpoint: what the next step depends on."""
 TRAINED = "trained.safetensors"
 """In the last checkpoint also: what the driver gets."""
-UPLOAD_WAITS_S = (2, 5, 10, 20, *[60] * 9)
-"""Between the tries to send a checkpoint: ten minutes, then it is given up."""
+LOCAL = "aai-checkpoint-"
+"""How the folder of a checkpoint that is being made begins; then comes the process."""
+UPLOAD_S, UPLOAD_WAIT_S = 600.0, 15.0
+"""How long sending a checkpoint is tried before it is given up, and the wait between two tries."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Session:
     out: str
     preemptible: bool
     _noticed: set[str] = field(default_factory=set)
+    _sending: threading.Event = field(default_factory=threading.Event)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Rank 0 posts an entry of the history; those of training say how many workers there are, and its memory."""
@@ -95,40 +101,53 @@ class Session:
     def checkpoint(self, state: State) -> None:
         """Rank 0 writes, with the last step also what the driver gets; all report, since reporting is a barrier.
 
-        To s3:// it is sent on a thread while steps go on, but for the last one.
+        To s3:// it is sent on a thread while steps go on, but for the last one; one that comes while another is still
+        on its way, because the storage is away, is left out.
         """
-        if self.rank != 0:
+        if self.rank != 0 or (self._sending.is_set() and not state.ended):
             ray.train.report({"step": state.step})
             return
-        folder, last = tempfile.mkdtemp(prefix="aai-checkpoint-"), state.ended
-        state.save(Path(folder) / STATE)
-        if last:
-            module, settings = self.work.export()
-            about = settings.model_dump(mode="json"), state.step, state.precision, state.kept_step
-            final = Trained(module.state_dict(), *about)
-            final.save(Path(folder) / TRAINED)
-        how: dict[str, Any] = {}
-        if self.out.startswith("s3://"):
-            modes = ray.train.CheckpointUploadMode
-            how = {"checkpoint_upload_mode": modes.SYNC if last else modes.ASYNC, "checkpoint_upload_fn": _upload}
-        here = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"step": state.step}, here, delete_local_checkpoint_after_upload=True, **how)
-
-
-def _upload(checkpoint: Any, name: str) -> Any:
-    """Sends a checkpoint's files to the run's storage; errors are bridged for about ten minutes, then raised."""
-    place = ray.train.get_context().get_storage()
-    target = f"{place.experiment_fs_path}/{name}"
-    for wait_s in UPLOAD_WAITS_S:
+        folder = tempfile.mkdtemp(prefix=f"{LOCAL}{os.getpid()}-")
         try:
-            storage.upload_folder(checkpoint.path, f"s3://{target}")
-            break
-        except Exception as error:
-            log.warning("checkpoint %s cannot be sent for now (%s)", name, error)
-            time.sleep(wait_s)
-    else:
-        storage.upload_folder(checkpoint.path, f"s3://{target}")
-    return ray.train.Checkpoint(target, place.storage_filesystem)
+            state.save(Path(folder) / STATE)
+            if state.ended:
+                module, settings = self.work.export()
+                about = settings.model_dump(mode="json"), state.step, state.precision, state.kept_step
+                Trained(module.state_dict(), *about).save(Path(folder) / TRAINED)
+            how: dict[str, Any] = {}
+            if self.out.startswith("s3://"):
+                modes = ray.train.CheckpointUploadMode
+                mode = modes.SYNC if state.ended else modes.ASYNC
+                how = {"checkpoint_upload_mode": mode, "checkpoint_upload_fn": self._upload}
+                self._sending.set()
+            here = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"step": state.step}, here, delete_local_checkpoint_after_upload=True, **how)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _upload(self, checkpoint: Any, name: str) -> Any:
+        """Sends a checkpoint's files to the run's storage; errors are bridged for ten minutes, then raised."""
+        place = ray.train.get_context().get_storage()
+        target, gives_up_s = f"{place.experiment_fs_path}/{name}", time.monotonic() + UPLOAD_S
+        while True:
+            try:
+                storage.upload_folder(checkpoint.path, f"s3://{target}")
+                self._sending.clear()
+                return ray.train.Checkpoint(target, place.storage_filesystem)
+            except Exception as error:
+                if time.monotonic() > gives_up_s:
+                    raise
+                log.warning("checkpoint %s cannot be sent for now (%s)", name, error)
+                time.sleep(UPLOAD_WAIT_S)
+
+
+def remove_leftovers() -> None:
+    """Removes what killed workers of this machine have left of checkpoints in its temporary folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{LOCAL}*"):
+        with contextlib.suppress(ValueError, OSError):
+            if not Path(f"/proc/{int(folder.name.removeprefix(LOCAL).split('-')[0])}").exists():
+                shutil.rmtree(folder)
 
 
 def train(
@@ -192,6 +211,11 @@ def checkpoints(out: str) -> str:
     return storage.join(out, "_checkpoints")
 
 
+def has_checkpoint(out: str, digest: str) -> bool:
+    """Whether a run has come to its first checkpoint."""
+    return any("/checkpoint_" in file for file in storage.list_files(storage.join(checkpoints(out), digest)))
+
+
 def _work(config: dict[str, Any]) -> str | None:
     """What runs on a worker. Returns what went wrong when trying again cannot help, else None."""
     context = ray.train.get_context()
@@ -199,6 +223,7 @@ def _work(config: dict[str, Any]) -> str | None:
     if device.type == "cpu":  # two workers with all cores each would only wait for one another
         torch.set_num_threads(max(1, int(config["cpus"])))
     storage.be_patient()
+    remove_leftovers()
     rank, fit = context.get_world_rank(), config["fit"]
     work = config["make_work"](rank, context.get_world_size(), config["settings"])
     task = ray.train.torch.prepare_model(work.task, parallel_strategy_kwargs={"broadcast_buffers": False})

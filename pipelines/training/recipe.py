@@ -30,6 +30,8 @@ from pipelines.settings import Plan, RayVerbConfig, RunsConfig, TrainClusterConf
 
 log = logging.getLogger(__name__)
 
+HOW_ALONE = ("chunk_size", "checkpoint_activations", "compile", "log_every", "checkpoint_every")
+"""Settings of fit that change how a step is computed or told, not what is learned: a run goes on under others."""
 GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.03
 """Of one GPU (a third of an A100's peak in bfloat16) and of one core, for the time that a plan tells."""
 
@@ -139,7 +141,9 @@ class StageConfig(RayVerbConfig):
     def content(self) -> dict[str, Any]:
         """The settings that determine the weights: all but places, machines and what is only looked at."""
         elsewhere = {"run_dir", "cluster", "tracking", "max_val_clips", "max_cut_share", *self.places}
-        return self.model_dump(mode="json", exclude=elsewhere)
+        settings = self.model_dump(mode="json", exclude=elsewhere)
+        settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in HOW_ALONE}
+        return settings
 
 
 C = TypeVar("C", bound=StageConfig)

@@ -47,22 +47,22 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C, on_log: OnLog, tags: Map
     begin = time.monotonic()
     config = config.model_copy(update={name: storage.absolute(getattr(config, name)) for name in config.places})
     manifest = FeatureManifest.read(config.features)
-    local_batch_size(config.fit, config.cluster.most_workers)
     if not validates(config.fit, manifest):
         log.warning("%s: no validation: the features have no clips of the split val", config.stage)
     recipe = recipe_class(config)
     run_digest = content_digest(recipe, manifest)
+    ranks = ranks_of_run(config, run_digest)
     if (found := up_to_date(config, run_digest)) is not None:
         return found
     settings = recipe.prepare(manifest).model_dump(mode="json")
-    config.refuse_what_cannot_fit()
+    recipe.config.refuse_what_cannot_fit()
     recipe.precompute()
     params = {"fingerprint": manifest.fingerprint, **settings}
     with tracking.run(config.tracking, config.stage, params, {"digest": run_digest, **tags}) as run:
         with live_metrics(run) as send:
             for entry in following.history(config.out):  # of a run that goes on
                 send(int(entry["step"]), _figures(entry))
-            ranks = ranks_of_run(config, run_digest)
+            storage.write_json(ranks_file(config, run_digest), {"ranks": ranks})
             work = make_work, (recipe_class, settings, ranks), config.cluster.at_most(ranks), config.out, run_digest
 
             def heard(step: int, figures: dict[str, float]) -> None:
@@ -92,15 +92,23 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C, on_log: OnLog, tags: Map
     return result
 
 
+def ranks_file(config: StageConfig, run_digest: str) -> str:
+    """Where a run notes its ranks."""
+    return storage.join(ray_train.checkpoints(config.out), f"{run_digest}.json")
+
+
 def ranks_of_run(config: StageConfig, run_digest: str) -> int:
-    """Into how many parts the clips of a run are shared out: the workers it began with, however many it has later."""
-    where = storage.join(ray_train.checkpoints(config.out), f"{run_digest}.json")
-    if not storage.exists(where):
-        storage.write_json(where, {"ranks": config.cluster.most_workers})
-    ranks = int(storage.read_json(where)["ranks"])
+    """Into how many parts the clips of a run are shared out: the workers it began with, however many it has later.
+
+    A run has begun when it has a checkpoint. Raises UserError when they cannot share the batch evenly.
+    """
+    where, ranks = ranks_file(config, run_digest), config.cluster.most_workers
+    if storage.exists(where) and ray_train.has_checkpoint(config.out, run_digest):
+        ranks = int(storage.read_json(where)["ranks"])
+    local_batch_size(config.fit, ranks)
     if config.cluster.most_workers > ranks:
-        said = "%s: this run was begun with %d workers, whose clips no more than %d can share: %d are not used"
-        log.warning(said, config.stage, ranks, ranks, config.cluster.most_workers - ranks)
+        said = "%s: begun with %d workers, which more cannot share: %d are not used (for all of them, delete %s)"
+        log.warning(said, config.stage, ranks, config.cluster.most_workers - ranks, config.out)
     return ranks
 
 

@@ -142,7 +142,10 @@ def _in_thread(tuner: tune.Tuner, watch: "Watch") -> tune.ResultGrid:
     try:
         while thread.is_alive():
             thread.join(ORPHANS_S)
-            remove_orphans()  # the next trial's workers wait for the CPUs of one that was stopped
+            try:
+                remove_orphans()  # the next trial's workers wait for the CPUs of one that was stopped
+            except Exception as error:  # the cluster is busy: asked again in a moment
+                log.debug("what stopped trials left behind cannot be looked at (%s)", error)
     finally:
         watch.ends = True  # nothing new is started where we were interrupted
     if isinstance(found[0], BaseException):

@@ -303,7 +303,7 @@ def test_bounds_and_defaults_of_the_settings() -> None:
         "log_every": 10,
         "eval_every": 0,
         "best_metric": "",
-        "best_is": "highest",
+        "best_is": "auto",
         "patience": 0,
         "ema_decay": 0.0,
         "checkpoint_every": 100,

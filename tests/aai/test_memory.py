@@ -134,6 +134,14 @@ def test_the_work_of_a_step_by_hand() -> None:
     with PeakMemory() as memory:
         net(torch.randn(5, 8)).sum().backward()
     assert memory.flop == 2 * 5 * (2 * 8 * 64 + 3 * 64)
+    queries, keys = (torch.randn(2, 4, 32, 16, requires_grad=True) for _ in range(2))
+    with PeakMemory() as memory:
+        attended = nn.functional.scaled_dot_product_attention(queries, keys, keys)
+    one = 2 * 2 * 4 * 32 * 32 * 16
+    assert memory.flop == 2 * one
+    with PeakMemory() as memory:
+        attended.sum().backward()
+    assert memory.flop == 5 * one  # the scores once more, and the products for queries, keys and values
 
 
 def test_an_out_of_memory_error_names_the_setting() -> None:

@@ -55,7 +55,14 @@ def test_without_a_metric_the_last_weights_are_kept() -> None:
     assert [state.ended for state in states] == [False, False, True]
 
 
-@pytest.mark.parametrize(("best_is", "step"), [("highest", 6), ("lowest", 10)])
+def test_recalls_are_to_be_high_and_losses_low() -> None:
+    for metric, highest in (("val_a2v_r1", True), ("val_r10", True), ("val_loss", False), ("val_r1_gap", False)):
+        assert FitConfig(best_metric=metric, eval_every=1).highest_is_best is highest
+    assert FitConfig(best_metric="val_loss", best_is="highest", eval_every=1).highest_is_best
+    assert not FitConfig(best_metric="val_r1", best_is="lowest", eval_every=1).highest_is_best
+
+
+@pytest.mark.parametrize(("best_is", "step"), [("auto", 6), ("highest", 6), ("lowest", 10)])
 def test_the_best_weights_are_kept(best_is: str, step: int) -> None:
     task, states, seen = run([1, 2, 5, 5, 0, 3], best_metric="val_r1", best_is=best_is)
     assert states[-1].kept_step == step

@@ -27,6 +27,7 @@ def test_every_backbone_has_its_layers_between_what_is_below_and_above(backbone:
     assert layers == {"ast": 2, "clap": 2, "whisper": 1, "pe_audio": 1}[backbone]
     assert found.keys() == dict(tower.named_parameters()).keys()
     assert found[FIRST[backbone]] == 0
+    assert {depth for name, depth in found.items() if "batch_norm" in name} <= {0}
     assert set(range(layers + 2)) == set(found.values())
     if backbone in LAST:
         assert found[LAST[backbone]] == layers + 1

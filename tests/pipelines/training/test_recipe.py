@@ -108,6 +108,8 @@ def test_what_changes_the_weights_changes_the_digest(tmp_path: Path) -> None:
         assert of(same) == first, same
     for other in ({"map": {"bias": False}}, {"fit": {"seed": 1}}):
         assert of(other) != first, other
+    how = {"chunk_size": 2, "log_every": 7, "checkpoint_every": 7, "compile": True, "checkpoint_activations": True}
+    assert of({"fit": config.fit.model_dump() | how}) == first
     assert of({}, parents=("bundle",)) != first
     assert of({}, data="g") != first
 

@@ -14,7 +14,7 @@ from aai.features import FeatureManifest
 from aai.fit import FitConfig
 from aai.memory import PeakMemory
 from pipelines.training.recipe import Trained, prepare_network
-from pipelines.training.stage import kept_figures, make_work, ranks_of_run, up_to_date, validates
+from pipelines.training.stage import kept_figures, make_work, ranks_file, ranks_of_run, up_to_date, validates
 from tests.aai import test_features as table
 from tests.pipelines.training.third_stage import CaptionConfig, CaptionRecipe
 
@@ -57,7 +57,7 @@ def test_fewer_workers_take_the_same_clips_in_each_step(features: str) -> None:
                 assert len(batch["clip_id"]) == len(batch["image_features"]) == len(batch["caption_id"])
                 steps[step] += batch["clip_id"]
         assert [len(step) for step in steps] == [6] * 7
-        seen.append(steps)
+        seen.append([sorted(step) for step in steps])
     assert seen[0] == seen[1] == seen[2]
 
 
@@ -66,11 +66,19 @@ def test_a_run_keeps_the_ranks_it_began_with(tmp_path: Path, caplog: pytest.LogC
         values = settings("unused") | {"out": str(tmp_path), "cluster": {"num_workers": workers}}
         return ranks_of_run(CaptionConfig.parse(values), digest)
 
-    assert [of([2, 4]), of(2), of(1)] == [4, 4, 4]
-    assert caplog.text == ""
-    assert of(6) == 4
-    assert "begun with 4 workers, whose clips no more than 4 can share: 2 are not used" in caplog.text
+    def begun(ranks: int) -> None:
+        config = CaptionConfig.parse(settings("unused") | {"out": str(tmp_path)})
+        storage.write_json(ranks_file(config, "d"), {"ranks": ranks})
+
+    assert [of([2, 3]), of(2)] == [3, 2]
+    begun(3)
+    assert of(2) == 2, "it has no checkpoint yet"
+    storage.write_bytes(f"{tmp_path}/_checkpoints/d/checkpoint_1/state.safetensors", b"")
+    assert [of(2), of(1), of([2, 4])] == [3, 3, 3]
+    assert "begun with 3 workers, which more cannot share: 1 are not used (for all of them, delete " in caplog.text
     assert of(6, "another run") == 6
+    with pytest.raises(UserError, match=r"fit\.batch_size=6: is not a multiple of the 4 workers"):
+        of(4, "another run")
 
 
 def test_validation_that_is_asked_for_needs_clips(features: str) -> None:
