@@ -65,6 +65,7 @@ def _train(rank: int, run: BareRun, port: int) -> None:
     on_gpu, world = run.cluster.gpus_per_worker > 0, run.cluster.num_workers
     if not on_gpu:
         torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it asks for this machine's name, which may take long
     address, patience = f"tcp://127.0.0.1:{port}", timedelta(minutes=30)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", init_method=address, rank=rank, world_size=world, timeout=patience

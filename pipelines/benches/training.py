@@ -154,30 +154,32 @@ def _check_losses(ray: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Non
 
 
 def summarise(records: dict[str, list[Record]], clips: int, steps: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """(figures, ratios) of groups that took turns of so many steps of so many clips; a turn lasts as its first rank's.
+    """(figures, ratios) of groups that took turns of so many steps of so many clips.
 
-    Medians over the turns; a ratio is of times a step, the median over the pairs of turns.
+    A turn lasts as long as for its ranks on average. Figures are medians over the turns, a ratio the median over the
+    pairs of turns: of times a step, and of the CPU time of all ranks.
     """
     figures: dict[str, Any] = {}
+    step_s: dict[str, list[float]] = {}
+    cpu_s: dict[str, list[float]] = {}
     for group, ranks in records.items():
-        step_s = [turn.seconds / steps for turn in ranks[0].turns]
-        cpu_s = [sum(parts) / steps for parts in zip(*([t.cpu_s for t in rank.turns] for rank in ranks), strict=True)]
-        waited_s = sum(turn.waited_s for rank in ranks for turn in rank.turns)
-        figures[f"{group}_clips_per_s"] = _short(clips / statistics.median(step_s))
-        figures[f"{group}_step_ms"] = _short(1e3 * statistics.median(step_s))
-        figures[f"{group}_step_cpu_ms"] = _short(1e3 * statistics.median(cpu_s))
-        figures[f"{group}_data_wait_share"] = _short(waited_s / sum(t.seconds for rank in ranks for t in rank.turns))
-        figures[f"{group}_each_step_ms"] = [round(1e3 * seconds, 1) for seconds in step_s]
+        turns = list(zip(*(rank.turns for rank in ranks), strict=True))
+        step_s[group] = [statistics.mean(part.seconds for part in turn) / steps for turn in turns]
+        cpu_s[group] = [sum(part.cpu_s for part in turn) / steps for turn in turns]
+        waited_s = sum(part.waited_s for turn in turns for part in turn)
+        figures[f"{group}_clips_per_s"] = _short(clips / statistics.median(step_s[group]))
+        figures[f"{group}_step_ms"] = _short(1e3 * statistics.median(step_s[group]))
+        figures[f"{group}_step_cpu_ms"] = _short(1e3 * statistics.median(cpu_s[group]))
+        figures[f"{group}_data_wait_share"] = _short(waited_s / (len(ranks) * steps * sum(step_s[group])))
+        figures[f"{group}_each_step_ms"] = [round(1e3 * seconds, 1) for seconds in step_s[group]]
         peaks_gb = [rank.peak_gb for rank in ranks if rank.peak_gb is not None]
         if peaks_gb:
             figures[f"{group}_gpu_peak_gb"] = _short(max(peaks_gb))
     ratios = {}
-    for name, of in (("step", lambda turn: turn.seconds), ("step_cpu", lambda turn: turn.cpu_s)):
-        times = {}
-        for group in GROUPS:
-            times[group] = [sum(of(t) for t in turns) for turns in zip(*(r.turns for r in records[group]), strict=True)]
-        pairs = zip(times["ray"], times["bare"], strict=True)
-        ratios[f"ray_{name}/bare_{name}"] = round(statistics.median(a / b for a, b in pairs), 4)
+    for name, times in (("step", step_s), ("step_cpu", cpu_s)):
+        pairs = [a / b for a, b in zip(times["ray"], times["bare"], strict=True)]
+        ratios[f"ray_{name}/bare_{name}"] = round(statistics.median(pairs), 4)
+        figures[f"each_ray_{name}/bare_{name}"] = [round(pair, 3) for pair in pairs]
     return figures, ratios
 
 

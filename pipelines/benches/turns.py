@@ -4,6 +4,7 @@ A group waits between its turns, in the iterator of its batches: the training it
 from the first batch's being asked for to the step's end after the last one; the first turn of each group warms up.
 """
 
+import contextlib
 import itertools
 import os
 import time
@@ -76,8 +77,9 @@ class Turns:
         self._open(0)
 
     def give_up(self, why: str) -> None:
-        """Lets no group wait any longer."""
-        Path(self.folder, "given-up").write_text(why, encoding="utf-8")
+        """Lets no group wait any longer; the first reason given is kept, later ones follow from it."""
+        with contextlib.suppress(FileExistsError), Path(self.folder, "given-up").open("x", encoding="utf-8") as file:
+            file.write(why)
 
     def ready(self, group: str, rank: int) -> bool:
         """Whether a process waits for its first turn, or has had it."""
