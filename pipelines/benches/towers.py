@@ -152,6 +152,7 @@ def measure_towers(config: BenchConfig) -> dict[str, Any]:
         "weights": "random",
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
         "clips_per_step_with_towers": count,
         "frames": config.train.frames,
         "steps_with_towers": config.repeats,
