@@ -36,9 +36,9 @@ class ModelConfig(Config):
 class TrainBenchConfig(Config):
     """What `aai bench align` and `aai bench adapt` compare."""
 
-    steps: int = pydantic.Field(5, ge=1)
+    steps: int = pydantic.Field(2, ge=1)
     """Steps of a turn of Ray Train, and of a turn without Ray; each turn makes one entry of the history."""
-    pairs: int = pydantic.Field(12, ge=1)
+    pairs: int = pydantic.Field(40, ge=1)
     """Turns of each that count, after one to warm up."""
     clips: int = pydantic.Field(16, ge=2)
     """Clips of a step with and without towers; without a GPU two."""

@@ -5,6 +5,7 @@ plain processes under DistributedDataParallel, in turns. The losses of both must
 """
 
 import math
+import os
 import statistics
 import time
 from typing import Any
@@ -45,6 +46,9 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     records, spent = _both(config, settings)
     figures, ratios = summarise(records, settings.fit.batch_size, config.train.steps)
     figures |= {name: _short(value) for name, value in spent.items()}
+    # In turns, Ray's other processes run during the turns of both: what they may cost where no core is free.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ratios["ray_other_processes/all_cores"] = _short(spent["ray_other_processes_cpus"] / cores)
     towers = measure_towers(config)
     inputs = {
         "features": features,

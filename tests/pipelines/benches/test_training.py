@@ -52,14 +52,15 @@ def test_a_small_bench_on_real_ray(
     words = [word for setting in sets for word in ("--set", setting)]
     result, lines = measured(capsys, out, name, "--clips", "30", *words)
     figures, ratios = result["figures"], result["ratios"]
-    assert list(ratios)[:2] == ["ray_step/bare_step", "ray_step_cpu/bare_step_cpu"]
+    assert list(ratios)[:3] == ["ray_step/bare_step", "ray_step_cpu/bare_step_cpu", "ray_other_processes/all_cores"]
     assert any("towers" in ratio for ratio in ratios)
     for group in ("ray", "bare"):
         assert figures[f"{group}_clips_per_s"] > 0
         assert figures[f"{group}_start_s"] > 0
         assert 0 <= figures[f"{group}_data_wait_share"] < 1
         assert len(figures[f"{group}_each_step_ms"]) == 1
-    assert figures["ray_other_processes_cpus"] >= 0
+    cores = result["machine"]["cores"]
+    assert ratios["ray_other_processes/all_cores"] == pytest.approx(figures["ray_other_processes_cpus"] / cores, 1e-3)
     assert result["inputs"]["clips_per_step"] == 8
     assert any(line.startswith("ray_step/bare_step") for line in lines)
     assert not (Path(out) / name / "ray" / "bundle").exists()
