@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from aai.foundation.identity import TOY_WEIGHTS
+from pipelines.benches import random_models
 from pipelines.benches.random_models import adapt_task, ast_encoder, build_pipeline, clip_folder
 
 
@@ -14,8 +15,10 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def test_sizes_are_those_of_stable_diffusion_and_ast() -> None:
+def test_sizes_are_those_of_stable_diffusion_and_ast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts of the published checkpoints; the text encoder's without its vocabulary, which is the toy's."""
+    scheduler = random_models.noise_scheduler()  # it computes with numbers, which meta tensors have not
+    monkeypatch.setattr(random_models, "noise_scheduler", lambda: scheduler)
     with torch.device("meta"):
         pipe, encoder = build_pipeline("vitl14", TOY_WEIGHTS / "clip"), ast_encoder("vitl14")
     assert parameters(pipe.unet) == 859_520_964
