@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aai.align import AlignLossConfig, AlignTask
+from aai.augment import AugmentConfig
 from aai.encoders.audio import AudioEncoder
 from aai.fit import FitConfig, fit
 from aai.foundation.clip import FrozenClip
@@ -140,7 +141,14 @@ def measure_towers(config: BenchConfig) -> dict[str, Any]:
                 f"{name}_towers": partial(towers.for_align, clips, config.train.frames),
                 f"{name}_towers_one_picture": partial(towers.for_align, clips, 1),
             }
-            _measure(AlignTask(encoder, AlignLossConfig()).to(device), sources, config, count, figures, ratios)
+            _measure(
+                AlignTask(encoder, AlignLossConfig(), AugmentConfig()).to(device),
+                sources,
+                config,
+                count,
+                figures,
+                ratios,
+            )
     else:
         pipe = build_pipeline(size, clip_folder(config.out, size))
         vae, encoder = pipe.vae.to(device, dtype).eval(), ast_encoder(size).to(device).eval().requires_grad_(False)
