@@ -39,7 +39,7 @@ VERBS = {
     "edit": "put a sound's object into a given picture",
     "stylize": "put a sound's ambience onto a given picture",
     "serve": "serve the promoted bundle over HTTP",
-    "bench": "measure decode, curate, featurize or a CLIP beside alternatives and floor",
+    "bench": "measure decoding, stages, trainings or a CLIP beside alternatives and floor",
     "plan": "capacity plan: stage rates on a sample, CPUs a GPU needs, time and storage for N clips on M nodes",
     "demo": "all of the above on the toy world, ending with a report",
 }

@@ -3,6 +3,8 @@
     aai bench curate               # `aai curate` on Ray, the same work in a plain pool of processes, decoding alone
     aai bench featurize            # `aai featurize` likewise; the floor is the models alone
     aai bench decode               # the ways of decoding, beside other decoders
+    aai bench align                # a step of `aai align` on Ray Train, without Ray, from towers in place of features
+    aai bench adapt                # `aai adapt` likewise
     aai bench vitl14               # CLIP ViT-L/14 of random weights, beside the device's matrix product
 
 Prints a table and writes OUT/NAME.json: name, machine, inputs, figures, ratios. Compared runs take turns, so that
@@ -22,7 +24,14 @@ from pipelines.engine.machine import machine
 
 log = logging.getLogger(__name__)
 
-MODULES = {"decode": "decoding", "curate": "curation", "featurize": "featurization", "vitl14": "vitl14"}
+MODULES = {
+    "decode": "decoding",
+    "curate": "curation",
+    "featurize": "featurization",
+    "align": "training",
+    "adapt": "training",
+    "vitl14": "vitl14",
+}
 """Every bench and its module in pipelines.benches."""
 NAMES = tuple(MODULES)
 _UNITS = {

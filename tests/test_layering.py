@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "training": CLUSTER | {"registry"},
     "tuning": {"engine", "pages", "training"},
     "curation": CLUSTER | {"manifests", "pages", "registry"},
-    "benches": CLUSTER | {"manifests", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
+    "benches": CLUSTER | {"manifests", "training", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
 }
 """What each package (or single module) of pipelines/ may import of the others; a verb may import all packages."""
 RUNS_OTHERS = {"bench", "demo", "plan", "tune"}

@@ -19,10 +19,10 @@ def as_flags(settings: Sequence[str]) -> list[str]:
 
 
 class ModelConfig(Config):
-    """The CLIP of `aai bench vitl14`: random weights cost what trained ones cost."""
+    """The models of vitl14, align and adapt: random weights cost what trained ones cost."""
 
     size: Literal["vitl14", "tiny"] = "vitl14"
-    """tiny: only to see that the bench works."""
+    """vitl14: of align and adapt also AST-base and Stable Diffusion 1.5. tiny: only to see that the bench works."""
     images: int = pydantic.Field(8192, ge=1)
     """Pictures of each measurement; without a GPU a few only."""
     batch_size: int = pydantic.Field(256, ge=1)
@@ -33,10 +33,23 @@ class ModelConfig(Config):
     """Threads that prepare pictures."""
 
 
+class TrainBenchConfig(Config):
+    """What `aai bench align` and `aai bench adapt` compare."""
+
+    steps: int = pydantic.Field(2, ge=1)
+    """Steps of a turn of Ray Train, and of a turn without Ray; each turn makes one entry of the history."""
+    pairs: int = pydantic.Field(40, ge=1)
+    """Turns of each that count, after one to warm up."""
+    clips: int = pydantic.Field(16, ge=2)
+    """Clips of a step with and without towers; without a GPU two."""
+    frames: int = pydantic.Field(4, ge=1)
+    """Pictures of a clip that towers see in each step."""
+
+
 class BenchConfig(VerbConfig):
     """Settings of `aai bench`."""
 
-    name: Literal["decode", "curate", "featurize", "vitl14"]
+    name: Literal["decode", "curate", "featurize", "align", "adapt", "vitl14"]
     """What to measure."""
     out: str = "runs/bench"
     """Folder of NAME.json, and of the toy world and tables that are measured on."""
@@ -47,7 +60,7 @@ class BenchConfig(VerbConfig):
     seed: int = pydantic.Field(1, ge=0)
     """Of the toy world."""
     repeats: int = pydantic.Field(3, ge=1)
-    """Turns of the compared runs."""
+    """Turns of the compared runs; of align and adapt, steps with the towers in the loop."""
     compare: bool = True
     """False runs the command alone, for its peak memory."""
     overrides: tuple[str, ...] = ()
@@ -55,6 +68,7 @@ class BenchConfig(VerbConfig):
     media: tuple[str, ...] = ()
     """Files of `aai bench decode`; empty = up to eight H.264 clips of 10 s at 720p, made once in OUT/clips."""
     model: ModelConfig = ModelConfig()
+    train: TrainBenchConfig = TrainBenchConfig()
     cluster: ClusterConfig = ClusterConfig()
     """The processes that are compared, on this machine."""
 

@@ -63,6 +63,11 @@ def write_model(folder: Path, size: str) -> None:
         shutil.copy(TOY_WEIGHTS / "clip" / name, folder / name)
 
 
+def text_sizes(size: str) -> dict[str, int]:
+    """Sizes of the text tower, as of a CLIPTextConfig."""
+    return dict(_TOWERS[size]["text"])
+
+
 def vision_flops(vision: Any, projection_dim: int) -> int:
     """Floating-point operations of one picture in a ViT's matrix products, 2 for each multiply-add.
 
@@ -135,7 +140,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
 
 def _measure(clip: FrozenClip, cfg: ModelConfig, images: int, device: str) -> tuple[dict[str, Any], dict[str, float]]:
-    encoded = [_jpeg(seed, cfg.picture_px) for seed in range(min(images, 64))]
+    encoded = [jpeg(seed, cfg.picture_px) for seed in range(min(images, 64))]
     files = (encoded * (images // len(encoded) + 1))[:images]
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded] * (images // len(encoded) + 1)
     first = clip.framed(pictures[: min(images, cfg.batch_size)])
@@ -163,7 +168,7 @@ def _measure(clip: FrozenClip, cfg: ModelConfig, images: int, device: str) -> tu
     return figures, ratios
 
 
-def _jpeg(seed: int, edge_px: int) -> bytes:
+def jpeg(seed: int, edge_px: int) -> bytes:
     """A picture with detail of all sizes, as curate keeps it."""
     noise = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     sink = io.BytesIO()

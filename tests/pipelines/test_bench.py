@@ -23,3 +23,11 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not a local folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         load_config("bench", ["nothing"])
+
+
+def test_the_help_names_every_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in bench.NAMES if f"aai bench {name} " not in shown] == []
+    assert {load_config("bench", [name])[0].name for name in bench.NAMES} == set(bench.NAMES)
