@@ -74,7 +74,8 @@ class AlignConfig(StageConfig):
         except UserError as error:
             if os.path.isdir(str(encoder.pretrained)) and self.encoder.clip_s != "auto":
                 raise
-            return f"not told: {error}"
+            away = error.setting == "encoder.pretrained" and not os.path.isdir(str(encoder.pretrained))
+            return f"told when {encoder.pretrained} is on this machine" if away else f"not told: {error}"
         clips = self.clips_of_worker
         batch = {
             "audio": (clips, encoder.clip_samples),
