@@ -169,7 +169,7 @@ def train(
     connect(cluster, out)
     if cluster.address is None:  # nobody preempts this machine: one process less to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # not on a node that may be taken
     trainer = ray.train.torch.TorchTrainer(
         _work,
