@@ -138,7 +138,7 @@ def nodes() -> Iterator[Cluster]:
     """A head without CPUs for training; tests add nodes."""
     engine.shutdown()
     patient = {"health_check_timeout_ms": 60_000}  # a busy machine is not a dead node
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": patient}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": patient}
     found = Cluster(initialize_head=True, head_node_args=head)
     yield found
     engine.shutdown()
