@@ -226,7 +226,9 @@ def test_k4_a_notice_makes_a_checkpoint(world: dict[str, str], nodes: Cluster, t
     assert driver.wait(timeout=600) == 0
     entries = [entry for entry in following.history(str(out)) if "loss" in entry]
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
-    keep("notice", {"noticed_at": at, "workers": [w for w, _ in itertools.groupby(e["workers"] for e in entries)]})
+    workers = [size for size, _ in itertools.groupby(entry["workers"] for entry in entries)]
+    keep("notice", {"noticed_at": at, "workers": workers, "alone_from": [e["workers"] for e in entries].index(1) + 1})
+    assert workers == [2, 1], "without the checkpoint it would have begun anew, with one worker"
 
 
 # ---------------------------------------------------------------- servers that are away
