@@ -29,7 +29,7 @@ def test_every_stage_reads_what_an_earlier_one_writes() -> None:
     written: set[str] = set()
     for verb in STAGES:
         settings = load_config(verb, stage_settings(config, verb))[0].model_dump()
-        for name in ("manifest", "input", "features", "aligned", "clips"):
+        for name in ("manifest", "input", "features", "bundle", "clips"):
             value = settings.get(name)
             if isinstance(value, str) and value.startswith("/r/"):
                 assert value.split("/")[2] in written, f"{verb}.{name}"

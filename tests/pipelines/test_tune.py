@@ -46,6 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "out": str(folder / "align"),
         "foundation": foundation,
         "encoder": ENCODER,
+        "augment": {f"{kind}_probability": 0 for kind in ("reverb", "lowpass", "noise", "gain")},  # eight steps are few
         "fit": {**FIT, "precision": "float32", "max_skipped_in_a_row": 1},
         "cluster": {"num_workers": 1},
         "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},

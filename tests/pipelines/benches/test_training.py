@@ -42,7 +42,9 @@ def test_two_histories_of_different_trainings_are_no_comparison() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "own"), [("align", []), ("adapt", ["loss.denoise_rows=4"])])
+@pytest.mark.parametrize(
+    ("name", "own"), [("align", []), pytest.param("adapt", ["loss.denoise_rows=4"], marks=pytest.mark.accept)]
+)
 def test_a_small_bench_on_real_ray(
     tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], name: str, own: list[str]
 ) -> None:
