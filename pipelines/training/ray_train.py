@@ -45,6 +45,8 @@ TRAINED = "trained.safetensors"
 """In the last checkpoint also: what the driver gets."""
 LOCAL = "aai-checkpoint-"
 """How the folder of a checkpoint that is being made begins; then comes the process."""
+LEFT_S = 3600.0
+"""A folder of a process that is gone is left over when it is older."""
 UPLOAD_S, UPLOAD_WAIT_S = 600.0, 15.0
 """How long sending a checkpoint is tried before it is given up, and the wait between two tries."""
 
@@ -143,10 +145,15 @@ class Session:
 
 
 def remove_leftovers() -> None:
-    """Removes what killed workers of this machine have left of checkpoints in its temporary folder."""
+    """Removes what killed workers of this machine have left of checkpoints in its temporary folder.
+
+    Only what is old: a process of another container that shares the folder is not seen from here.
+    """
     for folder in Path(tempfile.gettempdir()).glob(f"{LOCAL}*"):
         with contextlib.suppress(ValueError, OSError):
-            if not Path(f"/proc/{int(folder.name.removeprefix(LOCAL).split('-')[0])}").exists():
+            process = int(folder.name.removeprefix(LOCAL).split("-")[0])
+            old = folder.stat().st_mtime < time.time() - LEFT_S
+            if old and not Path(f"/proc/{process}").exists():
                 shutil.rmtree(folder)
 
 

@@ -1,6 +1,8 @@
 """What a stage decides before and around training; the training itself is tested on Ray with a recipe."""
 
 import copy
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.fit import FitConfig
 from aai.memory import PeakMemory
+from pipelines.training import ray_train
 from pipelines.training.recipe import Trained, prepare_network
 from pipelines.training.stage import kept_figures, make_work, ranks_file, ranks_of_run, up_to_date, validates
 from tests.aai import test_features as table
@@ -79,6 +82,18 @@ def test_a_run_keeps_the_ranks_it_began_with(tmp_path: Path, caplog: pytest.LogC
     assert of(6, "another run") == 6
     with pytest.raises(UserError, match=r"fit\.batch_size=6: is not a multiple of the 4 workers"):
         of(4, "another run")
+
+
+def test_only_old_checkpoints_of_dead_workers_are_left_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = 2**22 + 1  # more than a process can have
+    for name, age_s in ((f"{dead}-old", 7200), (f"{dead}-new", 0), (f"{os.getpid()}-old", 7200), ("x-old", 7200)):
+        folder = tmp_path / f"{ray_train.LOCAL}{name}"
+        folder.mkdir()
+        os.utime(folder, (time.time() - age_s,) * 2)
+    ray_train.remove_leftovers()
+    left = sorted(folder.name.removeprefix(ray_train.LOCAL) for folder in tmp_path.iterdir())
+    assert left == sorted([f"{dead}-new", f"{os.getpid()}-old", "x-old"])
 
 
 def test_validation_that_is_asked_for_needs_clips(features: str) -> None:
