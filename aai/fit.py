@@ -25,7 +25,7 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.finite import FiniteGuard
 from aai.precision import native_bfloat16
-from aai.selection import Best, Keeper, MovingAverage, copied, put
+from aai.selection import Best, Evaluate, Keeper, MovingAverage, copied, put
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def fit(
     config: FitConfig,
     on_log: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
     on_checkpoint: Callable[[State], None] = lambda state: None,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     resume: State | None = None,
     on_skip: Callable[[int, list[str]], None] = lambda step, clips: None,
     leaving: Callable[[], bool] = lambda: False,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pydantic
@@ -71,6 +71,31 @@ def check_repaint(verb: str, request: PaintRequest) -> float:
         rule = f"times {request.steps} steps is below 1: there is no step to paint"
         raise UserError("denoise_strength", strength, rule, f"raise it to {enough:g}, or give more steps")
     return strength
+
+
+@torch.no_grad()
+def paint(
+    pipe: StableDiffusionPipeline | StableDiffusionImg2ImgPipeline,
+    embeds: Tensor,
+    negative: Tensor,
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    **given: Any,
+) -> list[Image.Image]:
+    """One picture per row of prompt embeddings [B, L, D_h], against those of the negative prompt [1, L, D_h].
+
+    Picture b starts from `seeds[b]` and does not depend on the others. given: what else the pipeline takes.
+    """
+    pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
+    found = pipe(
+        prompt_embeds=embeds.to(pipe.unet.dtype),
+        negative_prompt_embeds=negative.expand_as(embeds).to(pipe.unet.dtype),
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        guidance_scale=sampling.guidance_scale,
+        num_inference_steps=sampling.steps,
+        **given,
+    )
+    return list(found.images)
 
 
 class Painter:
@@ -158,10 +183,6 @@ class Painter:
         """Prompt embeddings [B, L, D_h] of plain text."""
         return self.injector.encode(prompts)[0]
 
-    def _generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
-        return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-    @torch.no_grad()
     def paint(
         self,
         embeds: Tensor,
@@ -175,22 +196,13 @@ class Painter:
         With `images` each picture starts from the given one, noised by `denoise_strength` (SDEdit, Meng et al. 2022).
         A picture does not depend on the others of its batch.
         """
-        negative = self.embed_text([request.negative_prompt]).expand_as(embeds)
-        common = {
-            "prompt_embeds": embeds.to(self.pipe.unet.dtype),
-            "negative_prompt_embeds": negative.to(self.pipe.unet.dtype),
-            "generator": self._generators(seeds),
-            "guidance_scale": request.guidance_scale,
-            "num_inference_steps": request.steps,
-        }
-        pipe = self.pipe if images is None else self.image_pipe
-        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
+        negative = self.embed_text([request.negative_prompt])
         if images is None:
-            return list(pipe(**common).images)
+            return paint(self.pipe, embeds, negative, seeds, request)
         given = [
             image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC) for image in images
         ]
-        return list(pipe(image=given, strength=denoise_strength, **common).images)
+        return paint(self.image_pipe, embeds, negative, seeds, request, image=given, strength=denoise_strength)
 
     def generate(self, sounds: Sounds, request: PaintRequest) -> list[Image.Image]:
         """Pictures of a sound (or several) in the prompt."""

@@ -14,7 +14,8 @@ from aai.errors import UserError
 
 Params = dict[str, nn.Parameter]
 Weights = dict[str, Tensor]
-Evaluate = Callable[[], dict[str, float]]
+Evaluate = Callable[[int], dict[str, float]]
+"""Figures of the weights as they are after this step."""
 OnLog = Callable[[int, dict[str, float]], None]
 
 
@@ -104,7 +105,7 @@ class Keeper:
         if evaluate is not None:
             task.eval()
             with self.average.in_use() if self.average else nullcontext(), torch.no_grad():
-                figures = evaluate()
+                figures = evaluate(step)
                 if self.best is not None:
                     self.best.see(step, figures, self.params)
             on_log(step, figures)

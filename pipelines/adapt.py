@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 import pydantic
 import torch
+from diffusers.utils import make_image_grid
 from torch import Tensor, nn
 
 from aai import aligned
-from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
+from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter, prompt_of
 from aai.aligned import AlignedCache
 from aai.bundle import read_bundle, write_bundle
 from aai.concepts import Vocabulary
@@ -27,6 +28,8 @@ from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import diffusion_skeleton, load_clip, load_diffusion
 from aai.inject import Injector
 from aai.memory import StepCost, step_cost
+from aai.painter import SamplingConfig, paint
+from aai.png import encode_png
 from pipelines.settings import Plan
 from pipelines.training.embedding import embed_table
 from pipelines.training.lengths import check_cut, clip_lengths_s
@@ -41,6 +44,7 @@ class AdaptConfig(StageConfig):
 
     stage: ClassVar[str] = "adapt"
     places: ClassVar[tuple[str, ...]] = ("features", "bundle", "aligned", "out")
+    looked_at: ClassVar[tuple[str, ...]] = (*StageConfig.looked_at, "sample_clips", "sample_steps")
 
     bundle: str
     """The bundle of `aai align`; it names the foundation."""
@@ -55,6 +59,11 @@ class AdaptConfig(StageConfig):
     """The word that stands in a prompt where a sound has no say."""
     max_val_clips: int = pydantic.Field(128, ge=2)
     """Validation takes at most this many clips of the val split."""
+    sample_clips: int = pydantic.Field(4, ge=0, le=16)
+    """Of so many clips of the val split the sound is painted at each validation, beside the clip's own picture, into
+    OUT/samples and MLflow; 0 = none."""
+    sample_steps: int = pydantic.Field(20, ge=1, le=100)
+    """Denoising steps of these pictures."""
 
     @pydantic.model_validator(mode="after")
     def _beside_the_features(self) -> "AdaptConfig":
@@ -152,7 +161,7 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
     def build(self) -> AdaptTask:
         """Loads the foundation."""
         spec, neutral_word = self.parent.config.foundation, self.config.neutral_word
-        pipe = load_diffusion(spec)
+        self.pipe = pipe = load_diffusion(spec)
         injector = Injector(pipe.text_encoder, pipe.tokenizer, neutral_word)
         dims = {"embed_dim": self.encoder.embed_dim, "token_dim": injector.token_dim}
         adapter = AudioAdapter(self.config.adapter.model_copy(update=dims), injector.median_norm)
@@ -173,6 +182,26 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
                 for name, value in {"loss": task.total(terms), **terms}.items():
                     totals[name] += float(value) * len(batch["caption"])
         return {name: total / rows for name, total in totals.items()}
+
+    @torch.no_grad()
+    def sample(self, task: AdaptTask, held_out: dict[str, Any]) -> bytes | None:
+        """Two rows of pictures: the clips' own, as the VAE gives them, and what their sounds are now painted as."""
+        rows, count = len(held_out["caption"]), min(self.config.sample_clips, len(held_out["caption"]))
+        if not count:
+            return None
+        chosen = [i * rows // count for i in range(count)]
+        device, vae = next(task.adapter.parameters()).device, self.pipe.vae
+        vae.to(device)  # it is not part of the task, and takes no room between two validations
+        latents = held_out["latents"][chosen].to(device).float() / vae.config.scaling_factor
+        own = self.pipe.image_processor.postprocess(torch.cat([vae.decode(x[None]).sample for x in latents]))
+        prompts = [prompt_of(held_out["caption"][i], self.config.loss) for i in chosen]
+        embeds, _ = task.injector.encode(prompts, task.adapter(held_out["aligned"][chosen].to(device)))
+        negative, _ = task.injector.encode([""])
+        sampling, painted = SamplingConfig(steps=self.config.sample_steps), []
+        for seed, embed in enumerate(embeds):  # one at a time: the memory is the training's
+            painted += paint(self.pipe, embed[None], negative, [seed], sampling)
+        vae.to("cpu")
+        return encode_png(make_image_grid([*own, *painted], rows=2, cols=count))
 
     def export(self, task: AdaptTask) -> tuple[nn.Module, Config]:
         """See TrainRecipe."""

@@ -4,6 +4,7 @@ What is computed on the fake GPU is also held against the CPU's own result. The 
 found, so that the fake GPU cannot go blind unnoticed.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,7 @@ def adapt_batch(size: int) -> dict[str, Any]:
     }
 
 
-def check_training(task: nn.Module, batch: dict[str, Any], evaluate: Callable[[], dict[str, float]]) -> None:
+def check_training(task: nn.Module, batch: dict[str, Any], evaluate: Callable[[int], dict[str, float]]) -> None:
     """Three steps with validation, and two more from a checkpoint, whose batches come from the CPU as the reader's."""
     config = FitConfig(steps=3, batch_size=len(batch["image_features"]), log_every=1, warmup_steps=1)
     figures: list[dict[str, float]] = []
@@ -211,7 +212,7 @@ def check_training(task: nn.Module, batch: dict[str, Any], evaluate: Callable[[]
 
     state = fit(task, batches, config, lambda step, entry: figures.append(entry), evaluate=evaluate)
     assert all(isinstance(value, CudaTensor) for value in state.weights.values())
-    assert figures[-1].keys() == evaluate().keys()
+    assert figures[-1].keys() == evaluate(3).keys()
     on_host = State(2, {k: v.cpu() for k, v in state.weights.items()}, {k: v.cpu() for k, v in state.moments.items()})
     fit(task, batches, config, resume=on_host)
 
@@ -220,7 +221,7 @@ def test_align_trains_validates_and_resumes() -> None:
     recipe = AlignRecipe(AlignConfig(features="unused", out="unused", encoder=ENCODER.model_dump()))
     task = recipe.build().to("cuda")
     clips = align_batch(6)
-    check_training(task, clips, lambda: recipe.validate(task, clips))
+    check_training(task, clips, lambda step: recipe.validate(task, clips))
 
 
 def test_adapt_trains_validates_and_resumes(files: Files) -> None:
@@ -229,7 +230,10 @@ def test_adapt_trains_validates_and_resumes(files: Files) -> None:
     task = recipe.build().to("cuda")
     assert task.text_projection is not None
     batch = adapt_batch(3)
-    check_training(task, batch, lambda: recipe.validate(task, batch))
+    check_training(task, batch, lambda step: recipe.validate(task, batch))
+    shown = Image.open(io.BytesIO(recipe.sample(task, batch) or b""))
+    assert shown.width / 3 == shown.height / 2 > 0, "two rows of three squares"
+    assert recipe.pipe.vae.device.type == "cpu", "it takes no room between two validations"
 
 
 # ---------------------------------------------------------------- features and scores

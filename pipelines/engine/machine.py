@@ -1,5 +1,6 @@
-"""This machine: what it is, and how much of its memory a run takes."""
+"""This machine: what it is, how busy it is, and how much of its memory a run takes."""
 
+import contextlib
 import os
 import platform
 import threading
@@ -25,6 +26,23 @@ def machine() -> dict[str, Any]:
         "ray": version("ray"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def load() -> dict[str, float]:
+    """Shares of this machine that are taken: of its CPUs since the last call, of its memory, of its GPU of late.
+
+    MLflow's UI shows what begins with `system/` apart.
+    """
+    import torch
+
+    found = {
+        "system/cpu_share": psutil.cpu_percent() / 100,
+        "system/memory_share": psutil.virtual_memory().percent / 100,
+    }
+    if torch.cuda.is_available():
+        with contextlib.suppress(Exception):  # not every driver, container or part of a GPU can tell
+            found["system/gpu_share"] = torch.cuda.utilization() / 100
+    return found
 
 
 def _cpu_name() -> str:

@@ -1,6 +1,8 @@
-"""Figures: nested mappings of numbers, as evaluate.json holds them, by dotted name."""
+"""Figures: nested mappings of numbers, as evaluate.json holds them, by dotted name; and names and texts for MLflow."""
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,3 +32,13 @@ def figure(evaluation: Mapping[str, Any], name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def clean_name(name: str) -> str:
+    """A name MLflow takes: letters, digits and `_-. :/` only, 250 characters."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+
+
+def as_text(value: object) -> str:
+    """A text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)

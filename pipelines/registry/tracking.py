@@ -7,6 +7,7 @@ with `mlflow.pyfunc.load_model` and holds no pickle. Aliases: see docs/promotion
 import contextlib
 import fcntl
 import functools
+import io
 import json
 import logging
 import os
@@ -20,11 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from PIL import Image
+
 from aai import storage
 from aai.bundle import read_bundle
 from aai.errors import UserError
 from aai.version import code_version
-from pipelines.registry.figures import flatten, numbers
+from pipelines.registry.figures import as_text, clean_name, flatten, numbers
 from pipelines.registry.store import check, database
 from pipelines.settings import RunsConfig, StoreConfig, TrackingConfig
 
@@ -136,7 +139,7 @@ class OpenRun:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        rows = [Metric(_clean(k), v, now_ms, step or 0) for k, v in numbers(metrics).items()]
+        rows = [Metric(clean_name(k), v, now_ms, step or 0) for k, v in numbers(metrics).items()]
         for i in range(0, len(rows), 1000):
             _attempt(self.cfg, self.client.log_batch, self.run_id, metrics=rows[i : i + 1000])
 
@@ -144,7 +147,7 @@ class OpenRun:
         """Logs nested settings under dotted names, cut at 6,000 characters; a param that is there cannot change."""
         from mlflow.entities import Param
 
-        rows = [Param(_clean(key), _text(value)[:6000]) for key, value in flatten(params).items()]
+        rows = [Param(clean_name(key), as_text(value)[:6000]) for key, value in flatten(params).items()]
         for i in range(0, len(rows), 100):
             _attempt(self.cfg, self.client.log_batch, self.run_id, params=rows[i : i + 100])
 
@@ -168,19 +171,15 @@ class OpenRun:
         """Writes a JSON artifact."""
         self.log_bytes(name, json.dumps(value, indent=1, default=str).encode())
 
+    def log_image(self, name: str, png: bytes, step: int) -> None:
+        """Logs a picture of a step: MLflow's UI shows those of one name by step."""
+        with Image.open(io.BytesIO(png)) as image:
+            _attempt(self.cfg, self.client.log_image, self.run_id, image, key=name, step=step, synchronous=True)
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Sets tags (texts up to 8,000 characters)."""
         for key, value in tags.items():
-            _attempt(self.cfg, self.client.set_tag, self.run_id, _clean(key), _text(value)[:8000])
-
-
-def _clean(name: str) -> str:
-    """A name MLflow takes: letters, digits and `_-. :/` only, 250 characters."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+            _attempt(self.cfg, self.client.set_tag, self.run_id, clean_name(key), as_text(value)[:8000])
 
 
 @contextlib.contextmanager
@@ -252,7 +251,7 @@ def register(
                 cfg.model_name,
                 f"models:/{model_id}",
                 opened.run_id,
-                tags={key: _text(value) for key, value in described.items()},
+                tags={key: as_text(value) for key, value in described.items()},
                 await_creation_for=60,
                 model_id=model_id,
             )
@@ -297,7 +296,7 @@ def set_version_tags(cfg: TrackingConfig, version: int, tags: Mapping[str, Any])
     """Writes tags on a registered version; structures become JSON."""
     client = _client(cfg)
     for key, value in tags.items():
-        _attempt(cfg, client.set_model_version_tag, cfg.model_name, str(version), key, _text(value)[:100_000])
+        _attempt(cfg, client.set_model_version_tag, cfg.model_name, str(version), key, as_text(value)[:100_000])
 
 
 def version_tags(cfg: TrackingConfig, version: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the driver sees of a running training: one progress line, history.jsonl, skipped.jsonl, and whoever listens."""
+"""What the driver sees of a running training: a progress line, history, skipped steps, pictures, and who listens."""
 
 import contextlib
 import json
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 HISTORY = "history.jsonl"
 SKIPPED = "skipped.jsonl"
 """Steps that were not taken, with the clips that are suspected."""
+SAMPLES = "samples"
+"""Folder of the pictures that a task makes with its evaluations, one file each."""
 SHOWN_CLIPS = 5
 POLL_S = 0.5
 RETRY_S, PATIENCE_S = 15.0, 600.0
@@ -27,6 +29,7 @@ RETRY_S, PATIENCE_S = 15.0, 600.0
 
 Entry = dict[str, Any]
 OnLog = Callable[[int, dict[str, float]], None]
+OnPicture = Callable[[int, bytes], None]
 
 
 def history(out: str) -> list[Entry]:
@@ -34,22 +37,32 @@ def history(out: str) -> list[Entry]:
     return _read(out, HISTORY)
 
 
+def samples(out: str) -> list[tuple[int, bytes]]:
+    """(step, PNG file) of the pictures made so far, by step."""
+    files = sorted(storage.list_files(storage.join(out, SAMPLES), ".png"))
+    return [(int(file.rsplit("-", 1)[1].removesuffix(".png")), storage.read_bytes(file)) for file in files]
+
+
 class Follower:
     """Takes what the ranks have posted on the board, shows it and writes it down."""
 
-    def __init__(self, name: str, board: Any, out: str, bar: Any, on_log: OnLog) -> None:
+    def __init__(self, name: str, board: Any, out: str, bar: Any, on_log: OnLog, on_picture: OnPicture) -> None:
         """Entries of earlier, interrupted calls are kept."""
-        self.name, self.board, self.out, self.bar, self.on_log = name, board, out, bar, on_log
+        self.name, self.board, self.out, self.bar = name, board, out, bar
+        self.on_log, self.on_picture = on_log, on_picture
         self.entries = {_key(entry): entry for entry in history(out)}
         self.skipped = {(entry["step"], entry["rank"]): entry for entry in _read(out, SKIPPED)}
         self._unwritten: set[str] = set()
         self._unheard: list[Entry] = []
+        self._pictures: list[Entry] = []
 
     def poll(self) -> None:
         """Takes what is new. What could not be written, because storage was away, is written by a later call."""
         for entry in ray.get(self.board.take.remote()):
             if "clips" in entry:
                 self._skip(entry)
+            elif "picture" in entry:
+                self._pictures.append(entry)
             else:
                 self._log(entry)
         for file, entries in ((HISTORY, self.entries), (SKIPPED, self.skipped)):
@@ -57,6 +70,11 @@ class Follower:
                 lines = [json.dumps(entries[key]) for key in sorted(entries)]
                 storage.write_bytes(storage.join(self.out, file), ("\n".join(lines) + "\n").encode())
                 self._unwritten.remove(file)
+        while self._pictures:
+            step, png = int(self._pictures[0]["step"]), self._pictures[0]["picture"]
+            storage.write_bytes(storage.join(self.out, SAMPLES, f"step-{step:07d}.png"), png)
+            self._pictures.pop(0)
+            self.on_picture(step, png)
         while self._unheard:  # the history has an entry before anybody hears of it, and ends the run by it
             entry = self._unheard.pop(0)
             self.on_log(int(entry["step"]), {k: v for k, v in entry.items() if k != "step"})
@@ -81,14 +99,14 @@ class Follower:
 
 
 @contextmanager
-def following(name: str, board: Any, out: str, steps: int, on_log: OnLog) -> Iterator[None]:
+def following(name: str, board: Any, out: str, steps: int, on_log: OnLog, on_picture: OnPicture) -> Iterator[None]:
     """While the body runs, a thread follows the training; what is left at its end is taken then."""
     stop = threading.Event()
     with (
         native_stderr_held() as terminal,
         tqdm(total=steps, desc=name, unit="step", mininterval=1.0, file=terminal) as bar,
     ):
-        follower = Follower(name, board, out, bar, on_log)
+        follower = Follower(name, board, out, bar, on_log, on_picture)
 
         def watch() -> None:
             told = False

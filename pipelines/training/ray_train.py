@@ -32,9 +32,10 @@ from aai.errors import UserError
 from aai.fit import FitConfig, State
 from aai.memory import memory_explained, peak_memory_gb
 from pipelines.engine.cluster import connect
+from pipelines.engine.machine import load
 from pipelines.settings import TrainClusterConfig
 from pipelines.training.board import Board
-from pipelines.training.following import OnLog, following
+from pipelines.training.following import OnLog, OnPicture, following
 from pipelines.training.recipe import Trained
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Work:
     """The module whose whole state the driver gets, and the settings that build it again."""
     evaluate: Callable[[], dict[str, float]] | None = None
     """Figures on held-out clips; rank 0 alone evaluates."""
+    sample: Callable[[], bytes | None] = lambda: None
+    """A PNG file of what the task does now, asked for with every evaluation."""
 
 
 MakeWork = Callable[[int, int, Any], Work]
@@ -82,12 +85,21 @@ class Session:
     _sending: threading.Event = field(default_factory=threading.Event)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Rank 0 posts an entry of the history; those of training say how many workers there are, and its memory."""
+        """Rank 0 posts an entry of the history; those of training tell of workers and of its machine."""
         if self.rank == 0:
             more: dict[str, float] = {}
             if "loss" in figures:
-                more = {"workers": ray.train.get_context().get_world_size(), "peak_memory_gb": peak_memory_gb()}
+                workers = ray.train.get_context().get_world_size()
+                more = {"workers": workers, "peak_memory_gb": peak_memory_gb(), **load()}
             ray.get(self.board.post.remote({"step": step, **figures, **more}))
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The work's figures; a picture, where it makes one, is posted."""
+        assert self.work.evaluate is not None
+        figures = self.work.evaluate()
+        if (picture := self.work.sample()) is not None:
+            ray.get(self.board.post.remote({"step": step, "picture": picture}))
+        return figures
 
     def skip(self, step: int, clips: list[str]) -> None:
         """Any rank posts the clips of a step that was not taken."""
@@ -166,12 +178,13 @@ def train(
     digest: str,
     fit: FitConfig,
     on_log: OnLog = lambda step, figures: None,
+    on_picture: OnPicture = lambda step, png: None,
 ) -> Trained:
     """Trains `make_work(rank, world_size, settings)` on all workers and returns what rank 0 exports at the end.
 
     name: of the progress line. make_work: importable on every node. out: local folder (shared by all nodes) or s3://
-    prefix; history.jsonl there gets every entry, also of earlier, interrupted calls. on_log is called on the driver,
-    in another thread. Raises the workers' own UserError or FloatingPointError, else RuntimeError.
+    prefix; history.jsonl there gets every entry, also of earlier, interrupted calls. on_log and on_picture are
+    called on the driver, in another thread. Raises the workers' own UserError or FloatingPointError, else RuntimeError.
     """
     connect(cluster, out)
     if cluster.address is None:  # nobody preempts this machine: one process less to start
@@ -200,7 +213,7 @@ def train(
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-    with following(name, board, out, fit.steps, on_log):
+    with following(name, board, out, fit.steps, on_log, on_picture):
         try:
             result = trainer.fit()
         except ray.train.v2.api.exceptions.TrainingFailedError as error:
@@ -235,7 +248,7 @@ def _work(config: dict[str, Any]) -> str | None:
     work = config["make_work"](rank, context.get_world_size(), config["settings"])
     task = ray.train.torch.prepare_model(work.task, parallel_strategy_kwargs={"broadcast_buffers": False})
     session = Session(rank, work, config["board"], config["out"], config["preemptible"])
-    evaluate, resume = work.evaluate if rank == 0 else None, _resume()
+    evaluate, resume = session.evaluate if rank == 0 and work.evaluate else None, _resume()
     hooks = session.log, session.checkpoint, evaluate, resume, session.skip, session.leaving
     try:
         with memory_explained(fit.chunk_size):

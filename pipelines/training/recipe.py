@@ -43,6 +43,8 @@ class StageConfig(RayVerbConfig):
     """The verb's name, and of the JSON file with the result."""
     places: ClassVar[tuple[str, ...]] = ("features", "out")
     """The settings that are folders or s3:// prefixes: what lies there counts, not where it lies."""
+    looked_at: ClassVar[tuple[str, ...]] = ("run_dir", "cluster", "tracking", "max_val_clips", "max_cut_share")
+    """The settings of machines, and of what is only looked at."""
 
     features: str
     """Folder or s3:// prefix of the FeatureTable."""
@@ -139,9 +141,8 @@ class StageConfig(RayVerbConfig):
         return storage.join(self.out, f"{self.stage}.json")
 
     def content(self) -> dict[str, Any]:
-        """The settings that determine the weights: all but places, machines and what is only looked at."""
-        elsewhere = {"run_dir", "cluster", "tracking", "max_val_clips", "max_cut_share", *self.places}
-        settings = self.model_dump(mode="json", exclude=elsewhere)
+        """The settings that determine the weights: all but `places` and `looked_at`."""
+        settings = self.model_dump(mode="json", exclude={*self.places, *self.looked_at})
         settings["fit"] = {name: value for name, value in settings["fit"].items() if name not in HOW_ALONE}
         return settings
 
@@ -183,7 +184,7 @@ class TrainRecipe(ABC, Generic[C]):
     """One training. Made on the driver and again on every worker, from the class and the settings as JSON.
 
     On the driver: `prepare` and `precompute`, then, when the workers are done, `write`. On the workers: `build`, and on
-    rank 0 `validate` and `export`.
+    rank 0 `validate`, `sample` and `export`.
     """
 
     config_class: ClassVar[type[StageConfig]]
@@ -213,6 +214,10 @@ class TrainRecipe(ABC, Generic[C]):
     @abstractmethod
     def validate(self, task: nn.Module, held_out: dict[str, Any]) -> dict[str, float]:
         """Figures on clips of the val split, as `aai.features.load_split` returns them; called without gradients."""
+
+    def sample(self, task: nn.Module, held_out: dict[str, Any]) -> bytes | None:
+        """A PNG file of what the task does with some clips of the val split; None for what cannot be looked at."""
+        return None
 
     @abstractmethod
     def export(self, task: nn.Module) -> tuple[nn.Module, Config]:

@@ -18,8 +18,7 @@ from aai.features import FeatureManifest, load_split
 from aai.fit import FitConfig, local_batch_size
 from aai.reader import Batch, FeatureReader, joined, ranks_of, read_ahead
 from pipelines.engine.lock import output_lock
-from pipelines.registry import tracking
-from pipelines.registry.live import live_metrics
+from pipelines.registry import live, tracking
 from pipelines.training import following, ray_train
 from pipelines.training.following import OnLog
 from pipelines.training.recipe import C, StageConfig, Trained, TrainRecipe, bundle_dir
@@ -59,17 +58,19 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C, on_log: OnLog, tags: Map
     recipe.precompute()
     params = {"fingerprint": manifest.fingerprint, **settings}
     with tracking.run(config.tracking, config.stage, params, {"digest": run_digest, **tags}) as run:
-        with live_metrics(run) as send:
+        with live.sender(run) as send:
             for entry in following.history(config.out):  # of a run that goes on
-                send(int(entry["step"]), _figures(entry))
+                send.figures(int(entry["step"]), _figures(entry))
+            for picture in following.samples(config.out):
+                send.picture(*picture)
             storage.write_json(ranks_file(config, run_digest), {"ranks": ranks})
             work = make_work, (recipe_class, settings, ranks), config.cluster.at_most(ranks), config.out, run_digest
 
             def heard(step: int, figures: dict[str, float]) -> None:
-                send(step, figures)
+                send.figures(step, figures)
                 on_log(step, figures)
 
-            trained = ray_train.train(config.stage, *work, config.fit, heard)
+            trained = ray_train.train(config.stage, *work, config.fit, heard, send.picture)
         metrics = kept_figures(following.history(config.out), trained)
         folder = bundle_dir(config.out)
         meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": list(recipe.parents)}
@@ -140,16 +141,17 @@ def make_work(
     readers = [reader.of_rank(rank) for rank in mine]
     torch.manual_seed(config.fit.seed)  # all ranks begin with the same weights
     task = recipe.build()
-    evaluate = None
+    more: dict[str, Any] = {}
     if worker == 0 and validates(config.fit, reader.manifest):
         what = recipe.clip_samples, recipe.columns, config.max_val_clips, recipe.cache
         held_out = load_split(config.features, "val", *what)
-        evaluate = partial(_validate, recipe, task, held_out)
+        more["evaluate"] = partial(_validate, recipe, task, held_out)
+        more["sample"] = partial(recipe.sample, task, held_out)
 
     def batches(first_step: int) -> Iterator[Batch]:
         return read_ahead(joined([reader.batches(first_step) for reader in readers]), torch.cuda.is_available())
 
-    return ray_train.Work(task, batches, partial(recipe.export, task), evaluate)
+    return ray_train.Work(task, batches, partial(recipe.export, task), **more)
 
 
 def _validate(recipe: TrainRecipe[Any], task: torch.nn.Module, held_out: dict[str, Any]) -> dict[str, float]:

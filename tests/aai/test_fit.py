@@ -101,8 +101,8 @@ def test_data_that_ends_is_an_error() -> None:
 def test_evaluation_runs_in_eval_mode_and_at_the_end() -> None:
     task, seen, entries = Line(), [], []
 
-    def evaluate() -> dict[str, float]:
-        seen.append((task.training, torch.is_grad_enabled()))
+    def evaluate(step: int) -> dict[str, float]:
+        seen.append((step, task.training, torch.is_grad_enabled()))
         return {"val": 1.0}
 
     fit(
@@ -112,7 +112,7 @@ def test_evaluation_runs_in_eval_mode_and_at_the_end() -> None:
         lambda s, f: entries.append((s, f)),
         evaluate=evaluate,
     )
-    assert seen == [(False, False)] * 2
+    assert seen == [(40, False, False), (60, False, False)]
     assert [step for step, figures in entries if "val" in figures] == [40, 60]
 
 

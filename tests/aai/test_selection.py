@@ -39,7 +39,7 @@ def run(values: list[float], resume: State | None = None, **settings: Any) -> tu
     """Validation finds `values` in turn; also returns what the weight was at each."""
     task, states, seen, left = Counter(), [], [], iter(values)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(step: int) -> dict[str, float]:
         assert not task.training
         seen.append(task.weight.item())
         return {"val_r1": next(left)}

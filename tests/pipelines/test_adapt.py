@@ -1,26 +1,31 @@
 """adapt on real Ray with two workers, on a table of 16 toy clips and random small models."""
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from aai import storage
+from aai.adapt import prompt_of
 from aai.bundle import read_bundle
 from aai.errors import UserError
-from aai.features import FeatureManifest
+from aai.features import FeatureManifest, load_split
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Injector
 from aai.memory import PeakMemory, StepCost
-from aai.painter import Painter
+from aai.painter import Painter, PaintRequest
 from pipelines import adapt, featurize
 from pipelines.adapt import AdaptConfig, AdaptRecipe
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig, TrainClusterConfig
+from pipelines.training.following import samples
 from tests.pipelines.conftest import no_models_here, run_here
 from tests.tiny import write_bundle_of, write_clip, write_clip_table, write_diffusion
 
@@ -73,7 +78,7 @@ def test_adapt_trains_and_writes_a_bundle_without_a_model_on_the_driver(settings
     untrained = AdaptRecipe(config).build().adapter.state_dict()
     assert untrained.keys() == bundle.adapter().keys()
     assert not torch.equal(untrained["net.0.weight"], bundle.adapter()["net.0.weight"])
-    assert Painter.load(result["bundle"]).adapter.cfg.num_tokens == 2
+    check_samples(config, Painter.load(result["bundle"]))
 
     made = {file: Path(file).stat().st_mtime_ns for file in storage.list_files(config.aligned, ".parquet")}
     assert len(made) == len(storage.list_files(config.features, ".parquet"))
@@ -82,6 +87,30 @@ def test_adapt_trains_and_writes_a_bundle_without_a_model_on_the_driver(settings
     assert {file: Path(file).stat().st_mtime_ns for file in made} == made, "another run of this aligner embeds nothing"
     for name, value in read_bundle(again["bundle"]).adapter().items():
         assert torch.equal(bundle.adapter()[name], value), name
+
+
+def check_samples(config: AdaptConfig, painter: Painter) -> None:
+    """The pictures after the last step are of the adapter that is in the bundle, beside the clips' own."""
+    assert painter.adapter.cfg.num_tokens == 2
+    ((step, png),) = samples(config.out)
+    assert step == 3
+    shown = np.asarray(Image.open(io.BytesIO(png)))
+    px = painter.size_px
+    assert shown.shape == (2 * px, 4 * px, 3)
+    what = 0, AdaptRecipe.columns, config.max_val_clips, AdaptRecipe(config).cache
+    held_out = load_split(config.features, "val", *what)
+    last = 3 * len(held_out["caption"]) // 4
+    prompt = prompt_of(held_out["caption"][last], config.loss)
+    with torch.no_grad():
+        embeds, _ = painter.injector.encode([prompt], painter.adapter(held_out["aligned"][last : last + 1]))
+        decoded = painter.pipe.vae.decode(
+            held_out["latents"][last : last + 1].float() / painter.pipe.vae.config.scaling_factor
+        )
+    (painted,) = painter.paint(embeds, [3], PaintRequest(steps=config.sample_steps))
+    (own,) = painter.pipe.image_processor.postprocess(decoded.sample)
+    for found, picture in ((shown[px:, 3 * px :], painted), (shown[:px, 3 * px :], own)):
+        assert np.abs(found - np.asarray(picture, np.float32)).max() <= 1, "all but what a batch rounds"
+    assert np.abs(np.asarray(own, np.float32) - np.asarray(painted)).max() > 20
 
 
 def test_the_plan_tells_what_a_step_takes(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
+import time
+
 import numpy as np
 
-from pipelines.engine.machine import machine, peak_memory
+from pipelines.engine.machine import load, machine, peak_memory
 
 
 def test_the_machine_is_described() -> None:
@@ -9,6 +11,16 @@ def test_the_machine_is_described() -> None:
     assert known["cores"] >= 1
     assert known["cpu"]
     assert known["ray"].count(".") == 2
+
+
+def test_how_busy_the_machine_is() -> None:
+    load()
+    begin_s = time.monotonic()
+    while time.monotonic() - begin_s < 0.3:
+        pass
+    found = load()
+    assert {"system/cpu_share", "system/memory_share"} <= found.keys()
+    assert all(0 < share <= 1 for name, share in found.items() if name != "system/gpu_share"), found
 
 
 def test_the_peak_is_seen_after_it_is_over() -> None:

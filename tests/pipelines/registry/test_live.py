@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from aai.errors import UserError
+from aai.png import encode_png
 from pipelines.registry import live, tracking
-from pipelines.registry.live import live_metrics
 from pipelines.settings import TrackingConfig
 
 
@@ -61,9 +62,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def fail_without(server: Server) -> None:
     """A training that fails while the server is away."""
-    with tracking.run(server.config, "align") as run, live_metrics(run) as send:
+    with tracking.run(server.config, "align") as run, live.sender(run) as send:
         server.stop()
-        send(1, {"loss": 1.0})
+        send.figures(1, {"loss": 1.0})
         raise ZeroDivisionError
 
 
@@ -71,13 +72,25 @@ def logged(run: tracking.OpenRun, name: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in run.client.get_metric_history(run.run_id, name)]
 
 
+def pictures(run: tracking.OpenRun) -> list[tuple[int, tuple[int, int], object]]:
+    """(step, size, first pixel) of those that the UI shows by step."""
+    found = []
+    for item in run.client.list_artifacts(run.run_id, "images"):
+        if item.path.endswith(".png"):
+            name, _, step, *_ = item.path.removeprefix("images/").split("+")
+            assert name == live.SAMPLES
+            with Image.open(run.client.download_artifacts(run.run_id, item.path)) as image:
+                found.append((int(step), image.size, image.getpixel((0, 0))))
+    return found
+
+
 def test_a_server_that_goes_away_and_comes_back_has_every_figure(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.wait()
     with tracking.run(server.config, "align") as run:
-        with live_metrics(run) as send:
-            send(1, {"loss": 3.0})
+        with live.sender(run) as send:
+            send.figures(1, {"loss": 3.0})
             deadline_s = time.monotonic() + 30
             while logged(run, "loss") != [(1, 3.0)]:  # while it runs, not at the end
                 assert time.monotonic() < deadline_s
@@ -85,21 +98,24 @@ def test_a_server_that_goes_away_and_comes_back_has_every_figure(
             server.stop()
             begin_s = time.monotonic()
             for step in (2, 3, 4):
-                send(step, {"loss": 3.0 - step / 10})
+                send.figures(step, {"loss": 3.0 - step / 10})
+            send.picture(4, encode_png(Image.new("RGB", (3, 2), "red")))
             assert time.monotonic() - begin_s < 0.1, "the training does not wait"
             time.sleep(1.0)
             server.start()
-        assert logged(run, "loss") == [(1, 3.0), (2, 2.8), (3, 2.7), (4, 2.6)]
+        # A request that the server answered too late was sent again: the same figure twice does no harm.
+        assert sorted(set(logged(run, "loss"))) == [(1, 3.0), (2, 2.8), (3, 2.7), (4, 2.6)]
+        assert set(pictures(run)) == {(4, (3, 2), (255, 0, 0))}
     assert "MLflow is away, the training goes on" in caplog.text
 
     # One that stays away is waited for, then told of, and ends nothing.
     monkeypatch.setattr(live, "PATIENCE_S", 1.0)
     with tracking.run(server.config, "align") as run:
-        with live_metrics(run) as send:
+        with live.sender(run) as send:
             server.stop()
-            send(1, {"loss": 1.0})
-            send(2, {"loss": 1.0})
-        assert "MLflow got 2 entries less than history.jsonl has" in caplog.text
+            send.figures(1, {"loss": 1.0})
+            send.figures(2, {"loss": 1.0})
+        assert "MLflow got 2 entries or pictures less than were written here" in caplog.text
     assert "MLflow was not told that the run" in caplog.text
 
     # An error of the training does not wait for it.

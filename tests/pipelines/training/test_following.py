@@ -9,15 +9,19 @@ import ray
 from tqdm import tqdm
 
 from pipelines.training.board import Board
-from pipelines.training.following import HISTORY, SKIPPED, Follower, history
+from pipelines.training.following import HISTORY, SAMPLES, SKIPPED, Follower, history, samples
 
 
 def follower(board: Board, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Follower, list[int]]:
     """Beside a board in this process."""
     monkeypatch.setattr(ray, "get", lambda value: value)
     seen: list[int] = []
+
+    def on_log(step: int, figures: dict[str, float]) -> None:
+        seen.append(step)
+
     remote: Any = SimpleNamespace(take=SimpleNamespace(remote=board.take))
-    return Follower("test", remote, str(out), tqdm(disable=True), lambda step, figures: seen.append(step)), seen
+    return Follower("test", remote, str(out), tqdm(disable=True), on_log, lambda step, png: seen.append(step)), seen
 
 
 def test_what_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +42,23 @@ def test_what_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch:
     assert [entry["step"] for entry in history(str(out))] == [1, 2]
     assert (out / SKIPPED).read_text().count("\n") == 1
     assert seen == [1, 2]
+
+
+def test_pictures_wait_for_storage_and_are_heard_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board, folder = Board(), tmp_path / SAMPLES
+    found, seen = follower(board, tmp_path, monkeypatch)
+    folder.write_text("in the way")
+    for step in (900, 1_000):
+        board.post({"step": step, "picture": f"picture {step}".encode()})
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"exists|directory"):
+            found.poll()
+    assert seen == []
+    folder.unlink()
+    found.poll()
+    found.poll()
+    assert seen == [900, 1_000]
+    assert samples(str(tmp_path)) == [(900, b"picture 900"), (1_000, b"picture 1000")]
 
 
 def test_entries_of_an_earlier_call_stay_and_those_that_come_again_are_replaced(
