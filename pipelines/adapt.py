@@ -85,11 +85,11 @@ class AdaptConfig(StageConfig):
         }
         own = self.loss.denoise_rows * clips // self.fit.batch_size  # of the step's, this worker's
         loss = self.loss.model_copy(update={"denoise_rows": own})
+        spec = FoundationSpec.parse(manifest.foundation)  # the bundle's too, or training refuses it
         try:
-            spec = read_bundle(self.bundle).config.foundation
             return step_cost(lambda: self._skeleton_task(spec, dim, loss), batch, self.half)
         except UserError as error:
-            return f"told when the bundle and its diffusion model are on this machine ({error})"
+            return f"told when the diffusion model is on this machine ({error})"
 
     def _skeleton_task(self, spec: FoundationSpec, dim: int, loss: AdaptLossConfig) -> AdaptTask:
         """The task without a weight that means anything."""

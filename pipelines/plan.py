@@ -3,13 +3,14 @@
     aai plan                                             # on the toy world
     aai plan --manifest FILE --clips 200000 --nodes 4 --set gpu_images_per_s=2500
 
-Curates and featurizes a small sample of the manifest in one process, without Ray, and calculates the rest. Says what
-was measured, what was given and what is assumed; writes OUT/plan.json. (What a single command would read, write and
-occupy, each tells with --dry-run.)
+Curates and featurizes a small sample of the manifest in one process, without Ray, and calculates the rest; of the two
+trainings, from the work of a step of the configs that are meant. Says what was measured, what was given and what is
+assumed; writes OUT/plan.json. (What a single command would read, write and occupy, each tells with --dry-run.)
 """
 
 import argparse
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pydantic
@@ -19,10 +20,12 @@ from aai.config import Config
 from aai.errors import UserError
 from pipelines import world
 from pipelines.benches.rates import Rates, measure_rates
+from pipelines.benches.trainings import HEADER, Nodes, Training, plan_training
 from pipelines.engine.machine import machine
 from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import read_manifest
 from pipelines.settings import Plan, VerbConfig
+from pipelines.training.recipe import CPU_TFLOPS, GPU_TFLOPS
 from pipelines.world import WorldConfig
 
 log = logging.getLogger(__name__)
@@ -66,6 +69,12 @@ class CapacityConfig(VerbConfig):
     """Settings of `aai curate`, as for its --set."""
     featurize: tuple[str, ...] = ()
     """Settings of `aai featurize`, as for its --set: [foundation.clip=..., batch_size=16]."""
+    align: str = "configs/demo/align.yaml"
+    """Config file of the align that is planned for."""
+    adapt: str = "configs/demo/adapt.yaml"
+    """Config file of the adapt that is planned for."""
+    gpu_tflops: float = pydantic.Field(GPU_TFLOPS, gt=0)
+    """TFLOP/s that a training step reaches on a GPU."""
     measure_s: float = pydantic.Field(2.0, ge=0)
     """How long each model step is measured at least."""
 
@@ -101,10 +110,13 @@ def run(config: CapacityConfig) -> dict[str, Any]:
     rates = measure_rates(
         _spread(rows, config.sample), f"{config.out}/sample", config.curate, config.featurize, config.measure_s
     )
-    result = calculate(rates, config, config.clips or len(rows))
+    clips = config.clips or len(rows)
+    result = calculate(rates, config, clips)
     result = {"name": "plan", "machine": machine(), "inputs": {"manifest": manifest, "rows": len(rows)}, **result}
+    planned = trainings(rates, config, clips)
+    result["trainings"] = [training.rounded() for training in planned]
     storage.write_json(f"{config.out}/plan.json", result)
-    for line in report(result):
+    for line in [*report(result), *trainings_report(planned, config)]:
         print(line)
     log.info("plan: -> %s/plan.json", config.out)
     return result
@@ -207,6 +219,18 @@ def _shape(rates: Rates, config: CapacityConfig, clips: int, shape: NodeShape, g
     }
 
 
+def trainings(rates: Rates, config: CapacityConfig, clips: int) -> list[Training]:
+    """Both trainings on each shape."""
+    found = []
+    for stage, file in (("align", config.align), ("adapt", config.adapt)):
+        for name, shape in config.shapes.items():
+            nodes = Nodes(name, config.nodes * shape.cpus, config.nodes * shape.gpus, config.gpu_tflops)
+            accepted = clips * rates.accepted_share
+            features = f"{config.out}/sample/features"
+            found.append(plan_training(stage, file, features, accepted, rates.feature_bytes, nodes))
+    return found
+
+
 # ---------------------------------------------------------------- the page
 
 
@@ -243,3 +267,10 @@ def report(result: dict[str, Any]) -> list[str]:
     ]
     lines += ["storage, GB:", *(f"  {name:<20}{size:>9.4g}" for name, size in result["storage_gb"].items())]
     return lines
+
+
+def trainings_report(planned: Sequence[Training], config: CapacityConfig) -> list[str]:
+    """The printed table of the trainings."""
+    at = f"a step's matrix products at {config.gpu_tflops:g} TFLOP/s on a GPU, at {CPU_TFLOPS:g} on a CPU"
+    rows = [training.line() for training in planned]
+    return [f"trainings, by {config.align} and {config.adapt}, {at}:", HEADER, *rows]

@@ -86,6 +86,11 @@ def test_the_command_measures_a_sample_and_plans(tmp_path: Path, capsys: pytest.
         assert part in text
     assert "decode.frame_size_px    64 (auto: foundation.clip takes 64 px" in text
     assert "encoder.clip_s          2 (auto: " in text
+    assert [(row["stage"], row["shape"], row["workers"]) for row in result["trainings"]] == [
+        ("align", "cpu_rich", 2), ("align", "cpu_poor", 2), ("adapt", "cpu_rich", 2), ("adapt", "cpu_poor", 2)
+    ]  # fmt: skip
+    assert all(row["hours"] > 0 and row["gb_per_worker"] > 0 for row in result["trainings"])
+    assert "trainings, by configs/demo/align.yaml and configs/demo/adapt.yaml" in text
 
 
 def test_the_sample_is_curated_for_the_foundation_that_is_planned_for(tmp_path: Path) -> None:
