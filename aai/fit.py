@@ -182,6 +182,7 @@ def fit(
     if resume is not None:
         _restore(params, optimizer, resume)
         if resume.ended or start >= config.steps:
+            _keeper(params, config, resume).put_kept()
             return resume
     iterator, keeper = batches(start), _keeper(params, config, resume)
     meter, guard = Meter(), FiniteGuard(config.max_skipped_in_a_row, on_skip)

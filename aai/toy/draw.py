@@ -1,13 +1,13 @@
 """Draws scenes of the toy world with Pillow.
 
 Each object is a list of filled shapes in a unit box (x right, y down, centre 0, half-width about 1), so that one
-function places, scales and mirrors them all.
+function places, scales, leans and mirrors them all. Its colour is the scene's; its palette's `a` and `b` are not used.
 """
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from aai.toy.grammar import Scene
+from aai.toy.grammar import COUNTS, Scene
 
 Point = tuple[float, float]
 Shape = tuple[str, tuple[float, ...], str]
@@ -140,21 +140,37 @@ _OBJECTS: dict[str, tuple[dict[str, str], list[Shape]]] = {
 
 _SKY = {"clear": "#8fcdf5", "rain": "#7b8794", "night": "#10163f", "snow": "#dfe7ee"}
 _GROUND = {"clear": "#86c25a", "rain": "#5f6b58", "night": "#1c2b3a", "snow": "#ffffff"}
+_COLOURS = {"red": "#d9262e", "yellow": "#f2c318", "green": "#2f9d3c", "blue": "#2b59d8"}
+_COLOURED = {"a": 1.0, "b": 0.6}
+"""The parts of an object that take its colour, and how bright."""
+_PLACES = {
+    "one": [(0.5, 0.57, 1.0)],
+    "two": [(0.29, 0.6, 0.68), (0.71, 0.6, 0.68)],
+    "three": [(0.26, 0.72, 0.58), (0.74, 0.72, 0.58), (0.5, 0.36, 0.58)],
+}
+"""Where objects stand, by their count: (x, y, size beside a single one)."""
 
 
-def _jitter(colour: str, rng: np.random.Generator, amount: float) -> tuple[int, int, int]:
-    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], float)
-    r, g, b = np.clip(rgb + rng.uniform(-amount, amount, 3), 0, 255).astype(int)
+def _rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], float)
+
+
+def _jitter(colour: np.ndarray, rng: np.random.Generator, amount: float) -> tuple[int, int, int]:
+    r, g, b = np.clip(colour + rng.uniform(-amount, amount, 3), 0, 255).astype(int)
     return int(r), int(g), int(b)
 
 
 def _background(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int) -> None:
-    """Sky, ground and the light of the sky (sun or moon and stars)."""
-    horizon = px * rng.uniform(0.62, 0.74)
-    draw.rectangle((0, 0, px, px), fill=_jitter(_SKY[scene.ambience], rng, 10))
-    draw.rectangle((0, horizon, px, px), fill=_jitter(_GROUND[scene.ambience], rng, 10))
-    side = px * (rng.uniform(0.1, 0.2) if rng.random() < 0.5 else rng.uniform(0.8, 0.9))
-    top = px * rng.uniform(0.1, 0.16)
+    """Sky, hills and ground, each clip's own, and the light of the sky (sun or moon and stars)."""
+    horizon = px * rng.uniform(0.55, 0.78)
+    sky, ground = _rgb(_SKY[scene.ambience]), _rgb(_GROUND[scene.ambience])
+    draw.rectangle((0, 0, px, px), fill=_jitter(sky, rng, 12))
+    for _ in range(int(rng.integers(0, 4))):
+        x, half, height = px * rng.uniform(0, 1), px * rng.uniform(0.15, 0.4), px * rng.uniform(0.08, 0.3)
+        hill = _jitter(ground * 0.75 + sky * 0.25, rng, 18)
+        draw.polygon([(x - half, horizon), (x, horizon - height), (x + half, horizon)], fill=hill)
+    draw.rectangle((0, horizon, px, px), fill=_jitter(ground, rng, 14))
+    side, top = px * rng.uniform(0.18, 0.82), px * rng.uniform(0.12, 0.2)
     if scene.ambience == "clear":
         r = px * 0.09
         draw.ellipse((side - r, top - r, side + r, top + r), fill="#ffe24a")
@@ -165,25 +181,66 @@ def _background(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generato
             draw.ellipse((x - px * 0.01, y - px * 0.01, x + px * 0.01, y + px * 0.01), fill="#ffffff")
 
 
-def _object(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int, bounce: float) -> None:
-    """The sounding object, lifted by `bounce` (a fraction of its size)."""
-    palette, shapes = _OBJECTS[scene.obj]
-    colours = {key: _jitter(value, rng, 14) for key, value in palette.items()}
-    half = px * (0.19 + 0.19 * scene.size)
-    cx = px * 0.5 + rng.uniform(-1, 1) * px * 0.08
-    cy = px * 0.56 + rng.uniform(-1, 1) * px * 0.05 - bounce * half
+def _arch(draw: ImageDraw.ImageDraw, rng: np.random.Generator, px: int, night: bool) -> None:
+    """Two pillars and a beam of stone around the scene."""
+    stone = _jitter(np.array([92.0, 96.0, 128.0]) if night else np.array([150.0, 132.0, 116.0]), rng, 14)
+    joint = tuple(int(0.62 * part) for part in stone)
+    width, beam = px * rng.uniform(0.1, 0.14), px * rng.uniform(0.1, 0.13)
+    line = max(1, round(px * 0.012))
+    for left in (0.0, px - width):
+        draw.rectangle((left, 0, left + width, px), fill=stone, outline=joint, width=line)
+        for y in np.arange(beam, px, px * 0.16):
+            draw.line((left, y, left + width, y), fill=joint, width=line)
+    draw.rectangle((0, 0, px, beam), fill=stone, outline=joint, width=line)
+    for x in np.arange(px * 0.2, px, px * 0.2):
+        draw.line((x, 0, x, beam), fill=joint, width=line)
+
+
+def _objects(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int, bounce: float) -> None:
+    """The sounding objects, lifted by `bounce` (a fraction of their size)."""
+    colour = _jitter(_rgb(_COLOURS[scene.colour]), rng, 16)
+    names = [scene.obj, scene.second] if scene.second else [scene.obj] * (1 + COUNTS.index(scene.count))
+    for name, (x, y, share) in zip(names, _PLACES[COUNTS[len(names) - 1]], strict=True):
+        half = px * (0.21 + 0.17 * scene.size) * share
+        x, y = x + rng.uniform(-1, 1) * 0.07 * share, y + rng.uniform(-1, 1) * 0.05 * share
+        _object(draw, str(name), (px * x, px * y - bounce * half, half), colour, scene.ambience == "night", rng)
+
+
+def _object(
+    draw: ImageDraw.ImageDraw,
+    name: str,
+    place: tuple[float, float, float],
+    colour: tuple[int, int, int],
+    night: bool,
+    rng: np.random.Generator,
+) -> None:
+    """One object. place: of its centre, and half of its width, in pixels."""
+    palette, shapes = _OBJECTS[name]
+    fills = {key: _jitter(_rgb(value), rng, 14) for key, value in palette.items()}
+    for key, bright in _COLOURED.items():
+        fills[key] = tuple(int(part * bright) for part in colour)  # type: ignore[assignment]
+    cx, cy, half = place
     mirror = -1.0 if rng.random() < 0.5 else 1.0
-    line = max(1, round(px * 0.008))
-    outline = "#d8d8e8" if scene.ambience == "night" else "#1b1716"
+    lean = rng.uniform(-0.12, 0.12)  # radians
+    line = max(1, round(half * 0.028))
+    outline = "#d8d8e8" if night else "#1b1716"
     for kind, unit, key in shapes:
-        xs = [cx + mirror * half * u for u in unit[0::2]]
-        ys = [cy + half * u for u in unit[1::2]]
-        if kind == "poly":
-            draw.polygon(list(zip(xs, ys, strict=True)), fill=colours[key], outline=outline, width=line)
-        else:
-            box = (min(xs), min(ys), max(xs), max(ys))
-            shape = draw.ellipse if kind == "ellipse" else draw.rectangle
-            shape(box, fill=colours[key], outline=outline, width=line)
+        corners = unit if kind == "poly" else _outline(kind, unit)
+        points = []
+        for u, v in zip(corners[0::2], corners[1::2], strict=True):
+            u, v = u * np.cos(lean) - v * np.sin(lean), u * np.sin(lean) + v * np.cos(lean)
+            points.append((cx + mirror * half * u, cy + half * v))
+        draw.polygon(points, fill=fills[key], outline=outline, width=line)
+
+
+def _outline(kind: str, box: tuple[float, ...]) -> list[float]:
+    """The corners of a box, or points on the ellipse within, as x y x y ..."""
+    x0, y0, x1, y1 = box
+    if kind == "rect":
+        return [x0, y0, x1, y0, x1, y1, x0, y1]
+    turns = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+    xs, ys = (x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turns), (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(turns)
+    return np.stack([xs, ys], axis=1).ravel().tolist()
 
 
 def _weather(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int, time_s: float) -> None:
@@ -216,7 +273,7 @@ def _render_medium(image: Image.Image, medium: str) -> Image.Image:
     edges[[0, -1], :] = edges[:, [0, -1]] = 0  # the filter marks the border itself
     tone = np.asarray(grey, np.float32)[..., None] / 255
     paper = np.array([250, 244, 228], np.float32)
-    tinted = paper * (0.4 + 0.6 * (0.65 * tone + 0.35 * pixels))
+    tinted = paper * (0.4 + 0.6 * (0.4 * tone + 0.6 * pixels))
     edges = np.clip(edges * 1.6, 0, 1)[..., None]
     out = tinted * (1 - edges) + np.array([40, 36, 34], np.float32) * edges
     return Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
@@ -231,8 +288,10 @@ def draw_scene(scene: Scene, size_px: int = 128, time_s: float = 0.0, level: flo
     px = size_px * 2  # drawn at twice the size and halved: anti-aliasing
     image = Image.new("RGB", (px, px))
     draw = ImageDraw.Draw(image)
-    layout, things, sky = (np.random.default_rng((scene.seed, i)) for i in range(3))
+    layout, things, sky, walls = (np.random.default_rng((scene.seed, i)) for i in range(4))
     _background(draw, scene, layout, px)
-    _object(draw, scene, things, px, bounce=0.18 * level)
+    if scene.place == "arch":
+        _arch(draw, walls, px, scene.ambience == "night")
+    _objects(draw, scene, things, px, bounce=0.18 * level)
     _weather(draw, scene, sky, px, time_s)
     return _render_medium(image.reduce(2), scene.medium)

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS, Scene
+from aai.toy.grammar import MEDIA, NOVELTIES, Scene, random_scene
 
 SPLITS = (("train", 0.6), ("val", 0.1), ("test", 0.3))
 MEDIA_SHARES = {"photo": 0.5, "sketch": 0.25, "painting": 0.25}
+NOVELTY_SHARES = {"seen": 0.88, "pair": 0.04, "timbre": 0.04, "values": 0.04}
+"""Of all clips; what is new is in the test split alone."""
 SOUND_FORMATS = ((44100, "stereo"), (16000, "mono"), (22050, "mono"), (24000, "mono"), (32000, "stereo"))
 """(sample rate in Hz, channel layout) of ordinary clips."""
 
@@ -110,23 +112,26 @@ def plan_world(num_clips: int, seed: int, shares: Mapping[str, float] | None = N
 def plain_clip(index: int, seed: int) -> Clip:
     """An ordinary clip."""
     rng = np.random.default_rng((seed, 1, index))
-    scene = Scene(
-        obj=OBJECTS[rng.integers(len(OBJECTS))],
-        ambience=AMBIENCES[rng.integers(len(AMBIENCES))],
-        medium=str(rng.choice(MEDIA, p=[MEDIA_SHARES[m] for m in MEDIA])),
-        size=float(rng.random()),
-        seed=int(rng.integers(2**31)),
-    )
+    novelty = str(rng.choice(NOVELTIES, p=[NOVELTY_SHARES[name] for name in NOVELTIES]))
+    scene = _scene_of(novelty, rng)
+    scene = replace(scene, medium=str(rng.choice(MEDIA, p=[MEDIA_SHARES[m] for m in MEDIA])))
     rate, layout = SOUND_FORMATS[rng.integers(len(SOUND_FORMATS))]
     return Clip(
         name=f"clip_{index:06d}.mp4",
         scene=scene,
         sound=scene,
-        split=split_of(f"{seed}:{index}"),
+        split=split_of(f"{seed}:{index}") if novelty == "seen" else "test",
         sample_rate_hz=rate,
         layout=layout,
         quality=int(rng.integers(20, 27)),
     )
+
+
+def _scene_of(novelty: str, rng: np.random.Generator) -> Scene:
+    scene = random_scene(rng)
+    while scene.novelty != novelty:
+        scene = random_scene(rng)
+    return scene
 
 
 def split_of(key: str) -> str:
@@ -144,14 +149,7 @@ def _planted(clip: Clip, kind: str, rng: np.random.Generator) -> Clip:
     clip = replace(clip, kind=kind)
     scene = clip.scene
     changes: dict[str, dict[str, object]] = {
-        "wrong_audio": {
-            "sound": replace(
-                scene,
-                obj=str(rng.choice([o for o in OBJECTS if o != scene.obj])),
-                ambience=str(rng.choice([a for a in AMBIENCES if a != scene.ambience])),
-                seed=scene.seed + 1,
-            )
-        },
+        "wrong_audio": {"sound": _another(scene, rng)},
         "too_short": {"duration_s": 0.2},
         "rate_8khz": {"sample_rate_hz": 8000, "layout": "mono"},
         "rate_11khz": {"sample_rate_hz": 11025, "layout": "mono"},
@@ -163,6 +161,14 @@ def _planted(clip: Clip, kind: str, rng: np.random.Generator) -> Clip:
         "unicode_name": {"name": clip.name.replace("clip_", "Klang ö ♪ ")},
     }
     return replace(clip, **changes.get(kind, {}))  # type: ignore[arg-type]
+
+
+def _another(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A scene with other objects and another ambience, that training clips may have."""
+    other = _scene_of("seen", rng)
+    while other.ambience == scene.ambience or {other.obj, other.second} & {scene.obj, scene.second} - {None}:
+        other = _scene_of("seen", rng)
+    return other
 
 
 def _duplicate(original: Clip, name: str, kind: str) -> Clip:

@@ -1,27 +1,53 @@
 """Synthesises the sound of scenes: one voice per object and one bed per ambience, by plain signal processing.
 
 All content lies below 8 kHz, so 16 kHz carries everything. Voices and beds are brought to a fixed level: the
-object's level follows the scene's size, the ambience's does not.
+object's level follows the scene's size, the ambience's does not. Pitch, rate of events, timbre and reverberation are
+the scene's; they change the voice and leave the bed alone. Two objects sound one after the other.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import scipy.signal
 from numpy.typing import NDArray
 
 from aai.toy.grammar import Scene
 
 Signal = NDArray[np.float64]
 Rng = np.random.Generator
-Voice = Callable[[Rng, Signal, int], Signal]
+Bed = Callable[[Rng, Signal, int], Signal]
 """(random generator, time axis in seconds [S], sample rate in Hz) -> sound of any level [S]."""
 
 OBJECT_DB = (-36.0, -18.0)
 """rms level of the object at size 0 and at size 1, dB full scale."""
 AMBIENCE_DB = {"clear": -52.0, "rain": -38.0, "night": -38.0, "snow": -37.0}
 """rms level of each ambience, dB full scale."""
+PITCH_OCTAVES = 2.0
+"""From the lowest pitch of an object's voice to the highest."""
+SLOWEST = 4.9
+"""How many times as long the time between two events is at rate 0 as at rate 1."""
+RT60_S, DRR_DB = (0.5, 0.8), (-5.0, 0.0)
+"""Under an arch: time in which the room's sound decays by 60 dB, and level of the direct sound above the room's."""
 MAX_CREST = 5.0
 """An object's peaks are rounded off above this multiple of its rms, so that loud clicks do not clip."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How an object sounds: what its base pitch, and the time between its events, are multiplied with."""
+
+    pitch: float
+    period: float
+
+    @classmethod
+    def of(cls, pitch: float, rate: float) -> "Manner":
+        """From a scene's values of 0 to 1."""
+        return cls(2 ** (PITCH_OCTAVES * (pitch - 0.5)), SLOWEST ** (0.5 - rate))
+
+
+Voice = Callable[[Rng, Signal, int, Manner], Signal]
+"""(random generator, time axis in seconds [S], sample rate in Hz, manner) -> sound of any level [S]."""
 
 
 # ---------------------------------------------------------------- building blocks
@@ -89,9 +115,9 @@ def _swell(t: Signal, length_s: float) -> Signal:
 # ---------------------------------------------------------------- objects
 
 
-def _dog(rng: Rng, t: Signal, rate: int) -> Signal:
+def _dog(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """Barks: a falling harsh harmonic tone with breath noise."""
-    pitch = rng.uniform(330, 470)
+    pitch = 395 * how.pitch * rng.uniform(0.98, 1.02)
 
     def bark(rng: Rng, t: Signal, _: int) -> Signal:
         phase = _phase(pitch * rng.uniform(0.93, 1.07) * (1.15 - 1.6 * t), rate)
@@ -99,12 +125,12 @@ def _dog(rng: Rng, t: Signal, rate: int) -> Signal:
         breath = 1.3 * _band(rng, len(t), rate, 500, 2200)
         return (tone + breath) * np.exp(-t / 0.09) * (1 - np.exp(-t / 0.006))
 
-    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.42, 0.6), 0.06), 0.26, bark)
+    return _events(rng, t, rate, _starts(rng, t, rate, 0.5 * how.period, 0.05 * how.period), 0.26, bark)
 
 
-def _bell(rng: Rng, t: Signal, rate: int) -> Signal:
+def _bell(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """Strikes: the inharmonic partials of a church bell, the high ones dying first."""
-    pitch = rng.uniform(480, 680)
+    pitch = 570 * how.pitch * rng.uniform(0.98, 1.02)
     multiples = (0.5, 1.0, 1.2, 1.5, 2.0, 2.66, 3.01, 4.1)
     amplitudes = (0.5, 1.0, 0.8, 0.5, 0.9, 0.4, 0.4, 0.25)
 
@@ -117,47 +143,47 @@ def _bell(rng: Rng, t: Signal, rate: int) -> Signal:
             np.zeros_like(t),
         )
 
-    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.85, 1.15), 0.08), 3.0, strike)
+    return _events(rng, t, rate, _starts(rng, t, rate, 0.75 * how.period, 0.06 * how.period), 3.0, strike)
 
 
-def _car(rng: Rng, t: Signal, rate: int) -> Signal:
+def _car(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """An engine: many harmonics of a low firing rate that revs up and down, over rolling noise."""
-    pedal = np.sin(2 * np.pi * rng.uniform(0.35, 0.6) * t + rng.uniform(0, 6.3))
-    revs = rng.uniform(42, 62) * (1 + 0.28 * pedal)
+    pedal = np.sin(2 * np.pi * 1.1 / how.period * t + rng.uniform(0, 6.3))
+    revs = 62 * how.pitch * rng.uniform(0.98, 1.02) * (1 + 0.28 * pedal)
     tone = _harmonics(_phase(revs, rate), 1 / np.arange(1, 15) ** 0.6)
-    return (tone + 14 * _band(rng, len(t), rate, 60, 400)) * (revs / revs.max()) ** 2
+    return (tone + 14 * _band(rng, len(t), rate, 60 * how.pitch, 400 * how.pitch)) * (revs / revs.max()) ** 2
 
 
-def _bird(rng: Rng, t: Signal, rate: int) -> Signal:
+def _bird(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """Chirps: short arcs of a nearly pure high tone, in groups."""
-    pitch, rise = rng.uniform(2300, 3000), rng.uniform(400, 900)
-    groups = _starts(rng, t, rate, rng.uniform(0.5, 0.7), 0.08)
+    pitch, rise = 2600 * how.pitch * rng.uniform(0.98, 1.02), 600 * how.pitch
+    groups = _starts(rng, t, rate, 0.55 * how.period, 0.05 * how.period)
     starts: list[float] = []
     for group in groups:
-        starts += [group + 0.12 * k for k in range(int(rng.integers(2, 5)))]
+        starts += [group, group + 0.12]
 
     def chirp(rng: Rng, t: Signal, _: int) -> Signal:
         arc = _swell(t, 0.09)
-        return arc * _harmonics(_phase(pitch + rise * arc * rng.uniform(0.7, 1.2), rate), (1.0, 0.12))
+        return arc * _harmonics(_phase(pitch + rise * arc * rng.uniform(0.7, 1.2), rate), (1.0,))
 
     return _events(rng, t, rate, starts, 0.09, chirp)
 
 
-def _clock(rng: Rng, t: Signal, rate: int) -> Signal:
+def _clock(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """Tick and tock: two short clicks of a small resonant case."""
-    case_hz = rng.uniform(1300, 1800)
+    case_hz = 1300 * how.pitch * rng.uniform(0.98, 1.02)
 
     def tick(rng: Rng, t: Signal, number: int) -> Signal:
         f = case_hz * (1.0 if number % 2 else 1.3) * rng.uniform(0.99, 1.01)
         ring = np.sin(2 * np.pi * f * t) + 0.6 * np.sin(2 * np.pi * 2.7 * f * t)
         return np.exp(-t / 0.014) * (ring + 0.7 * rng.standard_normal(len(t)) * np.exp(-t / 0.004))
 
-    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.22, 0.3), 0.008), 0.09, tick)
+    return _events(rng, t, rate, _starts(rng, t, rate, 0.26 * how.period, 0.008), 0.09, tick)
 
 
-def _guitar(rng: Rng, t: Signal, rate: int) -> Signal:
+def _guitar(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """A plucked arpeggio: harmonics that die faster the higher they are."""
-    root = rng.uniform(150, 210)
+    root = 180 * how.pitch * rng.uniform(0.98, 1.02)
     chord = root * np.array([1.0, 1.26, 1.5, 2.0])
     order = rng.permutation(8) % 4
     pluck_at = rng.uniform(0.15, 0.3)
@@ -168,54 +194,61 @@ def _guitar(rng: Rng, t: Signal, rate: int) -> Signal:
         body = _harmonics(phase, np.abs(np.sin(np.pi * k * pluck_at)) / k**0.9, decay=np.exp(-0.8 * t))
         return body * np.exp(-2.2 * t)
 
-    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.26, 0.36), 0.02), 1.0, pluck)
+    return _events(rng, t, rate, _starts(rng, t, rate, 0.31 * how.period, 0.02 * how.period), 1.0, pluck)
 
 
-def _siren(rng: Rng, t: Signal, rate: int) -> Signal:
+def _siren(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """A wail: a bright tone that sweeps up and down without a break."""
-    sweep = np.sin(2 * np.pi * rng.uniform(0.8, 1.3) * t + rng.uniform(0, 6.3))
-    frequency = rng.uniform(880, 1020) * 2 ** (0.55 * sweep)
+    sweep = np.sin(2 * np.pi * 1.0 / how.period * t + rng.uniform(0, 6.3))
+    frequency = 940 * how.pitch * rng.uniform(0.98, 1.02) * 2 ** (0.55 * sweep)
     return _harmonics(_phase(frequency, rate), (1.0, 0.55, 0.4, 0.2, 0.12)) * (1 + 0.5 * sweep)
 
 
-def _frog(rng: Rng, t: Signal, rate: int) -> Signal:
+def _frog(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """Croaks: a low voice chopped into pulses, the second half of each croak higher."""
-    pitch, pulses_hz = rng.uniform(190, 260), rng.uniform(32, 44)
+    pitch, pulses_hz = 220 * how.pitch * rng.uniform(0.98, 1.02), rng.uniform(32, 44)
 
     def croak(rng: Rng, t: Signal, _: int) -> Signal:
         step = np.where(t > 0.16, 1.35, 1.0) * pitch * rng.uniform(0.95, 1.05)
         tone = _harmonics(_phase(step, rate), (0.5, 0.7, 1.0, 0.8, 0.5, 0.3))
         return tone * (0.5 + 0.5 * np.sin(2 * np.pi * pulses_hz * t)) ** 3 * _swell(t, 0.34)
 
-    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.55, 0.75), 0.06), 0.34, croak)
+    return _events(rng, t, rate, _starts(rng, t, rate, 0.6 * how.period, 0.05 * how.period), 0.34, croak)
 
 
-def _drum(rng: Rng, t: Signal, rate: int) -> Signal:
+def _drum(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """A beat: a falling low thud and a noisy snare in turn."""
-    thud_hz, snare_gain = rng.uniform(60, 80), rng.uniform(0.7, 1.0)
+    thud_hz, snare_gain = 85 * how.pitch * rng.uniform(0.98, 1.02), rng.uniform(0.7, 1.0)
 
     def hit(rng: Rng, t: Signal, number: int) -> Signal:
         if number % 2 == 0:
             return 1.6 * np.sin(_phase(thud_hz * (1 + 1.8 * np.exp(-t / 0.03)), rate)) * np.exp(-t / 0.1)
-        snare = 1.6 * _band(rng, len(t), rate, 900, 6000) + 0.6 * np.sin(2 * np.pi * 190 * t)
+        snare = 1.6 * _band(rng, len(t), rate, 900 * how.pitch, 4000 * how.pitch) + 0.6 * np.sin(
+            2 * np.pi * 190 * how.pitch * t
+        )
         return snare_gain * snare * np.exp(-t / 0.06)
 
-    return _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.24, 0.34), 0.01), 0.3, hit)
+    return _events(rng, t, rate, _starts(rng, t, rate, 0.29 * how.period, 0.01), 0.3, hit)
 
 
-def _train(rng: Rng, t: Signal, rate: int) -> Signal:
+def _train(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
     """A steam engine: quick low chugs and a whistle of three steady tones."""
-    root, start_s = rng.uniform(520, 640), rng.uniform(0.1, 0.7)
+    root, start_s = 580 * how.pitch * rng.uniform(0.98, 1.02), rng.uniform(0.1, 0.7)
 
     def chug(rng: Rng, t: Signal, number: int) -> Signal:
         strength = 1.3 if number % 4 == 0 else 0.9
-        return strength * _band(rng, len(t), rate, 90, 700) * np.exp(-t / 0.05) * (1 - np.exp(-t / 0.01))
+        return (
+            strength
+            * _band(rng, len(t), rate, 90 * how.pitch, 700 * how.pitch)
+            * np.exp(-t / 0.05)
+            * (1 - np.exp(-t / 0.01))
+        )
 
     def whistle(rng: Rng, t: Signal, _: int) -> Signal:
         tones = sum(_harmonics(2 * np.pi * root * m * t, (1.0, 0.4)) for m in (1.0, 1.19, 1.41))
         return 0.11 * (tones + 1.5 * _band(rng, len(t), rate, 1500, 4000)) * _swell(t, 0.8)
 
-    chugs = _events(rng, t, rate, _starts(rng, t, rate, rng.uniform(0.13, 0.19), 0.006), 0.14, chug)
+    chugs = _events(rng, t, rate, _starts(rng, t, rate, 0.16 * how.period, 0.006), 0.14, chug)
     return chugs + _events(rng, t, rate, [start_s], 0.8, whistle)
 
 
@@ -266,7 +299,7 @@ _VOICES: dict[str, Voice] = {
     "drum": _drum,
     "train": _train,
 }
-_BEDS: dict[str, Voice] = {"clear": _clear, "rain": _rain, "night": _night, "snow": _snow}
+_BEDS: dict[str, Bed] = {"clear": _clear, "rain": _rain, "night": _night, "snow": _snow}
 
 
 # ---------------------------------------------------------------- scenes
@@ -283,12 +316,46 @@ def _time_axis(duration_s: float, sample_rate_hz: int) -> Signal:
 
 
 def object_sound(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -> Signal:
-    """The object alone: [S], rms between `OBJECT_DB` by the scene's size, give or take 1 dB."""
+    """The object, or two, alone: [S], rms between `OBJECT_DB` by the scene's size, give or take 1 dB."""
     t = _time_axis(duration_s, sample_rate_hz)
     rng = np.random.default_rng((scene.seed, 10))
     level_db = OBJECT_DB[0] + (OBJECT_DB[1] - OBJECT_DB[0]) * scene.size + rng.uniform(-1, 1)
-    unit = _to_level(_VOICES[scene.obj](rng, t, sample_rate_hz), 0.0)
+    unit = _two(rng, t, sample_rate_hz, scene) if scene.second else _one(rng, t, sample_rate_hz, scene, scene.obj)
+    if scene.place == "arch":
+        unit = _reverberant(rng, unit, sample_rate_hz)
+    unit = _to_level(unit, 0.0)
     return _to_level(MAX_CREST * np.tanh(unit / MAX_CREST), level_db)
+
+
+def _one(rng: Rng, t: Signal, rate: int, scene: Scene, name: str) -> Signal:
+    """An object's voice in the scene's manner; of two objects, neither is quick or slow."""
+    how = Manner.of(scene.pitch, 0.5 if scene.second else scene.rate)
+    return _to_level(_in_timbre(_VOICES[name](rng, t, rate, how), scene.timbre, rate), 0.0)
+
+
+def _two(rng: Rng, t: Signal, rate: int, scene: Scene) -> Signal:
+    """The first object in the first half, the second in the second."""
+    half, parts = len(t) // 2, []
+    for name, length in ((scene.obj, half), (str(scene.second), len(t) - half)):
+        fade = np.minimum(1.0, (np.arange(length)[::-1] + 1) / (0.02 * rate))  # no click where a sound is cut off
+        parts.append(fade * _one(rng, t[:length], rate, scene, name))
+    return np.concatenate(parts)
+
+
+def _in_timbre(signal: Signal, timbre: int, rate: int) -> Signal:
+    """As it is, brighter, duller, or hollow (peaks and dips by the octave)."""
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(len(signal), 1 / rate), 50.0) / 500)
+    gain_db = (0.0 * octaves, 3.0 * octaves, -3.0 * octaves, 9.0 * np.sin(2 * np.pi * 0.9 * octaves))[timbre]
+    return np.fft.irfft(np.fft.rfft(signal) * 10 ** (gain_db / 20), len(signal))
+
+
+def _reverberant(rng: Rng, signal: Signal, rate: int) -> Signal:
+    """The sound and that of a room: noise that decays exponentially."""
+    rt60_s, drr_db = rng.uniform(*RT60_S), rng.uniform(*DRR_DB)
+    t = np.arange(round(rt60_s * rate)) / rate
+    response = rng.standard_normal(len(t)) * np.exp(-np.log(1000) * t / rt60_s)
+    room = scipy.signal.oaconvolve(signal, response)[: len(signal)]
+    return _to_level(signal, drr_db) + _to_level(room, 0.0)
 
 
 def ambience_sound(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -> Signal:

@@ -11,7 +11,7 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 
@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from aai import storage
 from aai.toy.draw import draw_scene
-from aai.toy.grammar import Scene, full_caption, partial_caption
-from aai.toy.roster import KINDS, Clip, plain_clip, plan_world, split_of
+from aai.toy.grammar import Scene, clip_caption, partial_caption, random_scene
+from aai.toy.roster import KINDS, Clip, plan_world, split_of
 from aai.toy.synthesis import level_envelope, object_sound, synthesise
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Counts up when the same settings would give other files."""
 SYNTHESIS_RATE_HZ = 16000
 # ---------------------------------------------------------------- one clip
@@ -179,8 +179,8 @@ def write_world(
 ) -> dict[str, int]:
     """Writes clips/*.mp4, manifest.csv, defects.json and scenes.json under `out` (a folder or s3:// prefix).
 
-    manifest.csv: uri (relative to its folder), start_s, end_s, caption, labels, split; the labels are
-    object;ambience;medium;size. defects.json: a list of {uri, kind, expect: reject|accept, code, pair}, where
+    manifest.csv: uri (relative to its folder), start_s, end_s, caption, labels, split; for the labels see
+    `Scene.labels`. defects.json: a list of {uri, kind, expect: reject|accept, code, pair}, where
     pair is the file a duplicate was made from. scenes.json: uri -> the true scene. shares: see plan_world.
     Returns how many clips, planted defects and oddities there are.
     """
@@ -188,7 +188,7 @@ def write_world(
     done = _each(partial(_write_clip, out), clips, num_workers)
     for _ in tqdm(done, total=len(clips), desc="world", unit="clip", disable=not progress, mininterval=1.0):
         pass
-    rows = [[c.uri, "", "", full_caption(c.scene), ";".join(c.scene.labels), c.split] for c in clips]
+    rows = [[c.uri, "", "", clip_caption(c.scene), ";".join(c.scene.labels), c.split] for c in clips]
     _write_csv(storage.join(out, "manifest.csv"), rows)
     planted = [_defect(c) for c in clips if c.kind != "plain"]
     storage.write_json(storage.join(out, "defects.json"), planted)
@@ -224,7 +224,7 @@ def _write_image(out: str, seed: int, index: int) -> None:
 
 def _image_scene(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
     rng = np.random.default_rng((seed, 3, index))
-    return replace(plain_clip(index, seed).scene, seed=int(rng.integers(2**31))), rng
+    return random_scene(rng), rng
 
 
 def write_images(out: str, num_images: int, seed: int = 0, num_workers: int = 2, progress: bool = True) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from aai.toy.roster import KINDS, SPLITS, Clip, plan_world
+from aai.toy.roster import KINDS, NOVELTY_SHARES, SPLITS, Clip, plan_world
 
 
 def _named(clips: list[Clip]) -> dict[str, Clip]:
@@ -39,7 +39,8 @@ def test_splits_and_media_have_their_shares() -> None:
     clips = plan_world(4000, 2)
     splits = Counter(clip.split for clip in clips)
     for name, share in SPLITS:
-        assert splits[name] / 4000 == pytest.approx(share, abs=0.03)
+        seen = share * NOVELTY_SHARES["seen"] + (name == "test") * (1 - NOVELTY_SHARES["seen"])
+        assert splits[name] / 4000 == pytest.approx(seen, abs=0.03)
     media = Counter(clip.scene.medium for clip in clips)
     assert media["photo"] / 4000 == pytest.approx(0.5, abs=0.03)
 
@@ -59,10 +60,21 @@ def test_names_are_unique_and_duplicates_point_at_ordinary_clips() -> None:
             assert (original.split, clip.split) == (("test", "train") if crossing else (clip.split,) * 2)
 
 
+def test_what_is_new_is_tested_alone() -> None:
+    clips = plan_world(4000, 2)
+    count = Counter(clip.scene.novelty for clip in clips)
+    for name, share in NOVELTY_SHARES.items():
+        assert count[name] / 4000 == pytest.approx(share, abs=0.02)
+    assert {clip.scene.novelty for clip in clips if clip.split != "test"} - {"seen"} == {
+        clip.scene.novelty for clip in clips if clip.kind == "cross_split_duplicate"
+    } - {"seen"}, "but for copies that curation rejects"
+    assert {clip.sound.novelty for clip in clips if clip.kind == "wrong_audio"} == {"seen"}
+
+
 def test_wrong_audio_is_of_another_object_and_ambience() -> None:
     for clip in plan_world(600, 7):
         if clip.kind == "wrong_audio":
-            assert clip.sound.obj != clip.scene.obj
+            assert clip.sound.obj not in (clip.scene.obj, clip.scene.second)
             assert clip.sound.ambience != clip.scene.ambience
         else:
             assert clip.sound == clip.scene

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aai.toy.grammar import Scene
+from aai.toy.grammar import COLOURS, COUNTS, Scene
 from aai.toy.roster import Clip
 from aai.toy.writer import (
     clip_sound,
@@ -155,10 +155,11 @@ def test_written_tables_agree(tmp_path: Path) -> None:
         "accept": figures["oddities"],
     }
     for uri, row in rows.items():
-        obj, ambience, medium, size = row["labels"].split(";")
-        assert (obj, ambience, medium) == tuple(scenes[uri][key] for key in ("obj", "ambience", "medium"))
-        assert obj in row["caption"]
-        assert size == Scene(**scenes[uri]).size_name
+        labels = row["labels"].split(";")
+        assert labels[:3] == [scenes[uri][key] for key in ("obj", "ambience", "medium")]
+        assert labels[0] in row["caption"]
+        assert labels == Scene(**scenes[uri]).labels
+        assert not {*COLOURS, *COUNTS[1:], "arch", "open", "left"} & set(row["caption"].split())
     exact = next(d for d in defects.values() if d["kind"] == "exact_duplicate")
     assert (tmp_path / exact["uri"]).read_bytes() == (tmp_path / exact["pair"]).read_bytes()
     near = next(d for d in defects.values() if d["kind"] == "near_duplicate")
