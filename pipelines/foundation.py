@@ -92,7 +92,11 @@ def run(config: FoundationVerbConfig) -> dict[str, Any]:
         elif name == "diffusion":
             train_diffusion(config.recipe, pixels, captions, out / "clip", out / "diffusion")
         else:
-            train_judge(draw_labelled(config.judge_images, config.seed + 1), config.recipe.judge, out / "judge")
+            train_judge(
+                draw_labelled(config.judge_images, config.seed + 1),
+                config.recipe.judge.fit(config.recipe.seed),
+                out / "judge",
+            )
         seconds[name] = round(time.monotonic() - start, 1)
         (out / name / "finished").touch()
     size_mb = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import pydantic
 import torch
 import torch.nn.functional as F
 from tokenizers.pre_tokenizers import ByteLevel
@@ -29,16 +30,25 @@ log = logging.getLogger(__name__)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-def _fit(steps: int, batch_size: int, learning_rate: float, ema_decay: float = 0.0) -> FitConfig:
-    return FitConfig(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=0.01,
-        warmup_steps=100,
-        ema_decay=ema_decay,
-        checkpoint_every=250,
-    )
+class TrainSteps(Config):
+    """How long and how fast one model trains."""
+
+    steps: int = pydantic.Field(1000, ge=1)
+    batch_size: int = pydantic.Field(64, ge=1)
+    learning_rate: float = pydantic.Field(1e-3, gt=0)
+
+    def fit(self, seed: int, ema_decay: float = 0.0) -> FitConfig:
+        """All settings of the loop."""
+        return FitConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=0.01,
+            warmup_steps=min(100, self.steps // 10),
+            ema_decay=ema_decay,
+            checkpoint_every=250,
+            seed=seed,
+        )
 
 
 class FoundationConfig(Config):
@@ -52,12 +62,12 @@ class FoundationConfig(Config):
     """Of the tokenizer: 512 spelled bytes, and the commonest pieces of the captions."""
     context_length: int = 32
     """Tokens of a prompt, start and end included (77 in the published models)."""
-    clip: FitConfig = _fit(4000, 128, 1e-3)
-    vae: FitConfig = _fit(3000, 32, 2e-3)
-    decoder: FitConfig = _fit(2500, 32, 1e-3)
+    clip: TrainSteps = TrainSteps(steps=4000, batch_size=128, learning_rate=1e-3)
+    vae: TrainSteps = TrainSteps(steps=3000, batch_size=32, learning_rate=2e-3)
+    decoder: TrainSteps = TrainSteps(steps=2500, batch_size=32, learning_rate=1e-3)
     """The VAE's decoder alone, on latents with noise; it leaves the latents, and so the UNet, as they are."""
-    unet: FitConfig = _fit(16000, 32, 1e-3, ema_decay=0.998)
-    judge: FitConfig = _fit(5000, 64, 2e-3)
+    unet: TrainSteps = TrainSteps(steps=16000, batch_size=32, learning_rate=1e-3)
+    judge: TrainSteps = TrainSteps(steps=5000, batch_size=64, learning_rate=2e-3)
     seed: int = 0
 
 
@@ -193,7 +203,7 @@ def train_clip(cfg: FoundationConfig, pixels: Tensor, captions: list[str], out: 
     which = torch.tensor([number[text] for text in captions])
     tokens = tokenizer(texts, padding="longest", truncation=True, return_tensors="pt")
     task = ClipTask(model, tokens.input_ids, tokens.attention_mask)
-    train_model("clip", task, {"pixels": pixels, "text": which}, cfg.clip, out)
+    train_model("clip", task, {"pixels": pixels, "text": which}, cfg.clip.fit(cfg.seed), out)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     image_processor(cfg.image_size_px).save_pretrained(out)

@@ -113,11 +113,11 @@ def train_vae(cfg: FoundationConfig, clip: CLIPModel, pixels: Tensor, out: Path)
     """
     torch.manual_seed(cfg.seed)
     vae = build_vae(cfg)
-    train_model("vae", VaeTask(vae), {"pixels": pixels}, cfg.vae, out)
+    train_model("vae", VaeTask(vae), {"pixels": pixels}, cfg.vae.fit(cfg.seed), out)
     latents = encode_latents(vae, pixels)
     vae.register_to_config(scaling_factor=float(1 / latents[:2048].std()))
     task = DecoderTask(vae, clip, float(latents.std()))
-    train_model("decoder", task, {"pixels": pixels, "latents": latents}, cfg.decoder, out)
+    train_model("decoder", task, {"pixels": pixels, "latents": latents}, cfg.decoder.fit(cfg.seed), out)
     return vae.eval().requires_grad_(False)
 
 
@@ -164,7 +164,9 @@ def train_unet(
     torch.manual_seed(cfg.seed)
     unet = build_unet(cfg)
     latents = encode_latents(vae, pixels) * vae.config.scaling_factor
-    train_model("unet", UnetTask(unet, states), {"latents": latents, "text": text}, cfg.unet, out)
+    train_model(
+        "unet", UnetTask(unet, states), {"latents": latents, "text": text}, cfg.unet.fit(cfg.seed, ema_decay=0.998), out
+    )
     return unet
 
 

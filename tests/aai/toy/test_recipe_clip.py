@@ -13,6 +13,7 @@ from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from aai.toy.recipe_clip import (
     FoundationConfig,
+    TrainSteps,
     build_clip,
     build_tokenizer,
     clip_input,
@@ -110,7 +111,7 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) 
 def test_captions_of_several_scripts_and_any_length_train(tmp_path: Path) -> None:
     captions = ["a dog " * 50, "犬の写真", "صورة كلب", "собака под дождём ♪"]
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-    fit = FitConfig(steps=2, batch_size=4, warmup_steps=1, precision="float32")
+    fit = TrainSteps(steps=2, batch_size=4)
     sizes = FoundationConfig(image_size_px=32, hidden_size=16, vocab_size=600, context_length=8, clip=fit)
     train_clip(sizes, pixels, captions, tmp_path)
     clip = FrozenClip(FoundationSpec(clip=str(tmp_path)))
