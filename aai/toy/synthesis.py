@@ -147,11 +147,20 @@ def _bell(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
 
 
 def _car(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
-    """An engine: many harmonics of a low firing rate that revs up and down, over rolling noise."""
+    """An engine that revs up and down (harmonics of a low firing rate over rolling noise), and a horn of two tones."""
     pedal = np.sin(2 * np.pi * 1.1 / how.period * t + rng.uniform(0, 6.3))
     revs = 62 * how.pitch * rng.uniform(0.98, 1.02) * (1 + 0.28 * pedal)
     tone = _harmonics(_phase(revs, rate), 1 / np.arange(1, 15) ** 0.6)
-    return (tone + 14 * _band(rng, len(t), rate, 60 * how.pitch, 400 * how.pitch)) * (revs / revs.max()) ** 2
+    horn_hz = 430 * how.pitch * rng.uniform(0.98, 1.02)
+
+    def honk(rng: Rng, t: Signal, _: int) -> Signal:
+        tones = sum(_harmonics(2 * np.pi * horn_hz * m * t, (1.0, 0.7, 0.5, 0.3)) for m in (1.0, 1.26))
+        return 1.5 * tones * _swell(t, 0.16)
+
+    honks = _events(rng, t, rate, _starts(rng, t, rate, 0.5 * how.period, 0.04 * how.period), 0.16, honk)
+    return (
+        honks + 0.4 * (tone + 14 * _band(rng, len(t), rate, 60 * how.pitch, 400 * how.pitch)) * (revs / revs.max()) ** 2
+    )
 
 
 def _bird(rng: Rng, t: Signal, rate: int, how: Manner) -> Signal:
