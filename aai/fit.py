@@ -178,13 +178,13 @@ def fit(
     device = next(iter(params.values())).device
     precision = _precision(config, device, resume)
     optimizer = _optimizer(params, config, getattr(_inner(task), "rate_scales", {}))
-    start = resume.step if resume else 0
     if resume is not None:
         _restore(params, optimizer, resume)
-        if resume.ended or start >= config.steps:
-            return resume
-    iterator, keeper = batches(start), _keeper(params, config, resume)
-    meter, guard = Meter(), FiniteGuard(config.max_skipped_in_a_row, on_skip)
+    start, keeper = resume.step if resume else 0, _keeper(params, config, resume)
+    if resume is not None and (resume.ended or start >= config.steps):
+        keeper.put_kept()
+        return resume
+    iterator, meter, guard = batches(start), Meter(), FiniteGuard(config.max_skipped_in_a_row, on_skip)
     for step in range(start + 1, config.steps + 1):
         task.train()
         batch = _next_batch(iterator, meter, step, config.steps)

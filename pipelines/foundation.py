@@ -24,8 +24,8 @@ from aai.errors import UserError
 from aai.media.decode import ClipError, DecodeConfig, decode_clip
 from aai.toy import writer
 from aai.toy.draw import draw_scene
-from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS, random_scene
-from aai.toy.judge import SIZE_PX, train_judge
+from aai.toy.grammar import random_scene
+from aai.toy.judge import HEADS, SIZE_PX, train_judge
 from aai.toy.recipe_clip import FoundationConfig, train_clip
 from aai.toy.recipe_diffusion import train_diffusion
 from pipelines.engine.lock import locked
@@ -48,7 +48,6 @@ class FoundationVerbConfig(VerbConfig):
     images: int = pydantic.Field(24000, ge=100)
     """Pictures to draw when the manifest is absent."""
     judge_images: int = pydantic.Field(12000, ge=100)
-    judge_steps: int = pydantic.Field(2000, ge=1)
     seed: int = pydantic.Field(7, ge=0)
     """Of the drawn pictures."""
     models: tuple[Literal["clip", "diffusion", "judge"], ...] = ("clip", "diffusion", "judge")
@@ -81,7 +80,8 @@ def run(config: FoundationVerbConfig) -> dict[str, Any]:
         writer.write_images(folder, config.images, config.seed)
     out = Path(storage.absolute(config.out))
     seconds: dict[str, Any] = {}
-    pixels, captions = load_pictures(config.manifest, config.recipe.image_size_px)
+    if set(config.models) - {"judge"}:
+        pixels, captions = load_pictures(config.manifest, config.recipe.image_size_px)
     for name in config.models:
         if (out / name / "finished").exists():
             log.info("foundation: %s is there -> %s", name, out / name)
@@ -92,8 +92,10 @@ def run(config: FoundationVerbConfig) -> dict[str, Any]:
         elif name == "diffusion":
             train_diffusion(config.recipe, pixels, captions, out / "clip", out / "diffusion")
         else:
-            train_judge(*draw_labelled(config.judge_images, config.seed + 1), config.judge_steps).save(
-                out / "judge" / "model.safetensors"
+            train_judge(
+                draw_labelled(config.judge_images, config.seed + 1),
+                config.recipe.judge.fit(config.recipe.seed),
+                out / "judge",
             )
         seconds[name] = round(time.monotonic() - start, 1)
         (out / name / "finished").touch()
@@ -128,8 +130,8 @@ def _picture(row: ManifestRow, size_px: int) -> Image.Image:
     return Image.fromarray(clip.frames[0])
 
 
-def draw_labelled(count: int, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Drawn scenes for the judge: uint8 [N, 64, 64, 3], labels int [N] per head, sizes float [N]."""
+def draw_labelled(count: int, seed: int) -> dict[str, Tensor]:
+    """Drawn scenes for the judge: pixels uint8 [N, 64, 64, 3], an int [N] for each head, size float [N]."""
     pixels = np.empty((count, SIZE_PX, SIZE_PX, 3), np.uint8)
     scenes = []
     rng = np.random.default_rng(seed)
@@ -137,9 +139,7 @@ def draw_labelled(count: int, seed: int) -> tuple[Tensor, dict[str, Tensor], Ten
         scenes.append(random_scene(rng))
         picture = draw_scene(scenes[-1], 128, time_s=float(rng.uniform(0, 10)), level=float(rng.random()))
         pixels[i] = np.asarray(picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC))
-    labels = {
-        "object": torch.tensor([OBJECTS.index(scene.obj) for scene in scenes]),
-        "ambience": torch.tensor([AMBIENCES.index(scene.ambience) for scene in scenes]),
-        "medium": torch.tensor([MEDIA.index(scene.medium) for scene in scenes]),
-    }
-    return torch.from_numpy(pixels), labels, torch.tensor([scene.size for scene in scenes], dtype=torch.float32)
+    named = [{"object": scene.obj, "ambience": scene.ambience, "medium": scene.medium} for scene in scenes]
+    labels = {head: torch.tensor([words.index(row[head]) for row in named]) for head, words in HEADS.items()}
+    sizes = torch.tensor([scene.size for scene in scenes], dtype=torch.float32)
+    return {"pixels": torch.from_numpy(pixels), **labels, "size": sizes}

@@ -41,14 +41,14 @@ from aai.toy.recipe_clip import FoundationConfig, build_clip, build_tokenizer, i
 from aai.toy.recipe_diffusion import build_unet, build_vae, save_pipeline
 from aai.toy.synthesis import synthesise
 
-SIZES = FoundationConfig(image_size_px=64, hidden_size=32, unet_channels=(32, 32), merges=60)
+SIZES = FoundationConfig(image_size_px=64, hidden_size=32, unet_channels=(32, 32), vocab_size=574)
 CAPTIONS = ["a photo of a big dog in the rain", "a sketch of a small bell at night", "a clock", "thing"]
 
 
 def write_clip(folder: str | Path) -> Path:
     """A random CLIPModel (64 px, 32 features) with tokenizer and image processor."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(CAPTIONS, SIZES.merges, SIZES.context_length)
+    tokenizer = build_tokenizer(CAPTIONS, SIZES.vocab_size, SIZES.context_length)
     build_clip(SIZES, tokenizer).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor(SIZES.image_size_px).save_pretrained(folder)
@@ -67,8 +67,10 @@ def write_diffusion(folder: str | Path, clip_folder: str | Path) -> Path:
 def write_vitl14_sizes(folder: Path) -> FoundationSpec:
     """Random models that take pictures as CLIP ViT-L/14 (224 px) and Stable Diffusion 1.5 (512 px), but are narrow."""
     torch.manual_seed(4)
-    sizes = FoundationConfig(image_size_px=512, hidden_size=32, latent_channels=4, unet_channels=(32, 32), merges=60)
-    tokenizer = build_tokenizer(CAPTIONS, sizes.merges, 77)
+    sizes = FoundationConfig(
+        image_size_px=512, hidden_size=32, latent_channels=4, unet_channels=(32, 32), vocab_size=574
+    )
+    tokenizer = build_tokenizer(CAPTIONS, sizes.vocab_size, 77)
     narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     clip = CLIPConfig(

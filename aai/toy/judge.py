@@ -1,7 +1,7 @@
 """The judge: a small image classifier that reads object, ambience, medium and size off any picture.
 
 A plain convolutional network trained on drawn scenes only: it shares no weights, data order or architecture with the
-CLIP and the diffusion model whose pictures it grades.
+CLIP and the diffusion model whose pictures it grades; only the loop that trains them all.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from aai.fit import Batch, FitConfig
 from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS
+from aai.toy.recipe_clip import to_unit, train_model
 
 SIZE_PX = 64
 HEADS = {"object": OBJECTS, "ambience": AMBIENCES, "medium": MEDIA}
+"""What is read as a word."""
 WEIGHTS = Path(__file__).parent / "weights" / "judge" / "model.safetensors"
 
 
 class ToyJudge(nn.Module):
-    """Five strided convolutions; three classifying heads and one for the size in [0, 1]."""
+    """Four strided convolutions; three classifying heads and one for the size in [0, 1]."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class ToyJudge(nn.Module):
 
     @torch.no_grad()
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str | float]]:
-        """What the judge sees in each picture: object, ambience, medium (words) and size (0 small .. 1 big)."""
+        """What the judge sees in each picture: a word for each of HEADS, and size (0 small .. 1 big)."""
         out: list[dict[str, str | float]] = []
         for at in range(0, len(images), 256):
             seen = self(to_tensor(images[at : at + 256]))
@@ -73,32 +76,34 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
+def _augment(x: Tensor) -> Tensor:
     """Noise, blur and gain, so that the judge does not lean on pixel-exact drawing."""
-    if torch.rand((), generator=generator) < 0.5:
+    if torch.rand(()) < 0.5:
         x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    gain = 1 + 0.15 * torch.randn(len(x), 3, 1, 1, generator=generator)
-    return x * gain + 0.08 * torch.randn(x.shape, generator=generator)
+    gain = 1 + 0.15 * torch.randn(len(x), 3, 1, 1, device=x.device)
+    return x * gain + 0.08 * torch.randn_like(x)
 
 
-def train_judge(
-    pixels: Tensor, labels: dict[str, Tensor], sizes: Tensor, steps: int = 2500, batch_size: int = 64, seed: int = 0
-) -> ToyJudge:
-    """Trains on drawn scenes: pixels uint8 [N, 64, 64, 3], labels int [N] per head, sizes float [N]."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    judge = ToyJudge()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
-        rows = torch.randint(0, len(pixels), (batch_size,), generator=generator)
-        x = _augment(pixels[rows].permute(0, 3, 1, 2).float() / 127.5 - 1, generator)
-        seen = judge(x)
-        loss = F.mse_loss(seen["size"], sizes[rows])
+class JudgeTask(nn.Module):
+    """The judge under the cross-entropy of each head and the squared error of the size."""
+
+    def __init__(self, judge: ToyJudge) -> None:
+        super().__init__()
+        self.judge = judge
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: pixels uint8 [B, 64, 64, 3], each of HEADS int [B], size float [B]."""
+        seen = self.judge(_augment(to_unit(batch["pixels"])))
+        loss = F.mse_loss(seen["size"].float(), batch["size"])
         for name in HEADS:
-            loss = loss + F.cross_entropy(seen[name], labels[name][rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+            loss = loss + F.cross_entropy(seen[name].float(), batch[name])
+        return loss, {}
+
+
+def train_judge(drawn: dict[str, Tensor], fit: FitConfig, out: Path) -> ToyJudge:
+    """Trains on drawn scenes (see JudgeTask) and writes OUT/model.safetensors."""
+    torch.manual_seed(fit.seed)
+    judge = ToyJudge()
+    train_model("judge", JudgeTask(judge), drawn, fit, out)
+    judge.save(out / "model.safetensors")
     return judge.eval().requires_grad_(False)

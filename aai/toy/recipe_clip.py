@@ -1,31 +1,29 @@
-"""The foundation recipe: sizes, the training loop, and the small CLIP (recipe_diffusion has the diffusion model).
+"""The foundation recipe: sizes, training, and the small CLIP (recipe_diffusion has the diffusion model).
 
 The result is two folders in Hugging Face layout (a `transformers.CLIPModel` and a diffusers Stable Diffusion
-pipeline), the same classes as the real weights, only smaller. Nothing here knows the toy world's grammar.
+pipeline), the same classes as the real weights, only smaller. Nothing here knows the toy world's grammar. Every model
+trains in `aai.fit`; what was killed goes on from its last checkpoint.
 """
 
+import json
 import logging
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
 
+import pydantic
 import torch
 import torch.nn.functional as F
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
-)
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from aai.config import Config
-from aai.precision import native_bfloat16
+from aai.digest import digest
+from aai.fit import Batch, FitConfig, State, fit
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +33,22 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 class TrainSteps(Config):
     """How long and how fast one model trains."""
 
-    steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    steps: int = pydantic.Field(1000, ge=1)
+    batch_size: int = pydantic.Field(64, ge=1)
+    learning_rate: float = pydantic.Field(1e-3, gt=0)
+
+    def fit(self, seed: int, ema_decay: float = 0.0) -> FitConfig:
+        """All settings of the loop."""
+        return FitConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=0.01,
+            warmup_steps=min(100, self.steps // 10),
+            ema_decay=ema_decay,
+            checkpoint_every=250,
+            seed=seed,
+        )
 
 
 class FoundationConfig(Config):
@@ -47,8 +58,8 @@ class FoundationConfig(Config):
     hidden_size: int = 128
     latent_channels: int = 8
     unet_channels: tuple[int, int] = (96, 144)
-    merges: int = 300
-    """Byte-pair merges of the tokenizer."""
+    vocab_size: int = 814
+    """Of the tokenizer: 512 spelled bytes, and the commonest pieces of the captions."""
     context_length: int = 32
     """Tokens of a prompt, start and end included (77 in the published models)."""
     clip: TrainSteps = TrainSteps(steps=1300, batch_size=128, learning_rate=1e-3)
@@ -56,61 +67,47 @@ class FoundationConfig(Config):
     decoder: TrainSteps = TrainSteps(steps=2500, batch_size=32, learning_rate=1e-3)
     """The VAE's decoder alone, on latents with noise; it leaves the latents, and so the UNet, as they are."""
     unet: TrainSteps = TrainSteps(steps=8000, batch_size=32, learning_rate=1e-3)
+    judge: TrainSteps = TrainSteps(steps=2000, batch_size=64, learning_rate=2e-3)
     seed: int = 0
 
 
 # ---------------------------------------------------------------- shared
 
 
-def _batches(count: int, stage: TrainSteps, seed: int) -> Iterator[Tensor]:
-    """`stage.steps` batches of row numbers, reshuffled whenever all rows were used."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)
-    at = 0
-    for _ in range(stage.steps):
-        if at + stage.batch_size > count:
-            order, at = torch.randperm(count, generator=generator), 0
-        yield order[at : at + stage.batch_size]
-        at += stage.batch_size
+def shuffled(data: dict[str, Tensor], config: FitConfig, first_step: int) -> Iterator[Batch]:
+    """Batches of equally many rows of `data`, from a step (from 0) on; all rows once before any comes again."""
+    rows = len(next(iter(data.values())))
+    size = min(rows, config.batch_size)
+    for step in count(first_step):
+        epoch, at = divmod(step, rows // size)
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(config.seed * 100_003 + epoch))
+        chosen = order[at * size : (at + 1) * size]
+        yield {name: values[chosen] for name, values in data.items()}
 
 
-def train_steps(
-    name: str,
-    params: list[nn.Parameter],
-    count: int,
-    stage: TrainSteps,
-    seed: int,
-    loss_of: Callable[[Tensor], Tensor],
-    after_step: Callable[[], None] = lambda: None,
-) -> None:
-    """AdamW with warm-up and cosine decay over `loss_of(rows)`; logs the mean loss every 100 steps."""
-    optimizer = torch.optim.AdamW(params, lr=stage.learning_rate, weight_decay=0.01)
-    warmup = min(100, stage.steps // 10 + 1)
+def train_model(name: str, task: nn.Module, data: dict[str, Tensor], config: FitConfig, folder: Path) -> None:
+    """Trains the parameters of `task` that require a gradient, in place, on the GPU where there is one.
 
-    def rate(step: int) -> float:
-        progress = min(1.0, step / max(1, stage.steps))
-        return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    Checkpoints go to FOLDER/NAME-*.training.safetensors; a call with the same settings goes on from there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-{digest(config.model_dump(mode='json'))[:8]}.training.safetensors"
+    resume = State.load(file) if file.exists() else None
+    task.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    total = 0.0
-    for step, rows in enumerate(_batches(count, stage, seed), 1):
-        loss = loss_of(rows)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
-        after_step()
-        total += loss.item()
-        if step % 100 == 0 or step == stage.steps:
-            log.info("%s step %d/%d loss %.4f", name, step, stage.steps, total / (step % 100 or 100))
-            total = 0.0
+    def on_checkpoint(state: State) -> None:
+        part = file.with_suffix(".part")
+        state.save(part)
+        part.replace(file)
 
+    with tqdm(total=config.steps, desc=name, unit="step", mininterval=1.0) as bar:
 
-def autocast() -> Any:
-    """bfloat16 where the device multiplies it natively."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, torch.bfloat16, enabled=native_bfloat16(device))
+        def on_log(step: int, figures: dict[str, float]) -> None:
+            bar.n = step
+            bar.set_postfix(loss=f"{figures['loss']:.4f}")
+
+        fit(task, partial(shuffled, data, config), config, on_log, on_checkpoint, resume=resume)
+    task.cpu().eval()
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -120,45 +117,26 @@ def to_unit(pixels: Tensor) -> Tensor:
 
 def clip_input(x: Tensor) -> Tensor:
     """Pictures [N, 3, H, W] in [-1, 1] -> what CLIP's preprocessing makes of them at that size."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return ((x + 1) / 2 - mean) / std
 
 
 # ---------------------------------------------------------------- tokenizer and CLIP
 
 
-def build_tokenizer(captions: list[str], merges: int, max_length: int) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges are learned from captions (Sennrich et al. 2016, arXiv 1508.07909)."""
-    words: Counter[str] = Counter()
-    for text in captions:
-        words.update(text.lower().split())
-    spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    learned: list[tuple[str, str]] = []
-    for _ in range(merges):
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, parts in spelled.items():
-            for pair in pairwise(parts):
-                pairs[pair] += words[word]
-        if not pairs:
-            break
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        learned.append(best)
-        for word, parts in spelled.items():
-            spelled[word] = _merge(parts, best)
-    alphabet = list(bytes_to_unicode().values())
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *dict.fromkeys(a + b for a, b in learned), BOS, EOS]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=max_length)
+def build_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte pairs are learned from captions (Sennrich et al. 2016), of any script.
 
-
-def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    out: list[str] = []
-    for part in parts:
-        if out and (out[-1], part) == pair:
-            out[-1] += part
-        else:
-            out.append(part)
-    return out
+    It can spell every byte, within a word and at its end, also those that no caption has.
+    """
+    bytes_ = sorted(ByteLevel.alphabet())
+    blank = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[])
+    learned = blank.train_new_from_iterator([captions], vocab_size, initial_alphabet=bytes_)
+    pairs = [tuple(pair) for pair in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]]
+    pairs = pairs[: vocab_size - 2 * len(bytes_) - 2]
+    tokens = [*bytes_, *(byte + "</w>" for byte in bytes_), *dict.fromkeys(a + b for a, b in pairs), BOS, EOS]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=max_length)
 
 
 def build_clip(cfg: FoundationConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -187,36 +165,45 @@ def image_processor(size_px: int) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": size_px}, crop_size=edge)
 
 
-def train_clip(cfg: FoundationConfig, pixels: Tensor, captions: list[str], out: Path) -> None:
-    """Contrastive training of both towers; equal captions in a batch are positives of one another.
+class ClipTask(nn.Module):
+    """A CLIP under the contrastive loss; equal captions in a batch are positives of one another."""
 
-    pixels: uint8 [N, H, W, 3] at `image_size_px`. Saves model, tokenizer and image processor to `out`.
+    def __init__(self, model: CLIPModel, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """input_ids, attention_mask: [U, L] of the different captions."""
+        super().__init__()
+        self.model = model
+        self.register_buffer("input_ids", input_ids)
+        self.register_buffer("attention_mask", attention_mask)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean of picture -> caption and caption -> picture cross-entropy; batch: pixels [B, H, W, 3], text [B]."""
+        model = self.model
+        uniq, inverse = batch["text"].unique(return_inverse=True)
+        image = model.get_image_features(pixel_values=clip_input(to_unit(batch["pixels"]))).pooler_output
+        text = model.get_text_features(
+            input_ids=self.input_ids[uniq], attention_mask=self.attention_mask[uniq]
+        ).pooler_output
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        logits = model.logit_scale.exp().clamp(max=100) * (image[:, None] * text).sum(-1)  # [B, U], exact in float32
+        share = F.one_hot(inverse, len(uniq)).float()
+        to_image = share.T / share.sum(0)[:, None]
+        return (F.cross_entropy(logits, inverse) + F.cross_entropy(logits.T, to_image)) / 2, {}
+
+
+def train_clip(cfg: FoundationConfig, pixels: Tensor, captions: list[str], out: Path) -> None:
+    """Trains both towers and saves model, tokenizer and image processor to `out`.
+
+    pixels: uint8 [N, H, W, 3] at `image_size_px`. Captions are cut at the context's length.
     """
     torch.manual_seed(cfg.seed)
-    tokenizer = build_tokenizer(captions, cfg.merges, cfg.context_length)
+    tokenizer = build_tokenizer(captions, cfg.vocab_size, cfg.context_length)
     model = build_clip(cfg, tokenizer)
-    processor = image_processor(cfg.image_size_px)
     texts = sorted(set(captions))
     number = {text: i for i, text in enumerate(texts)}
     which = torch.tensor([number[text] for text in captions])
-    tokens = tokenizer(texts, padding="longest", return_tensors="pt")
-
-    def loss_of(rows: Tensor) -> Tensor:
-        """Mean of picture -> caption and caption -> picture cross-entropy of the rows [B]: a scalar."""
-        x = clip_input(to_unit(pixels[rows]))
-        uniq, inverse = which[rows].unique(return_inverse=True)
-        with autocast():
-            image = model.get_image_features(pixel_values=x).pooler_output
-            text = model.get_text_features(
-                input_ids=tokens.input_ids[uniq], attention_mask=tokens.attention_mask[uniq]
-            ).pooler_output
-        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        logits = model.logit_scale.exp().clamp(max=100) * image @ text.T  # [B, U]
-        share = F.one_hot(inverse, len(uniq)).float()
-        to_image = share.T / share.sum(0)[:, None]
-        return (F.cross_entropy(logits, inverse) + F.cross_entropy(logits.T, to_image)) / 2
-
-    train_steps("clip", list(model.parameters()), len(pixels), cfg.clip, cfg.seed, loss_of)
+    tokens = tokenizer(texts, padding="longest", truncation=True, return_tensors="pt")
+    task = ClipTask(model, tokens.input_ids, tokens.attention_mask)
+    train_model("clip", task, {"pixels": pixels, "text": which}, cfg.clip.fit(cfg.seed), out)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    processor.save_pretrained(out)
+    image_processor(cfg.image_size_px).save_pretrained(out)

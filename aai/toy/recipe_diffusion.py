@@ -1,15 +1,15 @@
 """The foundation recipe, second half: the small latent diffusion model around the CLIP's text tower."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from aai.toy.recipe_clip import FoundationConfig, autocast, clip_input, to_unit, train_steps
+from aai.fit import Batch
+from aai.toy.recipe_clip import FoundationConfig, clip_input, to_unit, train_model
 
 
 def build_vae(cfg: FoundationConfig) -> AutoencoderKL:
@@ -64,58 +64,61 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
     return F.l1_loss(y, x) + F.mse_loss(y, x) + detail
 
 
-def train_vae(cfg: FoundationConfig, pixels: Tensor) -> AutoencoderKL:
-    """Trains the autoencoder on `reconstruction_loss` with a faint KL term.
+class VaeTask(nn.Module):
+    """The autoencoder under `reconstruction_loss`, with a faint KL term."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: pixels [B, H, W, 3]."""
+        x = to_unit(batch["pixels"])
+        posterior = self.vae.encode(x).latent_dist
+        y = self.vae.decode(posterior.sample()).sample
+        return reconstruction_loss(y.float(), x) + 1e-5 * posterior.kl().float().mean(), {}
+
+
+class DecoderTask(nn.Module):
+    """The decoder alone, from latents with noise of up to 0.3 of their deviation: sampled latents are never exact.
+
+    A perceptual term compares the CLIP's states of every patch, as LPIPS does with another network (Zhang et al. 2018,
+    arXiv 1801.03924).
+    """
+
+    def __init__(self, vae: AutoencoderKL, clip: CLIPModel, spread: float) -> None:
+        """spread: deviation of the latents."""
+        super().__init__()
+        self.vae, self.tower, self.spread = vae.requires_grad_(False), clip.vision_model.requires_grad_(False), spread
+        for part in (vae.decoder, vae.post_quant_conv):
+            part.requires_grad_(True)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: pixels [B, H, W, 3], latents [B, C, h, w]."""
+        x, z = to_unit(batch["pixels"]), batch["latents"]
+        noise = 0.3 * self.spread * torch.rand(len(z), 1, 1, 1, device=z.device)
+        y = self.vae.decode(z + noise * torch.randn_like(z)).sample
+        seen = F.cosine_similarity(self._states(x).float(), self._states(y).float(), dim=-1)
+        return reconstruction_loss(y.float(), x) + 0.5 * (1 - seen.mean()), {}
+
+    def _states(self, x: Tensor) -> Tensor:
+        states: Tensor = self.tower(pixel_values=clip_input(x)).last_hidden_state
+        return states
+
+
+def train_vae(cfg: FoundationConfig, clip: CLIPModel, pixels: Tensor, out: Path) -> AutoencoderKL:
+    """Trains the autoencoder, then its decoder once more.
 
     Sets `scaling_factor` so that latents have unit variance, as the diffusion model expects.
     """
     torch.manual_seed(cfg.seed)
     vae = build_vae(cfg)
-
-    def loss_of(rows: Tensor) -> Tensor:
-        """Reconstruction of the rows' pictures [B] from a sampled latent, and the KL term: a scalar."""
-        x = to_unit(pixels[rows])
-        with autocast():
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
-        return reconstruction_loss(y.float(), x) + 1e-5 * posterior.kl().float().mean()
-
-    train_steps("vae", list(vae.parameters()), len(pixels), cfg.vae, cfg.seed, loss_of)
-    latents = encode_latents(vae, pixels[:2048])
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
-    return vae.eval()
-
-
-def train_decoder(cfg: FoundationConfig, vae: AutoencoderKL, clip: CLIPModel, pixels: Tensor) -> None:
-    """Trains the VAE's decoder on, in place, with the encoder frozen.
-
-    The latents get noise of up to 0.3 of their deviation, because sampled latents are never exact either. A perceptual
-    term compares the CLIP's states of every patch, as LPIPS does with another network (Zhang et al. 2018,
-    arXiv 1801.03924).
-    """
-    torch.manual_seed(cfg.seed)
-    vae.requires_grad_(False)
-    params = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    for param in params:
-        param.requires_grad_(True)
+    train_model("vae", VaeTask(vae), {"pixels": pixels}, cfg.vae.fit(cfg.seed), out)
     latents = encode_latents(vae, pixels)
-    spread = latents.std()
-    tower = clip.vision_model.requires_grad_(False).eval()
-
-    def states(x: Tensor) -> Tensor:
-        return tower(pixel_values=clip_input(x)).last_hidden_state.float()
-
-    def loss_of(rows: Tensor) -> Tensor:
-        """Reconstruction and perceptual term of the rows [B] from noisy latents: a scalar."""
-        x, z = to_unit(pixels[rows]), latents[rows]
-        noise = 0.3 * spread * torch.rand(len(z), 1, 1, 1)
-        with autocast():
-            y = vae.decode(z + noise * torch.randn_like(z)).sample.float()
-            seen = F.cosine_similarity(states(x), states(y), dim=-1)
-        return reconstruction_loss(y, x) + 0.5 * (1 - seen.mean())
-
-    train_steps("decoder", params, len(pixels), cfg.decoder, cfg.seed, loss_of)
-    vae.eval()
+    vae.register_to_config(scaling_factor=float(1 / latents[:2048].std()))
+    task = DecoderTask(vae, clip, float(latents.std()))
+    train_model("decoder", task, {"pixels": pixels, "latents": latents}, cfg.decoder.fit(cfg.seed), out)
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -131,51 +134,40 @@ def encode_captions(model: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[
     return torch.cat([model(input_ids=part).last_hidden_state for part in tokens.split(64)])
 
 
-def train_unet(
-    cfg: FoundationConfig,
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    pixels: Tensor,
-    captions: list[str],
-    on_progress: Callable[[UNet2DConditionModel], None] | None = None,
-) -> UNet2DConditionModel:
-    """Trains the UNet on cached latents and caption states; a tenth of the captions is dropped for guidance.
+class UnetTask(nn.Module):
+    """The UNet under the error of the predicted velocity v = sqrt(a) noise - sqrt(1 - a) z."""
 
-    Returns the exponential moving average of the weights. `on_progress` gets it every 1,000 steps.
+    def __init__(self, unet: UNet2DConditionModel, states: Tensor) -> None:
+        """states: [U, L, D] of the different captions; the first is that of the empty one."""
+        super().__init__()
+        self.unet, self.scheduler = unet, noise_scheduler()
+        self.register_buffer("states", states)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: latents [B, C, h, w], text [B]; a tenth of the captions is dropped for guidance."""
+        z, device = batch["latents"], batch["latents"].device
+        noise = torch.randn_like(z)
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(z),), device=device)
+        text = batch["text"] * (torch.rand(len(z), device=device) >= 0.1)
+        v = self.unet(self.scheduler.add_noise(z, noise, t), t, encoder_hidden_states=self.states[text]).sample
+        alpha = self.scheduler.alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
+        return F.mse_loss(v.float(), alpha.sqrt() * noise - (1 - alpha).sqrt() * z), {}
+
+
+def train_unet(
+    cfg: FoundationConfig, vae: AutoencoderKL, states: Tensor, pixels: Tensor, text: Tensor, out: Path
+) -> UNet2DConditionModel:
+    """Trains on cached latents and caption states (see UnetTask); returns the moving average of the weights.
+
+    pixels: uint8 [N, H, W, 3]; text [N]: which of the states is a picture's.
     """
     torch.manual_seed(cfg.seed)
-    both = torch.cat([pixels, pixels.flip(2)])  # a mirrored scene is a scene
-    latents = encode_latents(vae, both) * vae.config.scaling_factor
-    texts = sorted({*captions, ""})
-    number = {text: i for i, text in enumerate(texts)}
-    which = torch.tensor([number[text] for text in captions] * 2)
-    states = encode_captions(text_encoder, tokenizer, texts)
-    unet, scheduler = build_unet(cfg), noise_scheduler()
-    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
-    done = 0
-
-    def loss_of(rows: Tensor) -> Tensor:
-        """Error of the predicted velocity v = sqrt(a) noise - sqrt(1 - a) z for the rows [B]: a scalar."""
-        z = latents[rows]
-        noise = torch.randn_like(z)
-        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(z),))
-        keep = torch.rand(len(z)) >= 0.1
-        context = states[torch.where(keep, which[rows], number[""])]
-        with autocast():
-            v = unet(scheduler.add_noise(z, noise, t), t, encoder_hidden_states=context).sample
-        alpha = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return F.mse_loss(v.float(), alpha.sqrt() * noise - (1 - alpha).sqrt() * z)
-
-    def after_step() -> None:
-        nonlocal done
-        average.update_parameters(unet)
-        done += 1
-        if on_progress and done % 1000 == 0:
-            on_progress(average.module)
-
-    train_steps("unet", list(unet.parameters()), len(latents), cfg.unet, cfg.seed, loss_of, after_step)
-    return average.module
+    unet = build_unet(cfg)
+    latents = encode_latents(vae, pixels) * vae.config.scaling_factor
+    train_model(
+        "unet", UnetTask(unet, states), {"latents": latents, "text": text}, cfg.unet.fit(cfg.seed, ema_decay=0.998), out
+    )
+    return unet
 
 
 def save_pipeline(
@@ -199,25 +191,12 @@ def save_pipeline(
 
 
 def train_diffusion(cfg: FoundationConfig, pixels: Tensor, captions: list[str], clip_dir: Path, out: Path) -> None:
-    """Trains VAE and UNet around the CLIP's text tower and saves the pipeline, also after every 1,000 steps.
-
-    A finished VAE in `out` is used again.
-    """
+    """Trains VAE and UNet around the CLIP's text tower and saves the pipeline."""
     tokenizer = CLIPTokenizer.from_pretrained(clip_dir)
     text_encoder = CLIPTextModel.from_pretrained(clip_dir, dtype=torch.float32).eval()
-    if (out / "vae" / "config.json").exists():
-        vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float32).eval()
-    else:
-        vae = train_vae(cfg, pixels)
-        train_decoder(cfg, vae, CLIPModel.from_pretrained(clip_dir, dtype=torch.float32), pixels)
-        vae.save_pretrained(out / "vae")
-    unet = train_unet(
-        cfg,
-        vae,
-        text_encoder,
-        tokenizer,
-        pixels,
-        captions,
-        on_progress=lambda current: save_pipeline(out, vae, current, text_encoder, tokenizer),
-    )
+    vae = train_vae(cfg, CLIPModel.from_pretrained(clip_dir, dtype=torch.float32), pixels, out)
+    texts = ["", *sorted(set(captions) - {""})]
+    number = {text: i for i, text in enumerate(texts)}
+    text = torch.tensor([number[caption] for caption in captions])
+    unet = train_unet(cfg, vae, encode_captions(text_encoder, tokenizer, texts), pixels, text, out)
     save_pipeline(out, vae, unet, text_encoder, tokenizer)

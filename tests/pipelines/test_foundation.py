@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from aai.errors import UserError
-from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS
-from aai.toy.judge import ToyJudge
+from aai.toy.judge import HEADS, ToyJudge
 from pipelines import foundation
 from pipelines.__main__ import load_config, main
 from pipelines.foundation import FoundationVerbConfig, draw_labelled, load_pictures
@@ -52,12 +51,12 @@ def test_what_cannot_be_shown_is_refused_by_name(rows: str, message: str, manife
 
 
 def test_the_judge_is_taught_what_is_drawn() -> None:
-    pixels, labels, sizes = draw_labelled(30, seed=1)
-    read = ToyJudge.load().read([Image.fromarray(picture) for picture in pixels.numpy()])
-    for attribute, names in (("object", OBJECTS), ("ambience", AMBIENCES), ("medium", MEDIA)):
-        truth = [names[i] for i in labels[attribute].tolist()]
+    drawn = draw_labelled(60, seed=1)
+    read = ToyJudge.load().read([Image.fromarray(picture) for picture in drawn["pixels"].numpy()])
+    for attribute, names in HEADS.items():
+        truth = [names[i] for i in drawn[attribute].tolist()]
         assert np.mean([row[attribute] == name for row, name in zip(read, truth, strict=True)]) > 0.9, attribute
-    assert np.corrcoef([float(row["size"]) for row in read], sizes.numpy())[0, 1] > 0.9
+    assert np.corrcoef([float(row["size"]) for row in read], drawn["size"].numpy())[0, 1] > 0.9
 
 
 def test_only_what_is_not_there_is_trained(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

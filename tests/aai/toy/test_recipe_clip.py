@@ -1,4 +1,6 @@
-"""The recipe's tokenizer, batches and steps; no model is trained."""
+"""The recipe's tokenizer, batches, and trainings of a few steps."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,33 +8,40 @@ import torch
 from PIL import Image
 from torch import nn
 
+from aai.fit import FitConfig
+from aai.foundation.clip import FrozenClip
+from aai.foundation.identity import FoundationSpec
 from aai.toy.recipe_clip import (
     FoundationConfig,
     TrainSteps,
-    _batches,
     build_clip,
     build_tokenizer,
     clip_input,
     image_processor,
+    shuffled,
     to_unit,
-    train_steps,
+    train_clip,
+    train_model,
 )
 
 CAPTIONS = ["a photo of a dog", "a photo of a dog", "a sketch of a frog"]
 
 
 def test_the_commonest_pairs_become_tokens_and_anything_can_be_spelled() -> None:
-    tokenizer = build_tokenizer(CAPTIONS, merges=100, max_length=16)
+    tokenizer = build_tokenizer(CAPTIONS, vocab_size=700, max_length=16)
     assert tokenizer.tokenize("a photo of a dog") == ["a</w>", "photo</w>", "of</w>", "a</w>", "dog</w>"]
-    few = build_tokenizer(CAPTIONS, merges=1, max_length=16)  # "og</w>", in dog, dog and frog
-    assert few.tokenize("frog of") == ["f", "r", "og</w>", "o", "f</w>"]
-    assert tokenizer.decode(tokenizer("héllo ♪ dog").input_ids, skip_special_tokens=True).strip() == "héllo ♪ dog"
+    few = build_tokenizer(CAPTIONS, vocab_size=515, max_length=16)  # one pair
+    assert len(few) == 515
+    assert len(few.tokenize("a dog")) == 3 < len(few.tokenize("frog of"))
+    for text in ("héllo ♪ dog", "犬の写真", "صورة كلب", "собака под дождём", "zebra"):
+        spelled = tokenizer(text).input_ids
+        assert tokenizer.decode(spelled, skip_special_tokens=True).strip() == text, "of no script that it has seen"
     ids = tokenizer("a dog").input_ids
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def test_an_untrained_clip_has_the_sizes_of_its_config_and_tokenizer() -> None:
-    tokenizer = build_tokenizer(CAPTIONS, merges=5, max_length=12)
+    tokenizer = build_tokenizer(CAPTIONS, vocab_size=520, max_length=12)
     model = build_clip(FoundationConfig(image_size_px=32, hidden_size=16), tokenizer)
     text = model.get_text_features(**tokenizer(["a dog"], return_tensors="pt")).pooler_output
     image = model.get_image_features(pixel_values=torch.zeros(2, 3, 32, 32)).pooler_output
@@ -51,27 +60,59 @@ def test_pictures_are_prepared_as_by_the_saved_processor() -> None:
 
 
 def test_batches_use_every_row_before_any_comes_again() -> None:
-    batches = [b.tolist() for b in _batches(10, TrainSteps(steps=5, batch_size=5), seed=0)]
+    def first(steps: int, size: int, rows: int = 10, seed: int = 0, at: int = 0) -> list[list[int]]:
+        config = FitConfig(batch_size=size, seed=seed)
+        batches = shuffled({"row": torch.arange(rows)}, config, at)
+        return [next(batches)["row"].tolist() for _ in range(steps)]
+
+    batches = first(5, 5)
     assert [sorted(batches[i] + batches[i + 1]) for i in (0, 2)] == [list(range(10))] * 2
     assert sorted(batches[0]) != sorted(batches[2])
-    assert batches == [b.tolist() for b in _batches(10, TrainSteps(steps=5, batch_size=5), seed=0)]
-    assert batches != [b.tolist() for b in _batches(10, TrainSteps(steps=5, batch_size=5), seed=1)]
-    assert {len(b) for b in _batches(7, TrainSteps(steps=4, batch_size=3), seed=0)} == {3}
+    assert batches == first(5, 5) != first(5, 5, seed=1)
+    assert first(2, 5, at=3) == batches[3:], "where a run goes on"
+    assert {len(batch) for batch in first(4, 3, rows=7)} == {3}
+    assert {len(batch) for batch in first(2, 64)} == {10}, "a batch of all when there are fewer"
 
 
-def test_steps_go_down_with_a_rate_that_rises_and_falls(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    weight = nn.Parameter(torch.tensor(1.0))
-    seen = [1.0]
-    stage = TrainSteps(steps=100, batch_size=2, learning_rate=0.01)
+class Line(nn.Module):
+    """One weight that is pulled to the rows' mean."""
 
-    def after_step() -> None:
-        seen.append(weight.item())
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 1))
+        self.steps = 0
 
-    train_steps("line", [weight], 8, stage, 0, lambda rows: (weight - 9) * len(rows), after_step)
-    moves = -np.diff(seen)
-    assert len(moves) == 100
-    assert moves.min() > 0
-    assert moves[0] < moves[4] < moves[10]  # warm-up over the first eleventh
-    assert moves[-1] < 0.1 * moves.max()
-    assert "line step 100/100 loss -16." in caplog.text
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.steps += 1
+        if self.steps > 30:
+            raise KeyboardInterrupt
+        return (self.weight - batch["x"].mean()).square().mean(), {}
+
+
+def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) -> None:
+    data = {"x": torch.arange(8.0)}
+    config = FitConfig(steps=50, batch_size=2, learning_rate=0.1, warmup_steps=5, checkpoint_every=10, ema_decay=0.9)
+    whole = Line()
+    whole.steps = -100
+    train_model("line", whole, data, config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_model("line", Line(), data, config, tmp_path / "killed")
+    again = Line()
+    train_model("line", again, data, config, tmp_path / "killed")
+    assert again.steps == 20
+    assert again.weight.item() == whole.weight.item() != 0
+    known = Line()
+    train_model("line", known, data, config, tmp_path / "killed")
+    assert (known.steps, known.weight.item()) == (0, whole.weight.item()), "what is finished is not trained again"
+    with pytest.raises(KeyboardInterrupt):  # with other settings it is another training
+        train_model("line", Line(), data, config.model_copy(update={"seed": 1}), tmp_path / "killed")
+
+
+def test_captions_of_several_scripts_and_any_length_train(tmp_path: Path) -> None:
+    captions = ["a dog " * 50, "犬の写真", "صورة كلب", "собака под дождём ♪"]
+    pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    fit = TrainSteps(steps=2, batch_size=4)
+    sizes = FoundationConfig(image_size_px=32, hidden_size=16, vocab_size=600, context_length=8, clip=fit)
+    train_clip(sizes, pixels, captions, tmp_path)
+    clip = FrozenClip(FoundationSpec(clip=str(tmp_path)))
+    assert clip.texts(captions).isfinite().all()
