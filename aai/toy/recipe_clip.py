@@ -139,6 +139,14 @@ def build_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
     return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=max_length)
 
 
+def _kept_tokenizer(cfg: FoundationConfig, captions: list[str], out: Path) -> CLIPTokenizer:
+    """The tokenizer of an interrupted call, or a new one: the library's trainer breaks ties by chance."""
+    folder = out / f"tokenizer-{digest([cfg.vocab_size, cfg.context_length, captions])[:8]}.training"
+    if not (folder / "tokenizer.json").exists():
+        build_tokenizer(captions, cfg.vocab_size, cfg.context_length).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
 def build_clip(cfg: FoundationConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
     """A small CLIP with random weights."""
     width = cfg.hidden_size
@@ -196,7 +204,7 @@ def train_clip(cfg: FoundationConfig, pixels: Tensor, captions: list[str], out: 
     pixels: uint8 [N, H, W, 3] at `image_size_px`. Captions are cut at the context's length.
     """
     torch.manual_seed(cfg.seed)
-    tokenizer = build_tokenizer(captions, cfg.vocab_size, cfg.context_length)
+    tokenizer = _kept_tokenizer(cfg, captions, out)
     model = build_clip(cfg, tokenizer)
     texts = sorted(set(captions))
     number = {text: i for i, text in enumerate(texts)}

@@ -30,7 +30,7 @@ CAPTIONS = ["a photo of a dog", "a photo of a dog", "a sketch of a frog"]
 def test_the_commonest_pairs_become_tokens_and_anything_can_be_spelled() -> None:
     tokenizer = build_tokenizer(CAPTIONS, vocab_size=700, max_length=16)
     assert tokenizer.tokenize("a photo of a dog") == ["a</w>", "photo</w>", "of</w>", "a</w>", "dog</w>"]
-    few = build_tokenizer(CAPTIONS, vocab_size=515, max_length=16)  # one pair
+    few = build_tokenizer([*CAPTIONS, "hog"], vocab_size=515, max_length=16)  # one pair: og</w>
     assert len(few) == 515
     assert len(few.tokenize("a dog")) == 3 < len(few.tokenize("frog of"))
     for text in ("héllo ♪ dog", "犬の写真", "صورة كلب", "собака под дождём", "zebra"):
@@ -116,3 +116,6 @@ def test_captions_of_several_scripts_and_any_length_train(tmp_path: Path) -> Non
     train_clip(sizes, pixels, captions, tmp_path)
     clip = FrozenClip(FoundationSpec(clip=str(tmp_path)))
     assert clip.texts(captions).isfinite().all()
+    written = (tmp_path / "model.safetensors").read_bytes()
+    train_clip(sizes, pixels, captions, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == written, "by the tokenizer that it began with"
