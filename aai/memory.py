@@ -1,6 +1,8 @@
 """Training within a GPU's memory."""
 
 import copy
+import resource
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,8 +53,11 @@ def peak_memory_gb() -> float:
     """The most that this process has held so far: of tensors on its GPU, or without one of the machine's memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status").read_text()  # not getrusage: its peak begins with that of the parent process
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9  # Linux counts in kB
+    status = Path("/proc/self/status")
+    if status.exists() and "VmHWM:" in (told := status.read_text()):
+        return int(told.split("VmHWM:")[1].split()[0]) * 1024 / 1e9  # in kB
+    # Not everywhere: its peak begins with that of the parent process. macOS counts in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class PeakMemory(TorchDispatchMode):

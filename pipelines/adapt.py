@@ -83,7 +83,7 @@ class AdaptConfig(StageConfig):
             "latents": (clips, *manifest.latent_shape),
             "caption": [f"caption {row}" for row in range(clips)],
         }
-        own = self.loss.denoise_rows * clips // self.fit.batch_size  # of the step's, this worker's
+        own = -(-self.loss.denoise_rows * clips // self.fit.batch_size)  # of the step's, this worker's
         loss = self.loss.model_copy(update={"denoise_rows": own})
         spec = FoundationSpec.parse(manifest.foundation)  # the bundle's too, or training refuses it
         try:
@@ -183,15 +183,27 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
                     totals[name] += float(value) * len(batch["caption"])
         return {name: total / rows for name, total in totals.items()}
 
-    @torch.no_grad()
     def sample(self, task: AdaptTask, held_out: dict[str, Any]) -> bytes | None:
+        """See TrainRecipe; a GPU that has no room for it trains on."""
+        try:
+            return self._painted(task, held_out)
+        except torch.OutOfMemoryError:
+            log.warning(
+                "adapt: no room on the GPU to paint what is learned: set sample_clips=0, or lower fit.chunk_size"
+            )
+            return None
+        finally:
+            self.pipe.vae.to("cpu")  # it is not part of the task, and takes no room between two validations
+
+    @torch.no_grad()
+    def _painted(self, task: AdaptTask, held_out: dict[str, Any]) -> bytes | None:
         """Two rows of pictures: the clips' own, as the VAE gives them, and what their sounds are now painted as."""
         rows, count = len(held_out["caption"]), min(self.config.sample_clips, len(held_out["caption"]))
         if not count:
             return None
         chosen = [i * rows // count for i in range(count)]
         device, vae = next(task.adapter.parameters()).device, self.pipe.vae
-        vae.to(device)  # it is not part of the task, and takes no room between two validations
+        vae.to(device)
         latents = held_out["latents"][chosen].to(device).float() / vae.config.scaling_factor
         own = self.pipe.image_processor.postprocess(torch.cat([vae.decode(x[None]).sample for x in latents]))
         prompts = [prompt_of(held_out["caption"][i], self.config.loss) for i in chosen]
@@ -200,7 +212,6 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         sampling, painted = SamplingConfig(steps=self.config.sample_steps), []
         for seed, embed in enumerate(embeds):  # one at a time: the memory is the training's
             painted += paint(self.pipe, embed[None], negative, [seed], sampling)
-        vae.to("cpu")
         return encode_png(make_image_grid([*own, *painted], rows=2, cols=count))
 
     def export(self, task: AdaptTask) -> tuple[nn.Module, Config]:

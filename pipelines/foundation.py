@@ -2,7 +2,7 @@
 
 Reads any manifest of captioned pictures or clips (uri, caption); where there is none yet, the toy world draws one. The
 judge always trains on the toy world's own scenes. Each model goes to OUT/NAME in Hugging Face layout (fp16
-safetensors); a model that is already there is kept. The committed weights in aai/toy/weights were made by this recipe.
+safetensors); a model that is already there is kept, one that was interrupted goes on.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from aai.toy import writer
 from aai.toy.draw import draw_scene
 from aai.toy.grammar import random_scene
 from aai.toy.judge import HEADS, SIZE_PX, train_judge
-from aai.toy.recipe_clip import FoundationConfig, train_clip
+from aai.toy.recipe_clip import FoundationConfig, remove_checkpoints, train_clip
 from aai.toy.recipe_diffusion import train_diffusion
 from pipelines.engine.lock import locked
 from pipelines.manifests.row import ManifestRow
@@ -99,6 +99,7 @@ def run(config: FoundationVerbConfig) -> dict[str, Any]:
             )
         seconds[name] = round(time.monotonic() - start, 1)
         (out / name / "finished").touch()
+        remove_checkpoints(out / name)
     size_mb = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
     log.info("foundation: %s in %s s, %.1f MB -> %s", ", ".join(config.models), seconds, size_mb, out)
     return {"seconds": seconds, "weights_mb": size_mb}

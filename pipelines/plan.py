@@ -20,7 +20,7 @@ from aai.config import Config
 from aai.errors import UserError
 from pipelines import world
 from pipelines.benches.rates import Rates, measure_rates
-from pipelines.benches.trainings import HEADER, Nodes, Training, plan_training
+from pipelines.benches.trainings import HEADER, Nodes, Training, foundation_note, plan_training
 from pipelines.engine.machine import machine
 from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import read_manifest
@@ -221,13 +221,12 @@ def _shape(rates: Rates, config: CapacityConfig, clips: int, shape: NodeShape, g
 
 def trainings(rates: Rates, config: CapacityConfig, clips: int) -> list[Training]:
     """Both trainings on each shape."""
-    found = []
+    found, features = [], f"{config.out}/sample/features"
+    note = foundation_note(config.align, features)
     for stage, file in (("align", config.align), ("adapt", config.adapt)):
         for name, shape in config.shapes.items():
             nodes = Nodes(name, config.nodes * shape.cpus, config.nodes * shape.gpus, config.gpu_tflops)
-            accepted = clips * rates.accepted_share
-            features = f"{config.out}/sample/features"
-            found.append(plan_training(stage, file, features, accepted, rates.feature_bytes, nodes))
+            found.append(plan_training(stage, file, features, clips * rates.accepted_share, nodes, note))
     return found
 
 

@@ -5,8 +5,11 @@ pipeline), the same classes as the real weights, only smaller. Nothing here know
 trains in `aai.fit`; what was killed goes on from its last checkpoint.
 """
 
+import hashlib
 import json
 import logging
+import re
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
@@ -15,6 +18,7 @@ from pathlib import Path
 import pydantic
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -88,17 +92,26 @@ def shuffled(data: dict[str, Tensor], config: FitConfig, first_step: int) -> Ite
 def train_model(name: str, task: nn.Module, data: dict[str, Tensor], config: FitConfig, folder: Path) -> None:
     """Trains the parameters of `task` that require a gradient, in place, on the GPU where there is one.
 
-    Checkpoints go to FOLDER/NAME-*.training.safetensors; a call with the same settings goes on from there.
+    The checkpoint is FOLDER/NAME-*.training, to be deleted when its model is written; a call with the same task, data
+    and settings goes on from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}-{digest(config.model_dump(mode='json'))[:8]}.training.safetensors"
-    resume = State.load(file) if file.exists() else None
+    file = folder / f"{name}-{_identity(task, data, config)}.training"
+    resume, buffers = None, {key: x for key, x in task.state_dict().items() if key not in dict(task.named_parameters())}
+    if file.exists():
+        resume = State.load(file)
+        task.load_state_dict(load_file(file.with_suffix(f".{resume.step}")), strict=False)
     task.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def on_checkpoint(state: State) -> None:
+        now = {key: x.cpu().contiguous() for key, x in task.state_dict().items() if key in buffers}
+        save_file(now, file.with_suffix(f".{state.step}"))  # running means, of layers that have them
         part = file.with_suffix(".part")
         state.save(part)
         part.replace(file)
+        for old in file.parent.glob(f"{file.stem}.[0-9]*"):
+            if old.suffix != f".{state.step}":
+                old.unlink()
 
     with tqdm(total=config.steps, desc=name, unit="step", mininterval=1.0) as bar:
 
@@ -108,6 +121,22 @@ def train_model(name: str, task: nn.Module, data: dict[str, Tensor], config: Fit
 
         fit(task, partial(shuffled, data, config), config, on_log, on_checkpoint, resume=resume)
     task.cpu().eval()
+
+
+def _identity(task: nn.Module, data: dict[str, Tensor], config: FitConfig) -> str:
+    """Of all that a training depends on: settings, data, start weights, frozen weights and constants."""
+    content = hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode())
+    for tensor in (*data.values(), *task.parameters(), *task.buffers()):
+        content.update(str(tuple(tensor.shape)).encode())
+        content.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return content.hexdigest()[:8]
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Removes what `train_model` and the tokenizer left in a folder whose model is written."""
+    for left in folder.iterdir():
+        if re.fullmatch(r"\w+-[0-9a-f]{8}\.(training|part|\d+)", left.name):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -180,8 +209,8 @@ class ClipTask(nn.Module):
         """input_ids, attention_mask: [U, L] of the different captions."""
         super().__init__()
         self.model = model
-        self.register_buffer("input_ids", input_ids)
-        self.register_buffer("attention_mask", attention_mask)
+        self.register_buffer("input_ids", input_ids, persistent=False)
+        self.register_buffer("attention_mask", attention_mask, persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of picture -> caption and caption -> picture cross-entropy; batch: pixels [B, H, W, 3], text [B]."""

@@ -141,7 +141,7 @@ class UnetTask(nn.Module):
         """states: [U, L, D] of the different captions; the first is that of the empty one."""
         super().__init__()
         self.unet, self.scheduler = unet, noise_scheduler()
-        self.register_buffer("states", states)
+        self.register_buffer("states", states, persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: latents [B, C, h, w], text [B]; a tenth of the captions is dropped for guidance."""
@@ -149,8 +149,9 @@ class UnetTask(nn.Module):
         noise = torch.randn_like(z)
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(z),), device=device)
         text = batch["text"] * (torch.rand(len(z), device=device) >= 0.1)
-        v = self.unet(self.scheduler.add_noise(z, noise, t), t, encoder_hidden_states=self.states[text]).sample
         alpha = self.scheduler.alphas_cumprod.to(device)[t].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise  # add_noise of this scheduler counts t from the other end
+        v = self.unet(noisy, t, encoder_hidden_states=self.states[text]).sample
         return F.mse_loss(v.float(), alpha.sqrt() * noise - (1 - alpha).sqrt() * z), {}
 
 

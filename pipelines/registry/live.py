@@ -22,6 +22,8 @@ RETRY_S = 5.0
 PATIENCE_S = 600.0
 """How long a training that has ended waits for a server that is away."""
 
+PICTURE_RETRY_S, PICTURE_PATIENCE_S = 20.0, 120.0
+"""Between two tries of a picture, and until it is given up: it lies in OUT/samples too, and a try may leave a copy."""
 SAMPLES = "samples"
 """Name of the pictures in MLflow."""
 
@@ -30,7 +32,6 @@ SAMPLES = "samples"
 def sender(run: OpenRun) -> Iterator["Sender"]:
     """Yields what sends, at once. At the end it waits until all is sent, or for PATIENCE_S."""
     found = Sender(run)
-    found.thread.start()
     try:
         yield found
     except BaseException:
@@ -40,22 +41,41 @@ def sender(run: OpenRun) -> Iterator["Sender"]:
 
 
 class Sender:
-    """A thread and what it has yet to send; its methods return at once."""
+    """Sends figures, and beside them pictures, whose storage may be away alone; its methods return at once."""
 
     def __init__(self, run: OpenRun) -> None:
         self.run = run
-        self.waiting: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self.thread = threading.Thread(target=self._work, name="live-metrics", daemon=True)
-        self.gives_up_s = float("inf")
-        self.unsent = 0
+        self._figures = Line("figures", RETRY_S)
+        self._pictures = Line("pictures", PICTURE_RETRY_S, PICTURE_PATIENCE_S)
 
     def figures(self, step: int, figures: Mapping[str, Any]) -> None:
         """Sends the figures of a step."""
-        self.waiting.put(partial(self.run.log_metrics, figures, step=step))
+        self._figures.put(partial(self.run.log_metrics, figures, step=step))
 
     def picture(self, step: int, png: bytes) -> None:
         """Sends what was painted after a step."""
-        self.waiting.put(partial(self.run.log_image, SAMPLES, png, step))
+        self._pictures.put(partial(self.run.log_image, SAMPLES, png, step))
+
+    def finish(self, patience_s: float) -> None:
+        """Ends when all is sent, or when the patience has ended."""
+        for line in (self._pictures, self._figures):
+            line.finish(patience_s)
+
+
+class Line:
+    """A thread that does what it is given in order, each until it succeeds or was tried for so long."""
+
+    def __init__(self, name: str, retry_s: float, patience_s: float = float("inf")) -> None:
+        self.name, self.retry_s, self.patience_s = name, retry_s, patience_s
+        self.waiting: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self.gives_up_s = float("inf")
+        self.unsent = 0
+        self.thread = threading.Thread(target=self._work, name=f"live-{name}", daemon=True)
+        self.thread.start()
+
+    def put(self, send: Callable[[], None]) -> None:
+        """Adds one."""
+        self.waiting.put(send)
 
     def finish(self, patience_s: float) -> None:
         """Ends the thread when all is sent, or when the patience has ended."""
@@ -63,23 +83,23 @@ class Sender:
         self.waiting.put(None)
         self.thread.join()
         if self.unsent:
-            said = "MLflow got %d entries or pictures less than were written here: it was away to the end"
-            log.warning(said, self.unsent)
+            log.warning("MLflow got %d %s less than were written here", self.unsent, self.name)
 
     def _work(self) -> None:
         while (send := self.waiting.get()) is not None:
             self.unsent += not self._sent(send)
 
     def _sent(self, send: Callable[[], None]) -> bool:
-        told = False
+        ends_s, told = time.monotonic() + self.patience_s, False
         while True:
             try:
                 send()
                 return True
             except Exception as error:  # MLflow's, or those of the storage of its pictures
-                if time.monotonic() >= self.gives_up_s:
+                if time.monotonic() >= min(ends_s, self.gives_up_s):
                     return False
                 if not told:
-                    log.warning("MLflow is away, the training goes on and all is sent later (%s)", error)
+                    said = "MLflow does not take %s for now, the training goes on and they are sent later (%s)"
+                    log.warning(said, self.name, error)
                     told = True
-                time.sleep(RETRY_S)
+                time.sleep(self.retry_s)

@@ -244,6 +244,7 @@ def _work(config: dict[str, Any]) -> str | None:
         torch.set_num_threads(max(1, int(config["cpus"])))
     storage.be_patient()
     remove_leftovers()
+    load()  # counts from here
     rank, fit = context.get_world_rank(), config["fit"]
     work = config["make_work"](rank, context.get_world_size(), config["settings"])
     task = ray.train.torch.prepare_model(work.task, parallel_strategy_kwargs={"broadcast_buffers": False})

@@ -18,6 +18,7 @@ from aai.toy.recipe_clip import (
     build_tokenizer,
     clip_input,
     image_processor,
+    remove_checkpoints,
     shuffled,
     to_unit,
     train_clip,
@@ -80,12 +81,14 @@ class Line(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, 1))
+        self.mean = nn.BatchNorm1d(1, affine=False)
         self.steps = 0
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self.steps += 1
         if self.steps > 30:
             raise KeyboardInterrupt
+        self.mean(batch["x"][:, None])
         return (self.weight - batch["x"].mean()).square().mean(), {}
 
 
@@ -101,11 +104,18 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) 
     train_model("line", again, data, config, tmp_path / "killed")
     assert again.steps == 20
     assert again.weight.item() == whole.weight.item() != 0
+    assert again.mean.running_mean.item() == whole.mean.running_mean.item() != 0
     known = Line()
     train_model("line", known, data, config, tmp_path / "killed")
     assert (known.steps, known.weight.item()) == (0, whole.weight.item()), "what is finished is not trained again"
-    with pytest.raises(KeyboardInterrupt):  # with other settings it is another training
-        train_model("line", Line(), data, config.model_copy(update={"seed": 1}), tmp_path / "killed")
+    assert known.mean.running_mean.item() == whole.mean.running_mean.item()
+    other = {"x": torch.arange(8.0) + 1}
+    for given, settings in ((data, config.model_copy(update={"seed": 1})), (other, config)):  # another training
+        with pytest.raises(KeyboardInterrupt):
+            train_model("line", Line(), given, settings, tmp_path / "killed")
+    (tmp_path / "killed" / "model-00001-of-00002.safetensors").touch()
+    remove_checkpoints(tmp_path / "killed")
+    assert [file.name for file in (tmp_path / "killed").iterdir()] == ["model-00001-of-00002.safetensors"]
 
 
 def test_captions_of_several_scripts_and_any_length_train(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from aai.foundation.identity import FoundationSpec
 from aai.toy.recipe_clip import to_unit
 from aai.toy.recipe_diffusion import (
+    UnetTask,
     build_unet,
     build_vae,
     encode_captions,
@@ -31,6 +33,27 @@ def test_latents_are_posterior_means_whatever_the_batch() -> None:
     torch.testing.assert_close(latents[2:], expected, atol=1e-5, rtol=0)
     assert not latents.requires_grad
     assert vae.decode(latents).sample.shape == (3, 3, 64, 64)
+
+
+class Seen(torch.nn.Module):
+    """In a UNet's place: keeps what it is given and predicts nothing."""
+
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> SimpleNamespace:
+        self.noisy, self.t = noisy, t
+        return SimpleNamespace(sample=torch.zeros_like(noisy))
+
+
+def test_the_unet_gets_as_much_noise_as_its_timestep_says() -> None:
+    torch.manual_seed(0)
+    unet = Seen()
+    task = UnetTask(unet, torch.zeros(1, 3, 4))  # type: ignore[arg-type]
+    z = torch.ones(512, 1, 8, 8)
+    task({"latents": z, "text": torch.zeros(512, dtype=torch.long)})
+    share = noise_scheduler().alphas_cumprod[unet.t].sqrt()
+    torch.testing.assert_close(unet.noisy.mean(dim=(1, 2, 3)), share, atol=0.5, rtol=0)
+    early, late = unet.t < 100, unet.t > 900
+    assert unet.noisy[early].mean() > 0.8
+    assert abs(float(unet.noisy[late].mean())) < 0.2
 
 
 def test_the_unet_listens_to_the_text() -> None:

@@ -52,6 +52,7 @@ class Server:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(live, "RETRY_S", 0.3)
+    monkeypatch.setattr(live, "PICTURE_RETRY_S", 0.3)
     for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")):
         monkeypatch.setenv(name, value)
     found = Server(tmp_path)
@@ -106,7 +107,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_figure(
         # A request that the server answered too late was sent again: the same figure twice does no harm.
         assert sorted(set(logged(run, "loss"))) == [(1, 3.0), (2, 2.8), (3, 2.7), (4, 2.6)]
         assert set(pictures(run)) == {(4, (3, 2), (255, 0, 0))}
-    assert "MLflow is away, the training goes on" in caplog.text
+    assert "MLflow does not take figures for now" in caplog.text
 
     # One that stays away is waited for, then told of, and ends nothing.
     monkeypatch.setattr(live, "PATIENCE_S", 1.0)
@@ -115,8 +116,20 @@ def test_a_server_that_goes_away_and_comes_back_has_every_figure(
             server.stop()
             send.figures(1, {"loss": 1.0})
             send.figures(2, {"loss": 1.0})
-        assert "MLflow got 2 entries or pictures less than were written here" in caplog.text
+        assert "MLflow got 2 figures less than were written here" in caplog.text
     assert "MLflow was not told that the run" in caplog.text
+
+    # Pictures that nobody takes hold no figure up, and are given up.
+    server.start()
+    server.wait()
+    monkeypatch.setattr(live, "PICTURE_PATIENCE_S", 1.0)
+    with tracking.run(server.config, "adapt") as run:
+        with live.sender(run) as send:
+            send.picture(1, b"no picture")
+            send.figures(1, {"loss": 1.0})
+        assert set(logged(run, "loss")) == {(1, 1.0)}
+    assert "MLflow got 1 pictures less than were written here" in caplog.text
+    server.stop()
 
     # An error of the training does not wait for it.
     server.start()
