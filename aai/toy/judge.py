@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aai.fit import Batch, FitConfig
-<<<<<<< HEAD
 from aai.toy.grammar import AMBIENCES, COLOURS, COUNTS, MEDIA, OBJECTS, PLACES
 from aai.toy.recipe_clip import to_unit, train_model
 
@@ -31,23 +30,11 @@ HEADS = {
     "second": ("none", *OBJECTS),
 }
 """What is read as a word; of two objects, `object` is the left one and `second` the right one."""
-=======
-from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS
-from aai.toy.recipe_clip import to_unit, train_model
-
-SIZE_PX = 64
-HEADS = {"object": OBJECTS, "ambience": AMBIENCES, "medium": MEDIA}
-"""What is read as a word."""
->>>>>>> fae05b49aa8fb108e3988361009245f48ed5bbaf
 WEIGHTS = Path(__file__).parent / "weights" / "judge" / "model.safetensors"
 
 
 class ToyJudge(nn.Module):
-<<<<<<< HEAD
     """Four strided convolutions, whose last map [4, 4] is read by a head per attribute and one for size in [0, 1]."""
-=======
-    """Four strided convolutions; three classifying heads and one for the size in [0, 1]."""
->>>>>>> fae05b49aa8fb108e3988361009245f48ed5bbaf
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
