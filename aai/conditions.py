@@ -2,7 +2,7 @@
 
 Every claim about a generated picture stands beside what the same diffusion model paints with a random token, with
 another clip's sound, with a closed-form projection instead of a trained adapter, with the nearest training caption,
-and with the true caption.
+with the true caption, and, in the toy world, with a caption that names what no caption of a clip does.
 """
 
 import re
@@ -17,11 +17,13 @@ from torch import Tensor
 from aai.foundation.clip import FrozenClip
 from aai.inject import with_head
 from aai.painter import Painter
+from aai.toy.grammar import caption_of
 
 CONDITIONS = (
     "caption",
     "sound",
     "ceiling",
+    "full_caption",
     "nearest_caption",
     "closed_form",
     "shuffled_audio",
@@ -39,6 +41,8 @@ class HeldOutClip:
     audio: np.ndarray
     caption: str
     seed: int
+    labels: Sequence[str] = ()
+    """In the order of the toy world's; for `full_caption`."""
 
 
 class Conditions:
@@ -74,6 +78,8 @@ class Conditions:
             return self.painter.embed_text([clip.caption for clip in clips])
         if condition == "ceiling":
             return self.painter.embed_text([self._with_head(clip.caption) for clip in clips])
+        if condition == "full_caption":
+            return self.painter.embed_text([self._with_head(caption_of(clip.labels)) for clip in clips])
         if condition == "random_token":
             return self._write(torch.stack([self._random_tokens(clip.seed) for clip in clips]), self.prompt)
         heard = torch.cat([self.painter.listen(clip.audio) for clip in clips])

@@ -1,5 +1,7 @@
 """Figures of merit: retrieval with confidence intervals, and rank correlation."""
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,31 @@ def retrieval(
         "gallery": len(gallery),
         "queries": len(queries),
     }
+
+
+def label_oracle(labels: Sequence[Hashable], ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """Recall@k of one who knows each item's label and nothing else: expected, since it draws among equal labels."""
+    counts = Counter(labels)
+    equal = np.array([counts[label] for label in labels])
+    return {f"r{k}": float((np.minimum(k, equal) / equal).mean()) for k in ks}
+
+
+def own_above_same_label(queries: np.ndarray, gallery: np.ndarray, labels: np.ndarray, chunk: int = 64) -> float | None:
+    """Mean share of the other gallery items of a query's label that are less similar to it than its own item.
+
+    Query i belongs to item i; [N, D] of unit norm, labels [N]. Chance is 0.5; a tie counts against the query. None when
+    no label occurs twice.
+    """
+    shares: list[float] = []
+    for start in range(0, len(queries), chunk):
+        rows = np.arange(start, min(start + chunk, len(queries)))
+        similarity = queries[rows] @ gallery.T
+        same = labels[rows, None] == labels[None, :]
+        same[np.arange(len(rows)), rows] = False
+        below = (similarity < similarity[np.arange(len(rows)), rows][:, None] - TIE) & same
+        some = same.any(axis=1)
+        shares += (below.sum(axis=1)[some] / same.sum(axis=1)[some]).tolist()
+    return float(np.mean(shares)) if shares else None
 
 
 def bootstrap_ci(values: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float]:

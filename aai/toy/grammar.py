@@ -15,6 +15,7 @@ for it. What a sound does not carry has to come from the text prompt, which is w
 arch, not distance: at 64 pixels a distant object is a small or a pale one, and size and colour have meanings already.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -173,6 +174,12 @@ def words_of(scene: Scene) -> Words:
 def full_caption(scene: Scene) -> str:
     """The caption that names everything, as the foundation's pictures may have it."""
     return words_of(scene).text
+
+
+def caption_of(labels: Sequence[str]) -> str:
+    """The caption that names everything in a clip's labels (see Scene.attributes)."""
+    obj, ambience, medium, size, colour, count, place, second = labels[:8]
+    return Words(obj, ambience, medium, size, colour, count, place, second if second != "none" else None, True).text
 
 
 def clip_caption(scene: Scene) -> str:

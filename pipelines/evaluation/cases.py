@@ -23,13 +23,13 @@ from aai.media.waveform import read_sound
 from aai.painter import Painter, PaintRequest, check_repaint
 from aai.png import encode_png
 from pipelines.engine.shards import Result, Shard
-from pipelines.evaluation.judges import JudgeConfig, known_objects, load_judge
+from pipelines.evaluation.judges import ATTRIBUTES, JudgeConfig, known_objects, load_judge
 from pipelines.evaluation.listening import HEARD, INPUTS
 
 PICTURES = "pictures"
 REPAINTED = {"edit": 0, "stylize": 1}
 """Conditions that change a given picture: the place of the label in which picture and sound differ."""
-NEEDED = {"sketch": "medium", "edit": "object", "stylize": "ambience", "loudness": "size"}
+NEEDED = {"sketch": "medium", "edit": "object", "stylize": "ambience", "loudness": "size", "full_caption": "colour"}
 """Conditions whose figures only a judge can give, and what it must read."""
 PICTURE_TABLE = pa.schema(
     [
@@ -44,6 +44,10 @@ PICTURE_TABLE = pa.schema(
         ("ambience", pa.string()),
         ("medium", pa.string()),
         ("size", pa.float32()),
+        ("colour", pa.string()),
+        ("count", pa.string()),
+        ("place", pa.string()),
+        ("second", pa.string()),
         ("clip_feature", pa.list_(pa.float32())),
         ("png", pa.binary()),
     ]
@@ -81,7 +85,7 @@ def check_conditions(
     pictures: Mapping[str, int], labels: Sequence[Sequence[str]], judge: JudgeConfig, bundle: BundleConfig
 ) -> None:
     """Raises UserError for a condition that would be painted and yield no figure, with the reason."""
-    words = [name for name in judge.attributes if name != "size"]
+    words = [name for name in ATTRIBUTES[:3] if name in judge.attributes]
     if any(len(row) < len(words) for row in labels):
         rule = f"reads {', '.join(words)}, but clips have {min(map(len, labels))} labels"
         raise UserError("judge.model", judge.model, rule, "set judge.model=none, or label the clips")
@@ -99,6 +103,9 @@ def check_conditions(
             raise UserError(key, pictures[name], rule, "leave the condition out, or give another judge.model")
         if name == "sketch" and not re.match(bundle.head_pattern, SKETCH):
             rule = f"asks for {SKETCH!r}, a head that the bundle's head_pattern {bundle.head_pattern!r} does not know"
+            raise UserError(key, pictures[name], rule, "leave the condition out")
+        if name == "full_caption" and any(len(row) < len(ATTRIBUTES) for row in labels):
+            rule = f"paints a text that names {', '.join(ATTRIBUTES)}, but clips have {min(map(len, labels))} labels"
             raise UserError(key, pictures[name], rule, "leave the condition out")
         if name in REPAINTED:
             place = REPAINTED[name]
@@ -198,7 +205,7 @@ class PictureWorker:
             strength = check_repaint(condition, self.request)
         else:
             tests = [
-                HeldOutClip(audio, clips[case.row]["caption"], case.seed)
+                HeldOutClip(audio, clips[case.row]["caption"], case.seed, clips[case.row]["labels"])
                 for audio, case in zip(heard, cases, strict=True)
             ]
             embeds = self.conditions.embed("sound" if condition == "loudness" else condition, tests)

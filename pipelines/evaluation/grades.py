@@ -9,15 +9,23 @@ import torch
 
 from aai import grading, metrics, storage
 from aai.foundation.identity import TOY_WEIGHTS
-from aai.toy.grammar import AMBIENCES, MEDIA, OBJECTS
+from aai.toy.grammar import AMBIENCES, COLOURS, COUNTS, MEDIA, OBJECTS, PLACES
 from pipelines.evaluation.cases import PICTURES, REPAINTED
 from pipelines.evaluation.clips import EvaluatedClips
-from pipelines.evaluation.judges import ATTRIBUTES
+from pipelines.evaluation.judges import ATTRIBUTES, NOVELTY, UNCAPTIONED
 from pipelines.evaluation.listening import FRAMES, HEARD, TEXTS
 
 Rows = list[dict[str, Any]]
 KEPT = {"edit": ("ambience", "medium"), "stylize": ("object", "medium")}
 """What of a given picture must stay."""
+
+
+VALUES = {
+    "object": OBJECTS, "ambience": AMBIENCES, "medium": MEDIA, "colour": COLOURS, "count": COUNTS, "place": PLACES,
+}  # fmt: skip
+"""Of the toy world's attributes; all are equally likely."""
+NAMED, AUDIBLE = (0, 1, 3, 7), (0, 1, 3, 4, 5, 6, 7)
+"""Places of the labels that can be heard: those that captions of clips name, and all of them."""
 
 
 class Heard:
@@ -44,6 +52,14 @@ def retrieval_figures(clips: EvaluatedClips, heard: Heard) -> dict[str, Any]:
     objects = np.array([labels[0] if labels else "" for labels in clips.labels])
     nearest = metrics.nearest(heard.audio, heard.image)
     captions = np.array(clips.test["caption"].to_pylist())
+    more: dict[str, Any] = {}
+    if all(len(labels) > 1 for labels in clips.labels):
+        known = {"captions": NAMED, "all": AUDIBLE}
+        more["oracle"] = {
+            name: metrics.label_oracle([tuple(labels[i] for i in places if i < len(labels)) for labels in clips.labels])
+            for name, places in known.items()
+        }
+        more["own_above_same_label"] = metrics.own_above_same_label(heard.audio, heard.image, objects)
     _, counts = np.unique(objects, return_counts=True)
     return {
         "gallery": len(objects),
@@ -51,6 +67,7 @@ def retrieval_figures(clips: EvaluatedClips, heard: Heard) -> dict[str, Any]:
         "batch_invariance_max_abs": heard.batch_invariance_max_abs,
         "same_object_r1": float((objects[nearest] == objects).mean()),
         "same_object_chance": float(np.square(counts / len(objects)).sum()),
+        **more,
         "a2v": metrics.retrieval(heard.audio, heard.image),
         "v2a": metrics.retrieval(heard.image, heard.audio),
         "a2t": metrics.retrieval(heard.audio, heard.text, captions, captions),
@@ -87,8 +104,9 @@ def judge_figures(
             figures["foundation"] = {f"caption_{a}": grading.accuracy(seen, heard, a) for a in words}
             figures["foundation"]["caption_pictures"] = len(seen)
         elif name != "loudness":
-            asked = (ATTRIBUTES[REPAINTED[name]],) if name in REPAINTED else ("object", "ambience")
-            figures[name] = {a: grading.accuracy(seen, heard, a) for a in asked if a in attributes}
+            asked = (ATTRIBUTES[REPAINTED[name]],) if name in REPAINTED else ("object", "ambience", *UNCAPTIONED)
+            labelled = [a for a in asked if a in attributes and all(a in row for row in truth)]
+            figures[name] = {a: grading.accuracy(seen, heard, a) for a in labelled}
     if "sketch" in figures:
         figures["sketch"]["medium"] = float(np.mean([row["medium"] == "sketch" for row in by_condition["sketch"]]))
     for name, kept in KEPT.items():
@@ -97,6 +115,7 @@ def judge_figures(
             given = [truth[row["picture_row"]] for row in seen]
             figures[name]["kept"] = grading.kept(seen, given, kept)
             figures[name] |= {f"kept_{a}": grading.accuracy(seen, given, a) for a in kept}
+    figures |= beyond_captions(by_condition, labels, truth, attributes)
     if "sound" in figures and "size" in attributes:
         sound = by_condition["sound"]
         loudness_db = rms_db[[row["row"] for row in sound]]
@@ -104,11 +123,57 @@ def judge_figures(
     return figures
 
 
+def beyond_captions(
+    by_condition: Mapping[str, Rows],
+    labels: Sequence[Sequence[str]],
+    truth: Sequence[Mapping[str, str]],
+    attributes: Sequence[str],
+) -> dict[str, Any]:
+    """Of the toy world: what captions do not name, two objects, and what no training clip has."""
+    if "second" not in attributes or any(len(row) <= NOVELTY for row in labels) or "sound" not in by_condition:
+        return {}
+    rows = {"sound": "sound", "nearest_caption": "nearest_caption", "ceiling": "full_caption"}
+    seen = {name: by_condition[condition] for name, condition in rows.items() if condition in by_condition}
+    alone = {name: [row for row in found if truth[row["row"]]["second"] == "none"] for name, found in seen.items()}
+    uncaptioned: dict[str, dict[str, float]] = {}
+    for attribute in UNCAPTIONED:
+        uncaptioned[attribute] = {"chance": 1 / len(VALUES[attribute])}
+        for name, found in alone.items():
+            if found:
+                right = grading.accuracy(found, [truth[row["row"]] for row in found], attribute)
+                uncaptioned[attribute][name] = right
+    both = {name: share for name, found in seen.items() if (share := _both_seen(found, truth)) is not None}
+    return {"uncaptioned": uncaptioned, "two_objects": both, "unseen": _unseen(seen["sound"], labels, truth)}
+
+
+def _both_seen(found: Rows, truth: Sequence[Mapping[str, str]]) -> float | None:
+    """Share of pictures of two-object clips that show both, in whatever order."""
+    hits = []
+    for row in found:
+        true = truth[row["row"]]
+        if true["second"] != "none":
+            hits.append({row["object"], row["second"]} == {true["object"], true["second"]})
+    return float(np.mean(hits)) if hits else None
+
+
+def _unseen(
+    found: Rows, labels: Sequence[Sequence[str]], truth: Sequence[Mapping[str, str]]
+) -> dict[str, dict[str, float]]:
+    """Object and ambience of what no training clip has, beside those of what they have."""
+    groups: dict[str, Rows] = {}
+    for row in found:
+        groups.setdefault(labels[row["row"]][NOVELTY], []).append(row)
+    figures: dict[str, dict[str, float]] = {}
+    for name, rows in sorted(groups.items()):
+        true = [truth[row["row"]] for row in rows]
+        figures[name] = {a: grading.accuracy(rows, true, a) for a in ("object", "ambience")} | {"pictures": len(rows)}
+    return figures
+
+
 def _chance(truth: Sequence[Mapping[str, str]], attributes: Sequence[str]) -> dict[str, float]:
     """What guessing reaches; in the toy world all values are equally likely."""
-    known = {"object": OBJECTS, "ambience": AMBIENCES, "medium": MEDIA}
     if "medium" in attributes:
-        return {name: 1 / len(values) for name, values in known.items()}
+        return {name: 1 / len(values) for name, values in VALUES.items()}
     names = [row["object"] for row in truth if "object" in row]
     _, counts = np.unique(names, return_counts=True)
     return {"object": float(np.square(counts / max(1, len(names))).sum())}

@@ -12,8 +12,12 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.grading import Reading
 
-ATTRIBUTES = ("object", "ambience", "medium", "size")
+ATTRIBUTES = ("object", "ambience", "medium", "size", "colour", "count", "place", "second")
 """What a judge may read, in the order of a clip's labels."""
+UNCAPTIONED = ("colour", "count", "place")
+"""Of the toy world: what can be heard and seen, and no caption of a clip names."""
+NOVELTY = 8
+"""Place of the toy world's label that says what of a clip no training clip has."""
 
 
 class JudgeConfig(Config):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from aai import metrics
 from aai.metrics import bootstrap_ci, first_hit_ranks, nearest, retrieval, spearman
 
 
@@ -127,3 +128,26 @@ def test_spearman() -> None:
     for a, b in ((x, np.ones(10)), (np.ones(10), x), (x[:2], x[:2])):
         with pytest.raises(ValueError, match="three values or more that are not all equal"):
             spearman(a, b)
+
+
+def test_an_oracle_draws_among_equal_labels() -> None:
+    found = metrics.label_oracle(["a", "a", "a", "b"], ks=(1, 2, 5))
+    assert found == pytest.approx({"r1": (3 / 3 + 1) / 4, "r2": (3 * 2 / 3 + 1) / 4, "r5": 1.0})
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 200)
+    ranks = []
+    for i in range(200):  # drawn for once, in place of the expectation
+        same = rng.permutation(np.flatnonzero(labels == labels[i]))
+        ranks.append(int(np.flatnonzero(same == i)[0]) + 1)
+    drawn = np.mean(np.array(ranks) <= 5)
+    assert metrics.label_oracle(labels.tolist())["r5"] == pytest.approx(drawn, abs=0.1)
+
+
+def test_own_above_those_of_the_same_label() -> None:
+    gallery = np.eye(4, dtype=np.float32)
+    queries = np.array([[1, 0.5, 0, 0], [0.9, 0.1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float32)
+    labels = np.array(["a", "a", "b", "c"])
+    assert metrics.own_above_same_label(queries, gallery, labels) == 0.5  # the second is nearer to the first
+    assert metrics.own_above_same_label(queries, gallery, labels, chunk=1) == 0.5
+    assert metrics.own_above_same_label(np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), labels) == 0.0
+    assert metrics.own_above_same_label(queries, gallery, np.arange(4)) is None

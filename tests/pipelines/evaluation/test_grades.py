@@ -84,6 +84,8 @@ def test_retrieval_in_four_directions(out: str) -> None:
         "batch_invariance_max_abs": 0.5,
         "same_object_r1": (objects[(AUDIO @ IMAGE.T).argmax(1)] == objects).mean(),
         "same_object_chance": pytest.approx(0.5**2 + 0.25**2 + 0.25**2),
+        "oracle": {name: metrics.label_oracle(range(4)) for name in ("captions", "all")},
+        "own_above_same_label": metrics.own_above_same_label(AUDIO, IMAGE, objects),
         "a2v": metrics.retrieval(AUDIO, IMAGE),
         "v2a": metrics.retrieval(IMAGE, AUDIO),
         "a2t": metrics.retrieval(AUDIO, TEXT, captions, captions),
@@ -123,7 +125,7 @@ def test_what_the_judge_read_against_the_labels() -> None:
     found = grades.judge_figures(BY_CONDITION, LABELS, RMS_DB, ATTRIBUTES)
     third = pytest.approx(1 / 3)
     assert found == {
-        "chance": {"object": 0.1, "ambience": 0.25, "medium": third},
+        "chance": {"object": 0.1, "ambience": 0.25, "medium": third, "colour": 0.25, "count": third, "place": 0.5},
         "foundation": {"caption_object": 0.5, "caption_ambience": 0.5, "caption_medium": 0.5, "caption_pictures": 2},
         "sound": {"object": 1.0, "ambience": 0.25},
         "sketch": {"object": pytest.approx(2 / 3), "ambience": pytest.approx(2 / 3), "medium": pytest.approx(2 / 3)},
@@ -131,6 +133,46 @@ def test_what_the_judge_read_against_the_labels() -> None:
         "stylize": {"ambience": 1.0, "kept": 0.5, "kept_object": 0.5, "kept_medium": 1.0},
         "loudness_size_spearman": pytest.approx(1.0),
     }
+
+
+WORLD = [
+    ["dog", "rain", "photo", "big", "red", "two", "arch", "none", "seen"],
+    ["bell", "rain", "photo", "big", "blue", "one", "open", "dog", "pair"],
+    ["dog", "rain", "photo", "big", "green", "two", "arch", "none", "seen"],
+    ["car", "night", "photo", "small", "red", "one", "open", "bell", "timbre"],
+]
+
+
+def read(row: int, **more: str) -> dict[str, Any]:
+    """What a judge reads where all is right but what is given."""
+    return {"row": row, "picture_row": -1, **dict(zip(ATTRIBUTES, WORLD[row], strict=False)), "size": 0.5 + row, **more}
+
+
+def test_what_no_caption_names_and_what_no_training_clip_has() -> None:
+    sound = [read(0), read(2, colour="red", count="one"), read(1, object="dog", second="bell"), read(3, second="none")]
+    named = [read(0, colour="green"), read(1, second="none")]
+    by_condition = {"sound": sound, "nearest_caption": named, "full_caption": [read(0), read(1)]}
+    found = grades.judge_figures(by_condition, WORLD, RMS_DB, ATTRIBUTES)
+    assert found["uncaptioned"] == {  # of pictures of one object
+        "colour": {"sound": 0.5, "nearest_caption": 0.0, "ceiling": 1.0, "chance": 0.25},
+        "count": {"sound": 0.5, "nearest_caption": 1.0, "ceiling": 1.0, "chance": pytest.approx(1 / 3)},
+        "place": {"sound": 1.0, "nearest_caption": 1.0, "ceiling": 1.0, "chance": 0.5},
+    }
+    assert found["two_objects"] == {"sound": 0.5, "nearest_caption": 0.0, "ceiling": 1.0}
+    assert found["unseen"] == {
+        "seen": {"object": 1.0, "ambience": 1.0, "pictures": 2},
+        "pair": {"object": 1.0, "ambience": 1.0, "pictures": 1},
+        "timbre": {"object": 1.0, "ambience": 1.0, "pictures": 1},
+    }
+    assert found["sound"] == {"object": 1.0, "ambience": 1.0, "colour": 0.75, "count": 0.75, "place": 1.0}
+    old = grades.judge_figures({"sound": BY_CONDITION["sound"]}, LABELS, RMS_DB, ATTRIBUTES)
+    assert old.keys() == {"chance", "sound", "loudness_size_spearman"}, "tables of the first edition"
+
+
+def test_the_oracles_know_what_can_be_heard(out: str) -> None:
+    found = grades.retrieval_figures(clips(WORLD), Heard(out))["oracle"]
+    assert found["captions"] == {"r1": 0.75, "r5": 1.0, "r10": 1.0}, "two of four sound alike by what captions name"
+    assert found["all"] == {"r1": 1.0, "r5": 1.0, "r10": 1.0}
 
 
 def test_a_judge_of_objects_alone_grades_objects_alone() -> None:

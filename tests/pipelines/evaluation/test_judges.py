@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from aai.errors import UserError
 from aai.toy.grammar import OBJECTS
-from pipelines.evaluation.judges import ClassifierJudge, JudgeConfig, class_names, known_objects, load_judge
+from pipelines.evaluation.judges import ATTRIBUTES, ClassifierJudge, JudgeConfig, class_names, known_objects, load_judge
 
 CLASSES = ["tabby", "collie", "sedan", "finch", "siren", "oboe"]
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_what_a_judge_reads_is_known_without_loading_it() -> None:
-    assert JudgeConfig().attributes == ("object", "ambience", "medium", "size")
+    assert JudgeConfig().attributes == ATTRIBUTES
     assert JudgeConfig(model="none").attributes == ()
     assert JudgeConfig(model="/some/folder").attributes == ("object",)
     assert JudgeConfig().batch_size == 64
