@@ -99,7 +99,9 @@ class Follower:
 
 
 @contextmanager
-def following(name: str, board: Any, out: str, steps: int, on_log: OnLog, on_picture: OnPicture) -> Iterator[None]:
+def following(
+    name: str, board: Any, out: str, steps: int, on_log: OnLog, on_picture: OnPicture = lambda step, png: None
+) -> Iterator[None]:
     """While the body runs, a thread follows the training; what is left at its end is taken then."""
     stop = threading.Event()
     with (
