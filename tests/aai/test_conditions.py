@@ -16,7 +16,8 @@ def sound(seed: int) -> np.ndarray:
     return (0.1 * np.random.default_rng(seed).standard_normal(32000)).astype(np.float32)
 
 
-CLIPS = [HeldOutClip(sound(i), CAPTIONS[i % 2], 40 + i) for i in range(3)]
+LABELS = ["dog", "rain", "photo", "big", "red", "two", "arch", "none"]
+CLIPS = [HeldOutClip(sound(i), CAPTIONS[i % 2], 40 + i, LABELS) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,9 @@ def test_the_closed_form_is_the_tikhonov_solution(painter: Painter, clip: Frozen
         expected = pooled.mean(0) + torch.from_numpy(solution).float()
         found = conditions.embed("closed_form", CLIPS)[1, -1]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_full_caption_names_all_labels_under_the_common_head(conditions: Conditions) -> None:
+    clips = [HeldOutClip(sound(0), "", 1, labels) for labels in (LABELS, [*LABELS[:2], "sketch", *LABELS[3:]])]
+    said = conditions.painter.embed_text(["a photo of two big red dogs under an arch in the rain"])
+    torch.testing.assert_close(conditions.embed("full_caption", clips), said.expand(2, -1, -1), atol=1e-5, rtol=0)

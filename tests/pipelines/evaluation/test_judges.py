@@ -80,7 +80,7 @@ def test_the_judge_of_a_config(folder: str, tmp_path: Path) -> None:
     assert load_judge(JudgeConfig(model="none"), "cpu") is None
     toy = load_judge(JudgeConfig(), "cpu")
     assert toy is not None
-    assert toy.read([Image.new("RGB", (64, 64))])[0].keys() == {"object", "ambience", "medium", "size"}
+    assert toy.read([Image.new("RGB", (64, 64))])[0].keys() == set(ATTRIBUTES)
     with pytest.raises(UserError, match=r"judge.revision=\(missing\): hub id some/model is not pinned"):
         load_judge(JudgeConfig(model="some/model"), "cpu")
     with pytest.raises(UserError, match="cannot be loaded as an image classifier"):
