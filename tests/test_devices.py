@@ -224,7 +224,7 @@ def test_align_trains_validates_and_resumes() -> None:
     check_training(task, clips, lambda step: recipe.validate(task, clips))
 
 
-def test_adapt_trains_validates_and_resumes(files: Files) -> None:
+def test_adapt_trains_validates_and_resumes(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     config = AdaptConfig(features="unused", out="unused", bundle=files.bundle, adapter=ADAPTER)
     recipe = AdaptRecipe(config)
     task = recipe.build().to("cuda")
@@ -234,6 +234,13 @@ def test_adapt_trains_validates_and_resumes(files: Files) -> None:
     shown = Image.open(io.BytesIO(recipe.sample(task, batch) or b""))
     assert shown.width / 3 == shown.height / 2 > 0, "two rows of three squares"
     assert recipe.pipe.vae.device.type == "cpu", "it takes no room between two validations"
+
+    def no_room(*args: Any, **more: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("pipelines.adapt.paint", no_room)
+    assert recipe.sample(task, batch) is None, "the training goes on without pictures"
+    assert recipe.pipe.vae.device.type == "cpu"
 
 
 # ---------------------------------------------------------------- features and scores

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from aai.align import AlignLossConfig, AlignTask
 from aai.augment import AugmentConfig
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
-from aai.memory import PeakMemory, in_chunks, memory_explained, step_cost
+from aai.memory import PeakMemory, in_chunks, memory_explained, peak_memory_gb, step_cost
 
 
 def test_chunks_draw_the_same_numbers_when_they_are_computed_again() -> None:
@@ -137,6 +138,17 @@ print(before, peak_memory_gb())
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     before, after = map(float, printed.split())
     assert 0 <= before < after - 0.15 < before + 1, printed
+
+
+def test_the_memory_of_a_process_where_the_kernel_does_not_tell_its_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = peak_memory_gb()
+    (tmp_path / "status").write_text("VmRSS:\t1 kB\n")
+    for path in (tmp_path / "status", tmp_path / "none"):
+        monkeypatch.setattr("aai.memory.Path", lambda name, path=path: path)
+        assert 0.5 * told < peak_memory_gb() < 100
 
 
 def test_the_work_of_a_step_by_hand() -> None:

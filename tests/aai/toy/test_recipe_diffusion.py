@@ -39,7 +39,7 @@ class Seen(torch.nn.Module):
     """In a UNet's place: keeps what it is given and predicts nothing."""
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> SimpleNamespace:
-        self.noisy, self.t = noisy, t
+        self.noisy, self.t, self.states = noisy, t, encoder_hidden_states
         return SimpleNamespace(sample=torch.zeros_like(noisy))
 
 
@@ -54,6 +54,13 @@ def test_the_unet_gets_as_much_noise_as_its_timestep_says() -> None:
     early, late = unet.t < 100, unet.t > 900
     assert unet.noisy[early].mean() > 0.8
     assert abs(float(unet.noisy[late].mean())) < 0.2
+
+
+def test_a_tenth_of_the_captions_is_dropped() -> None:
+    torch.manual_seed(0)
+    unet, states = Seen(), torch.stack([torch.zeros(3, 4), torch.ones(3, 4)])  # of no caption, and of a caption
+    UnetTask(unet, states)({"latents": torch.zeros(2000, 1, 2, 2), "text": torch.ones(2000, dtype=torch.long)})  # type: ignore[arg-type]
+    assert unet.states.mean() == pytest.approx(0.9, abs=0.03)
 
 
 def test_the_unet_listens_to_the_text() -> None:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,22 @@ def pictures(run: tracking.OpenRun) -> list[tuple[int, tuple[int, int], object]]
     return found
 
 
+def test_what_cannot_be_sent_is_given_up_in_time_and_the_next_one_is_sent() -> None:
+    tries, sent = [], threading.Event()
+
+    def fail() -> None:
+        tries.append(1)
+        raise OSError("no storage")
+
+    line = live.Line("pictures", retry_s=0.02, patience_s=0.2)
+    line.put(fail)
+    line.put(sent.set)
+    assert sent.wait(timeout=10)
+    assert 2 <= len(tries) <= 11
+    line.finish(10)
+    assert line.unsent == 1
+
+
 def test_a_server_that_goes_away_and_comes_back_has_every_figure(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -122,12 +139,13 @@ def test_a_server_that_goes_away_and_comes_back_has_every_figure(
     # Pictures that nobody takes hold no figure up, and are given up.
     server.start()
     server.wait()
-    monkeypatch.setattr(live, "PICTURE_PATIENCE_S", 1.0)
-    with tracking.run(server.config, "adapt") as run:
-        with live.sender(run) as send:
-            send.picture(1, b"no picture")
-            send.figures(1, {"loss": 1.0})
-        assert set(logged(run, "loss")) == {(1, 1.0)}
+    with tracking.run(server.config, "adapt") as run, live.sender(run) as send:
+        send.picture(1, b"no picture")
+        send.figures(1, {"loss": 1.0})
+        deadline_s = time.monotonic() + 30
+        while set(logged(run, "loss")) != {(1, 1.0)}:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
     assert "MLflow got 1 pictures less than were written here" in caplog.text
     server.stop()
 
