@@ -86,6 +86,17 @@ def pictures(run: tracking.OpenRun) -> list[tuple[int, tuple[int, int], object]]
     return found
 
 
+def figures_pass_a_picture_that_fails(server: Server) -> None:
+    """While it is tried again."""
+    with tracking.run(server.config, "adapt") as run, live.sender(run) as send:
+        send.picture(1, b"no picture")
+        send.figures(1, {"loss": 1.0})
+        deadline_s = time.monotonic() + 30
+        while set(logged(run, "loss")) != {(1, 1.0)}:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+
+
 def test_what_cannot_be_sent_is_given_up_in_time_and_the_next_one_is_sent() -> None:
     tries, sent = [], threading.Event()
 
@@ -139,13 +150,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_figure(
     # Pictures that nobody takes hold no figure up, and are given up.
     server.start()
     server.wait()
-    with tracking.run(server.config, "adapt") as run, live.sender(run) as send:
-        send.picture(1, b"no picture")
-        send.figures(1, {"loss": 1.0})
-        deadline_s = time.monotonic() + 30
-        while set(logged(run, "loss")) != {(1, 1.0)}:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.1)
+    figures_pass_a_picture_that_fails(server)
     assert "MLflow got 1 pictures less than were written here" in caplog.text
     server.stop()
 
