@@ -66,11 +66,11 @@ class FoundationConfig(Config):
     """Of the tokenizer: 512 spelled bytes, and the commonest pieces of the captions."""
     context_length: int = 32
     """Tokens of a prompt, start and end included (77 in the published models)."""
-    clip: TrainSteps = TrainSteps(steps=4000, batch_size=128, learning_rate=1e-3)
-    vae: TrainSteps = TrainSteps(steps=3000, batch_size=32, learning_rate=2e-3)
-    decoder: TrainSteps = TrainSteps(steps=2500, batch_size=32, learning_rate=1e-3)
+    clip: TrainSteps = TrainSteps(steps=2000, batch_size=128, learning_rate=1e-3)
+    vae: TrainSteps = TrainSteps(steps=2500, batch_size=16, learning_rate=2e-3)
+    decoder: TrainSteps = TrainSteps(steps=2000, batch_size=16, learning_rate=1e-3)
     """The VAE's decoder alone, on latents with noise; it leaves the latents, and so the UNet, as they are."""
-    unet: TrainSteps = TrainSteps(steps=16000, batch_size=32, learning_rate=1e-3)
+    unet: TrainSteps = TrainSteps(steps=8000, batch_size=32, learning_rate=1e-3)
     judge: TrainSteps = TrainSteps(steps=5000, batch_size=64, learning_rate=2e-3)
     seed: int = 0
 
@@ -179,7 +179,7 @@ def _kept_tokenizer(cfg: FoundationConfig, captions: list[str], out: Path) -> CL
 def build_clip(cfg: FoundationConfig, tokenizer: CLIPTokenizer) -> CLIPModel:
     """A small CLIP with random weights."""
     width = cfg.hidden_size
-    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4}
+    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4, "hidden_act": "gelu"}
     config = CLIPConfig(
         text_config={
             **shared,
