@@ -1,7 +1,8 @@
 """The painter: a bundle and its frozen diffusion model turn sound into pictures (generate, edit, stylize)."""
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import pydantic
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -23,15 +25,14 @@ from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
-from aai.inject import Injector, Sound
+from aai.inject import Injector, Sound, names_in
 from aai.precision import dtype_of
-
-Sounds = np.ndarray | Mapping[str, np.ndarray]
-"""One mono waveform float32 [S] at the bundle's sample rate, or several by placeholder name."""
-
+from aai.sounds import Sounds, Window, named, prompt_for, windows
 
 DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default
 HEAD_PATTERN: str = BundleConfig.model_fields["head_pattern"].default
+REMEMBERED = 256
+"""Sounds whose embedding a painter keeps."""
 REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.8), "stylize": ("objects", 0.8)}
 """Per verb: what of the given picture stays, and how much of it is painted anew by default."""
 
@@ -51,13 +52,16 @@ class PaintRequest(SamplingConfig):
     """What to paint and how."""
 
     prompt: str | None = pydantic.Field(None, max_length=500)
-    """Text with <sound> (or the <NAME> of each sound) where the sound belongs; empty = the bundle's own ("a photo of
-    <sound>"); edit and stylize read the medium off the picture instead."""
+    """Text with <sound> where the sound belongs; of several sounds the <NAME> of each, or <NAME*0.6> for one at six
+    tenths of its strength. Empty = the bundle's own ("a photo of <sound>"); edit and stylize read the medium off the
+    picture instead. The negative prompt may name sounds as well."""
     num_images: int = pydantic.Field(1, ge=1, le=8)
     seed: int = pydantic.Field(0, ge=0, lt=2**63)
     """Picture i of a request uses seed + i."""
     sound_strength: float = pydantic.Field(1.0, ge=0, le=2)
-    """0 ignores the sound, 1 is the sound as learned."""
+    """0 ignores the sound, 1 is the sound as learned; of all sounds, times what the prompt says of one."""
+    window: Window = "middle"
+    """What is heard of a sound longer than the model's clips: its middle, the loudest part, or the mean of parts."""
 
 
 def check_repaint(verb: str, request: PaintRequest) -> float:
@@ -119,6 +123,7 @@ class Painter:
         self.image_pipe.set_progress_bar_config(disable=True)
         self.injector = Injector(pipe.text_encoder, pipe.tokenizer, neutral_word)
         self.device = pipe.unet.device
+        self._heard: dict[str, Tensor] = {}
 
     @classmethod
     def load(cls, bundle: Bundle | str | Path, device: str = "cpu", dtype: str = "float32") -> Self:
@@ -160,23 +165,46 @@ class Painter:
         return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
 
     @torch.no_grad()
-    def listen(self, audio: np.ndarray) -> Tensor:
-        """Waveform float32 [S] at `sample_rate_hz` -> aligned embedding [1, D], unit norm."""
+    def listen(self, audio: np.ndarray, window: Window = "middle") -> Tensor:
+        """Waveform float32 [S] at `sample_rate_hz` -> aligned embedding [1, D], unit norm.
+
+        The last 256 sounds are remembered by their content. Raises UserError for an empty one.
+        """
         if audio.size == 0:
             raise UserError("audio", "0 seconds", "holds no sound", "give at least a fraction of a second")
-        waveform = torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32)).to(self.device)
-        return self.aligner(waveform[None])
+        audio = np.ascontiguousarray(audio, dtype=np.float32)
+        key = f"{window} {hashlib.sha256(audio.tobytes()).hexdigest()}"
+        if key not in self._heard:
+            parts = torch.from_numpy(windows(audio, self.aligner.config.clip_samples, window)).to(self.device)
+            mean = torch.cat([self.aligner(part) for part in parts.split(16)]).mean(0, keepdim=True)
+            self._heard[key] = mean if len(parts) == 1 else F.normalize(mean, dim=-1)
+            if len(self._heard) > REMEMBERED:
+                del self._heard[next(iter(self._heard))]
+        return self._heard[key]
 
     @torch.no_grad()
-    def hear(self, audio: np.ndarray) -> Tensor:
+    def hear(self, audio: np.ndarray, window: Window = "middle") -> Tensor:
         """Waveform float32 [S] -> A* [K, D_t]."""
-        return self.adapter(self.listen(audio))[0]
+        return self.adapter(self.listen(audio, window))[0]
 
     @torch.no_grad()
     def embed(self, sounds: Sounds, prompt: str, strength: float = 1.0) -> Tensor:
         """Prompt embedding [1, L, D_h] with the sounds at their placeholders."""
-        named = {"sound": sounds} if isinstance(sounds, np.ndarray) else sounds
-        return self.injector.embed(prompt, {name: Sound(self.hear(x), strength) for name, x in named.items()})
+        return self.injector.embed(prompt, {name: Sound(self.hear(x), strength) for name, x in named(sounds).items()})
+
+    @torch.no_grad()
+    def embed_request(self, sounds: Sounds, request: PaintRequest) -> tuple[Tensor, Tensor]:
+        """Embeddings [1, L, D_h] of a request's prompt and of its negative prompt; either may name sounds.
+
+        Raises UserError for a sound that neither names, and for a name without a sound.
+        """
+        given = named(sounds)
+        negative = request.negative_prompt
+        wanted = request.prompt or prompt_for(self.prompt, [name for name in given if name not in names_in(negative)])
+        heard = {name: Sound(self.hear(x, request.window), request.sound_strength) for name, x in given.items()}
+        against = {name: sound for name, sound in heard.items() if name in names_in(negative)}
+        within = {name: heard[name] for name in heard if name in names_in(wanted) or name not in against}
+        return self.injector.embed(wanted, within), self.injector.embed(negative, against)
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
@@ -190,13 +218,15 @@ class Painter:
         request: PaintRequest,
         images: Sequence[Image.Image] | None = None,
         denoise_strength: float = 0.7,
+        negative: Tensor | None = None,
     ) -> list[Image.Image]:
         """Paints one picture per row of prompt embeddings [B, L, D_h]; picture b starts from `seeds[b]`.
 
         With `images` each picture starts from the given one, noised by `denoise_strength` (SDEdit, Meng et al. 2022).
-        A picture does not depend on the others of its batch.
+        A picture does not depend on the others of its batch. negative: [1, L, D_h], else the request's words.
         """
-        negative = self.embed_text([request.negative_prompt])
+        if negative is None:
+            negative = self.embed_text([request.negative_prompt])
         if images is None:
             return paint(self.pipe, embeds, negative, seeds, request)
         given = [
@@ -206,9 +236,9 @@ class Painter:
 
     def generate(self, sounds: Sounds, request: PaintRequest) -> list[Image.Image]:
         """Pictures of a sound (or several) in the prompt."""
-        embeds = self.embed(sounds, request.prompt or self.prompt, request.sound_strength)
+        embeds, negative = self.embed_request(sounds, request)
         seeds = [request.seed + i for i in range(request.num_images)]
-        return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request)
+        return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request, negative=negative)
 
     def edit(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
         """Puts the sound's object into a picture and keeps its ambience and medium."""
@@ -220,7 +250,7 @@ class Painter:
 
     def _repaint(self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
         strength = check_repaint(verb, request)
-        embeds, _ = self.embed_repaint(verb, [sound], [image], request.prompt, request.sound_strength)
+        embeds, _ = self.embed_repaint(verb, [sound], [image], request.prompt, request.sound_strength, request.window)
         seeds = [request.seed + i for i in range(request.num_images)]
         return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request, [image] * len(seeds), strength)
 
@@ -232,6 +262,7 @@ class Painter:
         images: Sequence[Image.Image],
         prompt: str | None = None,
         sound_strength: float = 1.0,
+        window: Window = "middle",
     ) -> tuple[Tensor, float]:
         """Prompt embeddings [B, L, D_h] that repaint pictures by sounds, and the denoise strength that suits.
 
@@ -242,7 +273,7 @@ class Painter:
         rows = []
         for sound, picture in zip(sounds, self.concepts.clip.images(list(images)), strict=True):
             shown = picture[None].to(self.device)
-            moved = self.concepts.move(self.listen(sound), keep, self.concepts.read(shown, keep))
+            moved = self.concepts.move(self.listen(sound, window), keep, self.concepts.read(shown, keep))
             text = prompt or f"{self.concepts.head_of(shown)} <sound>"
             rows.append(self.injector.embed(text, {"sound": Sound(self.adapter(moved)[0], sound_strength)}))
         return torch.cat(rows), strength

@@ -2,11 +2,13 @@
 
 import argparse
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 from PIL import Image
 
 from aai import storage
@@ -18,10 +20,14 @@ from aai.media.decode import ClipError, decode_audio
 from aai.media.still import STILL_FORMATS, decode_still
 from aai.painter import Painter, PaintRequest, check_repaint
 from aai.png import encode_png, same_picture
+from aai.sounds import name_of
+from aai.strips import Strip, joined, paint_strip
 from pipelines.registry import tracking
 from pipelines.settings import DType, InputLimits, Plan, StoreConfig, VerbConfig
 
 log = logging.getLogger(__name__)
+
+_NAMED = re.compile(r"[a-z][a-z0-9_]*=.")
 
 
 class PaintConfig(VerbConfig):
@@ -29,8 +35,9 @@ class PaintConfig(VerbConfig):
 
     bundle: str = "models:/aai@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder."""
-    audio: str | None = None
-    """Sound file: anything PyAV reads (wav, mp3, flac, the sound of a video)."""
+    audio: tuple[str, ...] = ()
+    """Sound file, anything PyAV reads (wav, mp3, flac, the sound of a video). Several: FILE or NAME=FILE each, for
+    <NAME> in the prompt; without names they are <sound>, <sound2>, ..."""
     out: str = "${run_dir}/pictures"
     """Folder of the PNG files."""
     request: PaintRequest = PaintRequest()
@@ -41,10 +48,27 @@ class PaintConfig(VerbConfig):
     dtype: DType = "float32"
     tracking: StoreConfig = StoreConfig()
 
+    @pydantic.field_validator("audio", mode="before")
+    @classmethod
+    def _one_or_many(cls, given: object) -> object:
+        return (given,) if isinstance(given, str) else given or ()
+
+    def sounds(self) -> dict[str, str]:
+        """The sound files by name. Raises UserError for a name given twice."""
+        out: dict[str, str] = {}
+        for number, given in enumerate(self.audio):
+            name, _, uri = given.partition("=") if _NAMED.match(given) else ("", "", given)
+            name = name or name_of(number)
+            if name in out:
+                raise UserError("audio", given, f"is a second sound of the name {name}", "give it another name")
+            out[name] = uri
+        return out
+
     def plan(self) -> Plan:
         """See VerbConfig."""
+        heard = ", ".join(self.audio) or "(--audio)"
         return Plan(
-            inputs={"bundle": self.bundle, "audio": self.audio or "(--audio)", **self.picture_input()},
+            inputs={"bundle": self.bundle, "audio": heard, **self.picture_input()},
             outputs={"pictures": self.out},
             resources={"device": f"{self.device}, {self.dtype}"},
         )
@@ -52,6 +76,17 @@ class PaintConfig(VerbConfig):
     def picture_input(self) -> dict[str, str]:
         """The given picture's row of the plan, for the verbs that take one."""
         return {}
+
+
+class GenerateConfig(PaintConfig):
+    """As PaintConfig; several sounds, and strips."""
+
+    strip: Strip | None = None
+    """Instead of pictures of several seeds, pictures of one seed in which the sound changes: from the first of two
+    sounds to the second (morph), from the neutral word to the sound (strength), from 30 dB softer to as it is
+    (loudness)."""
+    strip_pictures: int = pydantic.Field(7, ge=2, le=32)
+    """Pictures of a strip."""
 
 
 class RepaintConfig(PaintConfig):
@@ -67,7 +102,8 @@ class RepaintConfig(PaintConfig):
 
 def add_paint_flags(parser: argparse.ArgumentParser, with_image: bool = False) -> dict[str, str]:
     """The short flags of the painting verbs and the settings they stand for."""
-    parser.add_argument("--audio", metavar="FILE", help="the sound")
+    help_text = "the sound" if with_image else "the sound; repeat it for several, NAME=FILE is <NAME> in the prompt"
+    parser.add_argument("--audio", metavar="FILE", action="append", help=help_text)
     flags = {"audio": "audio", "prompt": "request.prompt", "seed": "request.seed", "out": "out", "bundle": "bundle"}
     if with_image:
         parser.add_argument("--image", metavar="FILE", help="the picture to change")
@@ -114,30 +150,51 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     """Runs generate, edit or stylize and writes the PNG files; returns their paths and the time."""
     if isinstance(config, RepaintConfig):
         check_repaint(verb, config.request)  # before anything is loaded
-    data = _read("audio", config.audio, config.limits.max_bytes)
+    sources = config.sounds() or {"sound": ""}
+    if isinstance(config, RepaintConfig) and len(sources) > 1:
+        raise UserError("audio", ", ".join(config.audio), f"{verb} takes one sound", "give one, or use generate")
+    if config.save_token and len(sources) > 1:
+        raise UserError("save_token", config.save_token, "is of one sound", "give one sound")
+    data = {name: _read("audio", uri, config.limits.max_bytes) for name, uri in sources.items()}
     image = load_picture(config.image, config.limits) if isinstance(config, RepaintConfig) else None
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
-    sound = decode_sound(config.audio, data, config.limits, encoder_config(bundle).sample_rate_hz)
+    rate_hz = encoder_config(bundle).sample_rate_hz
+    sounds = {name: decode_sound(sources[name], data[name], config.limits, rate_hz) for name in sources}
     painter = Painter.load(bundle, config.device, config.dtype)
     start = time.perf_counter()
-    if verb == "generate":
-        pictures = painter.generate(sound, config.request)
-    else:
-        assert image is not None
-        pictures = getattr(painter, verb)(sound, image, config.request)
+    painted = _painted(verb, painter, sounds, image, config)
     seconds = time.perf_counter() - start
-    stem = Path(str(config.audio)).stem.lstrip("-") or "sound"
-    files = []
-    for i, picture in enumerate(pictures):
-        seed = config.request.seed + i
-        made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump(), "seed": seed}
-        files.append(write_picture(config.out, f"{verb}_{stem}_seed{seed}", picture, made))
+    stem = "+".join(Path(uri).stem.lstrip("-") or "sound" for uri in sources.values())
+    made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump()}
+    files = [write_picture(config.out, f"{verb}_{stem}_{name}", image, {**made, **how}) for name, image, how in painted]
     if config.save_token:
-        export_textual_inversion(painter.hear(sound), config.save_token)
+        export_textual_inversion(painter.hear(next(iter(sounds.values())), config.request.window), config.save_token)
         log.info("%s: A* -> %s (diffusers: pipe.load_textual_inversion)", verb, config.save_token)
     made_in = f"{painter.dtype}, {seconds:.1f} s"
-    log.info("%s: %d picture(s) of %s in %s -> %s", verb, len(files), config.audio, made_in, ", ".join(files))
+    told, shown = ", ".join(config.audio), ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
+    log.info("%s: %d picture(s) of %s in %s -> %s", verb, len(files), told, made_in, shown)
     return {"files": files, "seconds": seconds, "dtype": painter.dtype}
+
+
+Painted = tuple[str, Image.Image, dict[str, Any]]
+"""The end of a picture's file name, the picture, and what of its making is its own."""
+
+
+def _painted(
+    verb: str, painter: Painter, sounds: dict[str, np.ndarray], image: Image.Image | None, config: PaintConfig
+) -> list[Painted]:
+    request = config.request
+    if isinstance(config, GenerateConfig) and config.strip:
+        strip = paint_strip(painter, config.strip, sounds, request, config.strip_pictures)
+        made = {"strip": config.strip}
+        parts = [(f"{config.strip}{i}", picture, {**made, "at": at}) for i, (at, picture) in enumerate(strip)]
+        return [(config.strip, joined(strip), made), *parts]
+    if image is None:
+        pictures = painter.generate(sounds, request)
+    else:
+        pictures = getattr(painter, verb)(next(iter(sounds.values())), image, request)
+    seeds = [request.seed + i for i in range(len(pictures))]
+    return [(f"seed{seed}", picture, {"seed": seed}) for seed, picture in zip(seeds, pictures, strict=True)]
 
 
 def write_picture(folder: str, name: str, image: Image.Image, made: dict[str, Any]) -> str:

@@ -37,17 +37,21 @@ class PainterReplica:
         self._stuck_s, self._started_s, self._broken = stuck_s, 0.0, ""
 
     async def paint(
-        self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest
+        self, verb: Verb, sounds: dict[str, np.ndarray], pixels: np.ndarray | None, request: PaintRequest
     ) -> list[bytes]:
-        """Audio float32 [S] and maybe RGB pixels uint8 [H, W, 3] -> PNG files."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._paint, verb, audio, pixels, request)
+        """Sounds float32 [S] by name and maybe RGB pixels uint8 [H, W, 3] -> PNG files."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._paint, verb, sounds, pixels, request)
 
-    def _paint(self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest) -> list[bytes]:
+    def _paint(
+        self, verb: Verb, sounds: dict[str, np.ndarray], pixels: np.ndarray | None, request: PaintRequest
+    ) -> list[bytes]:
         self._started_s = time.monotonic()
         try:
             if verb == "generate" or pixels is None:
-                images = self._painter.generate(audio, request)
+                images = self._painter.generate(sounds, request)
             else:
+                (audio,) = sounds.values()
                 images = getattr(self._painter, verb)(audio, Image.fromarray(pixels), request)
         except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
             self._broken = str(error)

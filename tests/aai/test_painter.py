@@ -10,7 +10,8 @@ from PIL import Image
 from aai.adapt import AdapterConfig
 from aai.bundle import BundleConfig, write_bundle
 from aai.errors import UserError
-from aai.painter import Painter, PaintRequest, check_repaint
+from aai.inject import Sound
+from aai.painter import REMEMBERED, Painter, PaintRequest, check_repaint
 
 REQUEST = PaintRequest(steps=2)
 
@@ -40,6 +41,73 @@ def test_strength_zero_paints_what_plain_diffusion_paints(painter: Painter) -> N
     silent = pixels(painter.generate(sound(1), PaintRequest(steps=2, sound_strength=0)))
     plain = painter.paint(painter.embed_text(["a photo of thing"]), [0], REQUEST)
     assert np.array_equal(silent, pixels(plain))
+
+
+def test_several_sounds_stand_where_the_prompt_names_them(painter: Painter) -> None:
+    both = {"dog": sound(1), "rain": sound(2)}
+    found = painter.generate(both, REQUEST.model_copy(update={"prompt": "<rain*0.5> and <dog>"}))
+    embeds = painter.injector.embed(
+        "<b> and <a>", {"a": Sound(painter.hear(sound(1))), "b": Sound(painter.hear(sound(2)), 0.5)}
+    )
+    assert np.array_equal(pixels(found), pixels(painter.paint(embeds, [0], REQUEST)))
+    default, told = (
+        painter.generate([sound(1), sound(2)], REQUEST.model_copy(update={"prompt": prompt}))
+        for prompt in (None, "a photo of <sound> and <sound2>")
+    )
+    assert np.array_equal(pixels(default), pixels(told))
+    with pytest.raises(UserError, match="has no placeholder <rain>"):
+        painter.generate(both, REQUEST.model_copy(update={"prompt": "a photo of <dog>"}))
+
+
+def test_a_sound_may_stand_in_the_negative_prompt(painter: Painter) -> None:
+    request = PaintRequest(steps=2, seed=9, negative_prompt="<rain> and <sound>", prompt="a photo of <sound>")
+    found = pixels(painter.generate({"sound": sound(1), "rain": sound(2)}, request))
+    away = painter.injector.embed(
+        "<b> and <a>", {"a": Sound(painter.hear(sound(1))), "b": Sound(painter.hear(sound(2)))}
+    )
+    expected = painter.paint(painter.embed(sound(1), "a photo of <sound>"), [9], request, negative=away)
+    assert np.array_equal(found, pixels(expected))
+    only = PaintRequest(steps=2, seed=9, negative_prompt="<rain>")
+    told = painter.generate({"sound": sound(1), "rain": sound(2)}, only)
+    other = painter.generate([sound(1)], REQUEST.model_copy(update={"seed": 9}))
+    assert not np.array_equal(pixels(told), pixels(other))
+
+
+def test_of_a_long_sound_the_asked_part_is_heard(painter: Painter) -> None:
+    samples = painter.aligner.config.clip_samples
+    rng = np.random.default_rng(0)
+    long = (0.01 * rng.standard_normal(3 * samples)).astype(np.float32)
+    long[:samples] *= 20
+    middle, first, last = long[samples : 2 * samples], long[:samples], long[2 * samples :]
+    torch.testing.assert_close(painter.listen(long), painter.listen(middle))
+    torch.testing.assert_close(painter.listen(long, "loudest"), painter.listen(first))
+    halves = [long[i * samples // 2 : i * samples // 2 + samples] for i in range(5)]
+    mean = torch.stack([painter.listen(part) for part in halves]).mean(0)
+    torch.testing.assert_close(painter.listen(long, "mean"), mean / mean.norm())
+    assert not torch.allclose(painter.listen(long), painter.listen(last))
+    heard = painter.generate(long, REQUEST.model_copy(update={"window": "loudest"}))
+    assert np.array_equal(pixels(heard), pixels(painter.generate(first, REQUEST)))
+    given = Image.new("RGB", (64, 64))
+    edited = painter.edit(long, given, REQUEST.model_copy(update={"window": "loudest"}))
+    assert np.array_equal(pixels(edited), pixels(painter.edit(first, given, REQUEST)))
+
+
+def test_a_sound_is_listened_to_once(painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(painter, "_heard", {})
+    monkeypatch.setattr(
+        type(painter.aligner), "forward", lambda self, audio: asked.append(audio) or audio[:, :32].clone()
+    )
+    first = painter.listen(sound(1))
+    assert painter.listen(sound(1).copy()) is first
+    painter.listen(sound(2))
+    painter.listen(sound(1), "mean")
+    assert len(asked) == 3
+    for i in range(REMEMBERED):
+        painter.listen(np.full(40, i, np.float32))
+    assert len(painter._heard) == REMEMBERED
+    painter.listen(sound(1))
+    assert len(asked) == 3 + REMEMBERED + 1
 
 
 def test_editing_starts_from_the_given_picture(painter: Painter) -> None:
@@ -221,6 +289,7 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "guidance_scale": 3.0,
         "seed": 0,
         "sound_strength": 1.0,
+        "window": "middle",
         "denoise_strength": None,
     }
     limits = {

@@ -43,3 +43,34 @@ def test_a_wrong_prompt_or_no_sound_is_one_line(
     with pytest.raises(SystemExit):
         main([*words, "--audio", tone, "--image", tone])
     assert not (tmp_path / "out").exists()
+
+
+def test_several_sounds_and_a_strip(tone: str, tiny_bundle: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["generate", "--bundle", tiny_bundle, "--out", str(out), *QUICK]
+    sounds = ["--audio", f"dog={tone}", "--audio", f"rain={tone}"]
+    assert main([*words, *sounds, "--prompt", "a photo of <dog> and <rain*0.5>"]) == 0
+    (file,) = out.iterdir()
+    assert file.name == "generate_tone+tone_seed0.png"
+    file.unlink()
+    assert main([*words, *sounds, "--strip", "morph", "--set", "strip_pictures=3"]) == 0
+    assert sorted(file.name for file in out.iterdir()) == [
+        f"generate_tone+tone_morph{end}.png" for end in ("", "0", "1", "2")
+    ]
+    assert Image.open(out / "generate_tone+tone_morph.png").size == (3 * 64, 64 + 14)
+    assert '"at": "0.50"' in Image.open(out / "generate_tone+tone_morph1.png").info["aai"]
+
+
+def test_what_one_sound_is_needed_for_refuses_two(
+    tone: str, tiny_bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = ["--bundle", tiny_bundle, "--audio", tone, "--audio", tone, "--out", str(tmp_path / "out")]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for verb, given, message in (
+        ("generate", ["--set", "save_token=a.safetensors", *QUICK], "save_token=a.safetensors: is of one sound"),
+        ("edit", ["--image", str(tmp_path / "a.png")], "edit takes one sound"),
+        ("generate", ["--strip", "shuffle"], "strip=shuffle"),
+    ):
+        assert main([verb, *two, *given]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

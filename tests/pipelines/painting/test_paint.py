@@ -61,13 +61,33 @@ def test_a_picture_that_was_made_otherwise_is_kept(tmp_path: Path, monkeypatch: 
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        (["a.wav"], {"sound": "a.wav"}),
+        (["a.wav", "b.wav"], {"sound": "a.wav", "sound2": "b.wav"}),
+        (["dog=a.wav", "b.wav"], {"dog": "a.wav", "sound2": "b.wav"}),
+        (["./a=b.wav", "/x/y=z.wav"], {"sound": "./a=b.wav", "sound2": "/x/y=z.wav"}),
+        ("dog=a=b.wav", {"dog": "a=b.wav"}),
+        (None, {}),
+    ],
+)
+def test_sounds_may_have_names(given: object, known: dict[str, str]) -> None:
+    assert PaintConfig.parse({"audio": given}).sounds() == known
+
+
+def test_a_name_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"audio=dog=b\.wav: is a second sound of the name dog"):
+        PaintConfig(audio=("dog=a.wav", "dog=b.wav")).sounds()
+
+
 def test_a_sound_is_decoded_at_the_rate_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = read_bundle(write_bundle_of(tmp_path / "made", FoundationSpec()))
     config = made.config.model_copy(update={"encoder": {**made.config.encoder, "sample_rate_hz": 8_000}})
     write_bundle(tmp_path / "bundle", config, made.aligner(), made.adapter(), {})
     write_wav(str(tmp_path / "a.wav"), np.zeros(44_100, np.float32), 44_100)
-    heard: list[np.ndarray] = []
+    heard: list[dict[str, np.ndarray]] = []
     painter = SimpleNamespace(generate=lambda sound, request: heard.append(sound) or [], dtype="float32")
     monkeypatch.setattr(Painter, "load", lambda *args: painter)
-    paint("generate", PaintConfig(bundle=str(tmp_path / "bundle"), audio=str(tmp_path / "a.wav")))
-    assert len(heard[0]) == pytest.approx(8_000, abs=10)
+    paint("generate", PaintConfig(bundle=str(tmp_path / "bundle"), audio=(str(tmp_path / "a.wav"),)))
+    assert len(heard[0]["sound"]) == pytest.approx(8_000, abs=10)

@@ -16,7 +16,7 @@ from aai.painter import PaintRequest
 from pipelines.service.painters import PainterReplica
 from pipelines.settings import StoreConfig
 
-TONE = (np.sin(np.arange(8000) / 5) / 2).astype(np.float32)
+TONE = {"sound": (np.sin(np.arange(8000) / 5) / 2).astype(np.float32)}
 REQUEST = PaintRequest(steps=2, denoise_strength=1)
 RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)
 
