@@ -108,7 +108,7 @@ class Injector:
         Raises UserError for a placeholder without a sound, a sound without a placeholder, or a prompt whose sound
         would fall off the encoder's context (text that merely runs over is cut, as diffusers does).
         """
-        _check_names(prompt, lengths)
+        check_names(prompt, lengths)
         return self._slots(parse(prompt), lengths)
 
     def _slots(self, parts: Sequence[str | Mention], lengths: Mapping[str, int]) -> Slots:
@@ -172,7 +172,7 @@ class Injector:
 
         A sound counts with its strength times that of its placeholder; where the product is 0, the neutral word stands.
         """
-        _check_names(prompt, sounds)
+        check_names(prompt, sounds)
         parts: list[str | Mention] = [""]
         for part in parse(prompt):
             if isinstance(part, Mention) and part.strength * sounds[part.name].strength == 0:
@@ -194,7 +194,7 @@ class Injector:
             return self.text_encoder(input_ids=ids).last_hidden_state
 
 
-def _check_names(prompt: str, sounds: Collection[str]) -> None:
+def check_names(prompt: str, sounds: Collection[str]) -> None:
     """Raises UserError unless the prompt's placeholders and the sounds are the same."""
     names = names_in(prompt)
     for name in sounds:

@@ -4,11 +4,14 @@ aai generate --audio dog.wav
 aai generate --audio dog.wav --prompt "a sketch of <sound>" --num-images 4
 aai generate --audio dog=dog.wav --audio rain=rain.wav --prompt "a photo of <dog> and <rain*0.6>"
 aai generate --audio dog.wav --audio rain.wav --strip morph
+aai generate --manifest sounds/ --out s3://bucket/pictures
 """
 
 import argparse
 
-from pipelines.painting.paint import GenerateConfig, add_paint_flags, paint
+from pipelines.painting.batch import paint_manifest
+from pipelines.painting.paint import add_paint_flags, paint
+from pipelines.painting.request import GenerateConfig
 
 CONFIG = GenerateConfig
 
@@ -16,9 +19,10 @@ CONFIG = GenerateConfig
 def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Short flags and the settings they stand for."""
     parser.add_argument("--strip", metavar="KIND", help="morph, strength or loudness: one seed, a sound that changes")
-    return {**add_paint_flags(parser), "strip": "strip"}
+    parser.add_argument("--manifest", metavar="FILE", help="many sounds, on Ray: a CSV, Parquet file, tar or folder")
+    return {**add_paint_flags(parser), "strip": "strip", "manifest": "manifest"}
 
 
 def run(config: GenerateConfig) -> dict[str, object]:
-    """Paints and writes PNG files; returns their paths."""
-    return paint("generate", config)
+    """Paints and writes PNG files; returns their paths, or the figures of a manifest's."""
+    return paint_manifest(config) if config.manifest else paint("generate", config)

@@ -1,14 +1,12 @@
-"""What generate, edit and stylize share: settings, loading sound, picture and bundle, and writing the pictures."""
+"""What generate, edit and stylize share: flags, loading sound, picture and bundle, and writing the pictures."""
 
 import argparse
 import logging
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 from PIL import Image
 
 from aai import storage
@@ -18,86 +16,14 @@ from aai.errors import UserError
 from aai.inject import export_textual_inversion
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import STILL_FORMATS, decode_still
-from aai.painter import Painter, PaintRequest, check_repaint
+from aai.painter import Painter, check_repaint
 from aai.png import encode_png, same_picture
-from aai.sounds import name_of
-from aai.strips import Strip, joined, paint_strip
+from aai.strips import joined, paint_strip
+from pipelines.painting.request import GenerateConfig, PaintConfig, RepaintConfig
 from pipelines.registry import tracking
-from pipelines.settings import DType, InputLimits, Plan, StoreConfig, VerbConfig
+from pipelines.settings import InputLimits
 
 log = logging.getLogger(__name__)
-
-_NAMED = re.compile(r"[a-z][a-z0-9_]*=.")
-
-
-class PaintConfig(VerbConfig):
-    """One sound, maybe one picture, and how to paint."""
-
-    bundle: str = "models:/aai@champion"
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder."""
-    audio: tuple[str, ...] = ()
-    """Sound file, anything PyAV reads (wav, mp3, flac, the sound of a video). Several: FILE or NAME=FILE each, for
-    <NAME> in the prompt; without names they are <sound>, <sound2>, ..."""
-    out: str = "${run_dir}/pictures"
-    """Folder of the PNG files."""
-    request: PaintRequest = PaintRequest()
-    limits: InputLimits = InputLimits()
-    save_token: str | None = None
-    """Also save A* as a textual-inversion safetensors file that diffusers loads."""
-    device: str = "cpu"
-    dtype: DType = "float32"
-    tracking: StoreConfig = StoreConfig()
-
-    @pydantic.field_validator("audio", mode="before")
-    @classmethod
-    def _one_or_many(cls, given: object) -> object:
-        return (given,) if isinstance(given, str) else given or ()
-
-    def sounds(self) -> dict[str, str]:
-        """The sound files by name. Raises UserError for a name given twice."""
-        out: dict[str, str] = {}
-        for number, given in enumerate(self.audio):
-            name, _, uri = given.partition("=") if _NAMED.match(given) else ("", "", given)
-            name = name or name_of(number)
-            if name in out:
-                raise UserError("audio", given, f"is a second sound of the name {name}", "give it another name")
-            out[name] = uri
-        return out
-
-    def plan(self) -> Plan:
-        """See VerbConfig."""
-        heard = ", ".join(self.audio) or "(--audio)"
-        return Plan(
-            inputs={"bundle": self.bundle, "audio": heard, **self.picture_input()},
-            outputs={"pictures": self.out},
-            resources={"device": f"{self.device}, {self.dtype}"},
-        )
-
-    def picture_input(self) -> dict[str, str]:
-        """The given picture's row of the plan, for the verbs that take one."""
-        return {}
-
-
-class GenerateConfig(PaintConfig):
-    """As PaintConfig; several sounds, and strips."""
-
-    strip: Strip | None = None
-    """Instead of pictures of several seeds, pictures of one seed in which the sound changes: from the first of two
-    sounds to the second (morph), from the neutral word to the sound (strength), from 30 dB softer to as it is
-    (loudness)."""
-    strip_pictures: int = pydantic.Field(7, ge=2, le=32)
-    """Pictures of a strip."""
-
-
-class RepaintConfig(PaintConfig):
-    """As PaintConfig, with the picture to change."""
-
-    image: str | None = None
-    """Picture to change: PNG, JPEG or WebP."""
-
-    def picture_input(self) -> dict[str, str]:
-        """See PaintConfig."""
-        return {"image": self.image or "(--image)"}
 
 
 def add_paint_flags(parser: argparse.ArgumentParser, with_image: bool = False) -> dict[str, str]:

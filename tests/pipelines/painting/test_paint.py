@@ -15,7 +15,8 @@ from aai.media.waveform import write_wav
 from aai.painter import Painter
 from aai.version import code_version
 from pipelines.__main__ import main
-from pipelines.painting.paint import PaintConfig, load_picture, paint, write_picture
+from pipelines.painting.paint import load_picture, paint, write_picture
+from pipelines.painting.request import PaintConfig
 from pipelines.settings import InputLimits
 from tests import hostile
 from tests.tiny import write_bundle_of
@@ -59,26 +60,6 @@ def test_a_picture_that_was_made_otherwise_is_kept(tmp_path: Path, monkeypatch: 
     assert write_picture(str(tmp_path), "a", PICTURE, {"seed": 2}) == str(tmp_path / "a_2.png")
     assert Path(first).read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 3
-
-
-@pytest.mark.parametrize(
-    ("given", "known"),
-    [
-        (["a.wav"], {"sound": "a.wav"}),
-        (["a.wav", "b.wav"], {"sound": "a.wav", "sound2": "b.wav"}),
-        (["dog=a.wav", "b.wav"], {"dog": "a.wav", "sound2": "b.wav"}),
-        (["./a=b.wav", "/x/y=z.wav"], {"sound": "./a=b.wav", "sound2": "/x/y=z.wav"}),
-        ("dog=a=b.wav", {"dog": "a=b.wav"}),
-        (None, {}),
-    ],
-)
-def test_sounds_may_have_names(given: object, known: dict[str, str]) -> None:
-    assert PaintConfig.parse({"audio": given}).sounds() == known
-
-
-def test_a_name_given_twice_is_refused() -> None:
-    with pytest.raises(UserError, match=r"audio=dog=b\.wav: is a second sound of the name dog"):
-        PaintConfig(audio=("dog=a.wav", "dog=b.wav")).sounds()
 
 
 def test_a_sound_is_decoded_at_the_rate_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

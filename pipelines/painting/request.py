@@ -1,0 +1,105 @@
+"""Settings of generate, edit and stylize."""
+
+import re
+
+import pydantic
+
+from aai.errors import UserError
+from aai.painter import PaintRequest
+from aai.sounds import name_of
+from aai.strips import Strip
+from pipelines.settings import ClusterConfig, DType, InputLimits, Plan, RayVerbConfig, StoreConfig, VerbConfig
+
+_NAMED = re.compile(r"[a-z][a-z0-9_]*=.")
+
+
+class PaintConfig(VerbConfig):
+    """One sound, maybe one picture, and how to paint."""
+
+    bundle: str = "models:/aai@champion"
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder."""
+    audio: tuple[str, ...] = ()
+    """Sound file, anything PyAV reads (wav, mp3, flac, the sound of a video). Several: FILE or NAME=FILE each, for
+    <NAME> in the prompt; without names they are <sound>, <sound2>, ..."""
+    out: str = "${run_dir}/pictures"
+    """Folder of the PNG files."""
+    request: PaintRequest = PaintRequest()
+    limits: InputLimits = InputLimits()
+    save_token: str | None = None
+    """Also save A* as a textual-inversion safetensors file that diffusers loads."""
+    device: str = "cpu"
+    dtype: DType = "float32"
+    tracking: StoreConfig = StoreConfig()
+
+    @pydantic.field_validator("audio", mode="before")
+    @classmethod
+    def _one_or_many(cls, given: object) -> object:
+        return (given,) if isinstance(given, str) else given or ()
+
+    def sounds(self) -> dict[str, str]:
+        """The sound files by name. Raises UserError for a name given twice."""
+        out: dict[str, str] = {}
+        for number, given in enumerate(self.audio):
+            name, _, uri = given.partition("=") if _NAMED.match(given) else ("", "", given)
+            name = name or name_of(number)
+            if name in out:
+                raise UserError("audio", given, f"is a second sound of the name {name}", "give it another name")
+            out[name] = uri
+        return out
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        heard = ", ".join(self.audio) or "(--audio)"
+        return Plan(
+            inputs={"bundle": self.bundle, "audio": heard, **self.picture_input()},
+            outputs={"pictures": self.out},
+            resources={"device": f"{self.device}, {self.dtype}"},
+        )
+
+    def picture_input(self) -> dict[str, str]:
+        """The given picture's row of the plan, for the verbs that take one."""
+        return {}
+
+
+class GenerateConfig(PaintConfig, RayVerbConfig):
+    """As PaintConfig; several sounds, strips, and manifests of sounds."""
+
+    manifest: str | None = None
+    """Instead of sounds one by one: a CSV or Parquet file with `uri` (and maybe start_s, end_s), a tar, or a folder.
+    All its sounds are painted on Ray; OUT/index.parquet lists the pictures."""
+    batch_size: int = pydantic.Field(8, ge=1)
+    """Pictures of a manifest that are painted together."""
+    cluster: ClusterConfig = ClusterConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _one_or_all(self) -> "GenerateConfig":
+        for name in ("audio", "strip", "save_token"):
+            if self.manifest and getattr(self, name):
+                raise ValueError(f"manifest and {name} exclude each other: give one of them")
+        return self
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        plan = super().plan()
+        if self.manifest is None:
+            return plan
+        inputs = {"bundle": self.bundle, "manifest": self.manifest}
+        return plan.model_copy(update={"inputs": inputs, "resources": {**plan.resources, **self.resources()}})
+
+    strip: Strip | None = None
+    """Instead of pictures of several seeds, pictures of one seed in which the sound changes: from the first of two
+    sounds to the second (morph), from the neutral word to the sound (strength), from 30 dB softer to as it is
+    (loudness)."""
+    strip_pictures: int = pydantic.Field(7, ge=2, le=32)
+    """Pictures of a strip."""
+
+
+class RepaintConfig(PaintConfig):
+    """As PaintConfig, with the picture to change."""
+
+    image: str | None = None
+    """Picture to change: PNG, JPEG or WebP."""
+
+    def picture_input(self) -> dict[str, str]:
+        """See PaintConfig."""
+        return {"image": self.image or "(--image)"}

@@ -1,0 +1,33 @@
+"""Sounds by name, and what contradicts itself."""
+
+import pytest
+
+from aai.errors import UserError
+from pipelines.painting.request import GenerateConfig, PaintConfig
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        (["a.wav"], {"sound": "a.wav"}),
+        (["a.wav", "b.wav"], {"sound": "a.wav", "sound2": "b.wav"}),
+        (["dog=a.wav", "b.wav"], {"dog": "a.wav", "sound2": "b.wav"}),
+        (["./a=b.wav", "/x/y=z.wav"], {"sound": "./a=b.wav", "sound2": "/x/y=z.wav"}),
+        ("dog=a=b.wav", {"dog": "a=b.wav"}),
+        (None, {}),
+    ],
+)
+def test_sounds_may_have_names(given: object, known: dict[str, str]) -> None:
+    assert PaintConfig.parse({"audio": given}).sounds() == known
+
+
+def test_a_name_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"audio=dog=b\.wav: is a second sound of the name dog"):
+        PaintConfig(audio=("dog=a.wav", "dog=b.wav")).sounds()
+
+
+@pytest.mark.parametrize("given", [{"audio": "a.wav"}, {"strip": "morph"}, {"save_token": "a.safetensors"}])
+def test_a_manifest_goes_alone(given: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"manifest and {next(iter(given))} exclude each other"):
+        GenerateConfig.parse({"manifest": "sounds", **given})
+    assert GenerateConfig.parse({"manifest": "sounds"}).plan().inputs["manifest"] == "sounds"
