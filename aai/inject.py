@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -69,6 +70,15 @@ def parse(prompt: str) -> list[str | Mention]:
 def names_in(prompt: str) -> set[str]:
     """The names of a prompt's placeholders."""
     return {found[1] for found in PLACEHOLDER.finditer(prompt)}
+
+
+@dataclass(frozen=True)
+class Written:
+    """Token ids [B, L], and vectors [B, L, D_t] that stand in the place of their embeddings where `where` [B, L]."""
+
+    ids: Tensor
+    vectors: Tensor | None = None
+    where: Tensor | None = None
 
 
 class Injector:
@@ -150,28 +160,35 @@ class Injector:
         tokens: [B, K, D_t], or None for plain prompts -> hidden states [B, L, D_h] (the pipeline's prompt embeddings)
         and the pooled state at the end-of-text token [B, D_h].
         """
-        lengths = {} if tokens is None else {name: tokens.shape[1]}
-        rows = [self.slots(prompt, lengths) for prompt in prompts]
-        device = self.embedding.weight.device
-        ids = torch.tensor([row.ids for row in rows], device=device)
-        ends = torch.tensor([row.end for row in rows], device=device)
-        if tokens is None:
-            states = self.text_encoder(input_ids=ids).last_hidden_state
-        else:
-            source = torch.full(ids.shape, -1, device=device)  # which of the K vectors stands at each position
-            for b, row in enumerate(rows):
-                for _, at in row.places:
-                    source[b, at.start : at.stop] = torch.arange(len(at), device=device)
-            vectors = tokens.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
-            with self._written(vectors, source >= 0):
-                states = self.text_encoder(input_ids=ids).last_hidden_state
-        return states, states[torch.arange(len(rows), device=device), ends]
+        written, ends = self.batch(prompts, tokens, name)
+        states = self.run(written).last_hidden_state
+        return states, states[torch.arange(len(states), device=states.device), ends]
 
     def embed(self, prompt: str, sounds: Mapping[str, Sound]) -> Tensor:
         """Prompt embedding [1, L, D_h] of one prompt with several sounds.
 
         A sound counts with its strength times that of its placeholder; where the product is 0, the neutral word stands.
         """
+        return self.run(self.mixed(prompt, sounds)).last_hidden_state
+
+    def batch(self, prompts: Sequence[str], tokens: Tensor | None, name: str) -> tuple[Written, Tensor]:
+        """What `encode` writes, and the positions [B] of the end-of-text tokens."""
+        lengths = {} if tokens is None else {name: tokens.shape[1]}
+        rows = [self.slots(prompt, lengths) for prompt in prompts]
+        device = self.embedding.weight.device
+        ids = torch.tensor([row.ids for row in rows], device=device)
+        ends = torch.tensor([row.end for row in rows], device=device)
+        if tokens is None:
+            return Written(ids), ends
+        source = torch.full(ids.shape, -1, device=device)  # which of the K vectors stands at each position
+        for b, row in enumerate(rows):
+            for _, at in row.places:
+                source[b, at.start : at.stop] = torch.arange(len(at), device=device)
+        vectors = tokens.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
+        return Written(ids, vectors, source >= 0), ends
+
+    def mixed(self, prompt: str, sounds: Mapping[str, Sound]) -> Written:
+        """What `embed` writes."""
         check_names(prompt, sounds)
         parts: list[str | Mention] = [""]
         for part in parse(prompt):
@@ -190,8 +207,18 @@ class Injector:
             neutral, strength = self.neutral.expand_as(sound.tokens), mention.strength * sound.strength
             vectors[0, at.start : at.stop] = torch.lerp(neutral, sound.tokens.to(vectors), strength)
             where[0, at.start : at.stop] = True
-        with self._written(vectors, where):
-            return self.text_encoder(input_ids=ids).last_hidden_state
+        return Written(ids, vectors, where)
+
+    def run(self, written: Written, **wanted: bool) -> Any:
+        """The text encoder's output, with the vectors in their places. wanted: what else it returns."""
+        if written.vectors is None or written.where is None:
+            return self.text_encoder(input_ids=written.ids, **wanted)
+        with self._written(written.vectors, written.where):
+            return self.text_encoder(input_ids=written.ids, **wanted)
+
+    def files(self, tokens: Tensor, name: str) -> dict[str, Tensor]:
+        """A* [K, D_t] as the tensors of a textual-inversion file."""
+        return {f"<{name}>": tokens}
 
 
 def check_names(prompt: str, sounds: Collection[str]) -> None:
@@ -206,9 +233,10 @@ def check_names(prompt: str, sounds: Collection[str]) -> None:
         raise UserError("prompt", repr(prompt), f"placeholder <{name}> has no sound (given: {known})", "remove it")
 
 
-def export_textual_inversion(tokens: Tensor, path: str, name: str = "sound") -> None:
+def export_textual_inversion(injector: Injector, tokens: Tensor, path: str, name: str = "sound") -> None:
     """Saves A* [K, D_t] as a textual-inversion file that `pipe.load_textual_inversion(path)` of diffusers reads."""
-    save_file({f"<{name}>": tokens.detach().float().contiguous().cpu()}, path)
+    files = injector.files(tokens.detach(), name)
+    save_file({key: part.float().contiguous().cpu() for key, part in files.items()}, path)
 
 
 def with_head(caption: str, head_pattern: str, prompt: str) -> str:

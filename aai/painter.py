@@ -2,16 +2,17 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
 import pydantic
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -25,8 +26,9 @@ from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
-from aai.inject import Injector, Sound, names_in
+from aai.inject import Sound, names_in
 from aai.precision import dtype_of
+from aai.sdxl import injector_of, prompt_arguments
 from aai.sounds import Sounds, Window, named, prompt_for, windows
 
 DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default
@@ -79,7 +81,7 @@ def check_repaint(verb: str, request: PaintRequest) -> float:
 
 @torch.no_grad()
 def paint(
-    pipe: StableDiffusionPipeline | StableDiffusionImg2ImgPipeline,
+    pipe: DiffusionPipeline,
     embeds: Tensor,
     negative: Tensor,
     seeds: Sequence[int],
@@ -92,8 +94,7 @@ def paint(
     """
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
     found = pipe(
-        prompt_embeds=embeds.to(pipe.unet.dtype),
-        negative_prompt_embeds=negative.expand_as(embeds).to(pipe.unet.dtype),
+        **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.expand_as(embeds).to(pipe.unet.dtype)),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         guidance_scale=sampling.guidance_scale,
         num_inference_steps=sampling.steps,
@@ -107,7 +108,7 @@ class Painter:
 
     def __init__(
         self,
-        pipe: StableDiffusionPipeline,
+        pipe: DiffusionPipeline,
         aligner: AudioEncoder,
         adapter: AudioAdapter,
         foundation: FoundationSpec,
@@ -119,9 +120,9 @@ class Painter:
         self.prompt, self.head_pattern = prompt, head_pattern
         self.pipe, self.aligner, self.adapter = pipe, aligner, adapter
         self.foundation, self.vocabulary = foundation, vocabulary
-        self.image_pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        self.image_pipe = AutoPipelineForImage2Image.from_pipe(pipe)
         self.image_pipe.set_progress_bar_config(disable=True)
-        self.injector = Injector(pipe.text_encoder, pipe.tokenizer, neutral_word)
+        self.injector = injector_of(pipe, neutral_word)
         self.device = pipe.unet.device
         self._heard: dict[str, Tensor] = {}
 
@@ -204,7 +205,14 @@ class Painter:
         heard = {name: Sound(self.hear(x, request.window), request.sound_strength) for name, x in given.items()}
         against = {name: sound for name, sound in heard.items() if name in names_in(negative)}
         within = {name: heard[name] for name in heard if name in names_in(wanted) or name not in against}
-        return self.injector.embed(wanted, within), self.injector.embed(negative, against)
+        return self.injector.embed(wanted, within), self.embed_negative(negative, against)
+
+    @torch.no_grad()
+    def embed_negative(self, prompt: str, sounds: Mapping[str, Sound] = MappingProxyType({})) -> Tensor:
+        """Embedding [1, L, D_h] of a negative prompt; an empty one is all zeros for models that expect that (XL)."""
+        embeds = self.injector.embed(prompt, sounds)
+        empty_is_zero = not prompt and getattr(self.pipe.config, "force_zeros_for_empty_prompt", False)
+        return torch.zeros_like(embeds) if empty_is_zero else embeds
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
@@ -226,7 +234,7 @@ class Painter:
         A picture does not depend on the others of its batch. negative: [1, L, D_h], else the request's words.
         """
         if negative is None:
-            negative = self.embed_text([request.negative_prompt])
+            negative = self.embed_negative(request.negative_prompt)
         if images is None:
             return paint(self.pipe, embeds, negative, seeds, request)
         given = [

@@ -61,7 +61,7 @@ def _morphed(painter: Painter, sounds: Sounds, request: PaintRequest, shares: Se
         tokens = painter.adapter(along(start, end, share)[None])[0]
         sound = {"sound": Sound(tokens, request.sound_strength)}
         rows.append(painter.injector.embed(request.prompt or painter.prompt, sound))
-    return torch.cat(rows), painter.embed_text([request.negative_prompt]).expand(len(rows), -1, -1)
+    return torch.cat(rows), painter.embed_negative(request.negative_prompt).expand(len(rows), -1, -1)
 
 
 def along(start: Tensor, end: Tensor, share: float) -> Tensor:

@@ -94,7 +94,8 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump()}
     files = [write_picture(config.out, f"{verb}_{stem}_{name}", image, {**made, **how}) for name, image, how in painted]
     if config.save_token:
-        export_textual_inversion(painter.hear(next(iter(sounds.values())), config.request.window), config.save_token)
+        tokens = painter.hear(next(iter(sounds.values())), config.request.window)
+        export_textual_inversion(painter.injector, tokens, config.save_token)
         log.info("%s: A* -> %s (diffusers: pipe.load_textual_inversion)", verb, config.save_token)
     made_in = f"{painter.dtype}, {seconds:.1f} s"
     told, shown = ", ".join(config.audio), ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")

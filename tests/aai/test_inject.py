@@ -228,7 +228,7 @@ def test_a_batch_with_a_prompt_without_its_sound_is_refused(injector: Injector) 
 def test_exported_token_is_read_by_diffusers(pipe: StableDiffusionPipeline, injector: Injector, tmp_path: Path) -> None:
     sound = tokens(injector, 2)
     ours = injector.embed("a photo of <sound>", {"sound": Sound(sound)})
-    export_textual_inversion(sound, str(tmp_path / "sound.safetensors"))
+    export_textual_inversion(injector, sound, str(tmp_path / "sound.safetensors"))
     assert list(load_file(tmp_path / "sound.safetensors")) == ["<sound>"]
     pipe.load_textual_inversion(str(tmp_path / "sound.safetensors"), token="<sound>")
     try:
