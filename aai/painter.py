@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from aai.adapt import AdapterConfig, AudioAdapter
+from aai.addons import AddOns, add_to, with_controlnet
 from aai.bundle import Bundle, BundleConfig, read_bundle
 from aai.concepts import Concepts, Kind, Vocabulary
 from aai.config import Config
@@ -24,7 +25,7 @@ from aai.encoders.aligner import load_aligner
 from aai.encoders.audio import AudioEncoder
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
-from aai.foundation.identity import FoundationSpec
+from aai.foundation.identity import FoundationSpec, locate
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Sound, names_in
 from aai.precision import dtype_of
@@ -125,12 +126,16 @@ class Painter:
         self.injector = injector_of(pipe, neutral_word)
         self.device = pipe.unet.device
         self._heard: dict[str, Tensor] = {}
+        self.guided_pipe: DiffusionPipeline | None = None
+        self.controlnet_scale = 1.0
 
     @classmethod
-    def load(cls, bundle: Bundle | str | Path, device: str = "cpu", dtype: str = "float32") -> Self:
+    def load(
+        cls, bundle: Bundle | str | Path, device: str = "cpu", dtype: str = "float32", addons: AddOns | None = None
+    ) -> Self:
         """Loads a bundle (with adapter) and the foundation it names; refuses other foundation weights.
 
-        dtype: of the diffusion model; auto: see aai.precision.
+        dtype: of the diffusion model; auto: see aai.precision. addons: what comes on top of it.
 
         Raises UserError for a bundle without an adapter.
         """
@@ -140,7 +145,10 @@ class Painter:
         if bundle.config.adapter is None or adapter_state is None:
             raise UserError("bundle", bundle.folder, "has no adapter", "run `aai adapt` and use its bundle")
         bundle.verify_foundation()
-        pipe = load_diffusion(bundle.config.foundation, device, dtype_of(dtype, device))
+        addons = addons or AddOns()
+        spec = bundle.config.foundation
+        pipe = load_diffusion(spec, device, dtype_of(dtype, device))
+        add_to(pipe, addons, locate(spec.diffusion, spec.diffusion_revision, "diffusion")[0])
         aligner = load_aligner(bundle)
         adapter = AudioAdapter(AdapterConfig.parse(bundle.config.adapter, "bundle"))
         adapter.load_state_dict(adapter_state)
@@ -148,7 +156,10 @@ class Painter:
             part.to(device).eval().requires_grad_(False)
         vocabulary = Vocabulary.parse(bundle.config.vocabulary, "bundle") if bundle.config.vocabulary else None
         c = bundle.config
-        return cls(pipe, aligner, adapter, c.foundation, vocabulary, c.neutral_word, c.prompt, c.head_pattern)
+        made = cls(pipe, aligner, adapter, c.foundation, vocabulary, c.neutral_word, c.prompt, c.head_pattern)
+        if addons.controlnet:
+            made.guided_pipe, made.controlnet_scale = with_controlnet(pipe, addons), addons.controlnet_scale
+        return made
 
     @property
     def sample_rate_hz(self) -> int:
@@ -237,16 +248,25 @@ class Painter:
             negative = self.embed_negative(request.negative_prompt)
         if images is None:
             return paint(self.pipe, embeds, negative, seeds, request)
-        given = [
-            image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC) for image in images
-        ]
+        given = [self._fitted(image) for image in images]
         return paint(self.image_pipe, embeds, negative, seeds, request, image=given, strength=denoise_strength)
 
-    def generate(self, sounds: Sounds, request: PaintRequest) -> list[Image.Image]:
-        """Pictures of a sound (or several) in the prompt."""
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        return image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
+
+    def generate(self, sounds: Sounds, request: PaintRequest, control: Image.Image | None = None) -> list[Image.Image]:
+        """Pictures of a sound (or several) in the prompt. control: the picture that guides a ControlNet."""
+        if self.guided_pipe is None and control is not None:
+            raise UserError("control", "a picture", "no ControlNet is loaded", "set addons.controlnet")
+        if self.guided_pipe is not None and control is None:
+            raise UserError("control", "(missing)", "the ControlNet needs the picture that guides it", "give one")
         embeds, negative = self.embed_request(sounds, request)
         seeds = [request.seed + i for i in range(request.num_images)]
-        return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request, negative=negative)
+        embeds = embeds.expand(len(seeds), -1, -1)
+        if control is None:
+            return self.paint(embeds, seeds, request, negative=negative)
+        guide = {"image": [self._fitted(control)] * len(seeds), "controlnet_conditioning_scale": self.controlnet_scale}
+        return paint(self.guided_pipe, embeds, negative, seeds, request, **guide)
 
     def edit(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
         """Puts the sound's object into a picture and keeps its ambience and medium."""

@@ -19,8 +19,9 @@ CONFIG = GenerateConfig
 def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Short flags and the settings they stand for."""
     parser.add_argument("--strip", metavar="KIND", help="morph, strength or loudness: one seed, a sound that changes")
+    parser.add_argument("--control", metavar="FILE", help="the picture that guides addons.controlnet")
     parser.add_argument("--manifest", metavar="FILE", help="many sounds, on Ray: a CSV, Parquet file, tar or folder")
-    return {**add_paint_flags(parser), "strip": "strip", "manifest": "manifest"}
+    return {**add_paint_flags(parser), "strip": "strip", "control": "control", "manifest": "manifest"}
 
 
 def run(config: GenerateConfig) -> dict[str, object]:

@@ -89,7 +89,7 @@ class BatchPainter:
         bundle = read_bundle(tracking.resolve_bundle(c.bundle, StoreConfig.parse(c.tracking.model_dump())))
         if bundle.sha != sha:
             raise UserError("bundle", c.bundle, f"holds {bundle.sha}, the job was started for {sha}", "start it again")
-        self.sha, self.painter = sha, Painter.load(bundle, c.device, c.dtype)
+        self.sha, self.painter = sha, Painter.load(bundle, c.device, c.dtype, c.addons)
 
     def __call__(self, shard: SoundShard) -> Painted:
         """Paints the shard's sounds -> pictures, and its part of the index."""
@@ -172,6 +172,7 @@ def _paint_all(config: GenerateConfig) -> dict[str, object]:
         "bundle": bundle.sha,
         "sounds": digest([asdict(sound) for sound in sounds]),
         "request": config.request.model_dump(mode="json"),
+        "addons": config.addons.model_dump(mode="json"),
         "dtype": config.dtype,
         "batch_size": config.batch_size,
     }

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from aai import storage
+from aai.addons import AddOns
 from aai.bundle import read_bundle
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
@@ -50,13 +51,13 @@ def decode_sound(uri: str | None, data: bytes, limits: InputLimits, sample_rate_
         raise UserError("audio", uri, f"{error.code}: {error.message}", "give a readable sound file") from error
 
 
-def load_picture(uri: str | None, limits: InputLimits) -> Image.Image:
+def load_picture(uri: str | None, limits: InputLimits, setting: str = "image") -> Image.Image:
     """A user's picture as upright RGB; UserError when it is unreadable or too large."""
-    data = _read("image", uri, limits.max_bytes)
+    data = _read(setting, uri, limits.max_bytes)
     try:
         return decode_still(data, limits.max_pixels, (*STILL_FORMATS, "BMP", "GIF"))
     except ClipError as error:
-        raise UserError("image", uri, f"{error.code}: {error.message}", "give a PNG, JPEG or WebP file") from error
+        raise UserError(setting, uri, f"{error.code}: {error.message}", "give a PNG, JPEG or WebP file") from error
 
 
 def _read(setting: str, uri: str | None, max_bytes: int) -> bytes:
@@ -82,16 +83,21 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     if config.save_token and len(sources) > 1:
         raise UserError("save_token", config.save_token, "is of one sound", "give one sound")
     data = {name: _read("audio", uri, config.limits.max_bytes) for name, uri in sources.items()}
-    image = load_picture(config.image, config.limits) if isinstance(config, RepaintConfig) else None
+    image = None
+    if isinstance(config, RepaintConfig):
+        image = load_picture(config.image, config.limits)
+    elif isinstance(config, GenerateConfig) and config.control:
+        image = load_picture(config.control, config.limits, "control")
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
     rate_hz = encoder_config(bundle).sample_rate_hz
     sounds = {name: decode_sound(sources[name], data[name], config.limits, rate_hz) for name in sources}
-    painter = Painter.load(bundle, config.device, config.dtype)
+    painter = Painter.load(bundle, config.device, config.dtype, config.addons)
     start = time.perf_counter()
     painted = _painted(verb, painter, sounds, image, config)
     seconds = time.perf_counter() - start
     stem = "+".join(Path(uri).stem.lstrip("-") or "sound" for uri in sources.values())
-    made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump()}
+    addons = {"addons": config.addons.model_dump(exclude_unset=True)} if config.addons != AddOns() else {}
+    made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump(), **addons}
     files = [write_picture(config.out, f"{verb}_{stem}_{name}", image, {**made, **how}) for name, image, how in painted]
     if config.save_token:
         tokens = painter.hear(next(iter(sounds.values())), config.request.window)
@@ -116,8 +122,8 @@ def _painted(
         made = {"strip": config.strip}
         parts = [(f"{config.strip}{i}", picture, {**made, "at": at}) for i, (at, picture) in enumerate(strip)]
         return [(config.strip, joined(strip), made), *parts]
-    if image is None:
-        pictures = painter.generate(sounds, request)
+    if verb == "generate" or image is None:
+        pictures = painter.generate(sounds, request, image)
     else:
         pictures = getattr(painter, verb)(next(iter(sounds.values())), image, request)
     seeds = [request.seed + i for i in range(len(pictures))]

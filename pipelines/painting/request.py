@@ -4,6 +4,7 @@ import re
 
 import pydantic
 
+from aai.addons import AddOns
 from aai.errors import UserError
 from aai.painter import PaintRequest
 from aai.sounds import name_of
@@ -27,6 +28,7 @@ class PaintConfig(VerbConfig):
     limits: InputLimits = InputLimits()
     save_token: str | None = None
     """Also save A* as a textual-inversion safetensors file that diffusers loads."""
+    addons: AddOns = AddOns()
     device: str = "cpu"
     dtype: DType = "float32"
     tracking: StoreConfig = StoreConfig()
@@ -64,6 +66,8 @@ class PaintConfig(VerbConfig):
 class GenerateConfig(PaintConfig, RayVerbConfig):
     """As PaintConfig; several sounds, strips, and manifests of sounds."""
 
+    control: str | None = None
+    """Picture that guides the ControlNet of addons.controlnet: PNG, JPEG or WebP."""
     manifest: str | None = None
     """Instead of sounds one by one: a CSV or Parquet file with `uri` (and maybe start_s, end_s), a tar, or a folder.
     All its sounds are painted on Ray; OUT/index.parquet lists the pictures."""
@@ -73,7 +77,11 @@ class GenerateConfig(PaintConfig, RayVerbConfig):
 
     @pydantic.model_validator(mode="after")
     def _one_or_all(self) -> "GenerateConfig":
-        for name in ("audio", "strip", "save_token"):
+        if bool(self.control) != bool(self.addons.controlnet):
+            raise ValueError("control and addons.controlnet belong together: give both or none")
+        if self.control and self.strip:
+            raise ValueError("control and strip exclude each other: give one of them")
+        for name in ("audio", "strip", "save_token", "control"):
             if self.manifest and getattr(self, name):
                 raise ValueError(f"manifest and {name} exclude each other: give one of them")
         return self
@@ -99,6 +107,12 @@ class RepaintConfig(PaintConfig):
 
     image: str | None = None
     """Picture to change: PNG, JPEG or WebP."""
+
+    @pydantic.model_validator(mode="after")
+    def _unguided(self) -> "RepaintConfig":
+        if self.addons.controlnet:
+            raise ValueError("addons.controlnet guides generate alone: leave it out")
+        return self
 
     def picture_input(self) -> dict[str, str]:
         """See PaintConfig."""

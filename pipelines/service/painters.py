@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from aai.addons import AddOns
 from aai.bundle import read_bundle
 from aai.errors import UserError
 from aai.painter import Painter, PaintRequest
@@ -25,12 +26,19 @@ class PainterReplica:
     """One model on one device. Paints in a thread of its own: health checks are answered meanwhile."""
 
     def __init__(
-        self, bundle: str, registry: dict[str, Any], sha: str, device: str, dtype: str, stuck_s: float
+        self,
+        bundle: str,
+        registry: dict[str, Any],
+        sha: str,
+        device: str,
+        dtype: str,
+        addons: dict[str, Any],
+        stuck_s: float,
     ) -> None:
         found = read_bundle(tracking.resolve_bundle(bundle, StoreConfig.parse(registry)))
         if found.sha != sha:
             raise UserError("bundle", bundle, f"holds {found.sha}, the service was started for {sha}", "deploy again")
-        self._painter = Painter.load(found, device, dtype)
+        self._painter = Painter.load(found, device, dtype, AddOns.parse(addons))
         logger.info("painter: %s on %s", self._painter.dtype, device)
         # One thread: diffusers' schedulers hold state. A request cancelled while it waits here never starts.
         self._thread = ThreadPoolExecutor(max_workers=1)

@@ -68,7 +68,7 @@ def test_a_sound_is_decoded_at_the_rate_of_the_bundle(tmp_path: Path, monkeypatc
     write_bundle(tmp_path / "bundle", config, made.aligner(), made.adapter(), {})
     write_wav(str(tmp_path / "a.wav"), np.zeros(44_100, np.float32), 44_100)
     heard: list[dict[str, np.ndarray]] = []
-    painter = SimpleNamespace(generate=lambda sound, request: heard.append(sound) or [], dtype="float32")
+    painter = SimpleNamespace(generate=lambda sound, request, control: heard.append(sound) or [], dtype="float32")
     monkeypatch.setattr(Painter, "load", lambda *args: painter)
     paint("generate", PaintConfig(bundle=str(tmp_path / "bundle"), audio=(str(tmp_path / "a.wav"),)))
     assert len(heard[0]["sound"]) == pytest.approx(8_000, abs=10)

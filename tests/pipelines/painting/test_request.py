@@ -3,7 +3,7 @@
 import pytest
 
 from aai.errors import UserError
-from pipelines.painting.request import GenerateConfig, PaintConfig
+from pipelines.painting.request import GenerateConfig, PaintConfig, RepaintConfig
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,19 @@ def test_a_manifest_goes_alone(given: dict[str, str]) -> None:
     with pytest.raises(UserError, match=f"manifest and {next(iter(given))} exclude each other"):
         GenerateConfig.parse({"manifest": "sounds", **given})
     assert GenerateConfig.parse({"manifest": "sounds"}).plan().inputs["manifest"] == "sounds"
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"control": "a.png"}, "belong together"),
+        ({"addons": {"controlnet": "net"}}, "belong together"),
+        ({"control": "a.png", "addons": {"controlnet": "net"}, "strip": "morph"}, "control and strip exclude"),
+        ({"control": "a.png", "addons": {"controlnet": "net"}, "manifest": "m"}, "manifest and control exclude"),
+    ],
+)
+def test_a_controlnet_and_its_picture_belong_together(given: dict[str, object], rule: str) -> None:
+    with pytest.raises(UserError, match=rule):
+        GenerateConfig.parse(given)
+    with pytest.raises(UserError, match="guides generate alone"):
+        RepaintConfig.parse({"addons": {"controlnet": "net"}})

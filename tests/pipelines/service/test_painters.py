@@ -23,7 +23,7 @@ RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)
 
 def replica(bundle: str, **changes: Any) -> PainterReplica:
     given = {"bundle": bundle, "registry": StoreConfig().model_dump(), "sha": read_bundle(bundle).sha}
-    return PainterReplica(**{**given, "device": "cpu", "dtype": "float32", "stuck_s": 60, **changes})
+    return PainterReplica(**{**given, "device": "cpu", "dtype": "float32", "addons": {}, "stuck_s": 60, **changes})
 
 
 @pytest.fixture(scope="module")
