@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pydantic
@@ -21,6 +21,7 @@ from aai.addons import AddOns, add_to, with_controlnet
 from aai.bundle import Bundle, BundleConfig, read_bundle
 from aai.concepts import Concepts, Kind, Vocabulary
 from aai.config import Config
+from aai.editing import Change, Repainting, repainted
 from aai.encoders.aligner import load_aligner
 from aai.encoders.audio import AudioEncoder
 from aai.errors import UserError
@@ -49,6 +50,13 @@ class SamplingConfig(Config):
     guidance_scale: float = pydantic.Field(3.0, ge=0, le=30)
     denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
     """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
+    repaint: Literal["img2img", "invert"] = "img2img"
+    """Edit and stylize: img2img adds noise to the whole picture and paints it anew (SDEdit); invert changes a mask,
+    given or derived, and keeps every pixel outside."""
+    mask_threshold: float = pydantic.Field(0.4, ge=0, le=1)
+    """invert without a mask: how far the old and the new prompt must disagree at a place for it to change."""
+    fresh_noise: float = pydantic.Field(0.5, ge=0, le=1)
+    """invert: 0 keeps the old shapes within the mask most, 1 forgets them."""
 
 
 class PaintRequest(SamplingConfig):
@@ -67,7 +75,7 @@ class PaintRequest(SamplingConfig):
     """What is heard of a sound longer than the model's clips: its middle, the loudest part, or the mean of parts."""
 
 
-def check_repaint(verb: str, request: PaintRequest) -> float:
+def check_repaint(verb: str, request: SamplingConfig) -> float:
     """The denoise strength with which a request repaints. Raises UserError when not one step would be painted.
 
     Of N denoising steps the last floor(N * strength) are painted (SDEdit, Meng et al. 2022).
@@ -234,7 +242,7 @@ class Painter:
         self,
         embeds: Tensor,
         seeds: Sequence[int],
-        request: PaintRequest,
+        request: SamplingConfig,
         images: Sequence[Image.Image] | None = None,
         denoise_strength: float = 0.7,
         negative: Tensor | None = None,
@@ -268,19 +276,59 @@ class Painter:
         guide = {"image": [self._fitted(control)] * len(seeds), "controlnet_conditioning_scale": self.controlnet_scale}
         return paint(self.guided_pipe, embeds, negative, seeds, request, **guide)
 
-    def edit(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
-        """Puts the sound's object into a picture and keeps its ambience and medium."""
-        return self._repaint("edit", sound, image, request)
+    def edit(
+        self, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None = None
+    ) -> list[Image.Image]:
+        """Puts the sound's object into a picture and keeps its ambience and medium. mask: white where it may change."""
+        return self._repaint("edit", sound, image, request, mask)
 
-    def stylize(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
-        """Puts the sound's ambience onto a picture and keeps its object and medium."""
-        return self._repaint("stylize", sound, image, request)
+    def stylize(
+        self, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None = None
+    ) -> list[Image.Image]:
+        """Puts the sound's ambience onto a picture and keeps its object and medium. mask: white where it may change."""
+        return self._repaint("stylize", sound, image, request, mask)
 
-    def _repaint(self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
-        strength = check_repaint(verb, request)
-        embeds, _ = self.embed_repaint(verb, [sound], [image], request.prompt, request.sound_strength, request.window)
+    def _repaint(
+        self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None
+    ) -> list[Image.Image]:
+        check_repaint(verb, request)
+        how = request.prompt, request.sound_strength, request.window
+        target, source = self.embed_repaint(verb, [sound], [image], *how)
         seeds = [request.seed + i for i in range(request.num_images)]
-        return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request, [image] * len(seeds), strength)
+        target, source = (part.expand(len(seeds), -1, -1) for part in (target, source))
+        masks = None if mask is None else [mask] * len(seeds)
+        return self.repaint(verb, target, source, [image] * len(seeds), seeds, request, masks)
+
+    def repaint(
+        self,
+        verb: str,
+        target: Tensor,
+        source: Tensor,
+        images: Sequence[Image.Image],
+        seeds: Sequence[int],
+        request: SamplingConfig,
+        masks: Sequence[Image.Image] | None = None,
+    ) -> list[Image.Image]:
+        """Repaints pictures under the prompt embeddings [B, L, D_h] of `embed_repaint`, as `request.repaint` says.
+
+        Raises UserError for a mask that img2img would not heed.
+        """
+        strength = check_repaint(verb, request)
+        if request.repaint == "img2img":
+            if masks is not None:
+                raise UserError("mask", "a picture", "img2img changes the whole picture", "set request.repaint=invert")
+            return self.paint(target, seeds, request, images, strength)
+        painted = int(request.steps * strength)
+        how = Repainting(request.steps, painted, request.guidance_scale, request.mask_threshold, request.fresh_noise)
+        negative = self.embed_negative(request.negative_prompt)
+        change = Change(*(part.to(self.pipe.unet.dtype) for part in (source, target, negative.expand_as(target))))
+        pixels = torch.stack([_unit(self._fitted(image)) for image in images]).to(self.device)
+        open_ = None
+        if masks is not None:
+            grey = [(_unit(self._fitted(mask).convert("L").convert("RGB"))[:1] > 0).float() for mask in masks]
+            open_ = torch.stack(grey).to(self.device)
+        done, _ = repainted(self.pipe, pixels, change, how, seeds, open_)
+        return [_picture(x) for x in done]
 
     @torch.no_grad()
     def embed_repaint(
@@ -291,20 +339,23 @@ class Painter:
         prompt: str | None = None,
         sound_strength: float = 1.0,
         window: Window = "middle",
-    ) -> tuple[Tensor, float]:
-        """Prompt embeddings [B, L, D_h] that repaint pictures by sounds, and the denoise strength that suits.
+    ) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings [B, L, D_h] that repaint pictures by sounds, and those of what the pictures show now.
 
         `edit` lets the sound's object in, `stylize` its ambience: what the sound says of the other is replaced by what
         the picture shows. Without a prompt, the head that names the medium is read off each picture.
         """
-        keep, strength = REPAINT[verb]
-        rows = []
+        keep = REPAINT[verb][0]
+        change: Kind = "objects" if keep == "ambiences" else "ambiences"
+        rows: tuple[list[Tensor], list[Tensor]] = ([], [])
         for sound, picture in zip(sounds, self.concepts.clip.images(list(images)), strict=True):
             shown = picture[None].to(self.device)
-            moved = self.concepts.move(self.listen(sound, window), keep, self.concepts.read(shown, keep))
             text = prompt or f"{self.concepts.head_of(shown)} <sound>"
-            rows.append(self.injector.embed(text, {"sound": Sound(self.adapter(moved)[0], sound_strength)}))
-        return torch.cat(rows), strength
+            wanted = self.concepts.move(self.listen(sound, window), keep, self.concepts.read(shown, keep))
+            now = self.concepts.move(wanted, change, self.concepts.read(shown, change))
+            for row, embed in zip(rows, (wanted, now), strict=True):
+                row.append(self.injector.embed(text, {"sound": Sound(self.adapter(embed)[0], sound_strength)}))
+        return torch.cat(rows[0]), torch.cat(rows[1])
 
     @cached_property
     def concepts(self) -> Concepts:
@@ -312,3 +363,13 @@ class Painter:
         if self.vocabulary is None:
             raise UserError("bundle", "vocabulary", "is absent", "give adapt a `vocabulary` and train a new bundle")
         return Concepts(FrozenClip(self.foundation, self.device.type), self.vocabulary)
+
+
+def _unit(image: Image.Image) -> Tensor:
+    """An RGB picture -> [3, H, W] in -1..1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in -1..1 -> an RGB picture."""
+    return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy())

@@ -34,7 +34,8 @@ def add_paint_flags(parser: argparse.ArgumentParser, with_image: bool = False) -
     flags = {"audio": "audio", "prompt": "request.prompt", "seed": "request.seed", "out": "out", "bundle": "bundle"}
     if with_image:
         parser.add_argument("--image", metavar="FILE", help="the picture to change")
-        flags["image"] = "image"
+        parser.add_argument("--mask", metavar="FILE", help="white where it may change, with request.repaint=invert")
+        flags |= {"image": "image", "mask": "mask"}
     parser.add_argument("--prompt", metavar="TEXT", help="text with <sound> where the sound belongs")
     parser.add_argument("--seed", metavar="N", help="picture i uses seed N + i")
     parser.add_argument("--num-images", metavar="N", help="how many pictures")
@@ -83,17 +84,13 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     if config.save_token and len(sources) > 1:
         raise UserError("save_token", config.save_token, "is of one sound", "give one sound")
     data = {name: _read("audio", uri, config.limits.max_bytes) for name, uri in sources.items()}
-    image = None
-    if isinstance(config, RepaintConfig):
-        image = load_picture(config.image, config.limits)
-    elif isinstance(config, GenerateConfig) and config.control:
-        image = load_picture(config.control, config.limits, "control")
+    images = _pictures(config)
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
     rate_hz = encoder_config(bundle).sample_rate_hz
     sounds = {name: decode_sound(sources[name], data[name], config.limits, rate_hz) for name in sources}
     painter = Painter.load(bundle, config.device, config.dtype, config.addons)
     start = time.perf_counter()
-    painted = _painted(verb, painter, sounds, image, config)
+    painted = _painted(verb, painter, sounds, images, config)
     seconds = time.perf_counter() - start
     stem = "+".join(Path(uri).stem.lstrip("-") or "sound" for uri in sources.values())
     addons = {"addons": config.addons.model_dump(exclude_unset=True)} if config.addons != AddOns() else {}
@@ -109,12 +106,20 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     return {"files": files, "seconds": seconds, "dtype": painter.dtype}
 
 
+def _pictures(config: PaintConfig) -> list[Image.Image | None]:
+    """The given picture and the mask of edit and stylize, or what guides a ControlNet."""
+    given: dict[str, str | None] = {"control": config.control if isinstance(config, GenerateConfig) else None}
+    if isinstance(config, RepaintConfig):
+        given = {"image": config.image or "", "mask": config.mask}
+    return [None if uri is None else load_picture(uri, config.limits, name) for name, uri in given.items()]
+
+
 Painted = tuple[str, Image.Image, dict[str, Any]]
 """The end of a picture's file name, the picture, and what of its making is its own."""
 
 
 def _painted(
-    verb: str, painter: Painter, sounds: dict[str, np.ndarray], image: Image.Image | None, config: PaintConfig
+    verb: str, painter: Painter, sounds: dict[str, np.ndarray], images: list[Image.Image | None], config: PaintConfig
 ) -> list[Painted]:
     request = config.request
     if isinstance(config, GenerateConfig) and config.strip:
@@ -122,10 +127,11 @@ def _painted(
         made = {"strip": config.strip}
         parts = [(f"{config.strip}{i}", picture, {**made, "at": at}) for i, (at, picture) in enumerate(strip)]
         return [(config.strip, joined(strip), made), *parts]
-    if verb == "generate" or image is None:
-        pictures = painter.generate(sounds, request, image)
+    if verb == "generate":
+        pictures = painter.generate(sounds, request, images[0])
     else:
-        pictures = getattr(painter, verb)(next(iter(sounds.values())), image, request)
+        image, mask = images
+        pictures = getattr(painter, verb)(next(iter(sounds.values())), image, request, mask)
     seeds = [request.seed + i for i in range(len(pictures))]
     return [(f"seed{seed}", picture, {"seed": seed}) for seed, picture in zip(seeds, pictures, strict=True)]
 

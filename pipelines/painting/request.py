@@ -107,9 +107,13 @@ class RepaintConfig(PaintConfig):
 
     image: str | None = None
     """Picture to change: PNG, JPEG or WebP."""
+    mask: str | None = None
+    """Picture that is white where it may change; empty = the model finds out (with request.repaint=invert)."""
 
     @pydantic.model_validator(mode="after")
     def _unguided(self) -> "RepaintConfig":
+        if self.mask and self.request.repaint != "invert":
+            raise ValueError("img2img changes the whole picture: mask needs request.repaint=invert")
         if self.addons.controlnet:
             raise ValueError("addons.controlnet guides generate alone: leave it out")
         return self

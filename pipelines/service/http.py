@@ -97,7 +97,12 @@ class Backend(Protocol):
     model: ServedModel
 
     async def paint(
-        self, verb: Verb, sounds: dict[str, np.ndarray], image: Image.Image | None, request: PaintRequest
+        self,
+        verb: Verb,
+        sounds: dict[str, np.ndarray],
+        image: Image.Image | None,
+        request: PaintRequest,
+        mask: Image.Image | None = None,
     ) -> list[bytes]:
         """PNG files of sounds by name. Raises ApiError 429 when the queue is full, UserError for a bad request."""
 
@@ -155,6 +160,8 @@ class RepaintForm(_PaintForm):
     """Sound file, as for generate."""
     image: UploadFile
     """Picture: PNG, JPEG or WebP."""
+    mask: UploadFile | None = None
+    """Picture that is white where the given one may change, with repaint=invert."""
 
     def files(self) -> dict[str, UploadFile]:
         """See GenerateForm."""
@@ -322,8 +329,11 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
         sounds = {}
         for name, file in form.files().items():
             sounds[name] = await decoded(read_audio, file, limits, backend.model.sample_rate_hz)
-        image = await decoded(read_image, form.image, limits) if isinstance(form, RepaintForm) else None
-        return _pictures(await backend.paint(verb, sounds, image, form.request()), form.seed, backend.model)
+        image = mask = None
+        if isinstance(form, RepaintForm):
+            image = await decoded(read_image, form.image, limits)
+            mask = await decoded(read_image, form.mask, limits) if form.mask else None
+        return _pictures(await backend.paint(verb, sounds, image, form.request(), mask), form.seed, backend.model)
 
     options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}
 

@@ -45,22 +45,22 @@ class PainterReplica:
         self._stuck_s, self._started_s, self._broken = stuck_s, 0.0, ""
 
     async def paint(
-        self, verb: Verb, sounds: dict[str, np.ndarray], pixels: np.ndarray | None, request: PaintRequest
+        self, verb: Verb, sounds: dict[str, np.ndarray], pixels: list[np.ndarray | None], request: PaintRequest
     ) -> list[bytes]:
-        """Sounds float32 [S] by name and maybe RGB pixels uint8 [H, W, 3] -> PNG files."""
+        """Sounds float32 [S] by name, maybe a picture and a mask (RGB, uint8 [H, W, 3]) -> PNG files."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._paint, verb, sounds, pixels, request)
 
     def _paint(
-        self, verb: Verb, sounds: dict[str, np.ndarray], pixels: np.ndarray | None, request: PaintRequest
+        self, verb: Verb, sounds: dict[str, np.ndarray], pixels: list[np.ndarray | None], request: PaintRequest
     ) -> list[bytes]:
         self._started_s = time.monotonic()
         try:
-            if verb == "generate" or pixels is None:
+            if verb == "generate":
                 images = self._painter.generate(sounds, request)
             else:
-                (audio,) = sounds.values()
-                images = getattr(self._painter, verb)(audio, Image.fromarray(pixels), request)
+                (audio,), (given, mask) = sounds.values(), (None if x is None else Image.fromarray(x) for x in pixels)
+                images = getattr(self._painter, verb)(audio, given, request, mask)
         except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
             self._broken = str(error)
             raise

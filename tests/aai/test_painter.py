@@ -9,6 +9,7 @@ from PIL import Image
 
 from aai.adapt import AdapterConfig
 from aai.bundle import BundleConfig, write_bundle
+from aai.concepts import Kind
 from aai.errors import UserError
 from aai.inject import Sound
 from aai.painter import REMEMBERED, Painter, PaintRequest, check_repaint
@@ -225,8 +226,7 @@ def test_several_edits_of_one_request_have_seeds_of_their_own(painter: Painter) 
 def test_edit_keeps_the_pictures_ambience_and_stylize_its_object(painter: Painter, verb: str, kind: str) -> None:
     pictures = [Image.new("RGB", (64, 64), color) for color in ("white", "black")]
     sounds = [sound(1), sound(2)]
-    embeds, strength = painter.embed_repaint(verb, sounds, pictures, "<sound> at night")
-    assert strength == 0.8
+    embeds, _ = painter.embed_repaint(verb, sounds, pictures, "<sound> at night")
     concepts, shown = painter.concepts, painter.concepts.clip.images(pictures)
     other = "objects" if kind == "ambiences" else "ambiences"
     for row, audio, picture in zip(embeds, sounds, shown, strict=True):
@@ -240,6 +240,40 @@ def test_edit_keeps_the_pictures_ambience_and_stylize_its_object(painter: Painte
         )
         torch.testing.assert_close(row, expected.detach(), atol=1e-4, rtol=0)
         assert (row - swapped).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("verb", "other"), [("edit", "objects"), ("stylize", "ambiences")])
+def test_the_old_prompt_says_what_the_picture_shows(painter: Painter, verb: str, other: Kind) -> None:
+    """In everything else it is the new one: so they disagree where the picture is to change."""
+    picture, audio = Image.new("RGB", (64, 64), "white"), sound(1)
+    concepts, shown = painter.concepts, painter.concepts.clip.images([picture])
+    keep: Kind = "ambiences" if other == "objects" else "objects"
+    wanted = concepts.move(painter.listen(audio), keep, concepts.read(shown, keep))
+    now = concepts.move(wanted, other, concepts.read(shown, other))
+    _, source = painter.embed_repaint(verb, [audio], [picture], "<sound> at night")
+    expected = painter.injector.encode(["<sound> at night"], painter.adapter(now))[0]
+    torch.testing.assert_close(source, expected.detach(), atol=1e-4, rtol=0)
+
+
+def test_inversion_keeps_what_the_mask_covers(painter: Painter) -> None:
+    rng = np.random.default_rng(0)
+    given = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (0, 0, 64, 128))
+    request = PaintRequest(steps=5, repaint="invert", num_images=2)
+    for verb in (painter.edit, painter.stylize):
+        found = pixels(verb(sound(1), given, request, mask))
+        assert np.array_equal(found[:, :, 32:], np.repeat(pixels([given]), 2, 0)[:, :, 32:])
+        assert not np.array_equal(found[0], found[1])  # another seed
+        assert not np.array_equal(found[0, :, :32], pixels([given])[0, :, :32])
+        alone = pixels(verb(sound(1), given, request.model_copy(update={"num_images": 1, "seed": 1}), mask))
+        assert np.abs(found[1] - alone[0]).max() <= 1
+        derived = pixels(verb(sound(1), given, request))
+        assert not np.array_equal(derived, found)
+    whole = request.model_copy(update={"mask_threshold": 1.0})
+    assert np.array_equal(pixels(painter.edit(sound(1), given, whole))[0], pixels([given])[0])
+    with pytest.raises(UserError, match="mask=a picture: img2img changes the whole picture"):
+        painter.edit(sound(1), given, PaintRequest(), mask)
 
 
 def test_repainting_reads_the_medium_off_the_picture(painter: Painter) -> None:
@@ -291,6 +325,9 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "sound_strength": 1.0,
         "window": "middle",
         "denoise_strength": None,
+        "repaint": "img2img",
+        "mask_threshold": 0.4,
+        "fresh_noise": 0.5,
     }
     limits = {
         "num_images": (1, 8),

@@ -83,6 +83,8 @@ def test_sounds_and_pictures_reach_the_picture(painters: dict[str, Painter], kin
     for verb in (painter.edit, painter.stylize):
         little = PaintRequest(steps=10, denoise_strength=0.2)
         assert not np.array_equal(pixels(verb(sound(1), white, little)), pixels(verb(sound(1), black, little)))
+        inverted = PaintRequest(steps=4, repaint="invert")
+        assert not np.array_equal(pixels(verb(sound(1), white, inverted)), pixels([white]))
 
 
 def test_each_encoder_of_xl_hears_its_own_half(painters: dict[str, Painter]) -> None:

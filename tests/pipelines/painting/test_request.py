@@ -47,3 +47,9 @@ def test_a_controlnet_and_its_picture_belong_together(given: dict[str, object], 
         GenerateConfig.parse(given)
     with pytest.raises(UserError, match="guides generate alone"):
         RepaintConfig.parse({"addons": {"controlnet": "net"}})
+
+
+def test_a_mask_needs_a_way_of_repainting_that_heeds_it() -> None:
+    with pytest.raises(UserError, match=r"mask needs request\.repaint=invert"):
+        RepaintConfig.parse({"mask": "m.png"})
+    assert RepaintConfig.parse({"mask": "m.png", "request": {"repaint": "invert"}}).mask == "m.png"

@@ -25,7 +25,7 @@ class Echo:
         await asyncio.sleep(0.05)
         if request.prompt == "wrong":
             raise UserError("prompt", "wrong", "is wrong", "mend it")
-        shape = None if pixels is None else pixels.shape
+        shape = None if pixels[0] is None else pixels[0].shape
         return [f"{verb} {sounds['sound'].shape} {shape} {request.seed}".encode()]
 
 

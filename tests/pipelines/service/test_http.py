@@ -24,11 +24,18 @@ class Echo:
     def __init__(self, wait_s: float = 0, replicas: int = 1) -> None:
         self.wait_s, self.replicas, self.cancelled = wait_s, replicas, 0
         self.calls: list[tuple[str, dict[str, np.ndarray], Image.Image | None, PaintRequest]] = []
+        self.masks: list[Image.Image | None] = []
 
     async def paint(
-        self, verb: str, sounds: dict[str, np.ndarray], image: Image.Image | None, request: PaintRequest
+        self,
+        verb: str,
+        sounds: dict[str, np.ndarray],
+        image: Image.Image | None,
+        request: PaintRequest,
+        mask: Image.Image | None = None,
     ) -> list[bytes]:
         self.calls.append((verb, sounds, image, request))
+        self.masks.append(mask)
         try:
             await asyncio.sleep(self.wait_s)
         except asyncio.CancelledError:
@@ -100,6 +107,20 @@ def test_repaint_hands_over_the_picture(verb: str, kind: str) -> None:
     assert given is not None
     assert (given.mode, given.size) == ("RGB", (80, 40))
     assert backend.calls[0][3].denoise_strength == 0.4
+    assert backend.masks == [None]
+
+
+def test_a_mask_goes_with_the_picture() -> None:
+    backend = Echo()
+    files = {"audio": wav(), "image": png(80, 40), "mask": png(40, 20)}
+    assert ask("POST", "/v1/edit", backend, files=files, data={"repaint": "invert"}).status_code == 200
+    assert backend.masks[0] is not None
+    assert backend.masks[0].size == (40, 20)
+    assert backend.calls[0][3].repaint == "invert"
+    broken = {**files, "mask": b"nothing"}
+    assert code(ask("POST", "/v1/edit", backend, files=broken)) == (422, "image_unreadable")
+    large = {**files, "mask": png(200, 100)}
+    assert code(ask("POST", "/v1/edit", backend, files=large)) == (422, "image_too_large")
 
 
 @pytest.mark.parametrize(("names", "known"), [(None, ["sound", "sound2"]), ("dog, rain", ["dog", "rain"])])
@@ -327,4 +348,4 @@ def test_openapi_lists_the_fields_and_their_bounds() -> None:
     form = api["components"]["schemas"]["RepaintForm"]
     assert set(form["required"]) == {"audio", "image"}
     assert form["properties"]["steps"]["maximum"] == 100
-    assert set(form["properties"]) == {"audio", "image", *PaintRequest.model_fields}
+    assert set(form["properties"]) == {"audio", "image", "mask", *PaintRequest.model_fields}
