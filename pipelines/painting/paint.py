@@ -12,9 +12,10 @@ from PIL import Image
 from aai import storage
 from aai.addons import AddOns
 from aai.bundle import read_bundle
+from aai.cue import refine
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
-from aai.inject import export_textual_inversion
+from aai.inject import Sound, export_textual_inversion
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import STILL_FORMATS, decode_still
 from aai.painter import Painter, check_repaint
@@ -127,6 +128,8 @@ def _painted(
         made = {"strip": config.strip}
         parts = [(f"{config.strip}{i}", picture, {**made, "at": at}) for i, (at, picture) in enumerate(strip)]
         return [(config.strip, joined(strip), made), *parts]
+    if isinstance(config, GenerateConfig) and config.cue.features:
+        return _refined(painter, next(iter(sounds.values())), config)
     if verb == "generate":
         pictures = painter.generate(sounds, request, images[0])
     else:
@@ -134,6 +137,24 @@ def _painted(
         pictures = getattr(painter, verb)(next(iter(sounds.values())), image, request, mask)
     seeds = [request.seed + i for i in range(len(pictures))]
     return [(f"seed{seed}", picture, {"seed": seed}) for seed, picture in zip(seeds, pictures, strict=True)]
+
+
+def _refined(painter: Painter, sound: np.ndarray, config: GenerateConfig) -> list[Painted]:
+    """AudioCue: pictures before and after A* was tuned, of the same seeds."""
+    request = config.request
+    prompt = request.prompt or painter.prompt
+    cue = refine(painter, sound, prompt, config.cue, request.seed)
+    near = ", ".join(f"{clip} {cosine:.3f}" for clip, cosine in list(cue.told()["retrieved"].items())[:3])
+    log.info("generate: A* tuned in %.1f s on %s, ...; denoising loss %.4f -> %.4f",
+             cue.seconds, near, cue.loss_before, cue.loss_after)  # fmt: skip
+    seeds = [request.seed + i for i in range(request.num_images)]
+    out: list[Painted] = []
+    for name, tokens, how in (("", cue.before, {}), ("_refined", cue.after, {"cue": cue.told()})):
+        embeds = painter.injector.embed(prompt, {"sound": Sound(tokens, request.sound_strength)})
+        pictures = painter.paint(embeds.expand(len(seeds), -1, -1), seeds, request)
+        for seed, picture in zip(seeds, pictures, strict=True):
+            out.append((f"seed{seed}{name}", picture, {"seed": seed, **how}))
+    return out
 
 
 def write_picture(folder: str, name: str, image: Image.Image, made: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import re
 import pydantic
 
 from aai.addons import AddOns
+from aai.cue import CueConfig
 from aai.errors import UserError
 from aai.painter import PaintRequest
 from aai.sounds import name_of
@@ -66,6 +67,8 @@ class PaintConfig(VerbConfig):
 class GenerateConfig(PaintConfig, RayVerbConfig):
     """As PaintConfig; several sounds, strips, and manifests of sounds."""
 
+    cue: CueConfig = CueConfig()
+    """AudioCue: before the picture is painted, A* is tuned on pictures that the sound retrieves; one sound only."""
     control: str | None = None
     """Picture that guides the ControlNet of addons.controlnet: PNG, JPEG or WebP."""
     manifest: str | None = None
@@ -81,6 +84,8 @@ class GenerateConfig(PaintConfig, RayVerbConfig):
             raise ValueError("control and addons.controlnet belong together: give both or none")
         if self.control and self.strip:
             raise ValueError("control and strip exclude each other: give one of them")
+        if self.cue.features and (self.strip or self.manifest or self.control or len(self.audio) > 1):
+            raise ValueError("cue.features is for one sound: leave out strip, manifest, control and further sounds")
         for name in ("audio", "strip", "save_token", "control"):
             if self.manifest and getattr(self, name):
                 raise ValueError(f"manifest and {name} exclude each other: give one of them")

@@ -1,11 +1,15 @@
 """`aai generate` on a bundle of random weights: its flags, its files, what it refuses."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from aai.painter import Painter
 from pipelines.__main__ import main
+from tests.aai.test_cue import write_features
 
 QUICK = ["--set", "request.steps=1"]
 
@@ -74,3 +78,19 @@ def test_what_one_sound_is_needed_for_refuses_two(
         assert main([verb, *two, *given]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_refined_pictures_stand_beside_the_first_ones(tone: str, tiny_bundle: str, tmp_path: Path) -> None:
+    pictures = torch.randn(30, 32, generator=torch.Generator().manual_seed(1))
+    features = write_features(tmp_path / "features", Painter.load(tiny_bundle), pictures)
+    out = tmp_path / "out"
+    words = ["--audio", tone, "--bundle", tiny_bundle, "--out", str(out), "--refine", features, *QUICK]
+    assert main(["generate", *words, "--set", "cue.steps=3", "--set", "cue.learning_rate=1"]) == 0
+    first, after = (Image.open(out / f"generate_tone_seed0{end}.png") for end in ("", "_refined"))
+    assert first.tobytes() != after.tobytes()
+    told = json.loads(after.info["aai"])["cue"]
+    assert len(told["retrieved"]) == 8
+    assert set(told) == {"retrieved", "loss", "seconds"}
+    assert "cue" not in json.loads(first.info["aai"])
+    assert main(["generate", "--audio", tone, "--bundle", tiny_bundle, "--out", str(tmp_path / "plain"), *QUICK]) == 0
+    assert Image.open(tmp_path / "plain" / "generate_tone_seed0.png").tobytes() == first.tobytes()

@@ -53,3 +53,9 @@ def test_a_mask_needs_a_way_of_repainting_that_heeds_it() -> None:
     with pytest.raises(UserError, match=r"mask needs request\.repaint=invert"):
         RepaintConfig.parse({"mask": "m.png"})
     assert RepaintConfig.parse({"mask": "m.png", "request": {"repaint": "invert"}}).mask == "m.png"
+
+
+@pytest.mark.parametrize("given", [{"strip": "morph"}, {"audio": ["a.wav", "b.wav"]}, {"manifest": "m"}])
+def test_a_cue_is_for_one_sound(given: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"cue\.features is for one sound"):
+        GenerateConfig.parse({"cue": {"features": "f"}, **given})
