@@ -90,7 +90,9 @@ def test_refined_pictures_stand_beside_the_first_ones(tone: str, tiny_bundle: st
     assert first.tobytes() != after.tobytes()
     told = json.loads(after.info["aai"])["cue"]
     assert len(told["retrieved"]) == 8
-    assert set(told) == {"retrieved", "loss", "seconds"}
+    assert set(told) == {"retrieved", "loss"}
+    assert main(["generate", *words, "--set", "cue.steps=3", "--set", "cue.learning_rate=1"]) == 0
+    assert len(list(out.iterdir())) == 2  # the same pictures, not written again
     assert "cue" not in json.loads(first.info["aai"])
     assert main(["generate", "--audio", tone, "--bundle", tiny_bundle, "--out", str(tmp_path / "plain"), *QUICK]) == 0
     assert Image.open(tmp_path / "plain" / "generate_tone_seed0.png").tobytes() == first.tobytes()
