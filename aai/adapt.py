@@ -13,15 +13,16 @@ from typing import Any
 import pydantic
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from aai.config import Config
 from aai.errors import UserError
 from aai.foundation.loaders import DiffusionSkeleton
-from aai.inject import Injector, with_head
+from aai.inject import with_head
 from aai.losses import mean_over_ranks, rows_of_ranks
 from aai.memory import in_chunks
+from aai.sdxl import DoubleInjector, conditions, injector_of
 
 
 class AdapterConfig(Config):
@@ -107,7 +108,8 @@ def denoising_loss(
     """
     alpha = scheduler.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    predicted = unet(noisy, timesteps, encoder_hidden_states=states).sample
+    edge_px = 8 * latents.shape[-1]  # every Stable Diffusion's VAE makes one latent of 8 pixels
+    predicted = unet(noisy, timesteps, **conditions(unet, states, edge_px)).sample
     kind = scheduler.config.prediction_type
     target = noise if kind == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
@@ -123,7 +125,7 @@ class AdaptTask(nn.Module):
     def __init__(
         self,
         adapter: AudioAdapter,
-        pipe: StableDiffusionPipeline | DiffusionSkeleton,
+        pipe: DiffusionPipeline | DiffusionSkeleton,
         text_projection: nn.Linear | None,
         cfg: AdaptLossConfig,
         neutral_word: str = "thing",
@@ -139,7 +141,9 @@ class AdaptTask(nn.Module):
         self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
         self.text_projection = text_projection.requires_grad_(False) if text_projection else None
         self.scheduler = pipe.scheduler
-        self.injector = Injector(pipe.text_encoder, pipe.tokenizer, neutral_word)
+        self.injector = injector_of(pipe, neutral_word)
+        if isinstance(self.injector, DoubleInjector):  # a part of the task, so that it moves to its device
+            self.text_encoder_2 = self.injector.second.text_encoder.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "AdaptTask":
         """Only the adapter ever leaves eval mode."""

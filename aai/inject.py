@@ -8,9 +8,10 @@ Shapes: B prompts, L tokens of context, K tokens of a sound, D_t width of a toke
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from aai.errors import UserError
 
-PLACEHOLDER = re.compile(r"<([a-z][a-z0-9_]*)>")
+PLACEHOLDER = re.compile(r"<([a-z][a-z0-9_]*)(?:\*([0-9]*\.?[0-9]+))?>")
+MOST_STRENGTH = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,52 @@ class Sound:
 
 
 @dataclass(frozen=True)
+class Mention:
+    """A placeholder of a prompt: `<dog>`, or `<dog*0.6>` for the sound at a strength of its own."""
+
+    name: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
 class Slots:
     """A tokenised prompt: `ids` [L], and where each sound's tokens stand in it."""
 
     ids: list[int]
-    positions: dict[str, list[int]]
+    places: list[tuple[Mention, range]]
     end: int
     """Position of the end-of-text token, whose hidden state is the prompt's pooled feature."""
+
+
+def parse(prompt: str) -> list[str | Mention]:
+    """A prompt as text and placeholders in turn. Raises UserError for a strength over 2.
+
+    >>> parse("a <dog*0.5> at night")
+    ['a ', Mention(name='dog', strength=0.5), ' at night']
+    """
+    parts: list[str | Mention] = []
+    at = 0
+    for found in PLACEHOLDER.finditer(prompt):
+        mention = Mention(found[1], float(found[2] or 1))
+        if mention.strength > MOST_STRENGTH:
+            raise UserError("prompt", found[0], f"a strength is 0 to {MOST_STRENGTH:g}", "write e.g. <dog*0.6>")
+        parts += [prompt[at : found.start()], mention]
+        at = found.end()
+    return [*parts, prompt[at:]]
+
+
+def names_in(prompt: str) -> set[str]:
+    """The names of a prompt's placeholders."""
+    return {found[1] for found in PLACEHOLDER.finditer(prompt)}
+
+
+@dataclass(frozen=True)
+class Written:
+    """Token ids [B, L], and vectors [B, L, D_t] that stand in the place of their embeddings where `where` [B, L]."""
+
+    ids: Tensor
+    vectors: Tensor | None = None
+    where: Tensor | None = None
 
 
 class Injector:
@@ -77,34 +118,26 @@ class Injector:
         Raises UserError for a placeholder without a sound, a sound without a placeholder, or a prompt whose sound
         would fall off the encoder's context (text that merely runs over is cut, as diffusers does).
         """
+        check_names(prompt, lengths)
+        return self._slots(parse(prompt), lengths)
+
+    def _slots(self, parts: Sequence[str | Mention], lengths: Mapping[str, int]) -> Slots:
         limit = int(self.tokenizer.model_max_length)
-        names = PLACEHOLDER.findall(prompt)
-        for name in lengths:
-            if name not in names:
-                raise UserError(
-                    "prompt", repr(prompt), f"has no placeholder <{name}>", f"write <{name}> where the sound belongs"
-                )
         ids: list[int] = [self.tokenizer.bos_token_id]
-        positions: dict[str, list[int]] = {}
-        for i, part in enumerate(PLACEHOLDER.split(prompt)):
-            if i % 2 == 0:
+        places: list[tuple[Mention, range]] = []
+        for part in parts:
+            if isinstance(part, str):
                 ids += self.tokenizer(part, add_special_tokens=False).input_ids
                 continue
-            if part not in lengths:
-                known = ", ".join(f"<{name}>" for name in lengths) or "none"
-                raise UserError(
-                    "prompt", repr(prompt), f"placeholder <{part}> has no sound (given: {known})", "remove it"
-                )
-            at = list(range(len(ids), len(ids) + lengths[part]))
-            positions.setdefault(part, []).extend(at)
-            ids += [self.neutral_ids[0]] * lengths[part]
-        if any(max(at, default=0) >= limit - 1 for at in positions.values()):
+            places.append((part, range(len(ids), len(ids) + lengths[part.name])))
+            ids += [self.neutral_ids[0]] * lengths[part.name]
+        if any(at.stop > limit - 1 for _, at in places):
             raise UserError(
                 "prompt", f"{len(ids) + 1} tokens", f"a sound falls off the {limit} tokens", "shorten the prompt"
             )
         ids = [*ids[: limit - 1], self.tokenizer.eos_token_id]
         end = len(ids) - 1
-        return Slots(ids + [self.tokenizer.pad_token_id] * (limit - len(ids)), positions, end)
+        return Slots(ids + [self.tokenizer.pad_token_id] * (limit - len(ids)), places, end)
 
     @contextmanager
     def _written(self, vectors: Tensor, where: Tensor) -> Iterator[None]:
@@ -127,49 +160,83 @@ class Injector:
         tokens: [B, K, D_t], or None for plain prompts -> hidden states [B, L, D_h] (the pipeline's prompt embeddings)
         and the pooled state at the end-of-text token [B, D_h].
         """
+        written, ends = self.batch(prompts, tokens, name)
+        states = self.run(written).last_hidden_state
+        return states, states[torch.arange(len(states), device=states.device), ends]
+
+    def embed(self, prompt: str, sounds: Mapping[str, Sound]) -> Tensor:
+        """Prompt embedding [1, L, D_h] of one prompt with several sounds.
+
+        A sound counts with its strength times that of its placeholder; where the product is 0, the neutral word stands.
+        """
+        return self.run(self.mixed(prompt, sounds)).last_hidden_state
+
+    def batch(self, prompts: Sequence[str], tokens: Tensor | None, name: str) -> tuple[Written, Tensor]:
+        """What `encode` writes, and the positions [B] of the end-of-text tokens."""
         lengths = {} if tokens is None else {name: tokens.shape[1]}
         rows = [self.slots(prompt, lengths) for prompt in prompts]
         device = self.embedding.weight.device
         ids = torch.tensor([row.ids for row in rows], device=device)
         ends = torch.tensor([row.end for row in rows], device=device)
         if tokens is None:
-            states = self.text_encoder(input_ids=ids).last_hidden_state
-        else:
-            source = torch.full(ids.shape, -1, device=device)  # which of the K vectors stands at each position
-            for b, row in enumerate(rows):
-                at = row.positions[name]
-                source[b, at] = torch.arange(len(at), device=device) % tokens.shape[1]
-            vectors = tokens.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
-            with self._written(vectors, source >= 0):
-                states = self.text_encoder(input_ids=ids).last_hidden_state
-        return states, states[torch.arange(len(rows), device=device), ends]
+            return Written(ids), ends
+        source = torch.full(ids.shape, -1, device=device)  # which of the K vectors stands at each position
+        for b, row in enumerate(rows):
+            for _, at in row.places:
+                source[b, at.start : at.stop] = torch.arange(len(at), device=device)
+        vectors = tokens.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
+        return Written(ids, vectors, source >= 0), ends
 
-    def embed(self, prompt: str, sounds: Mapping[str, Sound]) -> Tensor:
-        """Prompt embedding [1, L, D_h] of one prompt with several sounds, each at its own strength."""
-        for name, sound in sounds.items():
-            if f"<{name}>" not in prompt:
-                raise UserError(
-                    "prompt", repr(prompt), f"has no placeholder <{name}>", f"write <{name}> where the sound belongs"
-                )
-            if sound.strength == 0:
-                prompt = prompt.replace(f"<{name}>", self.neutral_word)
-        heard = {name: sound for name, sound in sounds.items() if sound.strength != 0}
-        row = self.slots(prompt, {name: len(sound.tokens) for name, sound in heard.items()})
+    def mixed(self, prompt: str, sounds: Mapping[str, Sound]) -> Written:
+        """What `embed` writes."""
+        check_names(prompt, sounds)
+        parts: list[str | Mention] = [""]
+        for part in parse(prompt):
+            if isinstance(part, Mention) and part.strength * sounds[part.name].strength == 0:
+                part = self.neutral_word
+            if isinstance(part, str) and isinstance(parts[-1], str):
+                parts[-1] += part  # text is tokenised whole, as the plain pipeline does
+            else:
+                parts.append(part)
+        row = self._slots(parts, {name: len(sound.tokens) for name, sound in sounds.items()})
         ids = torch.tensor([row.ids], device=self.embedding.weight.device)
         vectors = self.embedding.weight.detach()[ids].clone()
         where = torch.zeros_like(ids, dtype=torch.bool)
-        for name, sound in heard.items():
-            at = row.positions[name]
-            blended = torch.lerp(self.neutral.expand_as(sound.tokens), sound.tokens.to(vectors), sound.strength)
-            vectors[0, at] = blended.repeat(len(at) // len(blended), 1)
-            where[0, at] = True
-        with self._written(vectors, where):
-            return self.text_encoder(input_ids=ids).last_hidden_state
+        for mention, at in row.places:
+            sound = sounds[mention.name]
+            neutral, strength = self.neutral.expand_as(sound.tokens), mention.strength * sound.strength
+            vectors[0, at.start : at.stop] = torch.lerp(neutral, sound.tokens.to(vectors), strength)
+            where[0, at.start : at.stop] = True
+        return Written(ids, vectors, where)
+
+    def run(self, written: Written, **wanted: bool) -> Any:
+        """The text encoder's output, with the vectors in their places. wanted: what else it returns."""
+        if written.vectors is None or written.where is None:
+            return self.text_encoder(input_ids=written.ids, **wanted)
+        with self._written(written.vectors, written.where):
+            return self.text_encoder(input_ids=written.ids, **wanted)
+
+    def files(self, tokens: Tensor, name: str) -> dict[str, Tensor]:
+        """A* [K, D_t] as the tensors of a textual-inversion file."""
+        return {f"<{name}>": tokens}
 
 
-def export_textual_inversion(tokens: Tensor, path: str, name: str = "sound") -> None:
+def check_names(prompt: str, sounds: Collection[str]) -> None:
+    """Raises UserError unless the prompt's placeholders and the sounds are the same."""
+    names = names_in(prompt)
+    for name in sounds:
+        if name not in names:
+            rule = f"has no placeholder <{name}>"
+            raise UserError("prompt", repr(prompt), rule, f"write <{name}> where the sound belongs")
+    for name in sorted(names.difference(sounds)):
+        known = ", ".join(f"<{given}>" for given in sounds) or "none"
+        raise UserError("prompt", repr(prompt), f"placeholder <{name}> has no sound (given: {known})", "remove it")
+
+
+def export_textual_inversion(injector: Injector, tokens: Tensor, path: str, name: str = "sound") -> None:
     """Saves A* [K, D_t] as a textual-inversion file that `pipe.load_textual_inversion(path)` of diffusers reads."""
-    save_file({f"<{name}>": tokens.detach().float().contiguous().cpu()}, path)
+    files = injector.files(tokens.detach(), name)
+    save_file({key: part.float().contiguous().cpu() for key, part in files.items()}, path)
 
 
 def with_head(caption: str, head_pattern: str, prompt: str) -> str:

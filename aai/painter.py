@@ -1,37 +1,42 @@
 """The painter: a bundle and its frozen diffusion model turn sound into pictures (generate, edit, stylize)."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any, Literal, Self
 
 import numpy as np
 import pydantic
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+import torch.nn.functional as F
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from aai.adapt import AdapterConfig, AudioAdapter
+from aai.addons import AddOns, add_to, with_controlnet
 from aai.bundle import Bundle, BundleConfig, read_bundle
 from aai.concepts import Concepts, Kind, Vocabulary
 from aai.config import Config
+from aai.editing import Change, Repainting, repainted
 from aai.encoders.aligner import load_aligner
 from aai.encoders.audio import AudioEncoder
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
-from aai.foundation.identity import FoundationSpec
+from aai.foundation.identity import FoundationSpec, locate
 from aai.foundation.loaders import load_diffusion
-from aai.inject import Injector, Sound
+from aai.inject import Sound, names_in
 from aai.precision import dtype_of
-
-Sounds = np.ndarray | Mapping[str, np.ndarray]
-"""One mono waveform float32 [S] at the bundle's sample rate, or several by placeholder name."""
-
+from aai.sdxl import injector_of, prompt_arguments
+from aai.sounds import Sounds, Window, named, prompt_for, windows
 
 DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default
 HEAD_PATTERN: str = BundleConfig.model_fields["head_pattern"].default
+REMEMBERED = 256
+"""Sounds whose embedding a painter keeps."""
 REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.8), "stylize": ("objects", 0.8)}
 """Per verb: what of the given picture stays, and how much of it is painted anew by default."""
 
@@ -45,22 +50,32 @@ class SamplingConfig(Config):
     guidance_scale: float = pydantic.Field(3.0, ge=0, le=30)
     denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
     """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
+    repaint: Literal["img2img", "invert"] = "img2img"
+    """Edit and stylize: img2img adds noise to the whole picture and paints it anew (SDEdit); invert changes a mask,
+    given or derived, and keeps every pixel outside."""
+    mask_threshold: float = pydantic.Field(0.4, ge=0, le=1)
+    """invert without a mask: how far the old and the new prompt must disagree at a place for it to change."""
+    fresh_noise: float = pydantic.Field(0.5, ge=0, le=1)
+    """invert: 0 keeps the old shapes within the mask most, 1 forgets them."""
 
 
 class PaintRequest(SamplingConfig):
     """What to paint and how."""
 
     prompt: str | None = pydantic.Field(None, max_length=500)
-    """Text with <sound> (or the <NAME> of each sound) where the sound belongs; empty = the bundle's own ("a photo of
-    <sound>"); edit and stylize read the medium off the picture instead."""
+    """Text with <sound> where the sound belongs; of several sounds the <NAME> of each, or <NAME*0.6> for one at six
+    tenths of its strength. Empty = the bundle's own ("a photo of <sound>"); edit and stylize read the medium off the
+    picture instead. The negative prompt may name sounds as well."""
     num_images: int = pydantic.Field(1, ge=1, le=8)
     seed: int = pydantic.Field(0, ge=0, lt=2**63)
     """Picture i of a request uses seed + i."""
     sound_strength: float = pydantic.Field(1.0, ge=0, le=2)
-    """0 ignores the sound, 1 is the sound as learned."""
+    """0 ignores the sound, 1 is the sound as learned; of all sounds, times what the prompt says of one."""
+    window: Window = "middle"
+    """What is heard of a sound longer than the model's clips: its middle, the loudest part, or the mean of parts."""
 
 
-def check_repaint(verb: str, request: PaintRequest) -> float:
+def check_repaint(verb: str, request: SamplingConfig) -> float:
     """The denoise strength with which a request repaints. Raises UserError when not one step would be painted.
 
     Of N denoising steps the last floor(N * strength) are painted (SDEdit, Meng et al. 2022).
@@ -75,7 +90,7 @@ def check_repaint(verb: str, request: PaintRequest) -> float:
 
 @torch.no_grad()
 def paint(
-    pipe: StableDiffusionPipeline | StableDiffusionImg2ImgPipeline,
+    pipe: DiffusionPipeline,
     embeds: Tensor,
     negative: Tensor,
     seeds: Sequence[int],
@@ -88,8 +103,7 @@ def paint(
     """
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
     found = pipe(
-        prompt_embeds=embeds.to(pipe.unet.dtype),
-        negative_prompt_embeds=negative.expand_as(embeds).to(pipe.unet.dtype),
+        **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.expand_as(embeds).to(pipe.unet.dtype)),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         guidance_scale=sampling.guidance_scale,
         num_inference_steps=sampling.steps,
@@ -103,7 +117,7 @@ class Painter:
 
     def __init__(
         self,
-        pipe: StableDiffusionPipeline,
+        pipe: DiffusionPipeline,
         aligner: AudioEncoder,
         adapter: AudioAdapter,
         foundation: FoundationSpec,
@@ -115,16 +129,21 @@ class Painter:
         self.prompt, self.head_pattern = prompt, head_pattern
         self.pipe, self.aligner, self.adapter = pipe, aligner, adapter
         self.foundation, self.vocabulary = foundation, vocabulary
-        self.image_pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        self.image_pipe = AutoPipelineForImage2Image.from_pipe(pipe)
         self.image_pipe.set_progress_bar_config(disable=True)
-        self.injector = Injector(pipe.text_encoder, pipe.tokenizer, neutral_word)
+        self.injector = injector_of(pipe, neutral_word)
         self.device = pipe.unet.device
+        self._heard: dict[str, Tensor] = {}
+        self.guided_pipe: DiffusionPipeline | None = None
+        self.controlnet_scale = 1.0
 
     @classmethod
-    def load(cls, bundle: Bundle | str | Path, device: str = "cpu", dtype: str = "float32") -> Self:
+    def load(
+        cls, bundle: Bundle | str | Path, device: str = "cpu", dtype: str = "float32", addons: AddOns | None = None
+    ) -> Self:
         """Loads a bundle (with adapter) and the foundation it names; refuses other foundation weights.
 
-        dtype: of the diffusion model; auto: see aai.precision.
+        dtype: of the diffusion model; auto: see aai.precision. addons: what comes on top of it.
 
         Raises UserError for a bundle without an adapter.
         """
@@ -134,7 +153,10 @@ class Painter:
         if bundle.config.adapter is None or adapter_state is None:
             raise UserError("bundle", bundle.folder, "has no adapter", "run `aai adapt` and use its bundle")
         bundle.verify_foundation()
-        pipe = load_diffusion(bundle.config.foundation, device, dtype_of(dtype, device))
+        addons = addons or AddOns()
+        spec = bundle.config.foundation
+        pipe = load_diffusion(spec, device, dtype_of(dtype, device))
+        add_to(pipe, addons, locate(spec.diffusion, spec.diffusion_revision, "diffusion")[0])
         aligner = load_aligner(bundle)
         adapter = AudioAdapter(AdapterConfig.parse(bundle.config.adapter, "bundle"))
         adapter.load_state_dict(adapter_state)
@@ -142,7 +164,10 @@ class Painter:
             part.to(device).eval().requires_grad_(False)
         vocabulary = Vocabulary.parse(bundle.config.vocabulary, "bundle") if bundle.config.vocabulary else None
         c = bundle.config
-        return cls(pipe, aligner, adapter, c.foundation, vocabulary, c.neutral_word, c.prompt, c.head_pattern)
+        made = cls(pipe, aligner, adapter, c.foundation, vocabulary, c.neutral_word, c.prompt, c.head_pattern)
+        if addons.controlnet:
+            made.guided_pipe, made.controlnet_scale = with_controlnet(pipe, addons), addons.controlnet_scale
+        return made
 
     @property
     def sample_rate_hz(self) -> int:
@@ -160,23 +185,53 @@ class Painter:
         return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
 
     @torch.no_grad()
-    def listen(self, audio: np.ndarray) -> Tensor:
-        """Waveform float32 [S] at `sample_rate_hz` -> aligned embedding [1, D], unit norm."""
+    def listen(self, audio: np.ndarray, window: Window = "middle") -> Tensor:
+        """Waveform float32 [S] at `sample_rate_hz` -> aligned embedding [1, D], unit norm.
+
+        The last 256 sounds are remembered by their content. Raises UserError for an empty one.
+        """
         if audio.size == 0:
             raise UserError("audio", "0 seconds", "holds no sound", "give at least a fraction of a second")
-        waveform = torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32)).to(self.device)
-        return self.aligner(waveform[None])
+        audio = np.ascontiguousarray(audio, dtype=np.float32)
+        key = f"{window} {hashlib.sha256(audio.tobytes()).hexdigest()}"
+        if key not in self._heard:
+            parts = torch.from_numpy(windows(audio, self.aligner.config.clip_samples, window)).to(self.device)
+            mean = torch.cat([self.aligner(part) for part in parts.split(16)]).mean(0, keepdim=True)
+            self._heard[key] = mean if len(parts) == 1 else F.normalize(mean, dim=-1)
+            if len(self._heard) > REMEMBERED:
+                del self._heard[next(iter(self._heard))]
+        return self._heard[key]
 
     @torch.no_grad()
-    def hear(self, audio: np.ndarray) -> Tensor:
+    def hear(self, audio: np.ndarray, window: Window = "middle") -> Tensor:
         """Waveform float32 [S] -> A* [K, D_t]."""
-        return self.adapter(self.listen(audio))[0]
+        return self.adapter(self.listen(audio, window))[0]
 
     @torch.no_grad()
     def embed(self, sounds: Sounds, prompt: str, strength: float = 1.0) -> Tensor:
         """Prompt embedding [1, L, D_h] with the sounds at their placeholders."""
-        named = {"sound": sounds} if isinstance(sounds, np.ndarray) else sounds
-        return self.injector.embed(prompt, {name: Sound(self.hear(x), strength) for name, x in named.items()})
+        return self.injector.embed(prompt, {name: Sound(self.hear(x), strength) for name, x in named(sounds).items()})
+
+    @torch.no_grad()
+    def embed_request(self, sounds: Sounds, request: PaintRequest) -> tuple[Tensor, Tensor]:
+        """Embeddings [1, L, D_h] of a request's prompt and of its negative prompt; either may name sounds.
+
+        Raises UserError for a sound that neither names, and for a name without a sound.
+        """
+        given = named(sounds)
+        negative = request.negative_prompt
+        wanted = request.prompt or prompt_for(self.prompt, [name for name in given if name not in names_in(negative)])
+        heard = {name: Sound(self.hear(x, request.window), request.sound_strength) for name, x in given.items()}
+        against = {name: sound for name, sound in heard.items() if name in names_in(negative)}
+        within = {name: heard[name] for name in heard if name in names_in(wanted) or name not in against}
+        return self.injector.embed(wanted, within), self.embed_negative(negative, against)
+
+    @torch.no_grad()
+    def embed_negative(self, prompt: str, sounds: Mapping[str, Sound] = MappingProxyType({})) -> Tensor:
+        """Embedding [1, L, D_h] of a negative prompt; an empty one is all zeros for models that expect that (XL)."""
+        embeds = self.injector.embed(prompt, sounds)
+        empty_is_zero = not prompt and getattr(self.pipe.config, "force_zeros_for_empty_prompt", False)
+        return torch.zeros_like(embeds) if empty_is_zero else embeds
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
@@ -187,42 +242,93 @@ class Painter:
         self,
         embeds: Tensor,
         seeds: Sequence[int],
-        request: PaintRequest,
+        request: SamplingConfig,
         images: Sequence[Image.Image] | None = None,
         denoise_strength: float = 0.7,
+        negative: Tensor | None = None,
     ) -> list[Image.Image]:
         """Paints one picture per row of prompt embeddings [B, L, D_h]; picture b starts from `seeds[b]`.
 
         With `images` each picture starts from the given one, noised by `denoise_strength` (SDEdit, Meng et al. 2022).
-        A picture does not depend on the others of its batch.
+        A picture does not depend on the others of its batch. negative: [1, L, D_h], else the request's words.
         """
-        negative = self.embed_text([request.negative_prompt])
+        if negative is None:
+            negative = self.embed_negative(request.negative_prompt)
         if images is None:
             return paint(self.pipe, embeds, negative, seeds, request)
-        given = [
-            image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC) for image in images
-        ]
+        given = [self._fitted(image) for image in images]
         return paint(self.image_pipe, embeds, negative, seeds, request, image=given, strength=denoise_strength)
 
-    def generate(self, sounds: Sounds, request: PaintRequest) -> list[Image.Image]:
-        """Pictures of a sound (or several) in the prompt."""
-        embeds = self.embed(sounds, request.prompt or self.prompt, request.sound_strength)
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        return image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
+
+    def generate(self, sounds: Sounds, request: PaintRequest, control: Image.Image | None = None) -> list[Image.Image]:
+        """Pictures of a sound (or several) in the prompt. control: the picture that guides a ControlNet."""
+        if self.guided_pipe is None and control is not None:
+            raise UserError("control", "a picture", "no ControlNet is loaded", "set addons.controlnet")
+        if self.guided_pipe is not None and control is None:
+            raise UserError("control", "(missing)", "the ControlNet needs the picture that guides it", "give one")
+        embeds, negative = self.embed_request(sounds, request)
         seeds = [request.seed + i for i in range(request.num_images)]
-        return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request)
+        embeds = embeds.expand(len(seeds), -1, -1)
+        if control is None:
+            return self.paint(embeds, seeds, request, negative=negative)
+        guide = {"image": [self._fitted(control)] * len(seeds), "controlnet_conditioning_scale": self.controlnet_scale}
+        return paint(self.guided_pipe, embeds, negative, seeds, request, **guide)
 
-    def edit(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
-        """Puts the sound's object into a picture and keeps its ambience and medium."""
-        return self._repaint("edit", sound, image, request)
+    def edit(
+        self, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None = None
+    ) -> list[Image.Image]:
+        """Puts the sound's object into a picture and keeps its ambience and medium. mask: white where it may change."""
+        return self._repaint("edit", sound, image, request, mask)
 
-    def stylize(self, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
-        """Puts the sound's ambience onto a picture and keeps its object and medium."""
-        return self._repaint("stylize", sound, image, request)
+    def stylize(
+        self, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None = None
+    ) -> list[Image.Image]:
+        """Puts the sound's ambience onto a picture and keeps its object and medium. mask: white where it may change."""
+        return self._repaint("stylize", sound, image, request, mask)
 
-    def _repaint(self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest) -> list[Image.Image]:
+    def _repaint(
+        self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None
+    ) -> list[Image.Image]:
+        check_repaint(verb, request)
+        how = request.prompt, request.sound_strength, request.window
+        target, source = self.embed_repaint(verb, [sound], [image], *how)
+        seeds = [request.seed + i for i in range(request.num_images)]
+        target, source = (part.expand(len(seeds), -1, -1) for part in (target, source))
+        masks = None if mask is None else [mask] * len(seeds)
+        return self.repaint(verb, target, source, [image] * len(seeds), seeds, request, masks)
+
+    def repaint(
+        self,
+        verb: str,
+        target: Tensor,
+        source: Tensor,
+        images: Sequence[Image.Image],
+        seeds: Sequence[int],
+        request: SamplingConfig,
+        masks: Sequence[Image.Image] | None = None,
+    ) -> list[Image.Image]:
+        """Repaints pictures under the prompt embeddings [B, L, D_h] of `embed_repaint`, as `request.repaint` says.
+
+        Raises UserError for a mask that img2img would not heed.
+        """
         strength = check_repaint(verb, request)
-        embeds, _ = self.embed_repaint(verb, [sound], [image], request.prompt, request.sound_strength)
-        seeds = [request.seed + i for i in range(request.num_images)]
-        return self.paint(embeds.expand(len(seeds), -1, -1), seeds, request, [image] * len(seeds), strength)
+        if request.repaint == "img2img":
+            if masks is not None:
+                raise UserError("mask", "a picture", "img2img changes the whole picture", "set request.repaint=invert")
+            return self.paint(target, seeds, request, images, strength)
+        painted = int(request.steps * strength)
+        how = Repainting(request.steps, painted, request.guidance_scale, request.mask_threshold, request.fresh_noise)
+        negative = self.embed_negative(request.negative_prompt)
+        change = Change(*(part.to(self.pipe.unet.dtype) for part in (source, target, negative.expand_as(target))))
+        pixels = torch.stack([_unit(self._fitted(image)) for image in images]).to(self.device)
+        open_ = None
+        if masks is not None:
+            grey = [(_unit(self._fitted(mask).convert("L").convert("RGB"))[:1] > 0).float() for mask in masks]
+            open_ = torch.stack(grey).to(self.device)
+        done, _ = repainted(self.pipe, pixels, change, how, seeds, open_)
+        return [_picture(x) for x in done]
 
     @torch.no_grad()
     def embed_repaint(
@@ -232,20 +338,24 @@ class Painter:
         images: Sequence[Image.Image],
         prompt: str | None = None,
         sound_strength: float = 1.0,
-    ) -> tuple[Tensor, float]:
-        """Prompt embeddings [B, L, D_h] that repaint pictures by sounds, and the denoise strength that suits.
+        window: Window = "middle",
+    ) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings [B, L, D_h] that repaint pictures by sounds, and those of what the pictures show now.
 
         `edit` lets the sound's object in, `stylize` its ambience: what the sound says of the other is replaced by what
         the picture shows. Without a prompt, the head that names the medium is read off each picture.
         """
-        keep, strength = REPAINT[verb]
-        rows = []
+        keep = REPAINT[verb][0]
+        change: Kind = "objects" if keep == "ambiences" else "ambiences"
+        rows: tuple[list[Tensor], list[Tensor]] = ([], [])
         for sound, picture in zip(sounds, self.concepts.clip.images(list(images)), strict=True):
             shown = picture[None].to(self.device)
-            moved = self.concepts.move(self.listen(sound), keep, self.concepts.read(shown, keep))
             text = prompt or f"{self.concepts.head_of(shown)} <sound>"
-            rows.append(self.injector.embed(text, {"sound": Sound(self.adapter(moved)[0], sound_strength)}))
-        return torch.cat(rows), strength
+            wanted = self.concepts.move(self.listen(sound, window), keep, self.concepts.read(shown, keep))
+            now = self.concepts.move(wanted, change, self.concepts.read(shown, change))
+            for row, embed in zip(rows, (wanted, now), strict=True):
+                row.append(self.injector.embed(text, {"sound": Sound(self.adapter(embed)[0], sound_strength)}))
+        return torch.cat(rows[0]), torch.cat(rows[1])
 
     @cached_property
     def concepts(self) -> Concepts:
@@ -253,3 +363,13 @@ class Painter:
         if self.vocabulary is None:
             raise UserError("bundle", "vocabulary", "is absent", "give adapt a `vocabulary` and train a new bundle")
         return Concepts(FrozenClip(self.foundation, self.device.type), self.vocabulary)
+
+
+def _unit(image: Image.Image) -> Tensor:
+    """An RGB picture -> [3, H, W] in -1..1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in -1..1 -> an RGB picture."""
+    return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy())

@@ -26,10 +26,10 @@ from aai.errors import UserError
 from aai.features import FeatureManifest
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import diffusion_skeleton, load_clip, load_diffusion
-from aai.inject import Injector
 from aai.memory import StepCost, step_cost
 from aai.painter import SamplingConfig, paint
 from aai.png import encode_png
+from aai.sdxl import injector_of
 from pipelines.settings import Plan
 from pipelines.training.embedding import embed_table
 from pipelines.training.lengths import check_cut, clip_lengths_s
@@ -94,10 +94,9 @@ class AdaptConfig(StageConfig):
     def _skeleton_task(self, spec: FoundationSpec, dim: int, loss: AdaptLossConfig) -> AdaptTask:
         """The task without a weight that means anything."""
         parts = diffusion_skeleton(spec)
-        width = parts.text_encoder.config.hidden_size
-        shape = self.adapter.model_copy(update={"embed_dim": dim, "token_dim": width})
+        shape = self.adapter.model_copy(update={"embed_dim": dim, "token_dim": injector_of(parts).token_dim})
         prepare_network(parts.unet, self.fit)
-        projection = nn.Linear(width, dim, bias=False)
+        projection = nn.Linear(parts.text_encoder.config.hidden_size, dim, bias=False)
         return AdaptTask(AudioAdapter(shape), parts, projection, loss, self.neutral_word, self.fit.chunk_size)
 
     def plan(self) -> Plan:
@@ -162,7 +161,7 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         """Loads the foundation."""
         spec, neutral_word = self.parent.config.foundation, self.config.neutral_word
         self.pipe = pipe = load_diffusion(spec)
-        injector = Injector(pipe.text_encoder, pipe.tokenizer, neutral_word)
+        injector = injector_of(pipe, neutral_word)
         dims = {"embed_dim": self.encoder.embed_dim, "token_dim": injector.token_dim}
         adapter = AudioAdapter(self.config.adapter.model_copy(update=dims), injector.median_norm)
         projection = text_projection(spec, pipe.text_encoder)

@@ -5,7 +5,8 @@ aai edit --audio dog.wav --image cat.png
 
 import argparse
 
-from pipelines.painting.paint import RepaintConfig, add_paint_flags, paint
+from pipelines.painting.paint import add_paint_flags, paint
+from pipelines.painting.request import RepaintConfig
 
 CONFIG = RepaintConfig
 

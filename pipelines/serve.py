@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, RequestRouterConfig
 
 from aai import storage
+from aai.addons import AddOns
 from aai.bundle import read_bundle
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
@@ -48,6 +49,15 @@ class ServeConfig(RayVerbConfig):
     limits: Limits = Limits()
     dtype: DType = "float32"
     """Arithmetic of the diffusion model; auto: bfloat16 where the device has it natively. It halves the memory."""
+
+    addons: AddOns = AddOns()
+    """What is loaded on top of the diffusion model."""
+
+    @pydantic.model_validator(mode="after")
+    def _unguided(self) -> "ServeConfig":
+        if self.addons.controlnet:
+            raise ValueError("addons.controlnet needs a picture that requests do not carry: leave it out")
+        return self
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -123,7 +133,15 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         max_constructor_retry_count=3,
     )(serve.ingress()(Gateway))
     device = "cuda" if cluster.gpus_per_worker else "cpu"
-    painters = painter.bind(uri, _registry(config), model.sha, device, config.dtype, 2 * limits.request_timeout_s)
+    painters = painter.bind(
+        uri,
+        _registry(config),
+        model.sha,
+        device,
+        config.dtype,
+        config.addons.model_dump(),
+        2 * limits.request_timeout_s,
+    )
     capacity = cluster.num_workers + config.max_queued_requests
     return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, need_key)
 

@@ -5,7 +5,8 @@ aai stylize --audio rain.wav --image dog.png
 
 import argparse
 
-from pipelines.painting.paint import RepaintConfig, add_paint_flags, paint
+from pipelines.painting.paint import add_paint_flags, paint
+from pipelines.painting.request import RepaintConfig
 
 CONFIG = RepaintConfig
 

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "registry": {"settings"},
     "tables": CLUSTER,
     "evaluation": CLUSTER,
-    "painting": {"registry", "settings"},
+    "painting": CLUSTER | {"manifests", "registry"},
     "service": {"registry", "settings"},
     "training": CLUSTER | {"registry"},
     "tuning": {"engine", "pages", "training"},

@@ -8,6 +8,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torchaudio.functional import resample
 from transformers import (
     ASTConfig,
@@ -18,7 +27,9 @@ from transformers import (
     ClapFeatureExtractor,
     CLIPConfig,
     CLIPModel,
+    CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     PeAudioEncoder,
     PeAudioEncoderConfig,
@@ -62,6 +73,60 @@ def write_diffusion(folder: str | Path, clip_folder: str | Path) -> Path:
     text_encoder = CLIPTextModel.from_pretrained(clip_folder, dtype=torch.float32)
     save_pipeline(Path(folder), build_vae(SIZES).eval(), build_unet(SIZES).eval(), text_encoder, tokenizer)
     return Path(folder)
+
+
+def write_published(folder: Path, clip_folder: str | Path, kind: str) -> Path:
+    """A random diffusion folder of the shape of a published one, narrow: "1.5", "2.1" or "xl" (64 px pictures)."""
+    torch.manual_seed(8)
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    text_encoder = CLIPTextModel.from_pretrained(clip_folder, dtype=torch.float32)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+        scaling_factor=0.13025 if kind == "xl" else 0.18215,
+    )
+    unet: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (32, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 8 if kind == "1.5" else (2, 4),
+        "cross_attention_dim": 80 if kind == "xl" else 32,
+        "use_linear_projection": kind != "1.5",
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if kind == "xl":
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+        places = {"max_position_embeddings": tokenizer.model_max_length, "vocab_size": len(tokenizer)}
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, **ends, **places, projection_dim=40))
+        parts |= {"text_encoder_2": second, "tokenizer_2": CLIPTokenizer.from_pretrained(clip_folder, pad_token="!")}
+        unet |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 40 + 6 * 8,
+        }
+        scheduler: Any = EulerDiscreteScheduler(**noise, timestep_spacing="leading", steps_offset=1)
+        StableDiffusionXLPipeline(unet=UNet2DConditionModel(**unet), scheduler=scheduler, **parts).save_pretrained(
+            folder
+        )
+        return folder
+    if kind == "2.1":
+        parts["tokenizer"] = CLIPTokenizer.from_pretrained(clip_folder, pad_token="!")
+        scheduler = DDIMScheduler(**noise, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
+    else:
+        scheduler = PNDMScheduler(**noise, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    rest: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(unet=UNet2DConditionModel(**unet), scheduler=scheduler, **parts, **rest)
+    pipe.save_pretrained(folder)
+    return folder
 
 
 def write_vitl14_sizes(folder: Path) -> FoundationSpec:

@@ -2,13 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec, locate
@@ -51,29 +67,42 @@ def load_clip(
 
 def load_diffusion(
     spec: FoundationSpec, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline:
-    """The frozen diffusion pipeline, without safety checker, every part in eval mode without gradients."""
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """The frozen diffusion pipeline, without safety checker, every part in eval mode without gradients.
+
+    Raises UserError for another kind of pipeline than Stable Diffusion 1.x, 2.x or XL.
+    """
     where, kwargs = locate(spec.diffusion, spec.diffusion_revision, "diffusion")
+    cls, own = _kind(spec, where, kwargs)
     pipe = _load(
         "diffusion",
         spec.diffusion,
-        lambda: StableDiffusionPipeline.from_pretrained(
-            where,
-            dtype=dtype,
-            low_cpu_mem_usage=False,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            use_safetensors=True,
-            **kwargs,
-        ),
+        lambda: cls.from_pretrained(where, dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True, **own, **kwargs),
     )
-    _load("diffusion", spec.diffusion, lambda: _whole(pipe.tokenizer))
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.vae, pipe.unet, pipe.text_encoder):
-        part.eval().requires_grad_(False)
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer"):
+            _load("diffusion", spec.diffusion, partial(_whole, part))
+        elif isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
     return pipe
+
+
+def _kind(spec: FoundationSpec, where: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline's class, as the folder names it, and what its loading takes besides."""
+    index = _load("diffusion", spec.diffusion, lambda: DiffusionPipeline.load_config(where, **kwargs))
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name == "StableDiffusionXLPipeline":
+        return StableDiffusionXLPipeline, {"add_watermarker": False}
+    if name == "StableDiffusionPipeline":
+        return StableDiffusionPipeline, {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+    rule = f"holds a {name or 'thing without a pipeline class'}"
+    raise UserError("foundation.diffusion", spec.diffusion, rule, "give Stable Diffusion 1.x, 2.x or XL")
 
 
 def load_vae(
@@ -99,6 +128,9 @@ class DiffusionSkeleton:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    """Of Stable Diffusion XL, as its tokenizer."""
+    tokenizer_2: CLIPTokenizer | None = None
 
 
 def diffusion_skeleton(spec: FoundationSpec) -> DiffusionSkeleton:
@@ -108,11 +140,17 @@ def diffusion_skeleton(spec: FoundationSpec) -> DiffusionSkeleton:
 
     def made() -> DiffusionSkeleton:
         text = CLIPTextConfig.from_pretrained(where, subfolder="text_encoder", **kwargs)
+        second: dict[str, Any] = {}
+        if _kind(spec, where, kwargs)[0] is StableDiffusionXLPipeline:
+            text_2 = CLIPTextConfig.from_pretrained(where, subfolder="text_encoder_2", **kwargs)
+            second["text_encoder_2"] = CLIPTextModelWithProjection(text_2)
+            second["tokenizer_2"] = _whole(CLIPTokenizer.from_pretrained(where, subfolder="tokenizer_2", **kwargs))
         return DiffusionSkeleton(
             UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(where, subfolder="unet", **kwargs)),
             CLIPTextModel(text),
             _whole(CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", **kwargs)),
             DDPMScheduler.from_pretrained(where, subfolder="scheduler", **kwargs),
+            **second,
         )
 
     found: DiffusionSkeleton = _load("diffusion", spec.diffusion, made)

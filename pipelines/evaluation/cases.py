@@ -20,7 +20,7 @@ from aai.conditions import CONDITIONS, SKETCH, Conditions, HeldOutClip
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.media.waveform import read_sound
-from aai.painter import Painter, PaintRequest, check_repaint
+from aai.painter import Painter, PaintRequest
 from aai.png import encode_png
 from pipelines.engine.shards import Result, Shard
 from pipelines.evaluation.judges import ATTRIBUTES, JudgeConfig, known_objects, load_judge
@@ -197,19 +197,18 @@ class PictureWorker:
         cases = shard.cases
         condition = cases[0].condition
         heard = [_audio(clips[case.audio_row]["audio"], case.gain_db) for case in cases]
-        images = None
-        strength = 1.0
+        seeds = [case.seed for case in cases]
         if condition in REPAINTED:
             images = [_picture(clips[case.picture_row]["frame"]) for case in cases]
-            embeds, _ = self.painter.embed_repaint(condition, heard, images)
-            strength = check_repaint(condition, self.request)
+            target, source = self.painter.embed_repaint(condition, heard, images)
+            pictures = self.painter.repaint(condition, target, source, images, seeds, self.request)
         else:
             tests = [
                 HeldOutClip(audio, clips[case.row]["caption"], case.seed, clips[case.row]["labels"])
                 for audio, case in zip(heard, cases, strict=True)
             ]
             embeds = self.conditions.embed("sound" if condition == "loudness" else condition, tests)
-        pictures = self.painter.paint(embeds, [case.seed for case in cases], self.request, images, strength)
+            pictures = self.painter.paint(embeds, seeds, self.request)
         self._write(shard, pictures)
         return Result(rows=len(cases))
 

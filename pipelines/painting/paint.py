@@ -1,4 +1,4 @@
-"""What generate, edit and stylize share: settings, loading sound, picture and bundle, and writing the pictures."""
+"""What generate, edit and stylize share: flags, loading sound, picture and bundle, and writing the pictures."""
 
 import argparse
 import logging
@@ -10,68 +10,33 @@ import numpy as np
 from PIL import Image
 
 from aai import storage
+from aai.addons import AddOns
 from aai.bundle import read_bundle
+from aai.cue import refine
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
-from aai.inject import export_textual_inversion
+from aai.inject import Sound, export_textual_inversion
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import STILL_FORMATS, decode_still
-from aai.painter import Painter, PaintRequest, check_repaint
+from aai.painter import Painter, check_repaint
 from aai.png import encode_png, same_picture
+from aai.strips import joined, paint_strip
+from pipelines.painting.request import GenerateConfig, PaintConfig, RepaintConfig
 from pipelines.registry import tracking
-from pipelines.settings import DType, InputLimits, Plan, StoreConfig, VerbConfig
+from pipelines.settings import InputLimits
 
 log = logging.getLogger(__name__)
 
 
-class PaintConfig(VerbConfig):
-    """One sound, maybe one picture, and how to paint."""
-
-    bundle: str = "models:/aai@champion"
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder."""
-    audio: str | None = None
-    """Sound file: anything PyAV reads (wav, mp3, flac, the sound of a video)."""
-    out: str = "${run_dir}/pictures"
-    """Folder of the PNG files."""
-    request: PaintRequest = PaintRequest()
-    limits: InputLimits = InputLimits()
-    save_token: str | None = None
-    """Also save A* as a textual-inversion safetensors file that diffusers loads."""
-    device: str = "cpu"
-    dtype: DType = "float32"
-    tracking: StoreConfig = StoreConfig()
-
-    def plan(self) -> Plan:
-        """See VerbConfig."""
-        return Plan(
-            inputs={"bundle": self.bundle, "audio": self.audio or "(--audio)", **self.picture_input()},
-            outputs={"pictures": self.out},
-            resources={"device": f"{self.device}, {self.dtype}"},
-        )
-
-    def picture_input(self) -> dict[str, str]:
-        """The given picture's row of the plan, for the verbs that take one."""
-        return {}
-
-
-class RepaintConfig(PaintConfig):
-    """As PaintConfig, with the picture to change."""
-
-    image: str | None = None
-    """Picture to change: PNG, JPEG or WebP."""
-
-    def picture_input(self) -> dict[str, str]:
-        """See PaintConfig."""
-        return {"image": self.image or "(--image)"}
-
-
 def add_paint_flags(parser: argparse.ArgumentParser, with_image: bool = False) -> dict[str, str]:
     """The short flags of the painting verbs and the settings they stand for."""
-    parser.add_argument("--audio", metavar="FILE", help="the sound")
+    help_text = "the sound" if with_image else "the sound; repeat it for several, NAME=FILE is <NAME> in the prompt"
+    parser.add_argument("--audio", metavar="FILE", action="append", help=help_text)
     flags = {"audio": "audio", "prompt": "request.prompt", "seed": "request.seed", "out": "out", "bundle": "bundle"}
     if with_image:
         parser.add_argument("--image", metavar="FILE", help="the picture to change")
-        flags["image"] = "image"
+        parser.add_argument("--mask", metavar="FILE", help="white where it may change, with request.repaint=invert")
+        flags |= {"image": "image", "mask": "mask"}
     parser.add_argument("--prompt", metavar="TEXT", help="text with <sound> where the sound belongs")
     parser.add_argument("--seed", metavar="N", help="picture i uses seed N + i")
     parser.add_argument("--num-images", metavar="N", help="how many pictures")
@@ -88,13 +53,13 @@ def decode_sound(uri: str | None, data: bytes, limits: InputLimits, sample_rate_
         raise UserError("audio", uri, f"{error.code}: {error.message}", "give a readable sound file") from error
 
 
-def load_picture(uri: str | None, limits: InputLimits) -> Image.Image:
+def load_picture(uri: str | None, limits: InputLimits, setting: str = "image") -> Image.Image:
     """A user's picture as upright RGB; UserError when it is unreadable or too large."""
-    data = _read("image", uri, limits.max_bytes)
+    data = _read(setting, uri, limits.max_bytes)
     try:
         return decode_still(data, limits.max_pixels, (*STILL_FORMATS, "BMP", "GIF"))
     except ClipError as error:
-        raise UserError("image", uri, f"{error.code}: {error.message}", "give a PNG, JPEG or WebP file") from error
+        raise UserError(setting, uri, f"{error.code}: {error.message}", "give a PNG, JPEG or WebP file") from error
 
 
 def _read(setting: str, uri: str | None, max_bytes: int) -> bytes:
@@ -114,30 +79,82 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     """Runs generate, edit or stylize and writes the PNG files; returns their paths and the time."""
     if isinstance(config, RepaintConfig):
         check_repaint(verb, config.request)  # before anything is loaded
-    data = _read("audio", config.audio, config.limits.max_bytes)
-    image = load_picture(config.image, config.limits) if isinstance(config, RepaintConfig) else None
+    sources = config.sounds() or {"sound": ""}
+    if isinstance(config, RepaintConfig) and len(sources) > 1:
+        raise UserError("audio", ", ".join(config.audio), f"{verb} takes one sound", "give one, or use generate")
+    if config.save_token and len(sources) > 1:
+        raise UserError("save_token", config.save_token, "is of one sound", "give one sound")
+    data = {name: _read("audio", uri, config.limits.max_bytes) for name, uri in sources.items()}
+    images = _pictures(config)
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
-    sound = decode_sound(config.audio, data, config.limits, encoder_config(bundle).sample_rate_hz)
-    painter = Painter.load(bundle, config.device, config.dtype)
+    rate_hz = encoder_config(bundle).sample_rate_hz
+    sounds = {name: decode_sound(sources[name], data[name], config.limits, rate_hz) for name in sources}
+    painter = Painter.load(bundle, config.device, config.dtype, config.addons)
     start = time.perf_counter()
-    if verb == "generate":
-        pictures = painter.generate(sound, config.request)
-    else:
-        assert image is not None
-        pictures = getattr(painter, verb)(sound, image, config.request)
+    painted = _painted(verb, painter, sounds, images, config)
     seconds = time.perf_counter() - start
-    stem = Path(str(config.audio)).stem.lstrip("-") or "sound"
-    files = []
-    for i, picture in enumerate(pictures):
-        seed = config.request.seed + i
-        made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump(), "seed": seed}
-        files.append(write_picture(config.out, f"{verb}_{stem}_seed{seed}", picture, made))
+    stem = "+".join(Path(uri).stem.lstrip("-") or "sound" for uri in sources.values())
+    addons = {"addons": config.addons.model_dump(exclude_unset=True)} if config.addons != AddOns() else {}
+    made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump(), **addons}
+    files = [write_picture(config.out, f"{verb}_{stem}_{name}", image, {**made, **how}) for name, image, how in painted]
     if config.save_token:
-        export_textual_inversion(painter.hear(sound), config.save_token)
+        tokens = painter.hear(next(iter(sounds.values())), config.request.window)
+        export_textual_inversion(painter.injector, tokens, config.save_token)
         log.info("%s: A* -> %s (diffusers: pipe.load_textual_inversion)", verb, config.save_token)
     made_in = f"{painter.dtype}, {seconds:.1f} s"
-    log.info("%s: %d picture(s) of %s in %s -> %s", verb, len(files), config.audio, made_in, ", ".join(files))
+    told, shown = ", ".join(config.audio), ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
+    log.info("%s: %d picture(s) of %s in %s -> %s", verb, len(files), told, made_in, shown)
     return {"files": files, "seconds": seconds, "dtype": painter.dtype}
+
+
+def _pictures(config: PaintConfig) -> list[Image.Image | None]:
+    """The given picture and the mask of edit and stylize, or what guides a ControlNet."""
+    given: dict[str, str | None] = {"control": config.control if isinstance(config, GenerateConfig) else None}
+    if isinstance(config, RepaintConfig):
+        given = {"image": config.image or "", "mask": config.mask}
+    return [None if uri is None else load_picture(uri, config.limits, name) for name, uri in given.items()]
+
+
+Painted = tuple[str, Image.Image, dict[str, Any]]
+"""The end of a picture's file name, the picture, and what of its making is its own."""
+
+
+def _painted(
+    verb: str, painter: Painter, sounds: dict[str, np.ndarray], images: list[Image.Image | None], config: PaintConfig
+) -> list[Painted]:
+    request = config.request
+    if isinstance(config, GenerateConfig) and config.strip:
+        strip = paint_strip(painter, config.strip, sounds, request, config.strip_pictures)
+        made = {"strip": config.strip}
+        parts = [(f"{config.strip}{i}", picture, {**made, "at": at}) for i, (at, picture) in enumerate(strip)]
+        return [(config.strip, joined(strip), made), *parts]
+    if isinstance(config, GenerateConfig) and config.cue.features:
+        return _refined(painter, next(iter(sounds.values())), config)
+    if verb == "generate":
+        pictures = painter.generate(sounds, request, images[0])
+    else:
+        image, mask = images
+        pictures = getattr(painter, verb)(next(iter(sounds.values())), image, request, mask)
+    seeds = [request.seed + i for i in range(len(pictures))]
+    return [(f"seed{seed}", picture, {"seed": seed}) for seed, picture in zip(seeds, pictures, strict=True)]
+
+
+def _refined(painter: Painter, sound: np.ndarray, config: GenerateConfig) -> list[Painted]:
+    """AudioCue: pictures before and after A* was tuned, of the same seeds."""
+    request = config.request
+    prompt = request.prompt or painter.prompt
+    cue = refine(painter, sound, prompt, config.cue, request.seed)
+    near = ", ".join(f"{clip} {cosine:.3f}" for clip, cosine in list(cue.told()["retrieved"].items())[:3])
+    log.info("generate: A* tuned in %.1f s on %s, ...; denoising loss %.4f -> %.4f",
+             cue.seconds, near, cue.loss_before, cue.loss_after)  # fmt: skip
+    seeds = [request.seed + i for i in range(request.num_images)]
+    out: list[Painted] = []
+    for name, tokens, how in (("", cue.before, {}), ("_refined", cue.after, {"cue": cue.told()})):
+        embeds = painter.injector.embed(prompt, {"sound": Sound(tokens, request.sound_strength)})
+        pictures = painter.paint(embeds.expand(len(seeds), -1, -1), seeds, request)
+        for seed, picture in zip(seeds, pictures, strict=True):
+            out.append((f"seed{seed}{name}", picture, {"seed": seed, **how}))
+    return out
 
 
 def write_picture(folder: str, name: str, image: Image.Image, made: dict[str, Any]) -> str:

@@ -49,14 +49,20 @@ class Gateway:
         return build_http(self, self._limits, api_key())
 
     async def paint(
-        self, verb: Verb, audio: np.ndarray, image: Image.Image | None, request: PaintRequest
+        self,
+        verb: Verb,
+        sounds: dict[str, np.ndarray],
+        image: Image.Image | None,
+        request: PaintRequest,
+        mask: Image.Image | None = None,
     ) -> list[bytes]:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
         retry_s = self._limits.retry_after_s
         full = busy(429, "queue_full", "all painters are busy and the queue is full", retry_s)
         if self._in_flight >= self._capacity:
             raise full
-        response = self._painters.paint.remote(verb, audio, None if image is None else np.asarray(image), request)
+        pixels = [None if picture is None else np.asarray(picture) for picture in (image, mask)]
+        response = self._painters.paint.remote(verb, sounds, pixels, request)
         self._in_flight += 1
         try:
             return list(await response)

@@ -24,6 +24,7 @@ from aai.errors import UserError
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import decode_still
 from aai.painter import PaintRequest, check_repaint
+from aai.sounds import MOST_SOUNDS, name_of
 from pipelines.settings import InputLimits
 
 logger = logging.getLogger(__name__)
@@ -96,9 +97,14 @@ class Backend(Protocol):
     model: ServedModel
 
     async def paint(
-        self, verb: Verb, audio: np.ndarray, image: Image.Image | None, request: PaintRequest
+        self,
+        verb: Verb,
+        sounds: dict[str, np.ndarray],
+        image: Image.Image | None,
+        request: PaintRequest,
+        mask: Image.Image | None = None,
     ) -> list[bytes]:
-        """PNG files. Raises ApiError 429 when the queue is full, UserError for a bad request."""
+        """PNG files of sounds by name. Raises ApiError 429 when the queue is full, UserError for a bad request."""
 
     async def health(self) -> Health:
         """Fresh figures; never waits for a picture."""
@@ -122,22 +128,44 @@ def busy(status: int, code: str, message: str, retry_after_s: int) -> ApiError:
     return ApiError(status, code, message, {"Retry-After": str(retry_after_s)})
 
 
-class GenerateForm(PaintRequest):
-    """A sound and how to paint it."""
-
-    audio: UploadFile
-    """Sound file: WAV, FLAC, MP3, OGG, M4A, WebM, or the sound of a video."""
-
+class _PaintForm(PaintRequest):
     def request(self) -> PaintRequest:
         """The settings without the files."""
         return PaintRequest(**{name: getattr(self, name) for name in PaintRequest.model_fields})
 
 
-class RepaintForm(GenerateForm):
+class GenerateForm(_PaintForm):
+    """A sound or several, and how to paint them."""
+
+    audio: list[UploadFile] = pydantic.Field(min_length=1, max_length=MOST_SOUNDS)
+    """Sound file: WAV, FLAC, MP3, OGG, M4A, WebM, or the sound of a video. Repeat the field for several sounds."""
+    names: str = pydantic.Field("", max_length=500)
+    """Of several sounds, in their order, with commas: `dog,rain` for <dog> and <rain> in the prompt. Empty = sound,
+    sound2, ..."""
+
+    def files(self) -> dict[str, UploadFile]:
+        """The sounds by name. Raises ApiError 422 unless there are as many names as files."""
+        names = [name.strip() for name in self.names.split(",")] if self.names else []
+        names = names or [name_of(i) for i in range(len(self.audio))]
+        if len(set(names)) != len(self.audio) or len(names) != len(self.audio):
+            rule = f"names: {self.names!r} are not {len(self.audio)} different names, one for each sound"
+            raise ApiError(422, "invalid_field", rule)
+        return dict(zip(names, self.audio, strict=True))
+
+
+class RepaintForm(_PaintForm):
     """A sound, a picture, and how to paint it anew."""
 
+    audio: UploadFile
+    """Sound file, as for generate."""
     image: UploadFile
     """Picture: PNG, JPEG or WebP."""
+    mask: UploadFile | None = None
+    """Picture that is white where the given one may change, with repaint=invert."""
+
+    def files(self) -> dict[str, UploadFile]:
+        """See GenerateForm."""
+        return {name_of(0): self.audio}
 
 
 class Guard:
@@ -295,16 +323,21 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
         async with decoding:
             return await asyncio.to_thread(read, data, *args)
 
-    async def answer(verb: Verb, form: GenerateForm) -> Response:
+    async def answer(verb: Verb, form: GenerateForm | RepaintForm) -> Response:
         if verb != "generate":
             check_repaint(verb, form)
-        audio = await decoded(read_audio, form.audio, limits, backend.model.sample_rate_hz)
-        image = await decoded(read_image, form.image, limits) if isinstance(form, RepaintForm) else None
-        return _pictures(await backend.paint(verb, audio, image, form.request()), form.seed, backend.model)
+        sounds = {}
+        for name, file in form.files().items():
+            sounds[name] = await decoded(read_audio, file, limits, backend.model.sample_rate_hz)
+        image = mask = None
+        if isinstance(form, RepaintForm):
+            image = await decoded(read_image, form.image, limits)
+            mask = await decoded(read_image, form.mask, limits) if form.mask else None
+        return _pictures(await backend.paint(verb, sounds, image, form.request(), mask), form.seed, backend.model)
 
     options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}
 
-    @app.post("/v1/generate", summary="Paint a sound", **options)
+    @app.post("/v1/generate", summary="Paint a sound, or several", **options)
     async def generate(form: Annotated[GenerateForm, MULTIPART]) -> Response:
         return await answer("generate", form)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from aai.addons import AddOns
 from aai.bundle import read_bundle
 from aai.errors import UserError
 from aai.painter import Painter, PaintRequest
@@ -25,30 +26,41 @@ class PainterReplica:
     """One model on one device. Paints in a thread of its own: health checks are answered meanwhile."""
 
     def __init__(
-        self, bundle: str, registry: dict[str, Any], sha: str, device: str, dtype: str, stuck_s: float
+        self,
+        bundle: str,
+        registry: dict[str, Any],
+        sha: str,
+        device: str,
+        dtype: str,
+        addons: dict[str, Any],
+        stuck_s: float,
     ) -> None:
         found = read_bundle(tracking.resolve_bundle(bundle, StoreConfig.parse(registry)))
         if found.sha != sha:
             raise UserError("bundle", bundle, f"holds {found.sha}, the service was started for {sha}", "deploy again")
-        self._painter = Painter.load(found, device, dtype)
+        self._painter = Painter.load(found, device, dtype, AddOns.parse(addons))
         logger.info("painter: %s on %s", self._painter.dtype, device)
         # One thread: diffusers' schedulers hold state. A request cancelled while it waits here never starts.
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._stuck_s, self._started_s, self._broken = stuck_s, 0.0, ""
 
     async def paint(
-        self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest
+        self, verb: Verb, sounds: dict[str, np.ndarray], pixels: list[np.ndarray | None], request: PaintRequest
     ) -> list[bytes]:
-        """Audio float32 [S] and maybe RGB pixels uint8 [H, W, 3] -> PNG files."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._paint, verb, audio, pixels, request)
+        """Sounds float32 [S] by name, maybe a picture and a mask (RGB, uint8 [H, W, 3]) -> PNG files."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._paint, verb, sounds, pixels, request)
 
-    def _paint(self, verb: Verb, audio: np.ndarray, pixels: np.ndarray | None, request: PaintRequest) -> list[bytes]:
+    def _paint(
+        self, verb: Verb, sounds: dict[str, np.ndarray], pixels: list[np.ndarray | None], request: PaintRequest
+    ) -> list[bytes]:
         self._started_s = time.monotonic()
         try:
-            if verb == "generate" or pixels is None:
-                images = self._painter.generate(audio, request)
+            if verb == "generate":
+                images = self._painter.generate(sounds, request)
             else:
-                images = getattr(self._painter, verb)(audio, Image.fromarray(pixels), request)
+                (audio,), (given, mask) = sounds.values(), (None if x is None else Image.fromarray(x) for x in pixels)
+                images = getattr(self._painter, verb)(audio, given, request, mask)
         except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
             self._broken = str(error)
             raise

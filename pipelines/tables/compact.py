@@ -15,7 +15,7 @@ from aai import storage
 from aai.errors import UserError
 from aai.features import MANIFEST, METADATA_KEY, SHAPES_KEY
 from aai.version import METADATA_KEY as WRITTEN_BY
-from pipelines.tables.resume import finished
+from pipelines.engine.resume import finished
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from aai import storage
 from aai.errors import UserError
 from aai.schema import CLIP_TABLE, SIGNALS, SIMILARITIES
-from pipelines.tables.resume import finished
+from pipelines.engine.resume import finished
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from aai.errors import UserError
-from aai.inject import Injector, Sound, export_textual_inversion, with_head
+from aai.inject import Injector, Mention, Sound, export_textual_inversion, parse, with_head
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,10 @@ def test_slots(injector: Injector) -> None:
     row = injector.slots("a photo of <dog> in <rain> at night", lengths)
     first = 1 + count("a photo of")
     second = first + 3 + count("in")
-    assert row.positions == {"dog": [first, first + 1, first + 2], "rain": [second]}
+    assert row.places == [
+        (Mention("dog"), range(first, first + 3)),
+        (Mention("rain"), range(second, second + 1)),
+    ]
     assert row.end == second + 1 + count("at night")
     assert len(row.ids) == limit
     assert row.ids[0] == tokenizer.bos_token_id
@@ -123,7 +126,7 @@ def test_text_is_cut_at_the_context_and_a_sound_may_be_its_last_word(injector: I
     assert tokenizer.eos_token_id not in long.ids[:-1]
     assert long.ids == tokenizer("a " * 100, truncation=True).input_ids
     last = injector.slots("a " * (limit - 4) + "<sound> a a a", {"sound": 2})
-    assert last.positions == {"sound": [limit - 3, limit - 2]}
+    assert last.places == [(Mention("sound"), range(limit - 3, limit - 1))]
     assert last.ids[-1] == tokenizer.eos_token_id
     with pytest.raises(UserError, match=rf"{limit + 1} tokens: a sound falls off the {limit} tokens"):
         injector.slots("a " * (limit - 3) + "<sound>", {"sound": 2})
@@ -158,6 +161,29 @@ def test_several_sounds_each_at_its_own_strength(injector: Injector) -> None:
     assert torch.equal(muted, injector.embed("a photo of <dog> in thing", {"dog": Sound(a)}))
 
 
+def test_a_placeholder_may_carry_its_own_strength(injector: Injector) -> None:
+    assert parse("<dog*.5> and <rain>") == ["", Mention("dog", 0.5), " and ", Mention("rain"), ""]
+    a, b = tokens(injector, 1), tokens(injector, 3)
+    both = {"dog": Sound(a), "rain": Sound(b)}
+    weaker = injector.embed("a photo of <dog*0.6> in <rain*1.5>", both)
+    torch.testing.assert_close(
+        weaker, injector.embed("a photo of <dog> in <rain>", {"dog": Sound(a, 0.6), "rain": Sound(b, 1.5)})
+    )
+    halved = injector.embed("a photo of <dog*0.6> in <rain*1.5>", {"dog": Sound(a, 0.5), "rain": Sound(b)})
+    torch.testing.assert_close(halved, injector.embed("a photo of <dog*0.3> in <rain*1.5>", both))
+    expected, _ = by_hand(injector, [*torch.lerp(injector.neutral.expand_as(a), a, 0.5), "and", *a])
+    torch.testing.assert_close(injector.embed("<dog*0.5> and <dog>", {"dog": Sound(a)}), expected)
+    faint = injector.embed("<dog*0.0000001>", {"dog": Sound(a)})
+    torch.testing.assert_close(faint, by_hand(injector, [injector.neutral])[0], atol=1e-4, rtol=0)
+    muted = injector.embed("a photo of <dog*0> in <rain>", both)
+    assert torch.equal(muted, injector.embed("a photo of thing in <rain>", {"rain": Sound(b)}))
+
+
+@pytest.mark.parametrize("text", ["<dog*>", "<dog*-1>", "<dog*x>", "<Dog>", "<dog *0.5>"])
+def test_what_is_no_placeholder_stays_text(text: str) -> None:
+    assert parse(text) == [text]
+
+
 def test_the_hook_is_gone_afterwards(pipe: StableDiffusionPipeline, injector: Injector) -> None:
     before = plain(pipe, "a photo of thing")
     injector.embed("a photo of <sound>", {"sound": Sound(tokens(injector))})
@@ -179,6 +205,8 @@ def test_batch_rows_equal_single_prompts_and_gradients_reach_the_tokens(injector
     [
         ("a photo of a dog", "no placeholder"),
         ("a photo of <sound> and <other>", "has no sound"),
+        ("a photo of <sound> and <other*0>", "has no sound"),
+        ("a photo of <sound*2.5>", r"<sound\*2.5>: a strength is 0 to 2"),
         ("a photo of " + "thing " * 400 + "<sound>", "falls off"),
     ],
 )
@@ -200,7 +228,7 @@ def test_a_batch_with_a_prompt_without_its_sound_is_refused(injector: Injector) 
 def test_exported_token_is_read_by_diffusers(pipe: StableDiffusionPipeline, injector: Injector, tmp_path: Path) -> None:
     sound = tokens(injector, 2)
     ours = injector.embed("a photo of <sound>", {"sound": Sound(sound)})
-    export_textual_inversion(sound, str(tmp_path / "sound.safetensors"))
+    export_textual_inversion(injector, sound, str(tmp_path / "sound.safetensors"))
     assert list(load_file(tmp_path / "sound.safetensors")) == ["<sound>"]
     pipe.load_textual_inversion(str(tmp_path / "sound.safetensors"), token="<sound>")
     try:

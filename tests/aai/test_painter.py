@@ -9,8 +9,10 @@ from PIL import Image
 
 from aai.adapt import AdapterConfig
 from aai.bundle import BundleConfig, write_bundle
+from aai.concepts import Kind
 from aai.errors import UserError
-from aai.painter import Painter, PaintRequest, check_repaint
+from aai.inject import Sound
+from aai.painter import REMEMBERED, Painter, PaintRequest, check_repaint
 
 REQUEST = PaintRequest(steps=2)
 
@@ -40,6 +42,73 @@ def test_strength_zero_paints_what_plain_diffusion_paints(painter: Painter) -> N
     silent = pixels(painter.generate(sound(1), PaintRequest(steps=2, sound_strength=0)))
     plain = painter.paint(painter.embed_text(["a photo of thing"]), [0], REQUEST)
     assert np.array_equal(silent, pixels(plain))
+
+
+def test_several_sounds_stand_where_the_prompt_names_them(painter: Painter) -> None:
+    both = {"dog": sound(1), "rain": sound(2)}
+    found = painter.generate(both, REQUEST.model_copy(update={"prompt": "<rain*0.5> and <dog>"}))
+    embeds = painter.injector.embed(
+        "<b> and <a>", {"a": Sound(painter.hear(sound(1))), "b": Sound(painter.hear(sound(2)), 0.5)}
+    )
+    assert np.array_equal(pixels(found), pixels(painter.paint(embeds, [0], REQUEST)))
+    default, told = (
+        painter.generate([sound(1), sound(2)], REQUEST.model_copy(update={"prompt": prompt}))
+        for prompt in (None, "a photo of <sound> and <sound2>")
+    )
+    assert np.array_equal(pixels(default), pixels(told))
+    with pytest.raises(UserError, match="has no placeholder <rain>"):
+        painter.generate(both, REQUEST.model_copy(update={"prompt": "a photo of <dog>"}))
+
+
+def test_a_sound_may_stand_in_the_negative_prompt(painter: Painter) -> None:
+    request = PaintRequest(steps=2, seed=9, negative_prompt="<rain> and <sound>", prompt="a photo of <sound>")
+    found = pixels(painter.generate({"sound": sound(1), "rain": sound(2)}, request))
+    away = painter.injector.embed(
+        "<b> and <a>", {"a": Sound(painter.hear(sound(1))), "b": Sound(painter.hear(sound(2)))}
+    )
+    expected = painter.paint(painter.embed(sound(1), "a photo of <sound>"), [9], request, negative=away)
+    assert np.array_equal(found, pixels(expected))
+    only = PaintRequest(steps=2, seed=9, negative_prompt="<rain>")
+    told = painter.generate({"sound": sound(1), "rain": sound(2)}, only)
+    other = painter.generate([sound(1)], REQUEST.model_copy(update={"seed": 9}))
+    assert not np.array_equal(pixels(told), pixels(other))
+
+
+def test_of_a_long_sound_the_asked_part_is_heard(painter: Painter) -> None:
+    samples = painter.aligner.config.clip_samples
+    rng = np.random.default_rng(0)
+    long = (0.01 * rng.standard_normal(3 * samples)).astype(np.float32)
+    long[:samples] *= 20
+    middle, first, last = long[samples : 2 * samples], long[:samples], long[2 * samples :]
+    torch.testing.assert_close(painter.listen(long), painter.listen(middle))
+    torch.testing.assert_close(painter.listen(long, "loudest"), painter.listen(first))
+    halves = [long[i * samples // 2 : i * samples // 2 + samples] for i in range(5)]
+    mean = torch.stack([painter.listen(part) for part in halves]).mean(0)
+    torch.testing.assert_close(painter.listen(long, "mean"), mean / mean.norm())
+    assert not torch.allclose(painter.listen(long), painter.listen(last))
+    heard = painter.generate(long, REQUEST.model_copy(update={"window": "loudest"}))
+    assert np.array_equal(pixels(heard), pixels(painter.generate(first, REQUEST)))
+    given = Image.new("RGB", (64, 64))
+    edited = painter.edit(long, given, REQUEST.model_copy(update={"window": "loudest"}))
+    assert np.array_equal(pixels(edited), pixels(painter.edit(first, given, REQUEST)))
+
+
+def test_a_sound_is_listened_to_once(painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(painter, "_heard", {})
+    monkeypatch.setattr(
+        type(painter.aligner), "forward", lambda self, audio: asked.append(audio) or audio[:, :32].clone()
+    )
+    first = painter.listen(sound(1))
+    assert painter.listen(sound(1).copy()) is first
+    painter.listen(sound(2))
+    painter.listen(sound(1), "mean")
+    assert len(asked) == 3
+    for i in range(REMEMBERED):
+        painter.listen(np.full(40, i, np.float32))
+    assert len(painter._heard) == REMEMBERED
+    painter.listen(sound(1))
+    assert len(asked) == 3 + REMEMBERED + 1
 
 
 def test_editing_starts_from_the_given_picture(painter: Painter) -> None:
@@ -157,8 +226,7 @@ def test_several_edits_of_one_request_have_seeds_of_their_own(painter: Painter) 
 def test_edit_keeps_the_pictures_ambience_and_stylize_its_object(painter: Painter, verb: str, kind: str) -> None:
     pictures = [Image.new("RGB", (64, 64), color) for color in ("white", "black")]
     sounds = [sound(1), sound(2)]
-    embeds, strength = painter.embed_repaint(verb, sounds, pictures, "<sound> at night")
-    assert strength == 0.8
+    embeds, _ = painter.embed_repaint(verb, sounds, pictures, "<sound> at night")
     concepts, shown = painter.concepts, painter.concepts.clip.images(pictures)
     other = "objects" if kind == "ambiences" else "ambiences"
     for row, audio, picture in zip(embeds, sounds, shown, strict=True):
@@ -172,6 +240,40 @@ def test_edit_keeps_the_pictures_ambience_and_stylize_its_object(painter: Painte
         )
         torch.testing.assert_close(row, expected.detach(), atol=1e-4, rtol=0)
         assert (row - swapped).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("verb", "other"), [("edit", "objects"), ("stylize", "ambiences")])
+def test_the_old_prompt_says_what_the_picture_shows(painter: Painter, verb: str, other: Kind) -> None:
+    """In everything else it is the new one: so they disagree where the picture is to change."""
+    picture, audio = Image.new("RGB", (64, 64), "white"), sound(1)
+    concepts, shown = painter.concepts, painter.concepts.clip.images([picture])
+    keep: Kind = "ambiences" if other == "objects" else "objects"
+    wanted = concepts.move(painter.listen(audio), keep, concepts.read(shown, keep))
+    now = concepts.move(wanted, other, concepts.read(shown, other))
+    _, source = painter.embed_repaint(verb, [audio], [picture], "<sound> at night")
+    expected = painter.injector.encode(["<sound> at night"], painter.adapter(now))[0]
+    torch.testing.assert_close(source, expected.detach(), atol=1e-4, rtol=0)
+
+
+def test_inversion_keeps_what_the_mask_covers(painter: Painter) -> None:
+    rng = np.random.default_rng(0)
+    given = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (0, 0, 64, 128))
+    request = PaintRequest(steps=5, repaint="invert", num_images=2)
+    for verb in (painter.edit, painter.stylize):
+        found = pixels(verb(sound(1), given, request, mask))
+        assert np.array_equal(found[:, :, 32:], np.repeat(pixels([given]), 2, 0)[:, :, 32:])
+        assert not np.array_equal(found[0], found[1])  # another seed
+        assert not np.array_equal(found[0, :, :32], pixels([given])[0, :, :32])
+        alone = pixels(verb(sound(1), given, request.model_copy(update={"num_images": 1, "seed": 1}), mask))
+        assert np.abs(found[1] - alone[0]).max() <= 1
+        derived = pixels(verb(sound(1), given, request))
+        assert not np.array_equal(derived, found)
+    whole = request.model_copy(update={"mask_threshold": 1.0})
+    assert np.array_equal(pixels(painter.edit(sound(1), given, whole))[0], pixels([given])[0])
+    with pytest.raises(UserError, match="mask=a picture: img2img changes the whole picture"):
+        painter.edit(sound(1), given, PaintRequest(), mask)
 
 
 def test_repainting_reads_the_medium_off_the_picture(painter: Painter) -> None:
@@ -221,7 +323,11 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "guidance_scale": 3.0,
         "seed": 0,
         "sound_strength": 1.0,
+        "window": "middle",
         "denoise_strength": None,
+        "repaint": "img2img",
+        "mask_threshold": 0.4,
+        "fresh_noise": 0.5,
     }
     limits = {
         "num_images": (1, 8),

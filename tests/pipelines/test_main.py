@@ -119,11 +119,11 @@ def test_only_verbs_on_ray_take_an_address(capsys: pytest.CaptureFixture[str]) -
         parser, flags = build_parser(verb)
         assert ("--address" in parser.format_help()) == ("address" in flags)
         offered |= {verb} if "address" in flags else set()
-    assert offered == {"curate", "featurize", "align", "adapt", "tune", "evaluate", "serve", "demo"}
+    assert offered == {"curate", "featurize", "align", "adapt", "tune", "evaluate", "generate", "serve", "demo"}
     with pytest.raises(SystemExit):
         main(["promote", "--address", "auto", "--dry-run"])
     assert "unrecognized arguments: --address auto" in capsys.readouterr().err
-    assert main(["generate", "--set", "cluster.address=auto", "--dry-run"]) == 2
+    assert main(["edit", "--set", "cluster.address=auto", "--dry-run"]) == 2
     assert "cluster" in capsys.readouterr().err
 
 

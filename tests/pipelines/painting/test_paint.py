@@ -15,7 +15,8 @@ from aai.media.waveform import write_wav
 from aai.painter import Painter
 from aai.version import code_version
 from pipelines.__main__ import main
-from pipelines.painting.paint import PaintConfig, load_picture, paint, write_picture
+from pipelines.painting.paint import load_picture, paint, write_picture
+from pipelines.painting.request import PaintConfig
 from pipelines.settings import InputLimits
 from tests import hostile
 from tests.tiny import write_bundle_of
@@ -66,8 +67,8 @@ def test_a_sound_is_decoded_at_the_rate_of_the_bundle(tmp_path: Path, monkeypatc
     config = made.config.model_copy(update={"encoder": {**made.config.encoder, "sample_rate_hz": 8_000}})
     write_bundle(tmp_path / "bundle", config, made.aligner(), made.adapter(), {})
     write_wav(str(tmp_path / "a.wav"), np.zeros(44_100, np.float32), 44_100)
-    heard: list[np.ndarray] = []
-    painter = SimpleNamespace(generate=lambda sound, request: heard.append(sound) or [], dtype="float32")
+    heard: list[dict[str, np.ndarray]] = []
+    painter = SimpleNamespace(generate=lambda sound, request, control: heard.append(sound) or [], dtype="float32")
     monkeypatch.setattr(Painter, "load", lambda *args: painter)
-    paint("generate", PaintConfig(bundle=str(tmp_path / "bundle"), audio=str(tmp_path / "a.wav")))
-    assert len(heard[0]) == pytest.approx(8_000, abs=10)
+    paint("generate", PaintConfig(bundle=str(tmp_path / "bundle"), audio=(str(tmp_path / "a.wav"),)))
+    assert len(heard[0]["sound"]) == pytest.approx(8_000, abs=10)

@@ -14,19 +14,19 @@ from pipelines.service.gateway import KEY_VARIABLE, Gateway
 from pipelines.service.http import ApiError
 
 MODEL = {"name": "toy", "version": "1", "sha": "s", "sample_rate_hz": 16_000}
-TONE = np.zeros(8, np.float32)
+TONE = {"sound": np.zeros(8, np.float32)}
 
 
 @serve.deployment
 class Echo:
     """Tells what it was asked, after a while; refuses one prompt."""
 
-    async def paint(self, verb: str, audio: np.ndarray, pixels: Any, request: PaintRequest) -> list[bytes]:
+    async def paint(self, verb: str, sounds: dict[str, np.ndarray], pixels: Any, request: PaintRequest) -> list[bytes]:
         await asyncio.sleep(0.05)
         if request.prompt == "wrong":
             raise UserError("prompt", "wrong", "is wrong", "mend it")
-        shape = None if pixels is None else pixels.shape
-        return [f"{verb} {audio.shape} {shape} {request.seed}".encode()]
+        shape = None if pixels[0] is None else pixels[0].shape
+        return [f"{verb} {sounds['sound'].shape} {shape} {request.seed}".encode()]
 
 
 @pytest.fixture(scope="module")

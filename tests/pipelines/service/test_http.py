@@ -23,12 +23,19 @@ class Echo:
 
     def __init__(self, wait_s: float = 0, replicas: int = 1) -> None:
         self.wait_s, self.replicas, self.cancelled = wait_s, replicas, 0
-        self.calls: list[tuple[str, np.ndarray, Image.Image | None, PaintRequest]] = []
+        self.calls: list[tuple[str, dict[str, np.ndarray], Image.Image | None, PaintRequest]] = []
+        self.masks: list[Image.Image | None] = []
 
     async def paint(
-        self, verb: str, audio: np.ndarray, image: Image.Image | None, request: PaintRequest
+        self,
+        verb: str,
+        sounds: dict[str, np.ndarray],
+        image: Image.Image | None,
+        request: PaintRequest,
+        mask: Image.Image | None = None,
     ) -> list[bytes]:
-        self.calls.append((verb, audio, image, request))
+        self.calls.append((verb, sounds, image, request))
+        self.masks.append(mask)
         try:
             await asyncio.sleep(self.wait_s)
         except asyncio.CancelledError:
@@ -73,7 +80,8 @@ def test_generate_hands_over_sound_and_settings() -> None:
     assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
     assert response.headers["x-aai-model"] == "toy/3@champion"
     assert (response.headers["x-aai-bundle"], response.headers["x-aai-seed"]) == ("abc123", "7")
-    verb, audio, image, request = backend.calls[0]
+    verb, sounds, image, request = backend.calls[0]
+    audio = sounds["sound"]
     assert (verb, image) == ("generate", None)
     assert audio.dtype == np.float32
     assert audio.size == pytest.approx(8000, abs=50)
@@ -86,7 +94,7 @@ def test_an_upload_may_have_a_title_that_is_no_utf8(container: str) -> None:
     sound = latin1_title(make_moving("mpeg4", num_frames=20, sound="libmp3lame"), container)
     response = ask("POST", "/v1/generate", backend, files={"audio": sound}, data={"prompt": "<sound>"})
     assert response.status_code == 200, response.text
-    assert backend.calls[0][1].size == pytest.approx(16_000, abs=2500)
+    assert backend.calls[0][1]["sound"].size == pytest.approx(16_000, abs=2500)
 
 
 @pytest.mark.parametrize("verb", ["edit", "stylize"])
@@ -99,6 +107,46 @@ def test_repaint_hands_over_the_picture(verb: str, kind: str) -> None:
     assert given is not None
     assert (given.mode, given.size) == ("RGB", (80, 40))
     assert backend.calls[0][3].denoise_strength == 0.4
+    assert backend.masks == [None]
+
+
+def test_a_mask_goes_with_the_picture() -> None:
+    backend = Echo()
+    files = {"audio": wav(), "image": png(80, 40), "mask": png(40, 20)}
+    assert ask("POST", "/v1/edit", backend, files=files, data={"repaint": "invert"}).status_code == 200
+    assert backend.masks[0] is not None
+    assert backend.masks[0].size == (40, 20)
+    assert backend.calls[0][3].repaint == "invert"
+    broken = {**files, "mask": b"nothing"}
+    assert code(ask("POST", "/v1/edit", backend, files=broken)) == (422, "image_unreadable")
+    large = {**files, "mask": png(200, 100)}
+    assert code(ask("POST", "/v1/edit", backend, files=large)) == (422, "image_too_large")
+
+
+@pytest.mark.parametrize(("names", "known"), [(None, ["sound", "sound2"]), ("dog, rain", ["dog", "rain"])])
+def test_several_sounds_have_names(names: str | None, known: list[str]) -> None:
+    backend = Echo()
+    files = [("audio", ("a.wav", wav(1))), ("audio", ("b.wav", wav(2)))]
+    response = ask("POST", "/v1/generate", backend, files=files, data={"names": names} if names else {})
+    assert response.status_code == 200
+    assert [(name, len(audio)) for name, audio in backend.calls[0][1].items()] == [(known[0], 16000), (known[1], 32000)]
+
+
+@pytest.mark.parametrize("names", ["dog", "dog,dog", "dog,rain,bell", ","])
+def test_names_that_do_not_fit_the_sounds_are_refused(names: str) -> None:
+    backend = Echo()
+    files = [("audio", ("a.wav", wav())), ("audio", ("b.wav", wav()))]
+    response = ask("POST", "/v1/generate", backend, files=files, data={"names": names})
+    assert code(response) == (422, "invalid_field")
+    assert "are not 2 different names" in response.json()["error"]["message"]
+    assert not backend.calls
+
+
+def test_more_sounds_than_the_bound_are_refused() -> None:
+    backend = Echo()
+    files = [("audio", ("a.wav", wav()))] * 9
+    assert code(ask("POST", "/v1/generate", backend, files=files)) == (422, "invalid_field")
+    assert not backend.calls
 
 
 def test_several_pictures_come_as_json() -> None:
@@ -300,4 +348,4 @@ def test_openapi_lists_the_fields_and_their_bounds() -> None:
     form = api["components"]["schemas"]["RepaintForm"]
     assert set(form["required"]) == {"audio", "image"}
     assert form["properties"]["steps"]["maximum"] == 100
-    assert set(form["properties"]) == {"audio", "image", *PaintRequest.model_fields}
+    assert set(form["properties"]) == {"audio", "image", "mask", *PaintRequest.model_fields}

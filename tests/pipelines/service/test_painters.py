@@ -16,14 +16,14 @@ from aai.painter import PaintRequest
 from pipelines.service.painters import PainterReplica
 from pipelines.settings import StoreConfig
 
-TONE = (np.sin(np.arange(8000) / 5) / 2).astype(np.float32)
+TONE = {"sound": (np.sin(np.arange(8000) / 5) / 2).astype(np.float32)}
 REQUEST = PaintRequest(steps=2, denoise_strength=1)
 RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)
 
 
 def replica(bundle: str, **changes: Any) -> PainterReplica:
     given = {"bundle": bundle, "registry": StoreConfig().model_dump(), "sha": read_bundle(bundle).sha}
-    return PainterReplica(**{**given, "device": "cpu", "dtype": "float32", "stuck_s": 60, **changes})
+    return PainterReplica(**{**given, "device": "cpu", "dtype": "float32", "addons": {}, "stuck_s": 60, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,15 @@ def painter(tiny_bundle: str) -> PainterReplica:
 
 def test_each_verb_paints_its_own_picture(painter: PainterReplica) -> None:
     made = {}
-    for verb, pixels in (("generate", None), ("edit", RED), ("stylize", RED)):
+    for verb, pixels in (("generate", [None, None]), ("edit", [RED, None]), ("stylize", [RED, None])):
         pictures = asyncio.run(painter.paint(verb, TONE, pixels, REQUEST))  # type: ignore[arg-type]
         assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(64, 64)]
         made[verb] = pictures[0]
     assert len(set(made.values())) == 3
-    assert asyncio.run(painter.paint("edit", TONE, RED, REQUEST)) == [made["edit"]]
+    assert asyncio.run(painter.paint("edit", TONE, [RED, None], REQUEST)) == [made["edit"]]
+    inverted = REQUEST.model_copy(update={"repaint": "invert"})
+    kept = asyncio.run(painter.paint("edit", TONE, [RED, np.zeros_like(RED)], inverted))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept[0]))), RED)
 
 
 def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle: str) -> None:
@@ -67,7 +70,7 @@ def test_only_a_failed_device_makes_it_ill(
         patch.setattr(painter, "_broken", "")
         patch.setattr(painter._painter, "generate", fail)
         with pytest.raises(error):
-            painter._paint("generate", TONE, None, REQUEST)
+            painter._paint("generate", TONE, [None, None], REQUEST)
         assert painter._started_s == 0
         assert bool(painter._broken) == ill
         if ill:

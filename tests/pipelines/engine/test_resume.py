@@ -6,7 +6,7 @@ import pytest
 
 from aai import storage
 from aai.errors import UserError
-from pipelines.tables.resume import finished
+from pipelines.engine.resume import finished
 
 SETTINGS = {"input": "abc", "rows_per_file": 5}
 

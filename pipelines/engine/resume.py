@@ -1,4 +1,4 @@
-"""What `aai data compact` and `aai data export` share: an output folder belongs to one input and its settings."""
+"""An output folder belongs to one input and its settings: a second call goes on, or is told what is there."""
 
 from typing import Any
 

@@ -1,0 +1,156 @@
+"""AudioCue, the paper's ICASSP version: pictures that fit a sound are retrieved, and A* is tuned on them.
+
+The aligned embedding of the sound finds the k nearest pictures of a FeatureTable (exact search over all rows); A* then
+takes a few steps of the denoising loss on their latents, as a textual inversion does (Gal et al. 2022, arXiv
+2208.01618), but begins at what the adapter heard. Model and adapter stay as they are.
+"""
+
+import heapq
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor
+
+from aai import storage
+from aai.adapt import denoising_loss
+from aai.config import Config
+from aai.errors import UserError
+from aai.features import FeatureManifest, arrays_of, open_table
+from aai.foundation.identity import identity
+from aai.painter import Painter
+
+
+class CueConfig(Config):
+    """Where pictures are retrieved from, and how long A* is tuned."""
+
+    features: str | None = None
+    """FeatureTable, made with the bundle's foundation; empty = A* stays as the adapter heard it."""
+    split: str = "train"
+    """Only clips of this split are retrieved."""
+    pictures: int = pydantic.Field(8, ge=1, le=64)
+    """k: how many are retrieved."""
+    steps: int = pydantic.Field(40, ge=1, le=2000)
+    """Of tuning; each denoises all k latents once."""
+    learning_rate: float = pydantic.Field(0.02, gt=0)
+    """Of Adam, in units of an ordinary word's length."""
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """The nearest pictures, the best first: their clips, cosines with the sound, and latents [k, C, h, w]."""
+
+    clip_ids: list[str]
+    cosines: list[float]
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A* [K, D_t] before and after, what it was tuned on, the loss before and after, and what it took."""
+
+    before: Tensor
+    after: Tensor
+    retrieved: Retrieved
+    loss_before: float
+    loss_after: float
+    seconds: float
+
+    def told(self) -> dict[str, Any]:
+        """As JSON values, the same for the same sound: without the seconds."""
+        return {
+            "retrieved": dict(zip(self.retrieved.clip_ids, self.retrieved.cosines, strict=True)),
+            "loss": [self.loss_before, self.loss_after],
+        }
+
+
+def retrieve(features: str, embed: Tensor, split: str, count: int) -> Retrieved:
+    """The pictures of a FeatureTable nearest to an aligned embedding [D], by the frame whose latents it holds.
+
+    Every row of the split is compared, a row group at a time. Raises UserError when the split has none.
+    """
+    manifest = FeatureManifest.read(features)
+    wanted = embed.float().cpu().numpy()
+    best: list[tuple[float, str, str, int, int]] = []
+    for file in storage.list_files(features, ".parquet"):
+        table = open_table(file, manifest)
+        for group in range(table.num_row_groups):
+            for row, clip_id, cosine in _cosines(table, group, manifest, split, wanted):
+                heapq.heappush(best, (cosine, clip_id, file, group, row))
+                if len(best) > count:
+                    heapq.heappop(best)
+    if not best:
+        raise UserError("cue.features", features, f"has no clips of the split {split!r}", "give another cue.split")
+    best.sort(key=lambda found: (-found[0], found[1]))
+    latents = []
+    for _, _, file, group, row in best:
+        part = open_table(file, manifest).read_row_group(
+            group, columns=["clip_id", "caption", "content_hash", "latents"]
+        )
+        latents.append(arrays_of(part.slice(row, 1), manifest, 1, ["latents"])["latents"][0])
+    found = torch.from_numpy(np.stack(latents).astype(np.float32))
+    return Retrieved([clip_id for _, clip_id, *_ in best], [round(cosine, 4) for cosine, *_ in best], found)
+
+
+def _cosines(
+    table: Any, group: int, manifest: FeatureManifest, split: str, wanted: np.ndarray
+) -> Iterator[tuple[int, str, float]]:
+    """(row of the group, clip, cosine) of the split's clips."""
+    part = table.read_row_group(group, columns=["clip_id", "caption", "content_hash", "split", "image_features"])
+    arrays = arrays_of(part, manifest, 1, ["image_features"])
+    pictures = arrays["image_features"][:, manifest.latent_frame].astype(np.float32)
+    cosines = pictures @ wanted / np.maximum(np.linalg.norm(pictures, axis=1) * np.linalg.norm(wanted), 1e-8)
+    for row, own in enumerate(part["split"].to_pylist()):
+        if own == split:
+            yield row, arrays["clip_id"][row], float(cosines[row])
+
+
+def refine(painter: Painter, audio: np.ndarray, prompt: str, cue: CueConfig, seed: int = 0) -> Cue:
+    """Tunes a sound's A* on the pictures that it retrieves. prompt: with `<sound>`.
+
+    Raises UserError for features of another foundation than the painter's, and for an empty split.
+    """
+    begin = time.perf_counter()
+    features = str(cue.features)
+    manifest = FeatureManifest.read(features)
+    if manifest.foundation != identity(painter.foundation):
+        rule = f"was made with {manifest.foundation}, the bundle stands on {identity(painter.foundation)}"
+        raise UserError("cue.features", features, rule, "featurize with the bundle's foundation")
+    found = retrieve(features, painter.listen(audio)[0], cue.split, cue.pictures)
+    before = painter.hear(audio)
+    after, first, last = _tuned(painter, before, found.latents, prompt, cue, seed)
+    return Cue(before, after, found, first, last, round(time.perf_counter() - begin, 2))
+
+
+def _tuned(
+    painter: Painter, tokens: Tensor, latents: Tensor, prompt: str, cue: CueConfig, seed: int
+) -> tuple[Tensor, float, float]:
+    """A* after `cue.steps` steps, and the loss on one fixed draw of noise before and after."""
+    pipe, device = painter.pipe, painter.device
+    latents = latents.to(device, pipe.unet.dtype)
+    tuned = tokens.detach().float().clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([tuned], lr=cue.learning_rate * painter.injector.median_norm)
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def loss_of(drawn: torch.Generator) -> Tensor:
+        states, _ = painter.injector.encode([prompt], tuned[None])
+        states = states.expand(len(latents), -1, -1).to(pipe.unet.dtype)
+        noise = torch.randn(latents.shape, generator=drawn).to(latents)
+        steps = torch.randint(0, pipe.scheduler.config.num_train_timesteps, (len(latents),), generator=drawn)
+        return denoising_loss(pipe.unet, pipe.scheduler, latents, states, steps.to(device), noise).mean()
+
+    @torch.no_grad()
+    def fixed() -> float:
+        return float(torch.stack([loss_of(torch.Generator("cpu").manual_seed(seed + 1 + i)) for i in range(4)]).mean())
+
+    first = fixed()
+    for _ in range(cue.steps):
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss_of(generator).backward()
+        optimizer.step()
+    return tuned.detach(), first, fixed()

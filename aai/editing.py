@@ -1,0 +1,163 @@
+"""Repainting a part of a picture and keeping the rest, pixel by pixel.
+
+The picture is carried up to the noise from which it would come by itself (DDIM inversion, Song et al. 2020, arXiv
+2010.02502), then denoised under the new prompt. Outside a mask each step goes back to the way the picture came, and
+the finished picture has the given pixels there. Without a mask one is derived: where the predictions under the old and
+the new prompt differ (DiffEdit, Couairon et al. 2022, arXiv 2210.11427).
+
+Shapes: B pictures, C channels of h x w latents, 8h x 8w pixels.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
+from torch import Tensor
+
+from aai.sdxl import conditions, pooled_dim
+
+MASK_DRAWS = 6
+"""Noisy versions of a picture whose predictions are compared for its mask."""
+MASK_LEVEL = 0.5
+"""How noisy they are, as a share of the noise schedule."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a picture says now, what it shall say, and what to keep away from: prompt embeddings [B, L, D_h] each."""
+
+    source: Tensor
+    target: Tensor
+    negative: Tensor
+
+
+def _steps(pipe: DiffusionPipeline, cls: Any, steps: int) -> Any:
+    """A deterministic scheduler over the model's own noise levels, evenly spaced."""
+    scheduler = cls.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
+    scheduler.set_timesteps(steps, device=pipe.unet.device)
+    return scheduler
+
+
+def _predict(pipe: DiffusionPipeline, latents: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+    edge_px = pipe.vae_scale_factor * latents.shape[-1]
+    told: Tensor = pipe.unet(latents, t, **conditions(pipe.unet, embeds, edge_px)).sample
+    return told
+
+
+@torch.no_grad()
+def derive_mask(pipe: DiffusionPipeline, latents: Tensor, change: Change, seeds: Sequence[int]) -> Tensor:
+    """How much the two prompts disagree at each place, [B, 1, h, w]; 1 is as much as in the twentieth that most do.
+
+    A picture's mask depends on its own seed alone.
+    """
+    scheduler = _steps(pipe, DDIMScheduler, 100)
+    t = scheduler.timesteps[round((1 - MASK_LEVEL) * 99)]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    both, total = torch.cat([change.source, change.target]), torch.zeros_like(latents[:, :1], dtype=torch.float32)
+    for _ in range(MASK_DRAWS):
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
+        noisy = scheduler.add_noise(latents, noise, t)
+        before, after = _predict(pipe, torch.cat([noisy] * 2), t, both).float().chunk(2)
+        total += (after - before).abs().mean(1, keepdim=True)
+    smooth = F.avg_pool2d(F.pad(total, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    most = torch.quantile(smooth.flatten(1), 0.95, dim=1).view(-1, 1, 1, 1).clamp(min=1e-8)
+    return (smooth / most).clamp(max=1)
+
+
+@torch.no_grad()
+def invert(pipe: DiffusionPipeline, latents: Tensor, source: Tensor, steps: int, painted: int) -> list[Tensor]:
+    """Latents on their way up through the lowest `painted` of `steps` noise levels, the given ones first."""
+    scheduler = _steps(pipe, DDIMInverseScheduler, steps)
+    way = [latents]
+    for t in scheduler.timesteps[:painted]:
+        way.append(scheduler.step(_predict(pipe, way[-1], t, source), t, way[-1]).prev_sample)
+    return way
+
+
+@torch.no_grad()
+def repaint(
+    pipe: DiffusionPipeline,
+    way: Sequence[Tensor],
+    change: Change,
+    mask: Tensor,
+    steps: int,
+    guidance_scale: float,
+    noise: Tensor,
+    fresh: float,
+) -> Tensor:
+    """Latents [B, C, h, w] denoised from the end of `way` (see `invert`) under the new prompt, within the mask.
+
+    mask: [B, 1, h, w], 1 where it may change, 0 where every step goes back to `way`. fresh: share of the noise that
+    `noise` [B, C, h, w] replaces before the first step: 0 keeps the old shapes most, 1 forgets them.
+    """
+    scheduler = _steps(pipe, DDIMScheduler, steps)
+    levels = scheduler.timesteps[len(scheduler.timesteps) - (len(way) - 1) :]
+    alpha = scheduler.alphas_cumprod[levels[0]].to(way[0])
+    own = (way[-1] - alpha.sqrt() * way[0]) / (1 - alpha).sqrt()
+    mixed = alpha.sqrt() * way[0] + (1 - alpha).sqrt() * ((1 - fresh**2) ** 0.5 * own + fresh * noise)
+    latents = mask * mixed + (1 - mask) * way[-1]
+    both = torch.cat([change.negative, change.target])
+    for done, t in enumerate(levels, start=1):
+        without, wanted = _predict(pipe, torch.cat([latents] * 2), t, both).chunk(2)
+        latents = scheduler.step(without + guidance_scale * (wanted - without), t, latents).prev_sample
+        latents = mask * latents + (1 - mask) * way[len(way) - 1 - done]
+    return latents
+
+
+@contextmanager
+def _upcast(pipe: DiffusionPipeline) -> Iterator[Any]:
+    """The VAE; XL's, which overflows in float16, in float32 meanwhile, as in diffusers' own pipelines."""
+    overflows = pooled_dim(pipe.unet) > 0 and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
+    if overflows:
+        pipe.vae.to(dtype=torch.float32)
+    try:
+        yield pipe.vae
+    finally:
+        if overflows:
+            pipe.vae.to(dtype=torch.float16)
+
+
+@dataclass(frozen=True)
+class Repainting:
+    """How a picture is repainted: steps in all and how many of them, guidance, and the two settings of `repaint`."""
+
+    steps: int
+    painted: int
+    guidance_scale: float
+    threshold: float
+    """Of the derived mask: what lies above may change."""
+    fresh: float
+
+
+@torch.no_grad()
+def repainted(
+    pipe: DiffusionPipeline,
+    pixels: Tensor,
+    change: Change,
+    how: Repainting,
+    seeds: Sequence[int],
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pictures [B, 3, H, W] in -1..1 changed within their masks -> pictures, and the masks [B, 1, H, W] in 0..1.
+
+    mask: [B, 1, H, W], 1 where it may change; else one is derived. Where it is 0 the pixels are the given ones.
+    """
+    scale = pipe.vae.config.scaling_factor
+    with _upcast(pipe) as vae:
+        latents = (vae.encode(pixels.to(vae.dtype)).latent_dist.mean * scale).to(pipe.unet.dtype)
+    if mask is None:
+        small = (derive_mask(pipe, latents, change, seeds) > how.threshold).to(latents)
+    else:
+        small = (F.adaptive_max_pool2d(mask, latents.shape[-2:]) > 0).to(latents)
+    noise = [torch.randn(latents.shape[1:], generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+    way = invert(pipe, latents, change.source, how.steps, how.painted)
+    parts = how.steps, how.guidance_scale, torch.stack(noise).to(latents), how.fresh
+    done = repaint(pipe, way, change, small, *parts) / scale
+    with _upcast(pipe) as vae:
+        painted = vae.decode(done.to(vae.dtype)).sample.float().clamp(-1, 1)
+    whole = F.interpolate(small.float(), size=pixels.shape[-2:], mode="bilinear").clamp(0, 1) if mask is None else mask
+    return whole * painted + (1 - whole) * pixels, whole

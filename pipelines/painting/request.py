@@ -1,0 +1,128 @@
+"""Settings of generate, edit and stylize."""
+
+import re
+
+import pydantic
+
+from aai.addons import AddOns
+from aai.cue import CueConfig
+from aai.errors import UserError
+from aai.painter import PaintRequest
+from aai.sounds import name_of
+from aai.strips import Strip
+from pipelines.settings import ClusterConfig, DType, InputLimits, Plan, RayVerbConfig, StoreConfig, VerbConfig
+
+_NAMED = re.compile(r"[a-z][a-z0-9_]*=.")
+
+
+class PaintConfig(VerbConfig):
+    """One sound, maybe one picture, and how to paint."""
+
+    bundle: str = "models:/aai@champion"
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder."""
+    audio: tuple[str, ...] = ()
+    """Sound file, anything PyAV reads (wav, mp3, flac, the sound of a video). Several: FILE or NAME=FILE each, for
+    <NAME> in the prompt; without names they are <sound>, <sound2>, ..."""
+    out: str = "${run_dir}/pictures"
+    """Folder of the PNG files."""
+    request: PaintRequest = PaintRequest()
+    limits: InputLimits = InputLimits()
+    save_token: str | None = None
+    """Also save A* as a textual-inversion safetensors file that diffusers loads."""
+    addons: AddOns = AddOns()
+    device: str = "cpu"
+    dtype: DType = "float32"
+    tracking: StoreConfig = StoreConfig()
+
+    @pydantic.field_validator("audio", mode="before")
+    @classmethod
+    def _one_or_many(cls, given: object) -> object:
+        return (given,) if isinstance(given, str) else given or ()
+
+    def sounds(self) -> dict[str, str]:
+        """The sound files by name. Raises UserError for a name given twice."""
+        out: dict[str, str] = {}
+        for number, given in enumerate(self.audio):
+            name, _, uri = given.partition("=") if _NAMED.match(given) else ("", "", given)
+            name = name or name_of(number)
+            if name in out:
+                raise UserError("audio", given, f"is a second sound of the name {name}", "give it another name")
+            out[name] = uri
+        return out
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        heard = ", ".join(self.audio) or "(--audio)"
+        return Plan(
+            inputs={"bundle": self.bundle, "audio": heard, **self.picture_input()},
+            outputs={"pictures": self.out},
+            resources={"device": f"{self.device}, {self.dtype}"},
+        )
+
+    def picture_input(self) -> dict[str, str]:
+        """The given picture's row of the plan, for the verbs that take one."""
+        return {}
+
+
+class GenerateConfig(PaintConfig, RayVerbConfig):
+    """As PaintConfig; several sounds, strips, and manifests of sounds."""
+
+    cue: CueConfig = CueConfig()
+    """AudioCue: before the picture is painted, A* is tuned on pictures that the sound retrieves; one sound only."""
+    control: str | None = None
+    """Picture that guides the ControlNet of addons.controlnet: PNG, JPEG or WebP."""
+    manifest: str | None = None
+    """Instead of sounds one by one: a CSV or Parquet file with `uri` (and maybe start_s, end_s), a tar, or a folder.
+    All its sounds are painted on Ray; OUT/index.parquet lists the pictures."""
+    batch_size: int = pydantic.Field(8, ge=1)
+    """Pictures of a manifest that are painted together."""
+    cluster: ClusterConfig = ClusterConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _one_or_all(self) -> "GenerateConfig":
+        if bool(self.control) != bool(self.addons.controlnet):
+            raise ValueError("control and addons.controlnet belong together: give both or none")
+        if self.control and self.strip:
+            raise ValueError("control and strip exclude each other: give one of them")
+        if self.cue.features and (self.strip or self.manifest or self.control or len(self.audio) > 1):
+            raise ValueError("cue.features is for one sound: leave out strip, manifest, control and further sounds")
+        for name in ("audio", "strip", "save_token", "control"):
+            if self.manifest and getattr(self, name):
+                raise ValueError(f"manifest and {name} exclude each other: give one of them")
+        return self
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        plan = super().plan()
+        if self.manifest is None:
+            return plan
+        inputs = {"bundle": self.bundle, "manifest": self.manifest}
+        return plan.model_copy(update={"inputs": inputs, "resources": {**plan.resources, **self.resources()}})
+
+    strip: Strip | None = None
+    """Instead of pictures of several seeds, pictures of one seed in which the sound changes: from the first of two
+    sounds to the second (morph), from the neutral word to the sound (strength), from 30 dB softer to as it is
+    (loudness)."""
+    strip_pictures: int = pydantic.Field(7, ge=2, le=32)
+    """Pictures of a strip."""
+
+
+class RepaintConfig(PaintConfig):
+    """As PaintConfig, with the picture to change."""
+
+    image: str | None = None
+    """Picture to change: PNG, JPEG or WebP."""
+    mask: str | None = None
+    """Picture that is white where it may change; empty = the model finds out (with request.repaint=invert)."""
+
+    @pydantic.model_validator(mode="after")
+    def _unguided(self) -> "RepaintConfig":
+        if self.mask and self.request.repaint != "invert":
+            raise ValueError("img2img changes the whole picture: mask needs request.repaint=invert")
+        if self.addons.controlnet:
+            raise ValueError("addons.controlnet guides generate alone: leave it out")
+        return self
+
+    def picture_input(self) -> dict[str, str]:
+        """See PaintConfig."""
+        return {"image": self.image or "(--image)"}

@@ -1,0 +1,166 @@
+"""Diffusion folders of the published shapes (random weights): painting, a training step, the token file."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
+from aai.concepts import Vocabulary
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.errors import UserError
+from aai.foundation.identity import FoundationSpec
+from aai.foundation.loaders import diffusion_skeleton, load_diffusion
+from aai.inject import Sound, export_textual_inversion
+from aai.painter import Painter, PaintRequest
+from aai.sdxl import injector_of
+from tests.aai.test_painter import pixels, sound
+from tests.tiny import write_published
+
+KINDS = ("1.5", "2.1", "xl")
+WIDTHS = {"1.5": 32, "2.1": 32, "xl": 80}
+
+
+@pytest.fixture(scope="module")
+def folders(spec: FoundationSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FoundationSpec]:
+    root = tmp_path_factory.mktemp("published")
+    return {
+        kind: FoundationSpec(clip=spec.clip, diffusion=str(write_published(root / kind, spec.clip, kind)))
+        for kind in KINDS
+    }
+
+
+@pytest.fixture(scope="module")
+def painters(folders: dict[str, FoundationSpec]) -> dict[str, Painter]:
+    made = {}
+    for kind, found in folders.items():
+        torch.manual_seed(0)
+        small = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, head_size=32, embed_dim=32)
+        shape = AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=WIDTHS[kind])
+        vocabulary = Vocabulary(objects=("a dog", "a bell", "a clock"), ambiences=("at night", "in the rain"))
+        parts = AudioEncoder(small).eval(), AudioAdapter(shape, 1.0).eval()
+        made[kind] = Painter(load_diffusion(found), *parts, found, vocabulary)
+    return made
+
+
+def plain(painter: Painter, prompt: str, seed: int, **given: Any) -> np.ndarray:
+    """What diffusers alone paints."""
+    pipe = painter.pipe
+    pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)
+    generator = torch.Generator().manual_seed(seed)
+    return pixels(pipe(prompt, num_inference_steps=3, guidance_scale=3.0, generator=generator, **given).images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strength_zero_is_what_diffusers_alone_paints(painters: dict[str, Painter], kind: str) -> None:
+    painter, request = painters[kind], PaintRequest(steps=3, seed=4, sound_strength=0)
+    assert painter.injector.token_dim == WIDTHS[kind]
+    silent = pixels(painter.generate(sound(1), request))
+    assert silent.shape == (1, 64, 64, 3)
+    assert np.array_equal(silent, plain(painter, "a photo of thing", 4))
+    avoided = request.model_copy(update={"negative_prompt": "a clock"})
+    expected = plain(painter, "a photo of thing", 4, negative_prompt="a clock")
+    assert np.array_equal(pixels(painter.generate(sound(1), avoided)), expected)
+    assert not np.array_equal(expected, silent)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sounds_and_pictures_reach_the_picture(painters: dict[str, Painter], kind: str) -> None:
+    painter, request = painters[kind], PaintRequest(steps=3, num_images=2)
+    first, second = (pixels(painter.generate(sound(i), request)) for i in (1, 2))
+    assert not np.array_equal(first, second)
+    mixed = request.model_copy(update={"prompt": "<sound> and <sound2*0.5>"})
+    assert not np.array_equal(pixels(painter.generate([sound(1), sound(2)], mixed)), first)
+    alone = pixels(painter.generate(sound(1), PaintRequest(steps=3, seed=1)))
+    assert np.abs(first[1] - alone[0]).max() <= 1
+    white, black = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (64, 64), "black")
+    for verb in (painter.edit, painter.stylize):
+        little = PaintRequest(steps=10, denoise_strength=0.2)
+        assert not np.array_equal(pixels(verb(sound(1), white, little)), pixels(verb(sound(1), black, little)))
+        inverted = PaintRequest(steps=4, repaint="invert")
+        assert not np.array_equal(pixels(verb(sound(1), white, inverted)), pixels([white]))
+
+
+def test_each_encoder_of_xl_hears_its_own_half(painters: dict[str, Painter]) -> None:
+    injector = painters["xl"].injector
+    tokens = torch.randn(2, 80, generator=torch.Generator().manual_seed(0))
+    whole = injector.embed("a photo of <sound>", {"sound": Sound(tokens)})
+    assert whole.shape == (1, 33, 80)
+    for part, states in ((slice(0, 32), slice(0, 32)), (slice(32, 80), slice(32, 80))):
+        other = tokens.clone()
+        other[:, part] *= -1
+        changed = injector.embed("a photo of <sound>", {"sound": Sound(other)})
+        rest = slice(32, 80) if states.start == 0 else slice(0, 32)
+        assert not torch.allclose(changed[:, :-1, states], whole[:, :-1, states])
+        torch.testing.assert_close(changed[:, :-1, rest], whole[:, :-1, rest])
+        assert torch.equal(changed[:, -1], whole[:, -1]) == (part.start == 0)  # the pooled one is the second's
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_trains_through_it(painters: dict[str, Painter], kind: str) -> None:
+    pipe = load_diffusion(painters[kind].foundation)
+    adapter = AudioAdapter(AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=WIDTHS[kind]), 1.0)
+    task = AdaptTask(adapter, pipe, None, AdaptLossConfig(w_hidden=0.1), chunk_size=2)
+    batch = {
+        "aligned": torch.randn(3, 32),
+        "image_features": torch.randn(3, 1, 32),
+        "latents": torch.randn(3, 4, 8, 8),
+        "caption": ["a photo of a dog", "a sketch of a bell", "a clock"],
+    }
+    loss, terms = task(batch)
+    assert {"denoise", "hidden"} <= set(terms)
+    loss.backward()
+    last = adapter.get_parameter([name for name, _ in adapter.named_parameters() if "weight" in name][-1])
+    assert last.grad is not None
+    rows = last.grad.reshape(2, WIDTHS[kind], -1).abs().sum((0, 2))
+    assert (rows > 0).all()  # every number of A*, of both encoders
+    assert all(p.grad is None for name, p in task.named_parameters() if not name.startswith("adapter"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_token_gives_diffusers_alone_the_same_picture(
+    folders: dict[str, FoundationSpec], painters: dict[str, Painter], kind: str, tmp_path: Path
+) -> None:
+    painter, file = painters[kind], str(tmp_path / "a.safetensors")
+    ours = pixels(painter.generate(sound(1), PaintRequest(steps=3, seed=4)))
+    export_textual_inversion(painter.injector, painter.hear(sound(1)), file)
+    pipe = load_diffusion(folders[kind])
+    if kind == "xl":
+        parts = load_file(file)
+        pipe.load_textual_inversion(
+            parts["clip_l"], token="<sound>", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
+        )
+        pipe.load_textual_inversion(
+            parts["clip_g"], token="<sound>", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
+        )
+    else:
+        pipe.load_textual_inversion(file, token="<sound>")
+    generator = torch.Generator().manual_seed(4)
+    theirs = pipe("a photo of <sound>", num_inference_steps=3, guidance_scale=3.0, generator=generator).images
+    assert np.abs(ours - pixels(theirs)).max() <= 1
+    different = pipe("a photo of thing", num_inference_steps=3, guidance_scale=3.0, generator=generator).images
+    assert np.abs(ours - pixels(different)).max() > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_skeleton_has_the_same_shapes(
+    folders: dict[str, FoundationSpec], painters: dict[str, Painter], kind: str
+) -> None:
+    parts = diffusion_skeleton(folders[kind])
+    assert injector_of(parts).token_dim == WIDTHS[kind]
+    ours, theirs = ({k: v.shape for k, v in p.unet.state_dict().items()} for p in (parts, painters[kind].pipe))
+    assert ours == theirs
+
+
+def test_another_kind_of_pipeline_is_refused(folders: dict[str, FoundationSpec], tmp_path: Path) -> None:
+    shutil.copytree(folders["1.5"].diffusion, tmp_path / "sd")
+    index = tmp_path / "sd" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError, match=r"holds a FluxPipeline; give Stable Diffusion 1.x, 2.x or XL"):
+        load_diffusion(FoundationSpec(clip=folders["1.5"].clip, diffusion=str(tmp_path / "sd")))

@@ -1,0 +1,50 @@
+"""Strips with small random models: one seed, one thing that changes."""
+
+import numpy as np
+import pytest
+import torch
+
+from aai.errors import UserError
+from aai.painter import Painter, PaintRequest
+from aai.strips import along, joined, paint_strip
+from tests.aai.test_painter import pixels, sound
+
+REQUEST = PaintRequest(steps=1, seed=3)
+
+
+def test_a_morph_begins_at_one_sound_and_ends_at_the_other(painter: Painter) -> None:
+    strip = paint_strip(painter, "morph", [sound(1), sound(2)], REQUEST, 3)
+    assert [label for label, _ in strip] == ["0.00", "0.50", "1.00"]
+    for (_, picture), number in ((strip[0], 1), (strip[2], 2)):
+        alone = painter.generate(sound(number), REQUEST)
+        assert np.abs(pixels([picture]) - pixels(alone)).max() <= 1
+    between = pixels([strip[1][1]])
+    assert not np.array_equal(between, pixels([strip[0][1]]))
+    assert not np.array_equal(between, pixels([strip[2][1]]))
+    with pytest.raises(UserError, match="1 sounds: a morph goes from one sound to another"):
+        paint_strip(painter, "morph", sound(1), REQUEST)
+
+
+def test_a_morph_turns_by_equal_angles() -> None:
+    start, end = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    for share in (0.0, 0.25, 1.0):
+        angle = torch.tensor(share * torch.pi / 2)
+        torch.testing.assert_close(along(start, end, share), torch.stack([angle.cos(), angle.sin()]))
+    torch.testing.assert_close(along(start, start, 0.5), start)
+
+
+def test_strength_begins_at_the_neutral_word_and_ends_at_the_request(painter: Painter) -> None:
+    request = REQUEST.model_copy(update={"sound_strength": 1.5})
+    strip = paint_strip(painter, "strength", sound(1), request, 3)
+    for (_, picture), strength in zip(strip, (0.0, 0.75, 1.5), strict=True):
+        alone = painter.generate(sound(1), request.model_copy(update={"sound_strength": strength}))
+        assert np.abs(pixels([picture]) - pixels(alone)).max() <= 1
+
+
+def test_loudness_falls_by_equal_steps(painter: Painter) -> None:
+    strip = paint_strip(painter, "loudness", sound(1), REQUEST, 9)  # more than are painted at once
+    assert [label for label, _ in strip[:1] + strip[4:5] + strip[8:]] == ["-30 dB", "-15 dB", "0 dB"]
+    for i, gain in ((0, 10**-1.5), (4, 10**-0.75), (8, 1.0)):
+        alone = painter.generate(gain * sound(1), REQUEST)
+        assert np.abs(pixels([strip[i][1]]) - pixels(alone)).max() <= 1
+    assert joined(strip).size == (9 * 64, 64 + 14)
