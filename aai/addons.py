@@ -4,18 +4,24 @@ All of it is diffusers' own; files are safetensors. The safety checker that a mo
 switched off.
 """
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
+import numpy as np
 import pydantic
 import torch
 from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPImageProcessorPil
 
+from aai import storage
 from aai.config import Config
+from aai.digest import digest
 from aai.errors import UserError
+from aai.foundation.identity import FoundationSpec, locate
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -42,34 +48,62 @@ class AddOns(Config):
     takes for unfit."""
 
 
-def add_to(pipe: DiffusionPipeline, addons: AddOns, folder: str) -> DiffusionPipeline:
-    """Puts scheduler, LoRA and safety checker into a pipeline, in place. folder: where the model was loaded from."""
+def absolute(addons: AddOns) -> AddOns:
+    """The same with paths that hold in any folder of this machine."""
+    places = {}
+    for name in ("lora", "controlnet", "safety_checker"):
+        given = getattr(addons, name)
+        if given and given not in ("auto", "off"):
+            places[name] = storage.absolute(given)
+    return addons.model_copy(update=places)
+
+
+def add_to(pipe: DiffusionPipeline, addons: AddOns, spec: FoundationSpec) -> DiffusionPipeline:
+    """Puts scheduler, LoRA and safety checker into a pipeline, in place. spec: what the model was loaded from."""
     if addons.scheduler != "model":
         pipe.scheduler = getattr(diffusers, SCHEDULERS[addons.scheduler]).from_config(pipe.scheduler.config)
     if addons.lora:
         _checked("lora", addons.lora, lambda: _fuse(pipe, addons))
-    if (checker := _checker_folder(pipe, addons, folder)) is not None:
-        pipe.safety_checker, pipe.feature_extractor = _checked(
-            "safety_checker",
-            addons.safety_checker,
-            lambda: (
-                StableDiffusionSafetyChecker.from_pretrained(checker[0], use_safetensors=True).to(pipe.device).eval(),
-                CLIPImageProcessorPil.from_pretrained(checker[1]),
-            ),
-        )
+    if addons.safety_checker != "off":
+        _add_checker(pipe, addons.safety_checker, spec)
     return pipe
 
 
 def with_controlnet(pipe: DiffusionPipeline, addons: AddOns) -> DiffusionPipeline:
-    """The same model, guided by `addons.controlnet`; it takes the guiding picture as `image`."""
+    """The same model, guided by `addons.controlnet`; it takes the guiding picture as `image`.
+
+    Raises UserError for a ControlNet of another model.
+    """
+    folder = str(addons.controlnet)
     net = _checked(
         "controlnet",
-        str(addons.controlnet),
-        lambda: ControlNetModel.from_pretrained(addons.controlnet, torch_dtype=pipe.unet.dtype, use_safetensors=True),
+        folder,
+        lambda: ControlNetModel.from_pretrained(folder, torch_dtype=pipe.unet.dtype, use_safetensors=True),
     )
+    for name in ("cross_attention_dim", "addition_embed_type", "block_out_channels"):
+        theirs, ours = (getattr(part.config, name) for part in (net, pipe.unet))
+        if theirs != ours and list(np.ravel(theirs)) != list(np.ravel(ours)):
+            rule = f"is for another model: its {name} is {theirs}, the model's {ours}"
+            raise UserError("addons.controlnet", folder, rule, "give one for this model")
     guided = AutoPipelineForText2Image.from_pipe(pipe, controlnet=net.to(pipe.unet.device).eval().requires_grad_(False))
     guided.set_progress_bar_config(disable=True)
     return guided
+
+
+def content(addons: AddOns) -> dict[str, str]:
+    """What identifies the add-ons by what they hold: {setting: SHA-256 of its files}."""
+    found = {}
+    for name in ("lora", "controlnet", "safety_checker"):
+        place = Path(str(getattr(addons, name)))
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        hashes = []
+        for file in files:
+            if file.is_file():
+                with file.open("rb") as opened:
+                    hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
+        if hashes:
+            found[name] = digest(hashes)
+    return found
 
 
 def _fuse(pipe: DiffusionPipeline, addons: AddOns) -> None:
@@ -79,22 +113,44 @@ def _fuse(pipe: DiffusionPipeline, addons: AddOns) -> None:
     pipe.unload_lora_weights()
 
 
-def _checker_folder(pipe: DiffusionPipeline, addons: AddOns, folder: str) -> tuple[Path, Path] | None:
-    """Where the checker and its image processor lie; None where none is to be used."""
-    if addons.safety_checker == "off" or not hasattr(pipe, "safety_checker"):  # XL has no place for one
-        return None
-    if addons.safety_checker == "auto":
-        own = Path(folder) / "safety_checker", Path(folder) / "feature_extractor"
-        return own if own[0].is_dir() else None
-    return Path(addons.safety_checker), Path(addons.safety_checker)
+def _add_checker(pipe: DiffusionPipeline, wanted: str, spec: FoundationSpec) -> None:
+    """The model's own (auto), where it has one, or another's. Raises UserError where there is no place for it."""
+    takes_one = hasattr(pipe, "safety_checker")
+    if wanted != "auto":
+        if not takes_one:
+            rule = f"a {type(pipe).__name__} has no place for a safety checker"
+            raise UserError("addons.safety_checker", wanted, rule, "set it to off")
+        checker: tuple[str, dict[str, Any]] = (wanted, {})
+        processor = checker
+    else:
+        where, pinned = locate(spec.diffusion, spec.diffusion_revision, "diffusion")
+        index = DiffusionPipeline.load_config(where, **pinned)
+        named = (index.get("safety_checker") or [None])[0] is not None
+        if not takes_one or not (named or (Path(where) / "safety_checker").is_dir()):
+            return
+        checker = where, {**pinned, "subfolder": "safety_checker"}
+        processor = where, {**pinned, "subfolder": "feature_extractor"}
+    pipe.safety_checker, pipe.feature_extractor = _checked(
+        "safety_checker",
+        wanted,
+        lambda: (
+            StableDiffusionSafetyChecker.from_pretrained(checker[0], use_safetensors=True, **checker[1])
+            .to(pipe.device, pipe.unet.dtype)
+            .eval(),
+            CLIPImageProcessorPil.from_pretrained(processor[0], **processor[1]),
+        ),
+    )
 
 
-def _checked(setting: str, value: str, load: Any) -> Any:
-    if not Path(value).exists() and value not in ("auto",):
+def _checked(setting: str, value: str, load: Callable[[], Any]) -> Any:
+    """What `load` makes of a folder or file. Raises UserError when that fails, in whatever way."""
+    if value != "auto" and not Path(value).exists():
         raise UserError(f"addons.{setting}", value, "does not exist", "give a folder or file")
     try:
         with torch.no_grad():
             return load()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # libraries raise many types for files that are not theirs
         reason = str(error).split("\n")[0][:200]
         raise UserError(f"addons.{setting}", value, f"cannot be used ({reason})", "give one for this model") from error

@@ -1,15 +1,13 @@
 """The painter: a bundle and its frozen diffusion model turn sound into pictures (generate, edit, stylize)."""
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
-import pydantic
 import torch
 import torch.nn.functional as F
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
@@ -18,74 +16,23 @@ from torch import Tensor
 
 from aai.adapt import AdapterConfig, AudioAdapter
 from aai.addons import AddOns, add_to, with_controlnet
-from aai.bundle import Bundle, BundleConfig, read_bundle
+from aai.bundle import Bundle, read_bundle
 from aai.concepts import Concepts, Kind, Vocabulary
-from aai.config import Config
 from aai.editing import Change, Repainting, repainted
 from aai.encoders.aligner import load_aligner
 from aai.encoders.audio import AudioEncoder
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
-from aai.foundation.identity import FoundationSpec, locate
+from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Sound, names_in
 from aai.precision import dtype_of
+from aai.sampling import DEFAULT_PROMPT, HEAD_PATTERN, REPAINT, PaintRequest, SamplingConfig, check_repaint, check_steps
 from aai.sdxl import injector_of, prompt_arguments
 from aai.sounds import Sounds, Window, named, prompt_for, windows
 
-DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default
-HEAD_PATTERN: str = BundleConfig.model_fields["head_pattern"].default
 REMEMBERED = 256
 """Sounds whose embedding a painter keeps."""
-REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.8), "stylize": ("objects", 0.8)}
-"""Per verb: what of the given picture stays, and how much of it is painted anew by default."""
-
-
-class SamplingConfig(Config):
-    """How the diffusion model paints; the bounds protect a service."""
-
-    negative_prompt: str = pydantic.Field("", max_length=500)
-    steps: int = pydantic.Field(20, ge=1, le=100)
-    """Denoising steps."""
-    guidance_scale: float = pydantic.Field(3.0, ge=0, le=30)
-    denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
-    """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
-    repaint: Literal["img2img", "invert"] = "img2img"
-    """Edit and stylize: img2img adds noise to the whole picture and paints it anew (SDEdit); invert changes a mask,
-    given or derived, and keeps every pixel outside."""
-    mask_threshold: float = pydantic.Field(0.4, ge=0, le=1)
-    """invert without a mask: how far the old and the new prompt must disagree at a place for it to change."""
-    fresh_noise: float = pydantic.Field(0.5, ge=0, le=1)
-    """invert: 0 keeps the old shapes within the mask most, 1 forgets them."""
-
-
-class PaintRequest(SamplingConfig):
-    """What to paint and how."""
-
-    prompt: str | None = pydantic.Field(None, max_length=500)
-    """Text with <sound> where the sound belongs; of several sounds the <NAME> of each, or <NAME*0.6> for one at six
-    tenths of its strength. Empty = the bundle's own ("a photo of <sound>"); edit and stylize read the medium off the
-    picture instead. The negative prompt may name sounds as well."""
-    num_images: int = pydantic.Field(1, ge=1, le=8)
-    seed: int = pydantic.Field(0, ge=0, lt=2**63)
-    """Picture i of a request uses seed + i."""
-    sound_strength: float = pydantic.Field(1.0, ge=0, le=2)
-    """0 ignores the sound, 1 is the sound as learned; of all sounds, times what the prompt says of one."""
-    window: Window = "middle"
-    """What is heard of a sound longer than the model's clips: its middle, the loudest part, or the mean of parts."""
-
-
-def check_repaint(verb: str, request: SamplingConfig) -> float:
-    """The denoise strength with which a request repaints. Raises UserError when not one step would be painted.
-
-    Of N denoising steps the last floor(N * strength) are painted (SDEdit, Meng et al. 2022).
-    """
-    strength = request.denoise_strength or REPAINT[verb][1]
-    if int(request.steps * strength) < 1:
-        enough = math.ceil(100 / request.steps) / 100
-        rule = f"times {request.steps} steps is below 1: there is no step to paint"
-        raise UserError("denoise_strength", strength, rule, f"raise it to {enough:g}, or give more steps")
-    return strength
 
 
 @torch.no_grad()
@@ -101,6 +48,7 @@ def paint(
 
     Picture b starts from `seeds[b]` and does not depend on the others. given: what else the pipeline takes.
     """
+    check_steps(pipe.scheduler, sampling.steps)
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
     found = pipe(
         **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.expand_as(embeds).to(pipe.unet.dtype)),
@@ -110,6 +58,18 @@ def paint(
         **given,
     )
     return list(found.images)
+
+
+def in_halves(work: Callable[[slice], list[Image.Image]], count: int, first: int = 0) -> list[Image.Image]:
+    """All pictures at once, or, where the device's memory does not hold them, one half after the other."""
+    try:
+        return work(slice(first, first + count))
+    except torch.OutOfMemoryError:
+        if count == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = count // 2
+    return [*in_halves(work, half, first), *in_halves(work, count - half, first + half)]
 
 
 class Painter:
@@ -156,7 +116,7 @@ class Painter:
         addons = addons or AddOns()
         spec = bundle.config.foundation
         pipe = load_diffusion(spec, device, dtype_of(dtype, device))
-        add_to(pipe, addons, locate(spec.diffusion, spec.diffusion_revision, "diffusion")[0])
+        add_to(pipe, addons, spec)
         aligner = load_aligner(bundle)
         adapter = AudioAdapter(AdapterConfig.parse(bundle.config.adapter, "bundle"))
         adapter.load_state_dict(adapter_state)
@@ -219,12 +179,16 @@ class Painter:
         Raises UserError for a sound that neither names, and for a name without a sound.
         """
         given = named(sounds)
-        negative = request.negative_prompt
-        wanted = request.prompt or prompt_for(self.prompt, [name for name in given if name not in names_in(negative)])
+        negative, wanted = request.negative_prompt, self.prompt_of(request, list(given))
         heard = {name: Sound(self.hear(x, request.window), request.sound_strength) for name, x in given.items()}
         against = {name: sound for name, sound in heard.items() if name in names_in(negative)}
         within = {name: heard[name] for name in heard if name in names_in(wanted) or name not in against}
         return self.injector.embed(wanted, within), self.embed_negative(negative, against)
+
+    def prompt_of(self, request: PaintRequest, names: Sequence[str]) -> str:
+        """The prompt of a request with sounds of these names: its own, or the bundle's with those not negative."""
+        away = names_in(request.negative_prompt)
+        return request.prompt or prompt_for(self.prompt, [name for name in names if name not in away])
 
     @torch.no_grad()
     def embed_negative(self, prompt: str, sounds: Mapping[str, Sound] = MappingProxyType({})) -> Tensor:
@@ -254,10 +218,16 @@ class Painter:
         """
         if negative is None:
             negative = self.embed_negative(request.negative_prompt)
-        if images is None:
-            return paint(self.pipe, embeds, negative, seeds, request)
-        given = [self._fitted(image) for image in images]
-        return paint(self.image_pipe, embeds, negative, seeds, request, image=given, strength=denoise_strength)
+        negative = negative.expand_as(embeds)
+        given = None if images is None else [self._fitted(image) for image in images]
+
+        def some(at: slice) -> list[Image.Image]:
+            part = embeds[at], negative[at], seeds[at], request
+            if given is None:
+                return paint(self.pipe, *part)
+            return paint(self.image_pipe, *part, image=given[at], strength=denoise_strength)
+
+        return in_halves(some, len(seeds))
 
     def _fitted(self, image: Image.Image) -> Image.Image:
         return image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
@@ -273,8 +243,13 @@ class Painter:
         embeds = embeds.expand(len(seeds), -1, -1)
         if control is None:
             return self.paint(embeds, seeds, request, negative=negative)
-        guide = {"image": [self._fitted(control)] * len(seeds), "controlnet_conditioning_scale": self.controlnet_scale}
-        return paint(self.guided_pipe, embeds, negative, seeds, request, **guide)
+        guide, scale = self._fitted(control), self.controlnet_scale
+
+        def some(at: slice) -> list[Image.Image]:
+            given = {"image": [guide] * len(seeds[at]), "controlnet_conditioning_scale": scale}
+            return paint(self.guided_pipe, embeds[at], negative, seeds[at], request, **given)
+
+        return in_halves(some, len(seeds))
 
     def edit(
         self, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None = None

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aai.errors import UserError
 from aai.inject import Sound
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from aai.sounds import Sounds, named
 
 Strip = Literal["morph", "strength", "loudness"]

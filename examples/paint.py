@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from aai.media.decode import decode_audio
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 
 
 def main(bundle: str, sound: str, out: str) -> None:

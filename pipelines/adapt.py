@@ -27,8 +27,9 @@ from aai.features import FeatureManifest
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import diffusion_skeleton, load_clip, load_diffusion
 from aai.memory import StepCost, step_cost
-from aai.painter import SamplingConfig, paint
+from aai.painter import paint
 from aai.png import encode_png
+from aai.sampling import SamplingConfig
 from aai.sdxl import injector_of
 from pipelines.settings import Plan
 from pipelines.training.embedding import embed_table

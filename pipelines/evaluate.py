@@ -18,7 +18,7 @@ from aai.digest import digest
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from aai.features import FeatureManifest
-from aai.painter import SamplingConfig
+from aai.sampling import SamplingConfig
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
 from pipelines.engine.lock import is_empty, locked

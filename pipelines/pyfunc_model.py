@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from aai.media.decode import decode_audio
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
 from aai.png import encode_png
+from aai.sampling import PaintRequest
 from pipelines.settings import InputLimits
 
 LIMITS = InputLimits()

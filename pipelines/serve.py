@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, RequestRouterConfig
 
 from aai import storage
-from aai.addons import AddOns
+from aai.addons import AddOns, absolute
 from aai.bundle import read_bundle
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
@@ -100,14 +100,6 @@ def pin(config: ServeConfig) -> tuple[str, ServedModel]:
     return uri, ServedModel(name=name, version=version, alias=alias, sha=bundle.sha, sample_rate_hz=rate_hz)
 
 
-def _registry(config: ServeConfig) -> dict[str, Any]:
-    """The registry's settings as they hold in any folder of this machine."""
-    cfg = config.tracking
-    if cfg.uri.startswith("sqlite:///"):
-        cfg = cfg.model_copy(update={"uri": f"sqlite:///{storage.absolute(cfg.uri.removeprefix('sqlite:///'))}"})
-    return cfg.model_dump()
-
-
 def application(config: ServeConfig, uri: str, model: ServedModel, need_key: bool) -> serve.Application:
     """The two deployments, bound."""
     cluster, limits = config.cluster, config.limits
@@ -135,11 +127,11 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     device = "cuda" if cluster.gpus_per_worker else "cpu"
     painters = painter.bind(
         uri,
-        _registry(config),
+        config.tracking.anywhere().model_dump(),
         model.sha,
         device,
         config.dtype,
-        config.addons.model_dump(),
+        absolute(config.addons).model_dump(),
         2 * limits.request_timeout_s,
     )
     capacity = cluster.num_workers + config.max_queued_requests

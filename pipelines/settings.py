@@ -5,6 +5,7 @@ from typing import Literal
 
 import pydantic
 
+from aai import storage
 from aai.config import Config
 
 
@@ -80,6 +81,12 @@ class StoreConfig(Config):
 
     uri: str = "sqlite:///mlflow.db"
     """Tracking and registry URI: sqlite:///FILE or http(s)://SERVER."""
+
+    def anywhere(self) -> "StoreConfig":
+        """The same as it holds in any folder of this machine."""
+        if not self.uri.startswith("sqlite:///"):
+            return self
+        return self.model_copy(update={"uri": f"sqlite:///{storage.absolute(self.uri.removeprefix('sqlite:///'))}"})
 
 
 class RunsConfig(StoreConfig):

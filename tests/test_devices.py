@@ -30,7 +30,8 @@ from aai.fit import FitConfig, State, fit
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import encode_flac
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from pipelines.adapt import AdaptConfig, AdaptRecipe
 from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.curation.curate_config import ScoreConfig

@@ -9,11 +9,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 PREPARE = """
-import os, sys, threading
-class Block:
+import importlib.machinery, os, sys, threading
+class Block:  # a library may ask whether another is there; who imports it fails
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"ray", "mlflow", "pipelines"}:
-            raise ImportError("blocked: " + name)
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ImportError("blocked: " + spec.name)
+    def exec_module(self, module):
+        pass
 block = Block()
 sys.meta_path.insert(0, block)
 watching = False

@@ -57,5 +57,7 @@ def _folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         digest.update(file.relative_to(folder).as_posix().encode())
-        digest.update(file.read_bytes())
+        with file.open("rb") as opened:
+            while part := opened.read(2**22):
+                digest.update(part)
     return digest.hexdigest()[:16]

@@ -81,6 +81,8 @@ def load_diffusion(
     )
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
+    if cls is StableDiffusionXLPipeline:  # its pictures of 1024 px are decoded in float32
+        pipe.vae.enable_slicing()
     for name, part in pipe.components.items():
         if name.startswith("tokenizer"):
             _load("diffusion", spec.diffusion, partial(_whole, part))

@@ -12,7 +12,15 @@ import av
 import numpy as np
 from av.container import InputContainer
 
-from aai.media.container import audio_stream, open_media, packets, shared_origin_s, stream_start_s, video_stream
+from aai.media.container import (
+    audio_stream,
+    find_video,
+    open_media,
+    packets,
+    shared_origin_s,
+    stream_start_s,
+    video_stream,
+)
 from aai.media.limits import ClipError, Deadline, DecodeConfig, Tally
 from aai.media.picking import seconds
 from aai.media.pictures import HASH_FRAMES, Pictures
@@ -149,26 +157,42 @@ def decode_clip(data: bytes, start_s: float | None, end_s: float | None, cfg: De
 
 
 def decode_audio(
-    data: bytes, max_duration_s: float, max_bytes: int, sample_rate_hz: int, timeout_s: float = 30
+    data: bytes,
+    max_duration_s: float,
+    max_bytes: int,
+    sample_rate_hz: int,
+    timeout_s: float = 30,
+    part_s: tuple[float | None, float | None] = (None, None),
 ) -> np.ndarray:
     """Any sound file (or the sound of a video) as mono float32 [S] at the given rate.
 
-    Raises ClipError: EMPTY_AUDIO for 0 seconds, else a code of `decode_clip`.
+    part_s: only [start_s, end_s) of it, counted as `decode_clip` counts; the limit is then the part's. Raises
+    ClipError: EMPTY_AUDIO for 0 seconds, OUT_OF_RANGE for a part without sound, else a code of `decode_clip`.
     """
     cfg = DecodeConfig(max_duration_s=max_duration_s, max_bytes=max_bytes, timeout_s=timeout_s)
+    start_s, end_s = part_s[0] or 0.0, float("inf") if part_s[1] is None else part_s[1]
+    whole = part_s == (None, None)
+    if start_s < 0 or not end_s > start_s:
+        raise ClipError("OUT_OF_RANGE", f"start_s={part_s[0]} and end_s={part_s[1]} do not span a sound")
     with open_media(data, max_bytes, cfg.max_streams) as container:
         stream = audio_stream(container)
-        if _declared_s(container, stream_start_s(stream)) > max_duration_s + 0.1:
+        pictures = find_video(container, cfg)
+        streams = [stream] if whole or pictures is None else [stream, pictures]
+        if min(end_s, _declared_s(container, stream_start_s(stream))) - start_s > max_duration_s + 0.1:
             raise ClipError("TOO_LONG", f"sound is longer than the limit of {max_duration_s:g} s")
-        sound, tally = SoundTrack(sample_rate_hz, 0.0, float("inf"), max_duration_s), Tally(cfg.max_corrupt_fraction)
-        first_s: float | None = None
+        sound, tally = SoundTrack(sample_rate_hz, start_s, end_s, max_duration_s), Tally(cfg.max_corrupt_fraction)
+        first_s: float | None = None if whole else shared_origin_s(streams)
         for packet in packets(container, [stream], Deadline(timeout_s)):
             for frame in tally.decode(stream.decode, packet):
                 time_s = float(frame.time or 0.0)
                 first_s = time_s if first_s is None else first_s
                 sound.add(frame, time_s - first_s)
         tally.check()
+        if sound.first_s is not None and sound.first_s - start_s > max_duration_s:  # silence would fill it
+            raise ClipError("TOO_LONG", f"sound begins later than the limit of {max_duration_s:g} s")
         samples = sound.finish()
+    if not len(samples) and not whole:
+        raise ClipError("OUT_OF_RANGE", f"start_s={part_s[0]}, end_s={part_s[1]}: no sound there")
     if not len(samples):
         raise ClipError("EMPTY_AUDIO", "the file holds no sound (0 seconds)")
     if len(samples) > round((max_duration_s + 0.1) * sample_rate_hz):

@@ -18,7 +18,7 @@ from aai.media.limits import ClipError, DecodeConfig
 from aai.media.shots import Probe, probe_from_json, probe_to_json, require_shots
 from pipelines.curation.curate_config import CutConfig
 from pipelines.curation.layout import CUT
-from pipelines.curation.reading import read_file
+from pipelines.engine.reading import read_file
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.row import ManifestRow
 from pipelines.settings import ClusterConfig

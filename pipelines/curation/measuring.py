@@ -25,7 +25,7 @@ from aai.media.measure import MEASURED_ROW, MeasuredRow, clip_id
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.layout import KNOWN, MEASURED, shard_file
 from pipelines.curation.ledger import Entry, Ledger
-from pipelines.curation.reading import read_file
+from pipelines.engine.reading import read_file
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.row import ManifestRow
 

@@ -20,8 +20,9 @@ from aai.conditions import CONDITIONS, SKETCH, Conditions, HeldOutClip
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.media.waveform import read_sound
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
 from aai.png import encode_png
+from aai.sampling import PaintRequest
 from pipelines.engine.shards import Result, Shard
 from pipelines.evaluation.judges import ATTRIBUTES, JudgeConfig, known_objects, load_judge
 from pipelines.evaluation.listening import HEARD, INPUTS

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,21 +18,23 @@ import pyarrow as pa
 import torch
 
 from aai import storage
+from aai.addons import absolute, content
 from aai.bundle import read_bundle
 from aai.digest import digest
 from aai.errors import UserError
-from aai.inject import check_names, names_in
+from aai.inject import names_in, parse
 from aai.media.decode import ClipError, decode_audio
 from aai.painter import Painter
 from aai.png import encode_png
 from pipelines.engine.cluster import worker_dtype
 from pipelines.engine.lock import output_lock
+from pipelines.engine.reading import read_file
 from pipelines.engine.resume import finished
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.table import read_manifest
+from pipelines.painting.paint import stem_of
 from pipelines.painting.request import GenerateConfig
 from pipelines.registry import tracking
-from pipelines.settings import StoreConfig
 
 log = logging.getLogger(__name__)
 
@@ -86,17 +87,19 @@ class BatchPainter:
     def __init__(self, config: dict[str, Any], sha: str) -> None:
         self.config = GenerateConfig.parse(config)
         c = self.config
-        bundle = read_bundle(tracking.resolve_bundle(c.bundle, StoreConfig.parse(c.tracking.model_dump())))
+        storage.be_patient()
+        bundle = read_bundle(tracking.resolve_bundle(c.bundle, c.tracking))
         if bundle.sha != sha:
             raise UserError("bundle", c.bundle, f"holds {bundle.sha}, the job was started for {sha}", "start it again")
-        self.sha, self.painter = sha, Painter.load(bundle, c.device, c.dtype, c.addons)
+        self.sha, self.painter = sha, Painter.load(bundle, c.torch_device, c.dtype, c.addons)
 
     def __call__(self, shard: SoundShard) -> Painted:
         """Paints the shard's sounds -> pictures, and its part of the index."""
         rows: list[dict[str, Any]] = []
         heard: list[tuple[dict[str, Any], np.ndarray]] = []
+        prompt = self.painter.prompt_of(self.config.request, ["sound"])
         for sound in shard.sounds:
-            row = {**asdict(sound), "prompt": self.config.request.prompt or self.painter.prompt, "bundle": self.sha}
+            row = {**asdict(sound), "uri": _plain(sound.uri), "prompt": prompt, "bundle": self.sha}
             try:
                 audio = self._decoded(sound)
             except ClipError as error:
@@ -112,19 +115,15 @@ class BatchPainter:
         return Painted(rows=len(shard.sounds), rejected=errors.total(), pictures=made, errors=dict(errors))
 
     def _decoded(self, sound: Wanted) -> np.ndarray:
-        """The sound's part of its file. Raises ClipError with the reason."""
+        """The sound's part of its file. Raises ClipError with the reason, OSError when it may be had another time."""
         limits, rate_hz = self.config.limits, self.painter.sample_rate_hz
-        try:
-            data = storage.read_bytes(sound.uri, limits.max_bytes)
-        except (OSError, ValueError) as error:
-            raise ClipError("UNREADABLE", str(error)) from error
-        audio = decode_audio(data, limits.max_audio_s, limits.max_bytes, rate_hz)
-        start, end = round((sound.start_s or 0) * rate_hz), len(audio)
-        if sound.end_s is not None:
-            end = min(end, round(sound.end_s * rate_hz))
-        if not 0 <= start < end:
-            raise ClipError("OUT_OF_RANGE", f"start_s={sound.start_s}, end_s={sound.end_s}: no sound there")
-        return audio[start:end]
+        data = read_file(sound.uri, limits.max_bytes)
+        if isinstance(data, ClipError) and data.transient:
+            raise OSError(f"{sound.uri}: {data.message}")
+        if isinstance(data, ClipError):
+            raise data
+        part_s = sound.start_s, sound.end_s
+        return decode_audio(data, limits.max_audio_s, limits.max_bytes, rate_hz, part_s=part_s)
 
     def _painted(self, heard: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[dict[str, Any]]:
         """Paints all pictures of these sounds in batches and writes them; a row of the index for each."""
@@ -139,7 +138,7 @@ class BatchPainter:
             seeds = [seed for _, _, seed in some]
             pictures = self.painter.paint(embeds, seeds, request, negative=negative)
             for (row, _, seed), picture in zip(some, pictures, strict=True):
-                stem = Path(storage.file_of(row["uri"])).stem.lstrip("-") or "sound"
+                stem = stem_of(storage.file_of(row["uri"]))
                 name = f"{row['row']:07d}_{stem}_seed{seed}.png"
                 made = {"verb": "generate", "audio": stem, "bundle": self.sha, **request.model_dump(), "seed": seed}
                 made["sound_sha256"] = row["sound_sha256"]
@@ -148,15 +147,32 @@ class BatchPainter:
         return out
 
 
+def _plain(uri: str) -> str:
+    """A URI as text that any table takes: bytes of a file name that are no UTF-8 are replaced."""
+    return uri.encode("utf-8", "replace").decode()
+
+
 def paint_manifest(config: GenerateConfig) -> dict[str, object]:
     """Paints every sound of `config.manifest`; returns the figures. A run that was interrupted goes on.
 
     Raises UserError for a folder of other pictures, and for a prompt that does not fit, before anything is painted.
+    A file that cannot be read for the moment ends the run, and the next one reads it again.
     """
-    for prompt in (config.request.prompt, config.request.negative_prompt):
-        if prompt and (names_in(prompt) or prompt == config.request.prompt):
-            check_names(prompt, ["sound"])
-    config = config.model_copy(update={"out": storage.absolute(config.out)})
+    request = config.request
+    for prompt in (request.prompt or "<sound>", request.negative_prompt):
+        parse(prompt)
+    heard = names_in(request.prompt or "<sound>") | names_in(request.negative_prompt)
+    if heard != {"sound"}:
+        rule = "names other sounds than <sound>" if heard else "has no placeholder <sound>"
+        raise UserError("prompt", repr(request.prompt), rule, "write <sound> where each sound of the manifest belongs")
+    uri, name, _, _ = tracking.pin_bundle(config.bundle, config.tracking)
+    places = {
+        "out": storage.absolute(config.out),
+        "bundle": uri if name else storage.absolute(uri),
+        "tracking": config.tracking.anywhere(),
+        "addons": absolute(config.addons),
+    }
+    config = config.model_copy(update=places)
     with output_lock(config.out):
         return _paint_all(config)
 
@@ -166,13 +182,15 @@ def _paint_all(config: GenerateConfig) -> dict[str, object]:
     rows = read_manifest(storage.absolute(config.manifest or ""))
     sounds = [Wanted(row=i, uri=r.uri, start_s=r.start_s, end_s=r.end_s) for i, r in enumerate(rows)]
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
-    dtype = worker_dtype(config.dtype, config.device, config.cluster, config.out)
+    bundle.adapter()  # of one that was only aligned the reason is told here
+    dtype = worker_dtype(config.dtype, config.torch_device, config.cluster, config.out)
     config = config.model_copy(update={"dtype": dtype})
     settings = {
         "bundle": bundle.sha,
         "sounds": digest([asdict(sound) for sound in sounds]),
         "request": config.request.model_dump(mode="json"),
-        "addons": config.addons.model_dump(mode="json"),
+        "addons": {**config.addons.model_dump(mode="json"), "content": content(config.addons)},
+        "limits": config.limits.model_dump(mode="json"),
         "dtype": config.dtype,
         "batch_size": config.batch_size,
     }
@@ -184,11 +202,17 @@ def _paint_all(config: GenerateConfig) -> dict[str, object]:
     for at in range(0, len(sounds), each):
         part = sounds[at : at + each]
         shards.append(SoundShard(name=f"sounds-{at:07d}", rows=len(part), sounds=part))
-    there = storage.shard_names(storage.join(config.out, PARTS))
+    parts = storage.join(config.out, PARTS)
+    there = storage.shard_names(parts)
     args = {"config": config.model_dump(mode="json"), "sha": bundle.sha}
-    run_shards(
-        "generate", shards, BatchPainter, args, config.cluster, lambda s: s.name in there, config.out, unit="sound"
-    )
+    done = lambda shard: shard.name in there  # noqa: E731
+    try:
+        run_shards("generate", shards, BatchPainter, args, config.cluster, done, config.out, unit="sound")
+    except UserError:
+        if not storage.list_files(storage.join(config.out, PICTURES)):  # a mistake in settings: the folder is free
+            for left in (parts, storage.join(config.out, "_generate.json")):
+                storage.remove(left)
+        raise
     return _finish(config, shards, begin)
 
 

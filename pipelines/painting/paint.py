@@ -18,8 +18,9 @@ from aai.errors import UserError
 from aai.inject import Sound, export_textual_inversion
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import STILL_FORMATS, decode_still
-from aai.painter import Painter, check_repaint
+from aai.painter import Painter
 from aai.png import encode_png, same_picture
+from aai.sampling import check_repaint
 from aai.strips import joined, paint_strip
 from pipelines.painting.request import GenerateConfig, PaintConfig, RepaintConfig
 from pipelines.registry import tracking
@@ -89,11 +90,11 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
     rate_hz = encoder_config(bundle).sample_rate_hz
     sounds = {name: decode_sound(sources[name], data[name], config.limits, rate_hz) for name in sources}
-    painter = Painter.load(bundle, config.device, config.dtype, config.addons)
+    painter = Painter.load(bundle, config.torch_device, config.dtype, config.addons)
     start = time.perf_counter()
     painted = _painted(verb, painter, sounds, images, config)
     seconds = time.perf_counter() - start
-    stem = "+".join(Path(uri).stem.lstrip("-") or "sound" for uri in sources.values())
+    stem = stem_of(*sources.values())
     addons = {"addons": config.addons.model_dump(exclude_unset=True)} if config.addons != AddOns() else {}
     made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump(), **addons}
     files = [write_picture(config.out, f"{verb}_{stem}_{name}", image, {**made, **how}) for name, image, how in painted]
@@ -155,6 +156,12 @@ def _refined(painter: Painter, sound: np.ndarray, config: GenerateConfig) -> lis
         for seed, picture in zip(seeds, pictures, strict=True):
             out.append((f"seed{seed}{name}", picture, {"seed": seed, **how}))
     return out
+
+
+def stem_of(*uris: str) -> str:
+    """The sounds' names as the part of a file name, cut where file systems would refuse it."""
+    stem = "+".join(Path(uri).stem.lstrip("-") or "sound" for uri in uris)
+    return stem.encode("utf-8", "replace")[:120].decode("utf-8", "ignore")
 
 
 def write_picture(folder: str, name: str, image: Image.Image, made: dict[str, Any]) -> str:

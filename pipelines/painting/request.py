@@ -7,7 +7,7 @@ import pydantic
 from aai.addons import AddOns
 from aai.cue import CueConfig
 from aai.errors import UserError
-from aai.painter import PaintRequest
+from aai.sampling import PaintRequest
 from aai.sounds import name_of
 from aai.strips import Strip
 from pipelines.settings import ClusterConfig, DType, InputLimits, Plan, RayVerbConfig, StoreConfig, VerbConfig
@@ -30,7 +30,8 @@ class PaintConfig(VerbConfig):
     save_token: str | None = None
     """Also save A* as a textual-inversion safetensors file that diffusers loads."""
     addons: AddOns = AddOns()
-    device: str = "cpu"
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the CPU, but for a manifest the GPU when cluster.gpus_per_worker is not 0."""
     dtype: DType = "float32"
     tracking: StoreConfig = StoreConfig()
 
@@ -56,8 +57,13 @@ class PaintConfig(VerbConfig):
         return Plan(
             inputs={"bundle": self.bundle, "audio": heard, **self.picture_input()},
             outputs={"pictures": self.out},
-            resources={"device": f"{self.device}, {self.dtype}"},
+            resources={"device": f"{self.torch_device}, {self.dtype}"},
         )
+
+    @property
+    def torch_device(self) -> str:
+        """What `device` stands for."""
+        return "cpu" if self.device == "auto" else self.device
 
     def picture_input(self) -> dict[str, str]:
         """The given picture's row of the plan, for the verbs that take one."""
@@ -77,6 +83,11 @@ class GenerateConfig(PaintConfig, RayVerbConfig):
     batch_size: int = pydantic.Field(8, ge=1)
     """Pictures of a manifest that are painted together."""
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def torch_device(self) -> str:
+        """See PaintConfig."""
+        return "cuda" if self.device == "auto" and self.cluster.gpus_per_worker else super().torch_device
 
     @pydantic.model_validator(mode="after")
     def _one_or_all(self) -> "GenerateConfig":

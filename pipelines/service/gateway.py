@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from aai.errors import UserError
-from aai.painter import PaintRequest
+from aai.sampling import PaintRequest
 from pipelines.service.http import Health, Limits, ServedModel, Verb, build_http, busy
 
 logger = logging.getLogger(__name__)

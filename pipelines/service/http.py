@@ -23,7 +23,7 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import decode_still
-from aai.painter import PaintRequest, check_repaint
+from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
 from pipelines.settings import InputLimits
 
@@ -319,20 +319,24 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
     decoding = asyncio.Semaphore(2)  # decoded pictures and sounds are large; waiting uploads are not
 
     async def decoded(read: Callable[..., Any], file: UploadFile, *args: Any) -> Any:
-        data = await file.read()
-        async with decoding:
-            return await asyncio.to_thread(read, data, *args)
+        return await asyncio.to_thread(read, await file.read(), *args)
 
     async def answer(verb: Verb, form: GenerateForm | RepaintForm) -> Response:
         if verb != "generate":
             check_repaint(verb, form)
-        sounds = {}
-        for name, file in form.files().items():
-            sounds[name] = await decoded(read_audio, file, limits, backend.model.sample_rate_hz)
+        files, rate_hz = form.files(), backend.model.sample_rate_hz
+        sounds: dict[str, np.ndarray] = {}
         image = mask = None
-        if isinstance(form, RepaintForm):
-            image = await decoded(read_image, form.image, limits)
-            mask = await decoded(read_image, form.mask, limits) if form.mask else None
+        async with decoding:  # a whole request's: else each of many waiting ones would hold most of its sounds
+            for name, file in files.items():
+                sounds[name] = await decoded(read_audio, file, limits, rate_hz)
+                total_s = sum(map(len, sounds.values())) / rate_hz
+                if total_s > limits.max_audio_s + 0.1:
+                    rule = f"audio: the sounds are {total_s:.1f} s together, the limit is {limits.max_audio_s:g} s"
+                    raise ApiError(422, "too_long", rule)
+            if isinstance(form, RepaintForm):
+                image = await decoded(read_image, form.image, limits)
+                mask = await decoded(read_image, form.mask, limits) if form.mask else None
         return _pictures(await backend.paint(verb, sounds, image, form.request(), mask), form.seed, backend.model)
 
     options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}

@@ -13,8 +13,9 @@ from PIL import Image
 from aai.addons import AddOns
 from aai.bundle import read_bundle
 from aai.errors import UserError
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
 from aai.png import encode_png
+from aai.sampling import PaintRequest
 from pipelines.registry import tracking
 from pipelines.service.http import Verb
 from pipelines.settings import StoreConfig

@@ -14,11 +14,12 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPConfig
 
-from aai.addons import SCHEDULERS, AddOns
+from aai.addons import SCHEDULERS, AddOns, absolute, add_to, with_controlnet
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from aai.toy.recipe_clip import image_processor
 from tests.aai.test_painter import pixels, sound
 from tests.tiny import write_bundle_of, write_published
@@ -124,6 +125,41 @@ def test_a_safety_checker_is_off_only_by_choice(bundle: Path, plain: Painter, tm
     given = Image.new("RGB", (64, 64), "white")
     assert not pixels(Painter.load(own).edit(sound(1), given, PaintRequest(steps=4))).any()
     assert painted(own, safety_checker="off").any()
+
+
+def test_a_model_without_a_place_for_a_checker_says_so(spec: FoundationSpec, tmp_path: Path) -> None:
+    found = FoundationSpec(clip=spec.clip, diffusion=str(write_published(tmp_path / "xl", spec.clip, "xl")))
+    pipe = load_diffusion(found)
+    add_to(pipe, AddOns(), found)
+    with pytest.raises(UserError, match="a StableDiffusionXLPipeline has no place for a safety checker; set it to off"):
+        add_to(pipe, AddOns(safety_checker=str(tmp_path)), found)
+
+
+def test_a_controlnet_of_another_model_is_refused(spec: FoundationSpec, plain: Painter, tmp_path: Path) -> None:
+    xl = FoundationSpec(clip=spec.clip, diffusion=str(write_published(tmp_path / "xl", spec.clip, "xl")))
+    ControlNetModel.from_unet(load_diffusion(xl).unet).save_pretrained(tmp_path / "net")
+    with pytest.raises(UserError, match="is for another model: its cross_attention_dim is 80, the model's 32"):
+        with_controlnet(plain.pipe, AddOns(controlnet=str(tmp_path / "net")))
+
+
+def test_damaged_weights_are_named(bundle: Path, lora: Path, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"damaged")
+    write_checker(tmp_path / "checker", tmp_path / "checker")
+    (tmp_path / "checker" / "model.safetensors").write_bytes(b"damaged")
+    for name, place in (("lora", tmp_path), ("safety_checker", tmp_path / "checker")):
+        with pytest.raises(UserError, match=f"addons.{name}=.*: cannot be used"):
+            Painter.load(bundle, addons=AddOns(**{name: str(place)}))
+
+
+def test_more_steps_than_a_distilled_models_scheduler_takes(bundle: Path) -> None:
+    painter = Painter.load(bundle, addons=AddOns(scheduler="lcm"))
+    with pytest.raises(UserError, match=r"steps=51: addons\.scheduler=lcm takes at most 50"):
+        painter.generate(sound(1), PaintRequest(steps=51))
+
+
+def test_paths_hold_in_any_folder() -> None:
+    moved = absolute(AddOns(lora="a/b.safetensors", safety_checker="off"))
+    assert (moved.lora, moved.safety_checker) == (str(Path("a/b.safetensors").absolute()), "off")
 
 
 @pytest.mark.parametrize("name", ["lora", "controlnet", "safety_checker"])

@@ -1,6 +1,7 @@
 """Painting with small random models: seeds, guidance, strength, editing, and what a request may ask."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from aai.bundle import BundleConfig, write_bundle
 from aai.concepts import Kind
 from aai.errors import UserError
 from aai.inject import Sound
-from aai.painter import REMEMBERED, Painter, PaintRequest, check_repaint
+from aai.painter import REMEMBERED, Painter
+from aai.sampling import PaintRequest
 
 REQUEST = PaintRequest(steps=2)
 
@@ -86,11 +88,38 @@ def test_of_a_long_sound_the_asked_part_is_heard(painter: Painter) -> None:
     mean = torch.stack([painter.listen(part) for part in halves]).mean(0)
     torch.testing.assert_close(painter.listen(long, "mean"), mean / mean.norm())
     assert not torch.allclose(painter.listen(long), painter.listen(last))
+    longer = (0.01 * rng.standard_normal(12 * samples)).astype(np.float32)  # 23 windows
+    changed = longer.copy()
+    changed[-samples // 2 :] *= 30
+    assert not torch.allclose(painter.listen(longer, "mean"), painter.listen(changed, "mean"), atol=1e-4)
     heard = painter.generate(long, REQUEST.model_copy(update={"window": "loudest"}))
     assert np.array_equal(pixels(heard), pixels(painter.generate(first, REQUEST)))
     given = Image.new("RGB", (64, 64))
     edited = painter.edit(long, given, REQUEST.model_copy(update={"window": "loudest"}))
     assert np.array_equal(pixels(edited), pixels(painter.edit(first, given, REQUEST)))
+
+
+def test_what_does_not_fit_is_painted_in_halves(painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = PaintRequest(steps=2, num_images=5, seed=3)
+    whole, given = pixels(painter.generate(sound(1), request)), Image.new("RGB", (64, 64), "white")
+    edited = pixels(painter.edit(sound(1), given, request))
+    decode = type(painter.pipe.vae).decode
+
+    def small(vae: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return decode(vae, latents, *args, **kwargs)
+
+    monkeypatch.setattr(type(painter.pipe.vae), "decode", small)
+    assert np.abs(pixels(painter.generate(sound(1), request)) - whole).max() <= 1
+    assert np.abs(pixels(painter.edit(sound(1), given, request)) - edited).max() <= 1
+
+    def none(vae: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(type(painter.pipe.vae), "decode", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        painter.generate(sound(1), request)
 
 
 def test_a_sound_is_listened_to_once(painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,43 +342,6 @@ def test_without_a_vocabulary_nothing_is_edited(painter: Painter) -> None:
     assert bare.injector.neutral_word == "thing"
 
 
-def test_bounds_and_defaults_of_a_request() -> None:
-    """The bounds protect a service, and clients rely on the defaults."""
-    assert PaintRequest().model_dump() == {
-        "prompt": None,
-        "negative_prompt": "",
-        "num_images": 1,
-        "steps": 20,
-        "guidance_scale": 3.0,
-        "seed": 0,
-        "sound_strength": 1.0,
-        "window": "middle",
-        "denoise_strength": None,
-        "repaint": "img2img",
-        "mask_threshold": 0.4,
-        "fresh_noise": 0.5,
-    }
-    limits = {
-        "num_images": (1, 8),
-        "steps": (1, 100),
-        "guidance_scale": (0, 30),
-        "seed": (0, 2**63 - 1),
-        "sound_strength": (0, 2),
-    }
-    for name, (low, high) in limits.items():
-        PaintRequest.parse({name: low})
-        PaintRequest.parse({name: high})
-        for bad in (low - 1, high + 1):
-            with pytest.raises(UserError, match=name):
-                PaintRequest.parse({name: bad})
-    PaintRequest(denoise_strength=1, prompt="x" * 500, negative_prompt="x" * 500)
-    bad_values = {"denoise_strength": (0, 1.01), "prompt": ("x" * 501,), "negative_prompt": ("x" * 501,)}
-    for name, values in bad_values.items():
-        for value in values:
-            with pytest.raises(UserError, match=name):
-                PaintRequest.parse({name: value})
-
-
 def test_a_painter_comes_out_of_a_bundle_as_it_went_in(painter: Painter, tmp_path: Path) -> None:
     assert painter.sample_rate_hz == 16_000
     assert painter.size_px == 64
@@ -381,11 +373,6 @@ def test_a_repaint_paints_at_least_one_step(painter: Painter) -> None:
     with pytest.raises(UserError, match=r"^denoise_strength=0\.3: times 3 steps is below 1: .*; raise it to 0\.34"):
         painter.edit(sound(1), black, PaintRequest(steps=3, denoise_strength=0.3))
     assert painter.edit(sound(1), black, PaintRequest(steps=3, denoise_strength=0.34))
-    for steps in range(1, 101):  # the remedy is one, also at the smallest strength there is
-        with pytest.raises(UserError) as error:
-            check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=5e-324))
-        enough = float(error.value.remedy.split()[3].rstrip(","))
-        check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=enough))
 
 
 def test_several_sounds_by_name(painter: Painter) -> None:

@@ -18,8 +18,9 @@ from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import diffusion_skeleton, load_diffusion
 from aai.inject import Sound, export_textual_inversion
-from aai.painter import Painter, PaintRequest
-from aai.sdxl import injector_of
+from aai.painter import Painter
+from aai.sampling import PaintRequest
+from aai.sdxl import DoubleInjector, conditions, injector_of
 from tests.aai.test_painter import pixels, sound
 from tests.tiny import write_published
 
@@ -121,6 +122,38 @@ def test_the_adapter_trains_through_it(painters: dict[str, Painter], kind: str) 
     rows = last.grad.reshape(2, WIDTHS[kind], -1).abs().sum((0, 2))
     assert (rows > 0).all()  # every number of A*, of both encoders
     assert all(p.grad is None for name, p in task.named_parameters() if not name.startswith("adapter"))
+
+
+def test_xl_trains_under_the_sizes_that_it_paints_with(painters: dict[str, Painter]) -> None:
+    pipe = painters["xl"].pipe
+    embeds = torch.randn(3, 33, 80)
+    given = conditions(pipe.unet, embeds, 64)
+    own = pipe._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.float32, text_encoder_projection_dim=40)
+    assert torch.equal(given["added_cond_kwargs"]["time_ids"], own.expand(3, -1))
+    assert torch.equal(given["added_cond_kwargs"]["text_embeds"], embeds[:, -1, :40])
+    assert conditions(painters["1.5"].pipe.unet, embeds, 64) == {"encoder_hidden_states": embeds}
+
+
+def test_both_text_encoders_move_with_the_task(painters: dict[str, Painter]) -> None:
+    adapter = AudioAdapter(AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=80), 1.0)
+    task = AdaptTask(adapter, load_diffusion(painters["xl"].foundation), None, AdaptLossConfig()).to("meta")
+    assert isinstance(task.injector, DoubleInjector)
+    for encoder in (task.injector.text_encoder, task.injector.second.text_encoder):
+        assert {p.device.type for p in encoder.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_the_precision_paints_too(painters: dict[str, Painter], kind: str) -> None:
+    """As on a GPU: A* comes in float32, the text encoder in bfloat16."""
+    full = painters[kind]
+    pipe = load_diffusion(full.foundation, dtype=torch.bfloat16)
+    half = Painter(pipe, full.aligner, full.adapter, full.foundation, full.vocabulary)
+    request = PaintRequest(steps=2, prompt="<sound*0.5> at night")
+    told, expected = (painter.embed_request(sound(1), request)[0].float() for painter in (half, full))
+    assert (told - expected).norm() < 0.05 * expected.norm()
+    assert half.generate(sound(1), request)[0].size == (64, 64)
+    given = Image.new("RGB", (64, 64), "white")
+    assert half.edit(sound(1), given, PaintRequest(steps=4, repaint="invert"))[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from aai.errors import UserError
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from aai.strips import along, joined, paint_strip
 from tests.aai.test_painter import pixels, sound
 
@@ -23,6 +24,16 @@ def test_a_morph_begins_at_one_sound_and_ends_at_the_other(painter: Painter) -> 
     assert not np.array_equal(between, pixels([strip[2][1]]))
     with pytest.raises(UserError, match="1 sounds: a morph goes from one sound to another"):
         paint_strip(painter, "morph", sound(1), REQUEST)
+
+
+def test_a_morph_heeds_strength_and_window(painter: Painter) -> None:
+    long = np.concatenate([4 * sound(3), sound(4), sound(5)])  # three clips
+    request = REQUEST.model_copy(update={"sound_strength": 0.5, "window": "loudest"})
+    (_, first), *_ = paint_strip(painter, "morph", [long, sound(2)], request, 2)
+    assert np.abs(pixels([first]) - pixels(painter.generate(long, request))).max() <= 1
+    for other in ({"window": "middle"}, {"sound_strength": 1.0}):
+        (_, changed), *_ = paint_strip(painter, "morph", [long, sound(2)], request.model_copy(update=other), 2)
+        assert not np.array_equal(pixels([changed]), pixels([first]))
 
 
 def test_a_morph_turns_by_equal_angles() -> None:

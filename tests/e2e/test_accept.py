@@ -19,7 +19,8 @@ from PIL import Image
 
 from aai import storage
 from aai.media.decode import decode_audio
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from aai.toy.judge import ToyJudge
 from aai.toy.scoring import score_defects
 from pipelines.registry import tracking

@@ -16,7 +16,8 @@ from PIL import Image, ImageChops
 from aai import storage
 from aai.bundle import read_bundle
 from aai.media.decode import decode_audio
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from pipelines import demo
 from pipelines.__main__ import main
 from pipelines.engine import cluster

@@ -20,7 +20,8 @@ from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Injector
 from aai.memory import PeakMemory, StepCost
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from pipelines import adapt, featurize
 from pipelines.adapt import AdaptConfig, AdaptRecipe
 from pipelines.engine.cluster import connect, shutdown

@@ -18,7 +18,7 @@ from aai.features import FeatureManifest
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import read_samples
-from aai.painter import PaintRequest
+from aai.sampling import PaintRequest
 from aai.toy.grammar import OBJECTS
 from pipelines import evaluate, featurize
 from pipelines.evaluate import EvaluateConfig

@@ -11,7 +11,8 @@ from PIL import Image
 
 from aai.errors import UserError
 from aai.media.limits import ClipError
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from pipelines import pyfunc_model
 from pipelines.pyfunc_model import PainterModel, _load_pyfunc
 from pipelines.settings import InputLimits

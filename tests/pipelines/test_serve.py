@@ -28,7 +28,8 @@ from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
 from aai.media.decode import decode_audio
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from pipelines.__main__ import main
 from pipelines.registry import tracking
 from pipelines.serve import ServeConfig, build_app, check_address
@@ -285,3 +286,8 @@ def test_build_app_takes_settings_or_a_file(service: Service, tmp_path: Path) ->
     assert build_app({"config": str(tmp_path / "serve.yaml"), "port": 9000})
     with pytest.raises(UserError, match="did you mean 'bundle'"):
         build_app({"bundel": "x"})
+
+
+def test_a_controlnet_has_no_place_in_the_service() -> None:
+    with pytest.raises(UserError, match="needs a picture that requests do not carry"):
+        ServeConfig.parse({"addons": {"controlnet": "net"}})

@@ -136,6 +136,27 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
     return sink.getvalue()
 
 
+def test_a_part_of_a_sound() -> None:
+    """As the whole one cut: the limit is the part's, and a video's part counts from where curation counts."""
+    data = wav(tone(8, 16_000), 16_000)
+    whole = decode_audio(data, 10, 10**6, 16_000)
+    for part_s, cut in (
+        ((5.0, 6.5), slice(80_000, 104_000)),
+        ((6.0, None), slice(96_000, None)),
+        ((None, 1.0), slice(16_000)),
+    ):
+        assert np.array_equal(decode_audio(data, 3, 10**6, 16_000, part_s=part_s), whole[cut])
+    clip = make_clip(duration_s=4.0)
+    ours = decode_audio(clip, 10, 10**6, 16_000, part_s=(1.5, 3.0))
+    theirs = decode_clip(clip, 1.5, 3.0, DecodeConfig(sample_rate_hz=16_000)).audio
+    assert np.abs(ours[:23_000] - theirs[:23_000]).max() < 1e-3
+    for part_s, code in (((9.0, 10.0), "OUT_OF_RANGE"), ((2.0, 1.0), "OUT_OF_RANGE"), ((-1.0, 1.0), "OUT_OF_RANGE"),
+                         ((0.0, 7.0), "TOO_LONG"), ((1.0, None), "TOO_LONG")):  # fmt: skip
+        with pytest.raises(ClipError) as caught:
+            decode_audio(data, 5, 10**6, 16_000, part_s=part_s)
+        assert caught.value.code == code
+
+
 def test_decode_audio() -> None:
     sound = decode_audio(wav(tone(2, 22_050), 22_050), max_duration_s=10, max_bytes=10**6, sample_rate_hz=16_000)
     assert sound.shape == pytest.approx((32_000,), abs=2)

@@ -15,7 +15,8 @@ from aai.conditions import Conditions, HeldOutClip
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
-from aai.painter import Painter, PaintRequest
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from aai.toy.judge import ToyJudge
 from pipelines.evaluation.cases import (
     Case,

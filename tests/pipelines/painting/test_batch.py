@@ -9,13 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aai.addons import AddOns, content
 from aai.bundle import read_bundle
 from aai.errors import UserError
+from aai.media.decode import decode_audio
 from aai.media.waveform import write_wav
+from aai.painter import Painter
+from aai.sampling import PaintRequest
 from pipelines.__main__ import main
-from pipelines.painting.batch import paint_manifest
+from pipelines.painting.batch import BatchPainter, SoundShard, Wanted, paint_manifest
 from pipelines.painting.request import GenerateConfig
 from tests import hostile
+from tests.aai.test_addons import write_checker
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_every_sound_has_its_row(painted: Path, sounds: Path, tiny_bundle: str) 
             assert row["seed"] == 5
             assert row["sound_sha256"] in Image.open(painted / row["picture"]).info["aai"]
     codes = {Path(row["uri"]).stem: row["error_code"] for row in rows if row["error"]}
-    assert codes["absent"] == "UNREADABLE"
+    assert codes["absent"] == "MISSING_FILE"
     assert rows[12]["error_code"] == "OUT_OF_RANGE"
     assert len({row["sound_sha256"] for row in rows if row["picture"]}) == 10  # the half is another sound
 
@@ -114,5 +119,93 @@ def test_a_wrong_prompt_ends_it_before_a_picture(
 ) -> None:
     words = ["--bundle", tiny_bundle, "--out", str(tmp_path / "out"), "--set", "cluster.num_workers=1"]
     assert main(["generate", "--manifest", str(sounds), *words, "--prompt", "a photo of <dog>"]) == 2
-    assert "has no placeholder <sound>" in capsys.readouterr().err.splitlines()[-1]
+    assert "names other sounds than <sound>" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def worker(sounds: Path, bundle: str, out: Path, **changes: Any) -> BatchPainter:
+    config = settings(sounds, bundle, out, **changes)
+    return BatchPainter(config.model_dump(mode="json"), read_bundle(bundle).sha)
+
+
+def shard(*wanted: Wanted) -> SoundShard:
+    return SoundShard(name="some", rows=len(wanted), sounds=list(wanted))
+
+
+def test_a_worker_heeds_every_setting(sounds: Path, tiny_bundle: str, tmp_path: Path) -> None:
+    """Against the painter itself: seeds, a sound in the negative prompt, a part of a file."""
+    request = PaintRequest(steps=2, seed=5, num_images=2, negative_prompt="<sound>", prompt="a bell")
+    paints = worker(sounds, tiny_bundle, tmp_path, request=request.model_dump())
+    made = paints(shard(Wanted(row=0, uri=str(sounds / "s3.wav"), start_s=0.25, end_s=0.75)))
+    assert (made.rows, made.pictures, made.errors) == (1, 2, {})
+    rows = pq.read_table(tmp_path / "index" / "some.parquet").to_pylist()
+    assert [row["seed"] for row in rows] == [5, 6]
+    audio = decode_audio((sounds / "s3.wav").read_bytes(), 60, 2**20, 16_000)[4000:12_000]
+    expected = Painter.load(tiny_bundle).generate(audio, request)
+    for row, picture in zip(rows, expected, strict=True):
+        found = np.asarray(Image.open(tmp_path / row["picture"]), np.int16)
+        assert np.abs(found - np.asarray(picture, np.int16)).max() <= 1
+        assert row["prompt"] == "a bell"
+    with pytest.raises(UserError, match="the job was started for 0000"):
+        BatchPainter(settings(sounds, tiny_bundle, tmp_path).model_dump(mode="json"), "0000")
+
+
+def test_add_ons_reach_the_workers_and_belong_to_the_settings(sounds: Path, tiny_bundle: str, tmp_path: Path) -> None:
+    write_checker(tmp_path / "checker", tmp_path / "checker")
+    addons = {"safety_checker": str(tmp_path / "checker")}
+    paints = worker(sounds, tiny_bundle, tmp_path / "out", addons=addons)
+    paints(shard(Wanted(row=0, uri=str(sounds / "s3.wav"), start_s=None, end_s=None)))
+    (picture,) = (tmp_path / "out" / "pictures").iterdir()
+    assert not np.asarray(Image.open(picture)).any()
+    before = content(AddOns(**addons))
+    (tmp_path / "checker" / "config.json").write_text("{}")
+    assert content(AddOns(**addons)) != before
+
+
+def test_a_file_that_cannot_be_had_for_the_moment_ends_the_run(
+    sounds: Path, tiny_bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paints = worker(sounds, tiny_bundle, tmp_path)
+
+    def away(uri: str, max_bytes: int) -> bytes:
+        raise ConnectionResetError("connection reset")
+
+    monkeypatch.setattr("aai.storage.read_bytes", away)
+    with pytest.raises(OSError, match="connection reset"):
+        paints(shard(Wanted(row=0, uri=str(sounds / "s3.wav"), start_s=None, end_s=None)))
+    assert not (tmp_path / "index").exists()
+
+
+def test_odd_file_names_are_cut_and_replaced(sounds: Path, tiny_bundle: str, tmp_path: Path) -> None:
+    names = [sounds / ("é" * 120 + ".wav"), sounds / "\udcff.wav"]
+    for name in names:
+        name.write_bytes((sounds / "s3.wav").read_bytes())
+    paints = worker(sounds, tiny_bundle, tmp_path)
+    made = paints(shard(*[Wanted(row=i, uri=str(name), start_s=None, end_s=None) for i, name in enumerate(names)]))
+    for name in names:
+        name.unlink()
+    assert made.pictures == 2
+    for row in pq.read_table(tmp_path / "index" / "some.parquet").to_pylist():
+        assert (tmp_path / row["picture"]).exists()
+
+
+@pytest.mark.parametrize("prompt", ["<sound*3>", "<sound> and <dog>", "a dog"])
+def test_a_prompt_that_does_not_fit_leaves_the_folder_free(
+    sounds: Path, tiny_bundle: str, tmp_path: Path, prompt: str
+) -> None:
+    with pytest.raises(UserError):
+        paint_manifest(settings(sounds, tiny_bundle, tmp_path / "out", request={"prompt": prompt}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_that_a_worker_finds_leaves_the_folder_free(sounds: Path, tiny_bundle: str, tmp_path: Path) -> None:
+    long = {"prompt": "a photo of " + "thing " * 60 + "<sound>"}
+    with pytest.raises(UserError, match="falls off"):
+        paint_manifest(settings(sounds, tiny_bundle, tmp_path / "out", request=long))
+    assert not (tmp_path / "out" / "_generate.json").exists()
+
+
+def test_a_gpu_for_each_worker_is_used() -> None:
+    assert GenerateConfig.parse({"cluster": {"gpus_per_worker": 1}}).torch_device == "cuda"
+    assert GenerateConfig.parse({}).torch_device == "cpu"
+    assert GenerateConfig.parse({"device": "cuda:1"}).torch_device == "cuda:1"

@@ -9,7 +9,7 @@ from PIL import Image
 from ray import serve
 
 from aai.errors import UserError
-from aai.painter import PaintRequest
+from aai.sampling import PaintRequest
 from pipelines.service.gateway import KEY_VARIABLE, Gateway
 from pipelines.service.http import ApiError
 

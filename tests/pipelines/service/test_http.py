@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from aai.errors import UserError
-from aai.painter import PaintRequest
+from aai.sampling import PaintRequest
 from pipelines.service.http import STATIC, Health, Limits, ServedModel, build_http
 from tests import hostile
 from tests.clips import latin1_title, make_moving
@@ -126,10 +126,10 @@ def test_a_mask_goes_with_the_picture() -> None:
 @pytest.mark.parametrize(("names", "known"), [(None, ["sound", "sound2"]), ("dog, rain", ["dog", "rain"])])
 def test_several_sounds_have_names(names: str | None, known: list[str]) -> None:
     backend = Echo()
-    files = [("audio", ("a.wav", wav(1))), ("audio", ("b.wav", wav(2)))]
+    files = [("audio", ("a.wav", wav(1))), ("audio", ("b.wav", wav(0.5)))]
     response = ask("POST", "/v1/generate", backend, files=files, data={"names": names} if names else {})
     assert response.status_code == 200
-    assert [(name, len(audio)) for name, audio in backend.calls[0][1].items()] == [(known[0], 16000), (known[1], 32000)]
+    assert [(name, len(audio)) for name, audio in backend.calls[0][1].items()] == [(known[0], 16000), (known[1], 8000)]
 
 
 @pytest.mark.parametrize("names", ["dog", "dog,dog", "dog,rain,bell", ","])
@@ -139,6 +139,15 @@ def test_names_that_do_not_fit_the_sounds_are_refused(names: str) -> None:
     response = ask("POST", "/v1/generate", backend, files=files, data={"names": names})
     assert code(response) == (422, "invalid_field")
     assert "are not 2 different names" in response.json()["error"]["message"]
+    assert not backend.calls
+
+
+def test_the_limit_is_of_all_sounds_of_a_request_together() -> None:
+    backend = Echo()
+    files = [("audio", ("a.wav", wav(1.5)))] * 2
+    response = ask("POST", "/v1/generate", backend, files=files)
+    assert code(response) == (422, "too_long")
+    assert "3.0 s together, the limit is 2 s" in response.json()["error"]["message"]
     assert not backend.calls
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from PIL import Image
 
 from aai.bundle import read_bundle
 from aai.errors import UserError
-from aai.painter import PaintRequest
+from aai.sampling import PaintRequest
 from pipelines.service.painters import PainterReplica
 from pipelines.settings import StoreConfig
+from tests.aai.test_addons import write_checker
 
 TONE = {"sound": (np.sin(np.arange(8000) / 5) / 2).astype(np.float32)}
 REQUEST = PaintRequest(steps=2, denoise_strength=1)
@@ -42,6 +44,13 @@ def test_each_verb_paints_its_own_picture(painter: PainterReplica) -> None:
     inverted = REQUEST.model_copy(update={"repaint": "invert"})
     kept = asyncio.run(painter.paint("edit", TONE, [RED, np.zeros_like(RED)], inverted))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept[0]))), RED)
+
+
+def test_add_ons_reach_the_painter(tiny_bundle: str, tmp_path: Path) -> None:
+    write_checker(tmp_path, tmp_path)
+    checked = replica(tiny_bundle, addons={"safety_checker": str(tmp_path)})
+    (picture,) = asyncio.run(checked.paint("generate", TONE, [None, None], REQUEST))
+    assert not np.asarray(Image.open(io.BytesIO(picture))).any()
 
 
 def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from aai.media.limits import ClipError
-from pipelines.curation.reading import read_file
+from pipelines.engine.reading import read_file
 
 
 def test_a_file_of_the_largest_size_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""What a painter is asked for: settings of sampling, prompt and seeds, and what of them cannot be painted."""
+
+import math
+from typing import Any, Literal
+
+import pydantic
+
+from aai.bundle import BundleConfig
+from aai.concepts import Kind
+from aai.config import Config
+from aai.errors import UserError
+from aai.sounds import Window
+
+DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default
+HEAD_PATTERN: str = BundleConfig.model_fields["head_pattern"].default
+REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.8), "stylize": ("objects", 0.8)}
+"""Per verb: what of the given picture stays, and how much of it is painted anew by default."""
+
+
+class SamplingConfig(Config):
+    """How the diffusion model paints; the bounds protect a service."""
+
+    negative_prompt: str = pydantic.Field("", max_length=500)
+    steps: int = pydantic.Field(20, ge=1, le=100)
+    """Denoising steps."""
+    guidance_scale: float = pydantic.Field(3.0, ge=0, le=30)
+    denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
+    """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
+    repaint: Literal["img2img", "invert"] = "img2img"
+    """Edit and stylize: img2img adds noise to the whole picture and paints it anew (SDEdit); invert changes a mask,
+    given or derived, and keeps every pixel outside."""
+    mask_threshold: float = pydantic.Field(0.4, ge=0, le=1)
+    """invert without a mask: how far the old and the new prompt must disagree at a place for it to change."""
+    fresh_noise: float = pydantic.Field(0.5, ge=0, le=1)
+    """invert: 0 keeps the old shapes within the mask most, 1 forgets them."""
+
+
+class PaintRequest(SamplingConfig):
+    """What to paint and how."""
+
+    prompt: str | None = pydantic.Field(None, max_length=500)
+    """Text with <sound> where the sound belongs; of several sounds the <NAME> of each, or <NAME*0.6> for one at six
+    tenths of its strength. Empty = the bundle's own ("a photo of <sound>"); edit and stylize read the medium off the
+    picture instead. The negative prompt may name sounds as well."""
+    num_images: int = pydantic.Field(1, ge=1, le=8)
+    seed: int = pydantic.Field(0, ge=0, lt=2**63 - 8)
+    """Picture i of a request uses seed + i."""
+    sound_strength: float = pydantic.Field(1.0, ge=0, le=2)
+    """0 ignores the sound, 1 is the sound as learned; of all sounds, times what the prompt says of one."""
+    window: Window = "middle"
+    """What is heard of a sound longer than the model's clips: its middle, the loudest part, or the mean of parts."""
+
+
+def check_repaint(verb: str, request: SamplingConfig) -> float:
+    """The denoise strength with which a request repaints. Raises UserError when not one step would be painted.
+
+    Of N denoising steps the last floor(N * strength) are painted (SDEdit, Meng et al. 2022).
+    """
+    strength = request.denoise_strength or REPAINT[verb][1]
+    if int(request.steps * strength) < 1:
+        enough = math.ceil(100 / request.steps) / 100
+        rule = f"times {request.steps} steps is below 1: there is no step to paint"
+        raise UserError("denoise_strength", strength, rule, f"raise it to {enough:g}, or give more steps")
+    return strength
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Raises UserError for more steps than a scheduler of distilled models was made for."""
+    most = getattr(scheduler.config, "original_inference_steps", None)
+    if most is not None and steps > most:
+        raise UserError("steps", steps, f"addons.scheduler=lcm takes at most {most}", "a distilled model needs 4 to 8")
