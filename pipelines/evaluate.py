@@ -53,7 +53,9 @@ NUM_PICTURES = {
     "random_token": 300,
     "sketch": 300,
     "edit": 120,
+    "edit_from_noise": 60,
     "stylize": 120,
+    "stylize_from_noise": 60,
 }
 
 

@@ -4,6 +4,8 @@ Each object is a list of filled shapes in a unit box (x right, y down, centre 0,
 function places, scales, leans and mirrors them all. Its colour is the scene's; its palette's `a` and `b` are not used.
 """
 
+import math
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -151,6 +153,10 @@ _PLACES = {
 """Where objects stand, by their count: (x, y, size beside a single one)."""
 
 
+BOUNCE = 0.18
+"""How far a sound lifts its object at most, as a share of half its width."""
+
+
 def _rgb(colour: str) -> np.ndarray:
     return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], float)
 
@@ -196,14 +202,38 @@ def _arch(draw: ImageDraw.ImageDraw, rng: np.random.Generator, px: int, night: b
         draw.line((x, 0, x, beam), fill=joint, width=line)
 
 
+def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[str, float, float, float]]:
+    """(name, x, y, half of the width) of each object, as shares of the picture's edge."""
+    names = [scene.obj, scene.second] if scene.second else [scene.obj] * (1 + COUNTS.index(scene.count))
+    found = []
+    for name, (x, y, share) in zip(names, _PLACES[COUNTS[len(names) - 1]], strict=True):
+        x, y = x + rng.uniform(-1, 1) * 0.07 * share, y + rng.uniform(-1, 1) * 0.05 * share
+        found.append((str(name), x, y, (0.21 + 0.17 * scene.size) * share))
+    return found
+
+
 def _objects(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int, bounce: float) -> None:
     """The sounding objects, lifted by `bounce` (a fraction of their size)."""
+    places = _places(scene, rng)
     colour = _jitter(_rgb(_COLOURS[scene.colour]), rng, 16)
-    names = [scene.obj, scene.second] if scene.second else [scene.obj] * (1 + COUNTS.index(scene.count))
-    for name, (x, y, share) in zip(names, _PLACES[COUNTS[len(names) - 1]], strict=True):
-        half = px * (0.21 + 0.17 * scene.size) * share
-        x, y = x + rng.uniform(-1, 1) * 0.07 * share, y + rng.uniform(-1, 1) * 0.05 * share
-        _object(draw, str(name), (px * x, px * y - bounce * half, half), colour, scene.ambience == "night", rng)
+    for name, x, y, half in places:
+        place = (px * x, px * (y - bounce * half), px * half)
+        _object(draw, name, place, colour, scene.ambience == "night", rng)
+
+
+def region(scene: Scene) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom), in percent of the edge, that no object of a scene leaves.
+
+    With room for the bounce, the lean, and the hand that holds the camera.
+    """
+    boxes = []
+    for _, x, y, half in _places(scene, np.random.default_rng((scene.seed, 1))):
+        boxes.append((x - 1.45 * half, y - 1.45 * half, x + 1.45 * half, y + 1.2 * half))
+    lows = [min(box[i] for box in boxes) - 0.02 for i in (0, 1)]
+    highs = [max(box[i] for box in boxes) + 0.02 for i in (2, 3)]
+    left, top = (int(100 * max(0.0, low)) for low in lows)
+    right, bottom = (math.ceil(100 * min(1.0, high)) for high in highs)
+    return left, top, right, bottom
 
 
 def _object(
@@ -292,6 +322,6 @@ def draw_scene(scene: Scene, size_px: int = 128, time_s: float = 0.0, level: flo
     _background(draw, scene, layout, px)
     if scene.place == "arch":
         _arch(draw, walls, px, scene.ambience == "night")
-    _objects(draw, scene, things, px, bounce=0.18 * level)
+    _objects(draw, scene, things, px, bounce=BOUNCE * level)
     _weather(draw, scene, sky, px, time_s)
     return _render_medium(image.reduce(2), scene.medium)

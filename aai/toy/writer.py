@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from aai import storage
-from aai.toy.draw import draw_scene
+from aai.toy.draw import draw_scene, region
 from aai.toy.grammar import Scene, clip_caption, partial_caption, random_scene
 from aai.toy.roster import KINDS, Clip, plan_world, split_of
 from aai.toy.synthesis import level_envelope, object_sound, synthesise
@@ -32,6 +32,13 @@ log = logging.getLogger(__name__)
 VERSION = 2
 """Counts up when the same settings would give other files."""
 SYNTHESIS_RATE_HZ = 16000
+
+
+def labels_of(scene: Scene) -> list[str]:
+    """What the manifest says of a clip: `Scene.labels`, then the region of its objects (`draw.region`) as text."""
+    return [*scene.labels, " ".join(map(str, region(scene)))]
+
+
 # ---------------------------------------------------------------- one clip
 
 
@@ -188,7 +195,7 @@ def write_world(
     done = _each(partial(_write_clip, out), clips, num_workers)
     for _ in tqdm(done, total=len(clips), desc="world", unit="clip", disable=not progress, mininterval=1.0):
         pass
-    rows = [[c.uri, "", "", clip_caption(c.scene), ";".join(c.scene.labels), c.split] for c in clips]
+    rows = [[c.uri, "", "", clip_caption(c.scene), ";".join(labels_of(c.scene)), c.split] for c in clips]
     _write_csv(storage.join(out, "manifest.csv"), rows)
     planted = [_defect(c) for c in clips if c.kind != "plain"]
     storage.write_json(storage.join(out, "defects.json"), planted)

@@ -28,9 +28,19 @@ from pipelines.evaluation.judges import ATTRIBUTES, JudgeConfig, known_objects, 
 from pipelines.evaluation.listening import HEARD, INPUTS
 
 PICTURES = "pictures"
-REPAINTED = {"edit": 0, "stylize": 1}
-"""Conditions that change a given picture: the place of the label in which picture and sound differ."""
-NEEDED = {"sketch": "medium", "edit": "object", "stylize": "ambience", "loudness": "size", "full_caption": "colour"}
+FROM_NOISE = "_from_noise"
+REPAINTED = {"edit": 0, "stylize": 1, f"edit{FROM_NOISE}": 0, f"stylize{FROM_NOISE}": 1}
+"""Conditions that change a given picture: the place of the label in which picture and sound differ. Those from noise
+are told what the picture shows, and never see it: what they keep is no keeping."""
+NEEDED = {
+    "sketch": "medium",
+    "edit": "object",
+    "stylize": "ambience",
+    "edit_from_noise": "object",
+    "stylize_from_noise": "ambience",
+    "loudness": "size",
+    "full_caption": "colour",
+}
 """Conditions whose figures only a judge can give, and what it must read."""
 PICTURE_TABLE = pa.schema(
     [
@@ -201,8 +211,12 @@ class PictureWorker:
         seeds = [case.seed for case in cases]
         if condition in REPAINTED:
             images = [_picture(clips[case.picture_row]["frame"]) for case in cases]
-            target, source = self.painter.embed_repaint(condition, heard, images)
-            pictures = self.painter.repaint(condition, target, source, images, seeds, self.request)
+            verb = condition.removesuffix(FROM_NOISE)
+            target, source = self.painter.embed_repaint(verb, heard, images)
+            if condition == verb:
+                pictures = self.painter.repaint(verb, target, source, images, seeds, self.request)
+            else:
+                pictures = self.painter.paint(target, seeds, self.request)
         else:
             tests = [
                 HeldOutClip(audio, clips[case.row]["caption"], case.seed, clips[case.row]["labels"])

@@ -1,23 +1,26 @@
 """The figures of an evaluation, from the tables that its workers wrote (see docs/evaluation.md). Loads no model."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
-from aai import grading, metrics, storage
+from aai import grading, keeping, metrics, storage
 from aai.foundation.identity import TOY_WEIGHTS
 from aai.toy.grammar import AMBIENCES, COLOURS, COUNTS, MEDIA, OBJECTS, PLACES
-from pipelines.evaluation.cases import PICTURES, REPAINTED
+from pipelines.evaluation.cases import FROM_NOISE, PICTURES, REPAINTED
 from pipelines.evaluation.clips import EvaluatedClips
-from pipelines.evaluation.judges import ATTRIBUTES, NOVELTY, UNCAPTIONED
-from pipelines.evaluation.listening import FRAMES, HEARD, TEXTS
+from pipelines.evaluation.judges import ATTRIBUTES, NOVELTY, REGION, UNCAPTIONED
+from pipelines.evaluation.listening import FRAMES, HEARD, INPUTS, TEXTS
 
 Rows = list[dict[str, Any]]
 KEPT = {"edit": ("ambience", "medium"), "stylize": ("object", "medium")}
 """What of a given picture must stay."""
+KEPT |= {f"{name}{FROM_NOISE}": kept for name, kept in KEPT.items()}
 
 
 VALUES = {
@@ -88,7 +91,43 @@ def picture_figures(out: str, clips: EvaluatedClips, heard: Heard, attributes: S
     if attributes:
         for name, found in judge_figures(by_condition, clips.labels, heard.rms_db, attributes).items():
             figures[name] = figures.get(name, {}) | found if isinstance(found, dict) else found
+    for name, found in keeping_figures(out, by_condition, clips.labels).items():
+        figures[name] |= found
+    for name in ("edit", "stylize"):
+        if (noise := figures.pop(f"{name}{FROM_NOISE}", None)) is not None:
+            figures.setdefault(name, {})["from_noise"] = noise
     return {"pictures": len(painted), **figures, "clip": clip_figures(by_condition, clips.labels, heard, out)}
+
+
+def keeping_figures(
+    out: str, by_condition: Mapping[str, Rows], labels: Sequence[Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """given_nearer and outside_distance of the conditions that change a given picture (see aai.keeping)."""
+    names = [name for name in REPAINTED if name in by_condition]
+    if not names:
+        return {}
+    table = storage.read_table(storage.join(out, PICTURES), ["case", "png"])
+    painted = dict(zip(table["case"].to_pylist(), table["png"].to_pylist(), strict=True))
+    files = storage.list_files(storage.join(out, INPUTS), ".parquet")
+    shown = pa.concat_tables([storage.read_table(file, ["row", "frame"]) for file in files])
+    frames = dict(zip(shown["row"].to_pylist(), shown["frame"].to_pylist(), strict=True))
+    figures: dict[str, dict[str, float]] = {}
+    for name in names:
+        rows = by_condition[name]
+        of = [row["picture_row"] for row in rows]
+        ours = np.stack([_pixels(painted[row["case"]]) for row in rows])
+        given = np.stack([_pixels(frames[row]) for row in of])
+        places = [ATTRIBUTES.index(attribute) for attribute in KEPT[name]]
+        kept = [tuple(labels[row][place] for place in places if place < len(labels[row])) for row in of]
+        found = {"given_nearer": keeping.given_nearer(ours, given, of, kept)}
+        if name == "edit" and all(len(labels[row]) > REGION for row in of):
+            found["outside_distance"] = keeping.outside_distance(ours, given, [labels[row][REGION] for row in of])
+        figures[name] = {key: value for key, value in found.items() if value is not None}
+    return figures
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    return keeping.as_pixels(Image.open(io.BytesIO(data)))
 
 
 def judge_figures(

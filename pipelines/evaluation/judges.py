@@ -16,7 +16,7 @@ ATTRIBUTES = ("object", "ambience", "medium", "size", "colour", "count", "place"
 """What a judge may read, in the order of a clip's labels."""
 UNCAPTIONED = ("colour", "count", "place")
 """Of the toy world: what can be heard and seen, and no caption of a clip names."""
-NOVELTY = 8
+NOVELTY, REGION = 8, 9
 """Place of the toy world's label that says what of a clip no training clip has."""
 
 

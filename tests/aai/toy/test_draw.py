@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from aai.toy.draw import draw_scene
-from aai.toy.grammar import AMBIENCES, COLOURS, COUNTS, MEDIA, OBJECTS, PLACES, Scene
+from aai.toy.draw import draw_scene, region
+from aai.toy.grammar import AMBIENCES, COLOURS, COUNTS, MEDIA, OBJECTS, PLACES, Scene, random_scene
 
 SCENE = Scene("car", "clear", "photo", 0.5, 4)
 
@@ -102,3 +102,18 @@ def test_media_have_their_marks() -> None:
     assert np.abs(painting[0] - [0xD9, 0xA4, 0x37]).max() < 2
     colour = [np.ptp(picture, axis=-1).mean() for picture in (photo, sketch)]
     assert colour[1] < 0.7 * colour[0]
+
+
+def test_no_object_leaves_its_region() -> None:
+    """Two objects at the same places in the same scene differ within the box alone."""
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        scene = random_scene(rng)
+        other = replace(scene, obj=OBJECTS[(OBJECTS.index(scene.obj) + 1) % 10])
+        left, top, right, bottom = (round(part * 1.28) for part in region(scene))
+        for level in (0.0, 1.0):
+            a, b = (np.asarray(draw_scene(s, 128, level=level), np.int16) for s in (scene, other))
+            changed = np.abs(a - b).max(-1)
+            assert changed[top:bottom, left:right].max() > 0
+            changed[top:bottom, left:right] = 0
+            assert changed.max() == 0, (scene, region(scene))

@@ -243,6 +243,18 @@ def test_a_given_picture_is_repainted(out: str, bundle: str, worker: PictureWork
     assert np.abs(pixels(Image.open(io.BytesIO(row["png"]))) - pixels(expected)).max() <= 1
 
 
+@pytest.mark.parametrize("verb", ["edit", "stylize"])
+def test_from_noise_is_told_what_the_picture_shows_and_never_sees_it(
+    out: str, bundle: str, worker: PictureWorker, verb: str
+) -> None:
+    row = painted(worker, out, [Case(0, f"{verb}_from_noise", 1, 1, 5, picture_row=7)])[0]
+    painter = Painter.load(bundle)
+    given = Image.open(io.BytesIO(frame(NUMBERS[7], 0.5))).convert("RGB")
+    target, _ = painter.embed_repaint(verb, [sound(NUMBERS[1])], [given])
+    expected = painter.paint(target, [5], worker.request)[0]
+    assert np.abs(pixels(Image.open(io.BytesIO(row["png"]))) - pixels(expected)).max() <= 1
+
+
 def test_loudness_is_the_sound_at_a_gain(out: str, bundle: str, worker: PictureWorker) -> None:
     rows = painted(worker, out, loudness_cases([0], [0.0, 12.0], 0))
     painter = Painter.load(bundle)

@@ -1,5 +1,6 @@
 """The figures from tables written by hand, so that each is known."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from aai import grading, metrics, storage
 from aai.foundation.identity import TOY_WEIGHTS
@@ -17,7 +19,7 @@ from pipelines.evaluation.cases import PICTURE_TABLE
 from pipelines.evaluation.clips import EvaluatedClips
 from pipelines.evaluation.grades import Heard
 from pipelines.evaluation.judges import ATTRIBUTES
-from pipelines.evaluation.listening import FRAME_TABLE, HEARD_TABLE, TEXT_TABLE
+from pipelines.evaluation.listening import FRAME_TABLE, HEARD_TABLE, INPUT_TABLE, TEXT_TABLE
 
 LABELS = [
     ["dog", "rain", "photo", "big"],
@@ -220,11 +222,55 @@ def test_scores_of_every_condition_that_fills_one_prompt(out: str) -> None:
     assert grades.class_names([["dog"], [], ["bell", "rain"], ["dog"]]) == ["bell", "dog"]
 
 
+FRAMES = [Image.fromarray(np.full((64, 64, 3), 60 * i, np.uint8)) for i in range(4)]
+
+
+def png(image: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def write_inputs(out: str) -> None:
+    """The frame of each clip, in two files."""
+    rows = [{"row": i, "frame": png(frame)} for i, frame in enumerate(FRAMES)]
+    for name, part in (("test-00000", rows[2:]), ("test-00001", rows[:2])):
+        storage.write_table(f"{out}/inputs/{name}.parquet", pa.Table.from_pylist(part, schema=INPUT_TABLE))
+
+
+def test_what_is_kept_of_given_pictures_and_what_is_painted_from_noise(out: str) -> None:
+    """Edits that return the given pictures, and pictures from noise that are another one each."""
+    write_inputs(out)
+    labels = [[*row, *["x"] * 5, "0 0 50 100"] for row in [["dog", "rain", "photo", "big"]] * 4]
+    rows: list[dict[str, Any]] = []
+    for name, picked in (("edit", [0, 1, 2, 3]), ("edit_from_noise", [1, 0, 3, 2]), ("stylize", [0, 1, 2, 3])):
+        for own, shown in zip((0, 1, 2, 3), picked, strict=True):
+            seen = {"object": "dog", "ambience": "rain", "medium": "photo", "size": 0.5}
+            picture = {"picture_row": own, "row": own, "audio_row": own, "seed": 0, "png": png(FRAMES[shown])}
+            rows.append({"case": len(rows), "condition": name, "clip_feature": IMAGE[own], **seen, **picture})
+    storage.write_table(f"{out}/pictures/0.parquet", pa.Table.from_pylist(rows, schema=PICTURE_TABLE))
+    texts = [{"text": "a photo of a dog", "feature": [1.0, 0, 0, 0, 0, 0]}]
+    storage.write_table(f"{out}/texts/test-00000.parquet", pa.Table.from_pylist(texts, schema=TEXT_TABLE))
+    found = grades.picture_figures(out, clips(labels), Heard(out), ())
+    assert found["edit"]["given_nearer"] == 1
+    assert found["edit"]["outside_distance"] == 0
+    noise = found["edit"]["from_noise"]
+    assert noise["pictures"] == 4
+    assert noise["given_nearer"] == pytest.approx(7 / 12)  # (1.5 + 2 + 2 + 1.5) of 3 others each
+    assert "edit_from_noise" not in found
+    assert found["stylize"] == {"pictures": 4, "given_nearer": 1}
+    bare = grades.picture_figures(out, clips([row[:4] for row in labels]), Heard(out), ())
+    assert "outside_distance" not in bare["edit"]
+
+
 def test_all_figures_of_the_painted_pictures(out: str) -> None:
+    write_inputs(out)
     rows = []
     for name, group in BY_CONDITION.items():
         for row in group:
-            rows.append({**row, "case": len(rows), "condition": name, "clip_feature": IMAGE[row["row"]]})
+            picture = png(FRAMES[max(0, row.get("picture_row", 0))])
+            own = {"case": len(rows), "condition": name, "clip_feature": IMAGE[row["row"]], "png": picture}
+            rows.append({**row, **own})
     halves = (rows[9:], rows[:9])
     for at, part in enumerate(halves):
         table = pa.Table.from_pylist(part, schema=PICTURE_TABLE)
@@ -235,7 +281,8 @@ def test_all_figures_of_the_painted_pictures(out: str) -> None:
     judged = grades.judge_figures(BY_CONDITION, LABELS, RMS_DB, ATTRIBUTES)
     assert found["pictures"] == len(rows)
     assert found["sound"] == {"pictures": 4, **judged["sound"]}
-    assert found["edit"] == {"pictures": 2, **judged["edit"]}
+    kept = {name: value for name, value in found["edit"].items() if name not in ("given_nearer", "outside_distance")}
+    assert kept == {"pictures": 2, **judged["edit"]}
     assert found["foundation"] == judged["foundation"]
     assert found["loudness_size_spearman"] == judged["loudness_size_spearman"]
     assert found["clip"].keys() == {"sound", "caption", "sketch"}

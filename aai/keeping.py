@@ -1,0 +1,59 @@
+"""Whether a changed picture is still the given one: figures that its labels alone cannot reach.
+
+A picture painted from nothing but the right labels is no nearer to the given picture than to another one that has these
+labels too: it stands at chance in `given_nearer`, which an edit must beat.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+EDGE_PX, POOLED = 64, 4
+"""Edge at which pictures are compared, and of the squares whose mean colours are held against one another."""
+
+
+def as_pixels(image: Image.Image) -> np.ndarray:
+    """float32 [64, 64, 3] in 0..1."""
+    small = image.convert("RGB").resize((EDGE_PX, EDGE_PX), Image.Resampling.BICUBIC)
+    return np.asarray(small, np.float32) / 255
+
+
+def _pooled(pixels: np.ndarray) -> np.ndarray:
+    """Mean colours [N, 16 x 16 x 3] of pictures [N, 64, 64, 3]."""
+    count, squares = len(pixels), EDGE_PX // POOLED
+    return pixels.reshape(count, squares, POOLED, squares, POOLED, 3).mean((2, 4)).reshape(count, -1)
+
+
+def given_nearer(painted: np.ndarray, given: np.ndarray, rows: Sequence[int], kept: Sequence[object]) -> float | None:
+    """Mean share of other given pictures with the same kept labels that a painted one is farther from than its own.
+
+    painted, given: [N, 64, 64, 3]; rows: which clip each given picture is of; kept: its labels that must stay. The
+    distance is the mean difference of the squares' mean colours. Chance is 0.5, a tie counts half. None when no
+    picture has another one to be held against.
+    """
+    ours, theirs = _pooled(painted), _pooled(given)
+    shares = []
+    for i, own in enumerate(ours):
+        others = [j for j in range(len(rows)) if rows[j] != rows[i] and kept[j] == kept[i]]
+        if not others:
+            continue
+        distance = np.abs(theirs[[i, *others]] - own).mean(1)
+        shares.append(float((distance[1:] > distance[0]).mean() + 0.5 * (distance[1:] == distance[0]).mean()))
+    return float(np.mean(shares)) if shares else None
+
+
+def outside_distance(painted: np.ndarray, given: np.ndarray, regions: Sequence[str]) -> float:
+    """Mean L1 of the pixels, in 0..1, outside the region of each given picture's object.
+
+    painted, given: [N, 64, 64, 3]; regions: "left top right bottom" in percent of the edge. Pictures whose region is
+    nearly all of them are left out.
+    """
+    distances = []
+    for ours, theirs, region in zip(painted, given, regions, strict=True):
+        left, top, right, bottom = (round(int(part) * EDGE_PX / 100) for part in region.split())
+        outside = np.ones((EDGE_PX, EDGE_PX), bool)
+        outside[top:bottom, left:right] = False
+        if outside.mean() > 0.05:
+            distances.append(float(np.abs(ours - theirs)[outside].mean()))
+    return float(np.mean(distances)) if distances else float("nan")
