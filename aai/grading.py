@@ -16,7 +16,12 @@ Reading = Mapping[str, Any]
 
 def accuracy(read: Sequence[Reading], truth: Sequence[Reading], attribute: str) -> float:
     """Share of pictures whose attribute is read as the truth says."""
-    return float(np.mean([r[attribute] == t[attribute] for r, t in zip(read, truth, strict=True)]))
+    return float(np.mean(hits(read, truth, attribute)))
+
+
+def hits(read: Sequence[Reading], truth: Sequence[Reading], attribute: str) -> list[bool]:
+    """Whether each picture's attribute is read as the truth says."""
+    return [r[attribute] == t[attribute] for r, t in zip(read, truth, strict=True)]
 
 
 def kept(read: Sequence[Reading], truth: Sequence[Reading], attributes: Sequence[str]) -> float:
