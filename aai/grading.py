@@ -16,10 +16,15 @@ Reading = Mapping[str, Any]
 
 def accuracy(read: Sequence[Reading], truth: Sequence[Reading], attribute: str) -> float:
     """Share of pictures whose attribute is read as the truth says; of two objects, either is right."""
-    hits = []
+    return float(np.mean(hits(read, truth, attribute)))
+
+
+def hits(read: Sequence[Reading], truth: Sequence[Reading], attribute: str) -> list[bool]:
+    """Whether each picture's attribute is read as the truth says; of two objects, either is right."""
+    found = []
     for r, t in zip(read, truth, strict=True):
-        hits.append(r[attribute] == t[attribute] or (attribute == "object" and r[attribute] == t.get("second")))
-    return float(np.mean(hits))
+        found.append(r[attribute] == t[attribute] or (attribute == "object" and r[attribute] == t.get("second")))
+    return found
 
 
 def kept(read: Sequence[Reading], truth: Sequence[Reading], attributes: Sequence[str]) -> float:

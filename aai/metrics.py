@@ -111,6 +111,23 @@ def bootstrap_ci(values: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[
     return float(low), float(high)
 
 
+def paired_difference(ours: np.ndarray, theirs: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Mean difference of two series [N] over the same items, with the 95 % interval of a paired bootstrap.
+
+    Raises ValueError for series of different lengths, or none.
+    """
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{len(ours)} items cannot be paired with {len(theirs)}")
+    difference = ours - theirs
+    interval = bootstrap_ci(difference, draws, seed)
+    return {
+        "difference": float(difference.mean()),
+        "ci95": list(interval),
+        "pairs": len(difference),
+    }
+
+
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation of two series [N]. Raises ValueError when one is constant or too short."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

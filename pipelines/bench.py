@@ -5,6 +5,7 @@
     aai bench decode               # the ways of decoding, beside other decoders
     aai bench align                # a step of `aai align` on Ray Train, without Ray, from towers in place of features
     aai bench adapt                # `aai adapt` likewise
+    aai bench inject               # what the sound adds to a generation with Stable Diffusion 1.5 of random weights
     aai bench vitl14               # CLIP ViT-L/14 of random weights, beside the device's matrix product
 
 Prints a table and writes OUT/NAME.json: name, machine, inputs, figures, ratios. Compared runs take turns, so that
@@ -31,6 +32,7 @@ MODULES = {
     "align": "training",
     "adapt": "training",
     "vitl14": "vitl14",
+    "inject": "injection",
 }
 """Every bench and its module in pipelines.benches."""
 NAMES = tuple(MODULES)

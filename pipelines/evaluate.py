@@ -36,6 +36,7 @@ from pipelines.evaluation.cases import (
 from pipelines.evaluation.clips import EvaluatedClips, find_clips, listen_shards
 from pipelines.evaluation.judges import JudgeConfig
 from pipelines.evaluation.listening import HEARD, ListenWorker
+from pipelines.evaluation.paired import compare, lines
 from pipelines.registry import tracking
 from pipelines.settings import DType, Plan, RayVerbConfig, RunsConfig
 
@@ -70,6 +71,8 @@ class EvaluateConfig(RayVerbConfig):
     """Bundle of `aai adapt`."""
     out: str = "${run_dir}/evaluate"
     """Folder or s3:// prefix of the result; it must be new, or of this very evaluation."""
+    against: str | None = None
+    """Folder of another bundle's evaluation on the same clips, to be compared picture by picture."""
     split: str = "test"
     """The held-out split."""
     max_clips: int = pydantic.Field(2000, ge=10)
@@ -125,13 +128,22 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     parser.add_argument("--bundle", metavar="DIR", help="bundle to evaluate")
     parser.add_argument("--features", metavar="DIR", help="FeatureTable with the held-out split")
     parser.add_argument("--out", metavar="DIR", help="folder of the result")
-    return {"bundle": "bundle", "features": "features", "out": "out"}
+    parser.add_argument("--against", metavar="DIR", help="another bundle's evaluation of the same clips")
+    return {"bundle": "bundle", "features": "features", "out": "out", "against": "against"}
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates a bundle; returns and writes evaluate.json (see docs/architecture.md)."""
     refuse_foreign(config.out)  # before the lock, which writes: such a folder is not touched at all
-    return _evaluate(config)
+    result = _evaluate(config)
+    if config.against:
+        found = compare(storage.absolute(config.out), result, storage.absolute(config.against))
+        file = storage.join(config.out, f"against-{found['bundle']}.json")
+        storage.write_json(file, found)
+        for line in ("difference to the other bundle, 95 % interval:", *lines(found)):
+            print(line)
+        log.info("evaluate: against %s -> %s", found["bundle"], file)
+    return result
 
 
 @locked

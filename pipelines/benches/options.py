@@ -49,7 +49,7 @@ class TrainBenchConfig(Config):
 class BenchConfig(VerbConfig):
     """Settings of `aai bench`."""
 
-    name: Literal["decode", "curate", "featurize", "align", "adapt", "vitl14"]
+    name: Literal["decode", "curate", "featurize", "align", "adapt", "vitl14", "inject"]
     """What to measure."""
     out: str = "runs/bench"
     """Folder of NAME.json, and of the toy world and tables that are measured on."""

@@ -174,15 +174,32 @@ def beyond_captions(
     rows = {"sound": "sound", "nearest_caption": "nearest_caption", "ceiling": "full_caption"}
     seen = {name: by_condition[condition] for name, condition in rows.items() if condition in by_condition}
     alone = {name: [row for row in found if truth[row["row"]]["second"] == "none"] for name, found in seen.items()}
-    uncaptioned: dict[str, dict[str, float]] = {}
+    uncaptioned: dict[str, dict[str, Any]] = {}
     for attribute in UNCAPTIONED:
         uncaptioned[attribute] = {"chance": 1 / len(VALUES[attribute])}
         for name, found in alone.items():
             if found:
                 right = grading.accuracy(found, [truth[row["row"]] for row in found], attribute)
                 uncaptioned[attribute][name] = right
+    if "nearest_caption" in alone:
+        uncaptioned["above_nearest_caption"] = _above(alone["sound"], alone["nearest_caption"], truth)
     both = {name: share for name, found in seen.items() if (share := _both_seen(found, truth)) is not None}
     return {"uncaptioned": uncaptioned, "two_objects": both, "unseen": _unseen(seen["sound"], labels, truth)}
+
+
+def _above(ours: Rows, theirs: Rows, truth: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Paired difference of the shares of UNCAPTIONED attributes that pictures show; low: of its interval."""
+    shares: list[dict[int, float]] = []
+    for found in (ours, theirs):
+        of = [truth[row["row"]] for row in found]
+        right = np.mean([grading.hits(found, of, name) for name in UNCAPTIONED], axis=0)
+        shares.append({row["row"]: float(share) for row, share in zip(found, right, strict=True)})
+    clips = sorted(shares[0].keys() & shares[1].keys())
+    if not clips:
+        return {}
+    mine, others = (np.array([side[clip] for clip in clips]) for side in shares)
+    paired = metrics.paired_difference(mine, others)
+    return {**paired, "low": paired["ci95"][0]}
 
 
 def _both_seen(found: Rows, truth: Sequence[Mapping[str, str]]) -> float | None:

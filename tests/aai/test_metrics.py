@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from aai import metrics
-from aai.metrics import bootstrap_ci, first_hit_ranks, nearest, retrieval, spearman
+from aai.metrics import bootstrap_ci, first_hit_ranks, nearest, paired_difference, retrieval, spearman
 
 
 def unit(rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -151,3 +151,18 @@ def test_own_above_those_of_the_same_label() -> None:
     assert metrics.own_above_same_label(queries, gallery, labels, chunk=1) == 0.5
     assert metrics.own_above_same_label(np.ones((4, 4), np.float32), np.ones((4, 4), np.float32), labels) == 0.0
     assert metrics.own_above_same_label(queries, gallery, np.arange(4)) is None
+
+
+def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(400)  # what both find easy or hard
+    ours, theirs = hard < 0.65, hard < 0.6
+    found = paired_difference(ours, theirs)
+    assert found["difference"] == pytest.approx(ours.mean() - theirs.mean())
+    assert found["pairs"] == 400
+    assert 0 < found["ci95"][0] < found["difference"] < found["ci95"][1]
+    alone = bootstrap_ci(ours)
+    assert found["ci95"][1] - found["ci95"][0] < 0.6 * (alone[1] - alone[0])
+    assert paired_difference(ours, ours)["ci95"] == [0, 0]
+    with pytest.raises(ValueError, match="400 items cannot be paired with 399"):
+        paired_difference(ours, theirs[1:])

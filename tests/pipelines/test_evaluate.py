@@ -95,6 +95,16 @@ def test_the_figures_are_those_of_the_clips(config: EvaluateConfig, world: dict[
     assert result["foundation"]["judge_object"] > 0.9  # the judge is trained, whatever the CLIP
 
 
+def test_a_bundle_against_itself_differs_in_nothing(config: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    first = evaluate.run(config)
+    assert evaluate.run(config.model_copy(update={"against": config.out})) == first
+    file = Path(config.out, f"against-{first['bundle']}.json")
+    found = json.loads(file.read_text())
+    assert found["generation"]["sound"]["object"]["difference"] == 0
+    assert "a2v_r1" in capsys.readouterr().out
+    file.unlink()
+
+
 def test_pictures_are_of_the_clips_they_name(config: EvaluateConfig, world: dict[str, str]) -> None:
     evaluate.run(config)
     clips = [row for row in storage.read_table(world["clips"]).sort_by("clip_id").to_pylist() if row["split"] == "test"]

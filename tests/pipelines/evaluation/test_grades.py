@@ -155,6 +155,10 @@ def test_what_no_caption_names_and_what_no_training_clip_has() -> None:
     named = [read(0, colour="green"), read(1, second="none")]
     by_condition = {"sound": sound, "nearest_caption": named, "full_caption": [read(0), read(1)]}
     found = grades.judge_figures(by_condition, WORLD, RMS_DB, ATTRIBUTES)
+    above = found["uncaptioned"].pop("above_nearest_caption")
+    assert above["pairs"] == 1  # clip 0 alone has pictures of both, of one object
+    assert above["difference"] == pytest.approx(1 / 3)
+    assert above["low"] == above["ci95"][0]
     assert found["uncaptioned"] == {  # of pictures of one object
         "colour": {"sound": 0.5, "nearest_caption": 0.0, "ceiling": 1.0, "chance": 0.25},
         "count": {"sound": 0.5, "nearest_caption": 1.0, "ceiling": 1.0, "chance": pytest.approx(1 / 3)},
