@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import write_wav
-from tests.tiny import paintable_bundle
+from tests.tiny import paintable_bundle, write_bundle_of, write_clip, write_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +38,26 @@ def test_paint(tmp_path: Path) -> None:
     assert [picture.name for picture in pictures] == ["photo0.png", "photo1.png", "sketch0.png", "sketch1.png"]
     assert len({Image.open(picture).tobytes() for picture in pictures}) == 4
     assert all(str(picture) in done.stdout for picture in pictures)
+
+
+@pytest.mark.slow
+def test_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a folder as the demo leaves it, with random weights."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    for folder in ("adapt", "pictures"):
+        (run / folder).mkdir(parents=True)
+    clip = write_clip(tmp_path / "clip")
+    spec = FoundationSpec(clip=str(clip), diffusion=str(write_diffusion(tmp_path / "sd", clip)))
+    write_bundle_of(run / "adapt" / "bundle", spec)
+    for number in (0, 1):
+        noise = np.random.default_rng(number).normal(0, 0.1, 16_000).astype(np.float32)
+        write_wav(str(run / "pictures" / f"sound{number}.wav"), noise, 16_000)
+        Image.new("RGB", (90, 80), "white").save(run / "pictures" / f"sound{number}_given.png")
+    monkeypatch.setattr(sys, "argv", ["tour.py", str(run), str(out)])
+    runpy.run_path(str(ROOT / "examples" / "tour.py"))
+    names = {"words", "mixed", "morph", "loudness", "edit", "stylize", "diffusers"}
+    assert {file.name for file in out.iterdir()} == {f"{name}.png" for name in names} | {"sound.safetensors"}
+    assert Image.open(out / "morph.png").size == (7 * 64, 64 + 14)
 
 
 def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
