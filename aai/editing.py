@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
+from aai.reuse import reused
 from aai.sdxl import conditions, pooled_dim
 
 MASK_DRAWS = 6
@@ -88,11 +89,13 @@ def repaint(
     guidance_scale: float,
     noise: Tensor,
     fresh: float,
+    reuse_steps: int = 1,
 ) -> Tensor:
     """Latents [B, C, h, w] denoised from the end of `way` (see `invert`) under the new prompt, within the mask.
 
     mask: [B, 1, h, w], 1 where it may change, 0 where every step goes back to `way`. fresh: share of the noise that
-    `noise` [B, C, h, w] replaces before the first step: 0 keeps the old shapes most, 1 forgets them.
+    `noise` [B, C, h, w] replaces before the first step: 0 keeps the old shapes most, 1 forgets them. reuse_steps: see
+    `aai.reuse`.
     """
     scheduler = _steps(pipe, DDIMScheduler, steps)
     levels = scheduler.timesteps[len(scheduler.timesteps) - (len(way) - 1) :]
@@ -101,10 +104,11 @@ def repaint(
     mixed = alpha.sqrt() * way[0] + (1 - alpha).sqrt() * ((1 - fresh**2) ** 0.5 * own + fresh * noise)
     latents = mask * mixed + (1 - mask) * way[-1]
     both = torch.cat([change.negative, change.target])
-    for done, t in enumerate(levels, start=1):
-        without, wanted = _predict(pipe, torch.cat([latents] * 2), t, both).chunk(2)
-        latents = scheduler.step(without + guidance_scale * (wanted - without), t, latents).prev_sample
-        latents = mask * latents + (1 - mask) * way[len(way) - 1 - done]
+    with reused(pipe.unet, reuse_steps):
+        for done, t in enumerate(levels, start=1):
+            without, wanted = _predict(pipe, torch.cat([latents] * 2), t, both).chunk(2)
+            latents = scheduler.step(without + guidance_scale * (wanted - without), t, latents).prev_sample
+            latents = mask * latents + (1 - mask) * way[len(way) - 1 - done]
     return latents
 
 
@@ -123,7 +127,7 @@ def _upcast(pipe: DiffusionPipeline) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Repainting:
-    """How a picture is repainted: steps in all and how many of them, guidance, and the two settings of `repaint`."""
+    """How a picture is repainted: steps in all and how many of them, guidance, and the settings of `repaint`."""
 
     steps: int
     painted: int
@@ -131,6 +135,7 @@ class Repainting:
     threshold: float
     """Of the derived mask: what lies above may change."""
     fresh: float
+    reuse_steps: int = 1
 
 
 @torch.no_grad()
@@ -155,7 +160,7 @@ def repainted(
         small = (F.adaptive_max_pool2d(mask, latents.shape[-2:]) > 0).to(latents)
     noise = [torch.randn(latents.shape[1:], generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     way = invert(pipe, latents, change.source, how.steps, how.painted)
-    parts = how.steps, how.guidance_scale, torch.stack(noise).to(latents), how.fresh
+    parts = how.steps, how.guidance_scale, torch.stack(noise).to(latents), how.fresh, how.reuse_steps
     done = repaint(pipe, way, change, small, *parts) / scale
     with _upcast(pipe) as vae:
         painted = vae.decode(done.to(vae.dtype)).sample.float().clamp(-1, 1)

@@ -27,6 +27,7 @@ from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Sound, names_in
 from aai.precision import dtype_of
+from aai.reuse import reused
 from aai.sampling import DEFAULT_PROMPT, HEAD_PATTERN, REPAINT, PaintRequest, SamplingConfig, check_repaint, check_steps
 from aai.sdxl import injector_of, prompt_arguments
 from aai.sounds import Sounds, Window, named, prompt_for, windows
@@ -50,13 +51,14 @@ def paint(
     """
     check_steps(pipe.scheduler, sampling.steps)
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
-    found = pipe(
-        **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.expand_as(embeds).to(pipe.unet.dtype)),
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        guidance_scale=sampling.guidance_scale,
-        num_inference_steps=sampling.steps,
-        **given,
-    )
+    with reused(pipe.unet, sampling.reuse_steps):
+        found = pipe(
+            **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.expand_as(embeds).to(pipe.unet.dtype)),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            guidance_scale=sampling.guidance_scale,
+            num_inference_steps=sampling.steps,
+            **given,
+        )
     return list(found.images)
 
 
@@ -294,7 +296,14 @@ class Painter:
                 raise UserError("mask", "a picture", "img2img changes the whole picture", "set request.repaint=invert")
             return self.paint(target, seeds, request, images, strength)
         painted = int(request.steps * strength)
-        how = Repainting(request.steps, painted, request.guidance_scale, request.mask_threshold, request.fresh_noise)
+        how = Repainting(
+            request.steps,
+            painted,
+            request.guidance_scale,
+            request.mask_threshold,
+            request.fresh_noise,
+            request.reuse_steps,
+        )
         negative = self.embed_negative(request.negative_prompt)
         change = Change(*(part.to(self.pipe.unet.dtype) for part in (source, target, negative.expand_as(target))))
         pixels = torch.stack([_unit(self._fitted(image)) for image in images]).to(self.device)

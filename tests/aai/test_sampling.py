@@ -14,6 +14,7 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "num_images": 1,
         "steps": 20,
         "guidance_scale": 3.0,
+        "reuse_steps": 1,
         "seed": 0,
         "sound_strength": 1.0,
         "window": "middle",
@@ -26,6 +27,7 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "num_images": (1, 8),
         "steps": (1, 100),
         "guidance_scale": (0, 30),
+        "reuse_steps": (1, 10),
         "seed": (0, 2**63 - 9),
         "sound_strength": (0, 2),
     }
