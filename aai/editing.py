@@ -99,7 +99,7 @@ def repaint(
     """
     scheduler = _steps(pipe, DDIMScheduler, steps)
     levels = scheduler.timesteps[len(scheduler.timesteps) - (len(way) - 1) :]
-    alpha = scheduler.alphas_cumprod[levels[0]].to(way[0])
+    alpha = scheduler.alphas_cumprod[int(levels[0])].to(way[0])
     own = (way[-1] - alpha.sqrt() * way[0]) / (1 - alpha).sqrt()
     mixed = alpha.sqrt() * way[0] + (1 - alpha).sqrt() * ((1 - fresh**2) ** 0.5 * own + fresh * noise)
     latents = mask * mixed + (1 - mask) * way[-1]

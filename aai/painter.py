@@ -295,24 +295,26 @@ class Painter:
             if masks is not None:
                 raise UserError("mask", "a picture", "img2img changes the whole picture", "set request.repaint=invert")
             return self.paint(target, seeds, request, images, strength)
-        painted = int(request.steps * strength)
         how = Repainting(
             request.steps,
-            painted,
+            int(request.steps * strength),
             request.guidance_scale,
             request.mask_threshold,
             request.fresh_noise,
             request.reuse_steps,
         )
-        negative = self.embed_negative(request.negative_prompt)
-        change = Change(*(part.to(self.pipe.unet.dtype) for part in (source, target, negative.expand_as(target))))
-        pixels = torch.stack([_unit(self._fitted(image)) for image in images]).to(self.device)
-        open_ = None
-        if masks is not None:
-            grey = [(_unit(self._fitted(mask).convert("L").convert("RGB"))[:1] > 0).float() for mask in masks]
-            open_ = torch.stack(grey).to(self.device)
-        done, _ = repainted(self.pipe, pixels, change, how, seeds, open_)
-        return [_picture(x) for x in done]
+        negative = self.embed_negative(request.negative_prompt).expand_as(target)
+        told = [part.to(self.pipe.unet.dtype) for part in (source, target, negative)]
+
+        def some(at: slice) -> list[Image.Image]:
+            pixels = torch.stack([_unit(self._fitted(image)) for image in images[at]]).to(self.device)
+            open_ = None
+            if masks is not None:
+                open_ = torch.stack([_white(self._fitted(mask)) for mask in masks[at]]).to(self.device)
+            done, _ = repainted(self.pipe, pixels, Change(*(part[at] for part in told)), how, seeds[at], open_)
+            return [_picture(x) for x in done]
+
+        return in_halves(some, len(seeds))
 
     @torch.no_grad()
     def embed_repaint(
@@ -352,6 +354,11 @@ class Painter:
 def _unit(image: Image.Image) -> Tensor:
     """An RGB picture -> [3, H, W] in -1..1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _white(mask: Image.Image) -> Tensor:
+    """1 where a mask is nearer to white than to black, else 0, [1, H, W]."""
+    return (_unit(mask.convert("L").convert("RGB"))[:1] > 0).float()
 
 
 def _picture(pixels: Tensor) -> Image.Image:

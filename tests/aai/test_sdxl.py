@@ -1,5 +1,6 @@
 """Diffusion folders of the published shapes (random weights): painting, a training step, the token file."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from aai.painter import Painter
 from aai.sampling import PaintRequest
 from aai.sdxl import DoubleInjector, conditions, injector_of
 from tests.aai.test_painter import pixels, sound
+from tests.fake_cuda import fake_cuda
 from tests.tiny import write_published
 
 KINDS = ("1.5", "2.1", "xl")
@@ -140,6 +142,19 @@ def test_both_text_encoders_move_with_the_task(painters: dict[str, Painter]) -> 
     assert isinstance(task.injector, DoubleInjector)
     for encoder in (task.injector.text_encoder, task.injector.second.text_encoder):
         assert {p.device.type for p in encoder.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_paints_and_edits_on_a_gpu(painters: dict[str, Painter], kind: str) -> None:
+    cpu, made = painters[kind], []
+    with fake_cuda():
+        pipe = load_diffusion(cpu.foundation, "cuda")
+        parts = copy.deepcopy(cpu.aligner).to("cuda"), copy.deepcopy(cpu.adapter).to("cuda")
+        for own in (cpu, Painter(pipe, *parts, cpu.foundation, cpu.vocabulary)):
+            pictures = own.generate(sound(0), PaintRequest(steps=2, num_images=2))
+            given = Image.new("RGB", (64, 64))
+            made.append([*pictures, *own.edit(sound(0), given, PaintRequest(steps=4, repaint="invert"))])
+    assert np.abs(pixels(made[0]) - pixels(made[1])).max() <= 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
