@@ -99,16 +99,17 @@ def repaint(
     """
     scheduler = _steps(pipe, DDIMScheduler, steps)
     levels = scheduler.timesteps[len(scheduler.timesteps) - (len(way) - 1) :]
-    alpha = scheduler.alphas_cumprod[int(levels[0])].to(way[0])
-    own = (way[-1] - alpha.sqrt() * way[0]) / (1 - alpha).sqrt()
-    mixed = alpha.sqrt() * way[0] + (1 - alpha).sqrt() * ((1 - fresh**2) ** 0.5 * own + fresh * noise)
-    latents = mask * mixed + (1 - mask) * way[-1]
+    alpha = float(scheduler.alphas_cumprod[int(levels[0])])  # in half the precision it may round to 1
+    own = (way[-1].float() - alpha**0.5 * way[0].float()) / (1 - alpha) ** 0.5
+    mixed = alpha**0.5 * way[0].float() + (1 - alpha) ** 0.5 * ((1 - fresh**2) ** 0.5 * own + fresh * noise.float())
+    latents = torch.where(mask > 0, mixed.to(way[0].dtype), way[-1])
+    scale = max(guidance_scale, 1.0)  # as in diffusers' pipelines: below 1 there is no guidance
     both = torch.cat([change.negative, change.target])
     with reused(pipe.unet, reuse_steps):
         for done, t in enumerate(levels, start=1):
             without, wanted = _predict(pipe, torch.cat([latents] * 2), t, both).chunk(2)
-            latents = scheduler.step(without + guidance_scale * (wanted - without), t, latents).prev_sample
-            latents = mask * latents + (1 - mask) * way[len(way) - 1 - done]
+            latents = scheduler.step(without + scale * (wanted - without), t, latents).prev_sample
+            latents = torch.where(mask > 0, latents, way[len(way) - 1 - done])
     return latents
 
 
@@ -165,4 +166,4 @@ def repainted(
     with _upcast(pipe) as vae:
         painted = vae.decode(done.to(vae.dtype)).sample.float().clamp(-1, 1)
     whole = F.interpolate(small.float(), size=pixels.shape[-2:], mode="bilinear").clamp(0, 1) if mask is None else mask
-    return whole * painted + (1 - whole) * pixels, whole
+    return torch.where(whole > 0, whole * painted + (1 - whole) * pixels, pixels), whole

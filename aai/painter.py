@@ -312,9 +312,17 @@ class Painter:
             if masks is not None:
                 open_ = torch.stack([_white(self._fitted(mask)) for mask in masks[at]]).to(self.device)
             done, _ = repainted(self.pipe, pixels, Change(*(part[at] for part in told)), how, seeds[at], open_)
-            return [_picture(x) for x in done]
+            return self._fit_to_show(done)
 
         return in_halves(some, len(seeds))
+
+    @torch.no_grad()
+    def _fit_to_show(self, pixels: Tensor) -> list[Image.Image]:
+        """Pictures [B, 3, H, W] in -1..1; what the safety checker takes for unfit is black, as pipelines do it."""
+        unfit = [False] * len(pixels)
+        if getattr(self.pipe, "safety_checker", None) is not None:
+            _, unfit = self.pipe.run_safety_checker(pixels.clone(), self.device, self.pipe.unet.dtype)
+        return [_picture(torch.full_like(x, -1) if bad else x) for x, bad in zip(pixels, unfit, strict=True)]
 
     @torch.no_grad()
     def embed_repaint(

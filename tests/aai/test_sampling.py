@@ -51,3 +51,10 @@ def test_the_remedy_of_a_repaint_of_no_step_is_one() -> None:
             check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=5e-324))
         enough = float(error.value.remedy.split()[3].rstrip(","))
         check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=enough))
+
+
+def test_inversion_needs_two_steps() -> None:
+    for steps, strength, remedy in ((4, 0.3, "raise it to 0.5"), (1, 1.0, "give at least 2 steps")):
+        with pytest.raises(UserError, match=remedy):
+            check_repaint("edit", PaintRequest(steps=steps, denoise_strength=strength, repaint="invert"))
+    check_repaint("edit", PaintRequest(steps=4, denoise_strength=0.5, repaint="invert"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
 from aai.concepts import Vocabulary
+from aai.cue import CueConfig, _tuned
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
@@ -27,6 +28,7 @@ from tests.fake_cuda import fake_cuda
 from tests.tiny import write_published
 
 KINDS = ("1.5", "2.1", "xl")
+LATENTS = (4, 8, 8)
 WIDTHS = {"1.5": 32, "2.1": 32, "xl": 80}
 
 
@@ -168,7 +170,14 @@ def test_half_the_precision_paints_too(painters: dict[str, Painter], kind: str) 
     assert (told - expected).norm() < 0.05 * expected.norm()
     assert half.generate(sound(1), request)[0].size == (64, 64)
     given = Image.new("RGB", (64, 64), "white")
-    assert half.edit(sound(1), given, PaintRequest(steps=4, repaint="invert"))[0].size == (64, 64)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    few = PaintRequest(steps=4, denoise_strength=0.5, repaint="invert")
+    kept = pixels(half.edit(sound(1), given, few, mask))
+    assert (kept[:, :, 32:] == 255).all()
+    assert kept[:, :, :32].any()
+    tuned, _, _ = _tuned(half, half.hear(sound(1)), torch.randn(2, *LATENTS), "a <sound>", CueConfig(steps=1), 0)
+    assert tuned.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
