@@ -109,10 +109,10 @@ def denoising_loss(
     alpha = scheduler.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     edge_px = 8 * latents.shape[-1]  # every Stable Diffusion's VAE makes one latent of 8 pixels
-    predicted = unet(noisy, timesteps, **conditions(unet, states, edge_px)).sample
+    predicted = unet(noisy.to(states.dtype), timesteps, **conditions(unet, states, edge_px)).sample
     kind = scheduler.config.prediction_type
     target = noise if kind == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-    return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    return F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
 class AdaptTask(nn.Module):

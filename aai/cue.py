@@ -23,6 +23,7 @@ from aai.errors import UserError
 from aai.features import FeatureManifest, arrays_of, open_table
 from aai.foundation.identity import identity
 from aai.painter import Painter
+from aai.sounds import Window
 
 
 class CueConfig(Config):
@@ -105,12 +106,14 @@ def _cosines(
     pictures = arrays["image_features"][:, manifest.latent_frame].astype(np.float32)
     cosines = pictures @ wanted / np.maximum(np.linalg.norm(pictures, axis=1) * np.linalg.norm(wanted), 1e-8)
     for row, own in enumerate(part["split"].to_pylist()):
-        if own == split:
+        if own == split and np.isfinite(cosines[row]):
             yield row, arrays["clip_id"][row], float(cosines[row])
 
 
-def refine(painter: Painter, audio: np.ndarray, prompt: str, cue: CueConfig, seed: int = 0) -> Cue:
-    """Tunes a sound's A* on the pictures that it retrieves. prompt: with `<sound>`.
+def refine(
+    painter: Painter, audio: np.ndarray, prompt: str, cue: CueConfig, seed: int = 0, window: Window = "middle"
+) -> Cue:
+    """Tunes a sound's A* on the pictures that it retrieves. prompt: with `<sound>`; window: of a long sound.
 
     Raises UserError for features of another foundation than the painter's, and for an empty split.
     """
@@ -120,8 +123,8 @@ def refine(painter: Painter, audio: np.ndarray, prompt: str, cue: CueConfig, see
     if manifest.foundation != identity(painter.foundation):
         rule = f"was made with {manifest.foundation}, the bundle stands on {identity(painter.foundation)}"
         raise UserError("cue.features", features, rule, "featurize with the bundle's foundation")
-    found = retrieve(features, painter.listen(audio)[0], cue.split, cue.pictures)
-    before = painter.hear(audio)
+    found = retrieve(features, painter.listen(audio, window)[0], cue.split, cue.pictures)
+    before = painter.hear(audio, window)
     after, first, last = _tuned(painter, before, found.latents, prompt, cue, seed)
     return Cue(before, after, found, first, last, round(time.perf_counter() - begin, 2))
 

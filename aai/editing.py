@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
+from aai.reuse import reused
 from aai.sdxl import conditions, pooled_dim
 
 MASK_DRAWS = 6
@@ -88,23 +89,27 @@ def repaint(
     guidance_scale: float,
     noise: Tensor,
     fresh: float,
+    reuse_steps: int = 1,
 ) -> Tensor:
     """Latents [B, C, h, w] denoised from the end of `way` (see `invert`) under the new prompt, within the mask.
 
     mask: [B, 1, h, w], 1 where it may change, 0 where every step goes back to `way`. fresh: share of the noise that
-    `noise` [B, C, h, w] replaces before the first step: 0 keeps the old shapes most, 1 forgets them.
+    `noise` [B, C, h, w] replaces before the first step: 0 keeps the old shapes most, 1 forgets them. reuse_steps: see
+    `aai.reuse`.
     """
     scheduler = _steps(pipe, DDIMScheduler, steps)
     levels = scheduler.timesteps[len(scheduler.timesteps) - (len(way) - 1) :]
-    alpha = scheduler.alphas_cumprod[levels[0]].to(way[0])
-    own = (way[-1] - alpha.sqrt() * way[0]) / (1 - alpha).sqrt()
-    mixed = alpha.sqrt() * way[0] + (1 - alpha).sqrt() * ((1 - fresh**2) ** 0.5 * own + fresh * noise)
-    latents = mask * mixed + (1 - mask) * way[-1]
+    alpha = float(scheduler.alphas_cumprod[int(levels[0])])  # in half the precision it may round to 1
+    own = (way[-1].float() - alpha**0.5 * way[0].float()) / (1 - alpha) ** 0.5
+    mixed = alpha**0.5 * way[0].float() + (1 - alpha) ** 0.5 * ((1 - fresh**2) ** 0.5 * own + fresh * noise.float())
+    latents = torch.where(mask > 0, mixed.to(way[0].dtype), way[-1])
+    scale = max(guidance_scale, 1.0)  # as in diffusers' pipelines: below 1 there is no guidance
     both = torch.cat([change.negative, change.target])
-    for done, t in enumerate(levels, start=1):
-        without, wanted = _predict(pipe, torch.cat([latents] * 2), t, both).chunk(2)
-        latents = scheduler.step(without + guidance_scale * (wanted - without), t, latents).prev_sample
-        latents = mask * latents + (1 - mask) * way[len(way) - 1 - done]
+    with reused(pipe.unet, reuse_steps):
+        for done, t in enumerate(levels, start=1):
+            without, wanted = _predict(pipe, torch.cat([latents] * 2), t, both).chunk(2)
+            latents = scheduler.step(without + scale * (wanted - without), t, latents).prev_sample
+            latents = torch.where(mask > 0, latents, way[len(way) - 1 - done])
     return latents
 
 
@@ -123,7 +128,7 @@ def _upcast(pipe: DiffusionPipeline) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Repainting:
-    """How a picture is repainted: steps in all and how many of them, guidance, and the two settings of `repaint`."""
+    """How a picture is repainted: steps in all and how many of them, guidance, and the settings of `repaint`."""
 
     steps: int
     painted: int
@@ -131,6 +136,7 @@ class Repainting:
     threshold: float
     """Of the derived mask: what lies above may change."""
     fresh: float
+    reuse_steps: int = 1
 
 
 @torch.no_grad()
@@ -155,9 +161,9 @@ def repainted(
         small = (F.adaptive_max_pool2d(mask, latents.shape[-2:]) > 0).to(latents)
     noise = [torch.randn(latents.shape[1:], generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     way = invert(pipe, latents, change.source, how.steps, how.painted)
-    parts = how.steps, how.guidance_scale, torch.stack(noise).to(latents), how.fresh
+    parts = how.steps, how.guidance_scale, torch.stack(noise).to(latents), how.fresh, how.reuse_steps
     done = repaint(pipe, way, change, small, *parts) / scale
     with _upcast(pipe) as vae:
         painted = vae.decode(done.to(vae.dtype)).sample.float().clamp(-1, 1)
     whole = F.interpolate(small.float(), size=pixels.shape[-2:], mode="bilinear").clamp(0, 1) if mask is None else mask
-    return whole * painted + (1 - whole) * pixels, whole
+    return torch.where(whole > 0, whole * painted + (1 - whole) * pixels, pixels), whole

@@ -27,6 +27,7 @@ from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Sound, names_in
 from aai.precision import dtype_of
+from aai.reuse import reused
 from aai.sampling import DEFAULT_PROMPT, HEAD_PATTERN, REPAINT, PaintRequest, SamplingConfig, check_repaint, check_steps
 from aai.sdxl import injector_of, prompt_arguments
 from aai.sounds import Sounds, Window, named, prompt_for, windows
@@ -50,13 +51,14 @@ def paint(
     """
     check_steps(pipe.scheduler, sampling.steps)
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
-    found = pipe(
-        **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.expand_as(embeds).to(pipe.unet.dtype)),
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        guidance_scale=sampling.guidance_scale,
-        num_inference_steps=sampling.steps,
-        **given,
-    )
+    with reused(pipe.unet, sampling.reuse_steps):
+        found = pipe(
+            **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.expand_as(embeds).to(pipe.unet.dtype)),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            guidance_scale=sampling.guidance_scale,
+            num_inference_steps=sampling.steps,
+            **given,
+        )
     return list(found.images)
 
 
@@ -293,17 +295,34 @@ class Painter:
             if masks is not None:
                 raise UserError("mask", "a picture", "img2img changes the whole picture", "set request.repaint=invert")
             return self.paint(target, seeds, request, images, strength)
-        painted = int(request.steps * strength)
-        how = Repainting(request.steps, painted, request.guidance_scale, request.mask_threshold, request.fresh_noise)
-        negative = self.embed_negative(request.negative_prompt)
-        change = Change(*(part.to(self.pipe.unet.dtype) for part in (source, target, negative.expand_as(target))))
-        pixels = torch.stack([_unit(self._fitted(image)) for image in images]).to(self.device)
-        open_ = None
-        if masks is not None:
-            grey = [(_unit(self._fitted(mask).convert("L").convert("RGB"))[:1] > 0).float() for mask in masks]
-            open_ = torch.stack(grey).to(self.device)
-        done, _ = repainted(self.pipe, pixels, change, how, seeds, open_)
-        return [_picture(x) for x in done]
+        how = Repainting(
+            request.steps,
+            int(request.steps * strength),
+            request.guidance_scale,
+            request.mask_threshold,
+            request.fresh_noise,
+            request.reuse_steps,
+        )
+        negative = self.embed_negative(request.negative_prompt).expand_as(target)
+        told = [part.to(self.pipe.unet.dtype) for part in (source, target, negative)]
+
+        def some(at: slice) -> list[Image.Image]:
+            pixels = torch.stack([_unit(self._fitted(image)) for image in images[at]]).to(self.device)
+            open_ = None
+            if masks is not None:
+                open_ = torch.stack([_white(self._fitted(mask)) for mask in masks[at]]).to(self.device)
+            done, _ = repainted(self.pipe, pixels, Change(*(part[at] for part in told)), how, seeds[at], open_)
+            return self._fit_to_show(done)
+
+        return in_halves(some, len(seeds))
+
+    @torch.no_grad()
+    def _fit_to_show(self, pixels: Tensor) -> list[Image.Image]:
+        """Pictures [B, 3, H, W] in -1..1; what the safety checker takes for unfit is black, as pipelines do it."""
+        unfit = [False] * len(pixels)
+        if getattr(self.pipe, "safety_checker", None) is not None:
+            _, unfit = self.pipe.run_safety_checker(pixels.clone(), self.device, self.pipe.unet.dtype)
+        return [_picture(torch.full_like(x, -1) if bad else x) for x, bad in zip(pixels, unfit, strict=True)]
 
     @torch.no_grad()
     def embed_repaint(
@@ -343,6 +362,11 @@ class Painter:
 def _unit(image: Image.Image) -> Tensor:
     """An RGB picture -> [3, H, W] in -1..1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _white(mask: Image.Image) -> Tensor:
+    """1 where a mask is nearer to white than to black, else 0, [1, H, W]."""
+    return (_unit(mask.convert("L").convert("RGB"))[:1] > 0).float()
 
 
 def _picture(pixels: Tensor) -> Image.Image:

@@ -135,6 +135,8 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates a bundle; returns and writes evaluate.json (see docs/architecture.md)."""
     refuse_foreign(config.out)  # before the lock, which writes: such a folder is not touched at all
+    if config.against and not storage.exists(storage.join(config.against, RESULT)):  # before hours of work
+        raise UserError("against", config.against, "holds no finished evaluation", "give the --out of `aai evaluate`")
     result = _evaluate(config)
     if config.against:
         found = compare(storage.absolute(config.out), result, storage.absolute(config.against))

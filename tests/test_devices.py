@@ -24,6 +24,7 @@ from aai.augment import AugmentConfig
 from aai.bundle import BundleConfig, write_bundle
 from aai.concepts import Concepts, Vocabulary
 from aai.conditions import CONDITIONS, Conditions
+from aai.cue import CueConfig, _tuned
 from aai.encoders.aligner import embed_files
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.fit import FitConfig, State, fit
@@ -32,6 +33,7 @@ from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import encode_flac
 from aai.painter import Painter
 from aai.sampling import PaintRequest
+from aai.strips import paint_strip
 from pipelines.adapt import AdaptConfig, AdaptRecipe
 from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.curation.curate_config import ScoreConfig
@@ -126,10 +128,27 @@ def test_generate_edit_and_stylize(files: Files, painter: Painter) -> None:
         lambda p: p.generate({"dog": sound(0), "rain": sound(1)}, PaintRequest(steps=1, prompt="a <dog> in <rain>")),
         lambda p: p.edit(sound(1), picture, PaintRequest(steps=2)),
         lambda p: p.stylize(sound(1), picture, PaintRequest(steps=2, num_images=2)),
+        lambda p: p.generate(
+            sound(0), PaintRequest(steps=4, reuse_steps=2, negative_prompt="<sound>", prompt="a bell")
+        ),
+        lambda p: p.edit(sound(1), picture, PaintRequest(steps=4, repaint="invert")),
+        lambda p: p.stylize(sound(1), picture, PaintRequest(steps=4, repaint="invert"), Image.new("L", (9, 9), 255)),
+        lambda p: [paint_strip(p, "morph", [sound(0), sound(1)], REQUEST, 2)[1][1]],
+        lambda p: p.generate(np.tile(sound(0), 4), PaintRequest(steps=1, window="mean")),
     ):
         ours, theirs = paint(painter), paint(cpu)
         difference = np.asarray(ours[-1], np.int16) - np.asarray(theirs[-1], np.int16)
         assert np.abs(difference).max() <= 1
+
+
+def test_a_cue_is_tuned(files: Files, painter: Painter) -> None:
+    cpu = Painter.load(files.bundle)
+    latents = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    cue = CueConfig(steps=3, learning_rate=0.1)
+    tuned = [_tuned(own, own.hear(sound(0)), latents, "a photo of <sound>", cue, 0) for own in (painter, cpu)]
+    assert tuned[0][0].device == torch.device("cuda", 0)
+    np.testing.assert_allclose(everything(tuned[0][0]), everything(tuned[1][0]), atol=1e-3)
+    assert tuned[0][1:] == pytest.approx(tuned[1][1:], rel=1e-3)
 
 
 @pytest.fixture(scope="module")

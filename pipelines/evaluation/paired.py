@@ -4,7 +4,7 @@ Every figure is a mean over clips of what one bundle got right less what the oth
 interval: what both find easy or hard cancels out, so that it is much narrower than the intervals of two figures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,11 +69,17 @@ def _generation(ours: str, theirs: str) -> dict[str, Any]:
             of = [labels[mine[key][whose]] for key in keys]
             if not keys or any(name not in row for row in of) or any(mine[key][name] is None for key in keys):
                 continue  # nobody read it, or nobody knows what is right
+            clips = np.array([mine[key]["row"] for key in keys])
             ours_right, theirs_right = (
-                np.array(grading.hits([side[key] for key in keys], of, name)) for side in (mine, others)
+                _by_clip(clips, grading.hits([side[key] for key in keys], of, name)) for side in (mine, others)
             )
             figures.setdefault(condition, {})[name] = metrics.paired_difference(ours_right, theirs_right)
     return figures
+
+
+def _by_clip(clips: np.ndarray, right: Sequence[bool]) -> np.ndarray:
+    """The mean over the pictures of each clip: those of one clip are not drawn independently."""
+    return np.array([np.mean(np.array(right)[clips == clip]) for clip in np.unique(clips)])
 
 
 def _labels(out: str) -> dict[int, dict[str, str]]:

@@ -7,6 +7,7 @@ import pydantic
 from aai.addons import AddOns
 from aai.cue import CueConfig
 from aai.errors import UserError
+from aai.inject import names_in
 from aai.sampling import PaintRequest
 from aai.sounds import name_of
 from aai.strips import Strip
@@ -97,6 +98,10 @@ class GenerateConfig(PaintConfig, RayVerbConfig):
             raise ValueError("control and strip exclude each other: give one of them")
         if self.cue.features and (self.strip or self.manifest or self.control or len(self.audio) > 1):
             raise ValueError("cue.features is for one sound: leave out strip, manifest, control and further sounds")
+        if self.cue.features and self.save_token:
+            raise ValueError("save_token is of A* as it was heard, cue.features tunes another: give one of them")
+        if self.cue.features and (set(self.sounds()) - {"sound"} or names_in(self.request.negative_prompt)):
+            raise ValueError("cue.features tunes <sound> alone: give it no other name, and no place in negative_prompt")
         for name in ("audio", "strip", "save_token", "control"):
             if self.manifest and getattr(self, name):
                 raise ValueError(f"manifest and {name} exclude each other: give one of them")

@@ -252,12 +252,12 @@ def read_audio(data: bytes, limits: Limits, sample_rate_hz: int) -> np.ndarray:
         raise ApiError(422, error.code.lower(), f"audio: {error.message}") from error
 
 
-def read_image(data: bytes, limits: Limits) -> Image.Image:
+def read_image(data: bytes, limits: Limits, field: str = "image") -> Image.Image:
     """An uploaded PNG, JPEG or WebP -> upright RGB. Raises ApiError 422 with the decoder's reason."""
     try:
         return decode_still(data, limits.max_pixels)
     except ClipError as error:
-        raise ApiError(422, f"image_{error.code.lower()}", f"image: {error.message}") from error
+        raise ApiError(422, f"image_{error.code.lower()}", f"{field}: {error.message}") from error
 
 
 def build_http(backend: Backend, limits: Limits, key: str | None) -> ASGIApp:
@@ -324,6 +324,8 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
     async def answer(verb: Verb, form: GenerateForm | RepaintForm) -> Response:
         if verb != "generate":
             check_repaint(verb, form)
+            if isinstance(form, RepaintForm) and form.mask and form.repaint != "invert":
+                raise ApiError(422, "invalid_field", "mask: img2img changes the whole picture; send repaint=invert")
         files, rate_hz = form.files(), backend.model.sample_rate_hz
         sounds: dict[str, np.ndarray] = {}
         image = mask = None
@@ -336,7 +338,7 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
                     raise ApiError(422, "too_long", rule)
             if isinstance(form, RepaintForm):
                 image = await decoded(read_image, form.image, limits)
-                mask = await decoded(read_image, form.mask, limits) if form.mask else None
+                mask = await decoded(read_image, form.mask, limits, "mask") if form.mask else None
         return _pictures(await backend.paint(verb, sounds, image, form.request(), mask), form.seed, backend.model)
 
     options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}

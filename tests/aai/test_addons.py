@@ -124,6 +124,8 @@ def test_a_safety_checker_is_off_only_by_choice(bundle: Path, plain: Painter, tm
     assert not painted(own).any()
     given = Image.new("RGB", (64, 64), "white")
     assert not pixels(Painter.load(own).edit(sound(1), given, PaintRequest(steps=4))).any()
+    inverted = PaintRequest(steps=4, repaint="invert")
+    assert not pixels(Painter.load(own).edit(sound(1), given, inverted)).any()
     assert painted(own, safety_checker="off").any()
 
 

@@ -89,3 +89,10 @@ def test_features_of_another_foundation_are_refused(painter: Painter, pictures: 
     other = write_features(tmp_path, painter, pictures, foundation={"clip": "another"})
     with pytest.raises(UserError, match=r"cue.features=.*: was made with .*another.*featurize with the bundle's"):
         refine(painter, sound(1), painter.prompt, CueConfig(features=other))
+
+
+def test_the_part_that_was_asked_for_is_tuned(painter: Painter, features: str) -> None:
+    long, cue = np.concatenate([4 * sound(3), sound(4), sound(5)]), CueConfig(features=features, steps=1)
+    found = refine(painter, long, painter.prompt, cue, window="loudest")
+    assert torch.equal(found.before, painter.hear(long, "loudest"))
+    assert not torch.equal(found.before, painter.hear(long))

@@ -92,6 +92,7 @@ def test_each_setting_counts(pipe: StableDiffusionPipeline, change: Change, pixe
         painted(threshold=0.9),
         painted(fresh=1.0),
         painted(steps=10),
+        painted(reuse_steps=2),
     ):
         assert not torch.allclose(other, first, atol=1e-3)
     another = painted(seeds=(1, 5))

@@ -301,6 +301,10 @@ def test_inversion_keeps_what_the_mask_covers(painter: Painter) -> None:
         assert not np.array_equal(derived, found)
     whole = request.model_copy(update={"mask_threshold": 1.0})
     assert np.array_equal(pixels(painter.edit(sound(1), given, whole))[0], pixels([given])[0])
+    against = request.model_copy(update={"negative_prompt": "a clock"})
+    assert not np.array_equal(
+        pixels(painter.edit(sound(1), given, against, mask)), pixels(painter.edit(sound(1), given, request, mask))
+    )
     with pytest.raises(UserError, match="mask=a picture: img2img changes the whole picture"):
         painter.edit(sound(1), given, PaintRequest(), mask)
 

@@ -14,6 +14,7 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "num_images": 1,
         "steps": 20,
         "guidance_scale": 3.0,
+        "reuse_steps": 1,
         "seed": 0,
         "sound_strength": 1.0,
         "window": "middle",
@@ -26,6 +27,7 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "num_images": (1, 8),
         "steps": (1, 100),
         "guidance_scale": (0, 30),
+        "reuse_steps": (1, 10),
         "seed": (0, 2**63 - 9),
         "sound_strength": (0, 2),
     }
@@ -49,3 +51,10 @@ def test_the_remedy_of_a_repaint_of_no_step_is_one() -> None:
             check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=5e-324))
         enough = float(error.value.remedy.split()[3].rstrip(","))
         check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=enough))
+
+
+def test_inversion_needs_two_steps() -> None:
+    for steps, strength, remedy in ((4, 0.3, "raise it to 0.5"), (1, 1.0, "give at least 2 steps")):
+        with pytest.raises(UserError, match=remedy):
+            check_repaint("edit", PaintRequest(steps=steps, denoise_strength=strength, repaint="invert"))
+    check_repaint("edit", PaintRequest(steps=4, denoise_strength=0.5, repaint="invert"))

@@ -1,5 +1,6 @@
 """Diffusion folders of the published shapes (random weights): painting, a training step, the token file."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
 from aai.concepts import Vocabulary
+from aai.cue import CueConfig, _tuned
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
@@ -22,9 +24,11 @@ from aai.painter import Painter
 from aai.sampling import PaintRequest
 from aai.sdxl import DoubleInjector, conditions, injector_of
 from tests.aai.test_painter import pixels, sound
+from tests.fake_cuda import fake_cuda
 from tests.tiny import write_published
 
 KINDS = ("1.5", "2.1", "xl")
+LATENTS = (4, 8, 8)
 WIDTHS = {"1.5": 32, "2.1": 32, "xl": 80}
 
 
@@ -143,6 +147,19 @@ def test_both_text_encoders_move_with_the_task(painters: dict[str, Painter]) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_it_paints_and_edits_on_a_gpu(painters: dict[str, Painter], kind: str) -> None:
+    cpu, made = painters[kind], []
+    with fake_cuda():
+        pipe = load_diffusion(cpu.foundation, "cuda")
+        parts = copy.deepcopy(cpu.aligner).to("cuda"), copy.deepcopy(cpu.adapter).to("cuda")
+        for own in (cpu, Painter(pipe, *parts, cpu.foundation, cpu.vocabulary)):
+            pictures = own.generate(sound(0), PaintRequest(steps=2, num_images=2))
+            given = Image.new("RGB", (64, 64))
+            made.append([*pictures, *own.edit(sound(0), given, PaintRequest(steps=4, repaint="invert"))])
+    assert np.abs(pixels(made[0]) - pixels(made[1])).max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_half_the_precision_paints_too(painters: dict[str, Painter], kind: str) -> None:
     """As on a GPU: A* comes in float32, the text encoder in bfloat16."""
     full = painters[kind]
@@ -153,7 +170,14 @@ def test_half_the_precision_paints_too(painters: dict[str, Painter], kind: str) 
     assert (told - expected).norm() < 0.05 * expected.norm()
     assert half.generate(sound(1), request)[0].size == (64, 64)
     given = Image.new("RGB", (64, 64), "white")
-    assert half.edit(sound(1), given, PaintRequest(steps=4, repaint="invert"))[0].size == (64, 64)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    few = PaintRequest(steps=4, denoise_strength=0.5, repaint="invert")
+    kept = pixels(half.edit(sound(1), given, few, mask))
+    assert (kept[:, :, 32:] == 255).all()
+    assert kept[:, :, :32].any()
+    tuned, _, _ = _tuned(half, half.hear(sound(1)), torch.randn(2, *LATENTS), "a <sound>", CueConfig(steps=1), 0)
+    assert tuned.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -55,7 +55,17 @@ def test_a_mask_needs_a_way_of_repainting_that_heeds_it() -> None:
     assert RepaintConfig.parse({"mask": "m.png", "request": {"repaint": "invert"}}).mask == "m.png"
 
 
-@pytest.mark.parametrize("given", [{"strip": "morph"}, {"audio": ["a.wav", "b.wav"]}, {"manifest": "m"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"strip": "morph"},
+        {"audio": ["a.wav", "b.wav"]},
+        {"manifest": "m"},
+        {"save_token": "a.safetensors"},
+        {"audio": "dog=a.wav"},
+        {"request": {"negative_prompt": "<sound>"}},
+    ],
+)
 def test_a_cue_is_for_one_sound(given: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=r"cue\.features is for one sound"):
+    with pytest.raises(UserError, match=r"cue\.features"):
         GenerateConfig.parse({"cue": {"features": "f"}, **given})

@@ -117,10 +117,12 @@ def test_a_mask_goes_with_the_picture() -> None:
     assert backend.masks[0] is not None
     assert backend.masks[0].size == (40, 20)
     assert backend.calls[0][3].repaint == "invert"
-    broken = {**files, "mask": b"nothing"}
-    assert code(ask("POST", "/v1/edit", backend, files=broken)) == (422, "image_unreadable")
-    large = {**files, "mask": png(200, 100)}
-    assert code(ask("POST", "/v1/edit", backend, files=large)) == (422, "image_too_large")
+    assert code(ask("POST", "/v1/edit", backend, files=files)) == (422, "invalid_field")  # img2img heeds no mask
+    for mask, expected in ((b"nothing", "image_unreadable"), (png(200, 100), "image_too_large")):
+        response = ask("POST", "/v1/edit", backend, files={**files, "mask": mask}, data={"repaint": "invert"})
+        assert code(response) == (422, expected)
+        assert response.json()["error"]["message"].startswith("mask: ")
+    assert len(backend.calls) == 1
 
 
 @pytest.mark.parametrize(("names", "known"), [(None, ["sound", "sound2"]), ("dog, rain", ["dog", "rain"])])
