@@ -42,6 +42,8 @@ NEEDED = {
     "full_caption": "colour",
 }
 """Conditions whose figures only a judge can give, and what it must read."""
+SEEDS_APART = 1_000_000
+"""Between the pictures of two evaluations' seeds."""
 PICTURE_TABLE = pa.schema(
     [
         ("case", pa.int32()),
@@ -149,7 +151,7 @@ def make_cases(labels: Sequence[Sequence[str]], counts: Mapping[str, int], seed:
                 heard = int(order[(i + rows // 2) % rows])
             if values is not None:
                 given = int(rng.choice(np.flatnonzero(values != values[row])))
-            cases.append(Case(len(cases), condition, row, heard, i, given))
+            cases.append(Case(len(cases), condition, row, heard, seed * SEEDS_APART + i, given))
     return cases
 
 

@@ -1,0 +1,243 @@
+"""What a sound does to a picture, judged on held-out clips of the demo (make accept): mixing, strips, cues, few steps.
+
+AAI_DEMO names the run folder of a finished demo; without it one is made in runs/accept. Each test prints its figures
+and leaves them in RUN/figures. Seeds of pictures differ; intervals are the 95 % of a bootstrap over pictures.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from aai.addons import AddOns
+from aai.cue import CueConfig, refine
+from aai.features import load_split
+from aai.foundation.clip import FrozenClip
+from aai.foundation.identity import TOY_WEIGHTS
+from aai.inject import Sound
+from aai.metrics import bootstrap_ci, paired_difference
+from aai.painter import Painter
+from aai.sampling import PaintRequest
+from aai.strips import along
+from aai.toy.judge import ToyJudge
+from pipelines.evaluation.judges import UNCAPTIONED
+
+pytestmark = [pytest.mark.accept, pytest.mark.timeout(7200)]
+ROOT = Path(__file__).resolve().parents[2]
+RUN = Path(os.environ.get("AAI_DEMO", ROOT / "runs" / "accept"))
+COUNT, AT_ONCE = 320, 32
+ASKED = PaintRequest(steps=10)
+
+
+class World:
+    """Held-out clips of the demo, its painter and its readers."""
+
+    def __init__(self) -> None:
+        if not (RUN / "adapt" / "bundle").exists():
+            subprocess.run([sys.executable, "-m", "pipelines", "demo", "--out", str(RUN)], cwd=ROOT, check=True)
+        self.painter = Painter.load(str(RUN / "adapt" / "bundle"))
+        samples = self.painter.aligner.config.clip_samples
+        self.clips = load_split(str(RUN / "features"), "test", samples, columns=("audio", "image_features", "latents"))
+        self.judge = ToyJudge.load()
+        self.single = [i for i, labels in enumerate(self.clips["labels"]) if labels[7] == "none"]
+
+    @cached_property
+    def clip(self) -> FrozenClip:
+        """The frozen CLIP."""
+        return FrozenClip(self.painter.foundation)
+
+    def label(self, row: int, place: int) -> str:
+        """A label of a clip."""
+        return str(self.clips["labels"][row][place])
+
+    def sound(self, row: int) -> np.ndarray:
+        """A clip's waveform."""
+        return np.asarray(self.clips["audio"][row])
+
+    def pairs(self, count: int) -> list[tuple[int, int]]:
+        """Clips of one object each, of two objects and one ambience."""
+        rng = np.random.default_rng(0)
+        found: list[tuple[int, int]] = []
+        while len(found) < count:
+            a, b = (int(row) for row in rng.choice(self.single, 2, replace=False))
+            if self.label(a, 0) != self.label(b, 0) and self.label(a, 1) == self.label(b, 1):
+                found.append((a, b))
+        return found
+
+    def paint(self, embeds: Sequence[Tensor], request: PaintRequest = ASKED, painter: Painter | None = None) -> Any:
+        """Pictures of prompt embeddings [1, L, D], each from a seed of its own."""
+        done: list[Image.Image] = []
+        for at in range(0, len(embeds), AT_ONCE):
+            some = torch.cat(list(embeds[at : at + AT_ONCE]))
+            done += (painter or self.painter).paint(some, range(at, at + len(some)), request)
+        return done
+
+    def write(self, rows: Sequence[int]) -> list[Tensor]:
+        """Prompt embeddings of clips' sounds."""
+        return [self.painter.embed(self.sound(row), self.painter.prompt) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+def told(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    (RUN / "figures").mkdir(exist_ok=True)
+    (RUN / "figures" / f"{name}.json").write_text(json.dumps(figures, indent=1))
+    print(name, json.dumps(figures))
+    return figures
+
+
+def share(hits: Sequence[bool]) -> dict[str, Any]:
+    values = np.array(hits, float)
+    return {"share": float(values.mean()), "ci95": list(bootstrap_ci(values)), "pictures": len(values)}
+
+
+def test_l6_two_sounds_of_one_prompt_are_both_painted(world: World) -> None:
+    pairs, painter = world.pairs(COUNT), world.painter
+    wanted = [{world.label(a, 0), world.label(b, 0)} for a, b in pairs]
+    mixed = [painter.embed({"a": world.sound(a), "b": world.sound(b)}, "a photo of <a> and <b>") for a, b in pairs]
+    texts = painter.embed_text([f"a photo of a {' and a '.join(sorted(both))}" for both in wanted]).split(1)
+    first = world.write([a for a, _ in pairs])
+    figures = {}
+    for name, embeds in {"two sounds": mixed, "two-object caption": texts, "first sound alone": first}.items():
+        read = world.judge.read(world.paint(embeds))
+        figures[name] = share([{row["object"], row["second"]} == both for row, both in zip(read, wanted, strict=True)])
+    told("mixing", figures)
+    assert figures["two sounds"]["share"] >= 0.6 * figures["two-object caption"]["share"]
+
+
+def test_l6_more_strength_shows_more_of_the_sound(world: World) -> None:
+    """Seen by the CLIP: the cosine of the picture's feature to that of the sound's own picture."""
+    rows = world.single[:COUNT]
+    own = F.normalize(world.clips["image_features"][rows].float().mean(1), dim=-1)
+    near = []
+    for strength in (0.0, 0.5, 1.0):
+        embeds = [world.painter.embed(world.sound(row), world.painter.prompt, strength) for row in rows]
+        near.append((world.clip.images(world.paint(embeds)) * own).sum(-1))
+    rising = (near[0] <= near[1] + 1e-6) & (near[1] <= near[2] + 1e-6)
+    ends = (near[0] < near[2]).tolist()
+    figures = told("strength", {"monotone": share(rising.tolist()), "1 nearer than 0": share(ends),
+                                "cosines": [float(part.mean()) for part in near]})  # fmt: skip
+    assert figures["monotone"]["share"] >= 0.9
+
+
+def test_l6_a_morph_goes_from_one_object_to_the_other(world: World) -> None:
+    """Three pictures of a strip; nearness to the second sound's picture less that to the first's must rise."""
+    pairs, painter = world.pairs(COUNT), world.painter
+    pictures = F.normalize(world.clips["image_features"].float().mean(1), dim=-1)
+    leaning = []
+    for part in (0.0, 0.5, 1.0):
+        embeds = []
+        for a, b in pairs:
+            heard = along(painter.listen(world.sound(a))[0], painter.listen(world.sound(b))[0], part)
+            tokens = painter.adapter(heard[None])[0]
+            embeds.append(painter.injector.embed(painter.prompt, {"sound": Sound(tokens, 1.0)}))
+        seen = world.clip.images(world.paint(embeds))
+        towards = pictures[[b for _, b in pairs]] - pictures[[a for a, _ in pairs]]
+        leaning.append((seen * towards).sum(-1))
+    rising = (leaning[0] <= leaning[1]) & (leaning[1] <= leaning[2])
+    figures = told("morph", {"monotone": share(rising.tolist()), "leaning": [float(x.mean()) for x in leaning]})
+    assert figures["monotone"]["share"] >= 0.8
+
+
+def graded(world: World, rows: Sequence[int], pictures: Sequence[Image.Image]) -> dict[str, np.ndarray]:
+    """What of each picture is right, 0 or 1, and its cosine to the clip's own frames."""
+    read = world.judge.read(list(pictures))
+    places = {"object": 0, "ambience": 1, "colour": 4, "count": 5, "place": 6}
+    hits = {name: np.array([r[name] == world.label(row, place) for r, row in zip(read, rows, strict=True)], float)
+            for name, place in places.items()}  # fmt: skip
+    hits["uncaptioned"] = np.mean([hits[name] for name in UNCAPTIONED], axis=0)
+    own = F.normalize(world.clips["image_features"][list(rows)].float().mean(1), dim=-1)
+    hits["cosine"] = (world.clip.images(list(pictures)) * own).sum(-1).numpy()
+    return hits
+
+
+def test_l5_a_cue_brings_the_picture_nearer_to_the_true_one(world: World) -> None:
+    rows = world.single[:COUNT]
+    cue = CueConfig(features=str(RUN / "features"))
+    before, after, seconds = [], [], []
+    for row in rows:
+        found = refine(world.painter, world.sound(row), world.painter.prompt, cue)
+        seconds.append(found.seconds)
+        for tokens, into in ((found.before, before), (found.after, after)):
+            into.append(world.painter.injector.embed(world.painter.prompt, {"sound": Sound(tokens, 1.0)}))
+    was, now = (graded(world, rows, world.paint(embeds)) for embeds in (before, after))
+    figures: dict[str, Any] = {"seconds a sound": float(np.mean(seconds))}
+    for name in was:
+        figures[name] = {"before": float(was[name].mean()), **paired_difference(now[name], was[name])}
+    told("cue", figures)
+    assert figures["cosine"]["ci95"][0] > 0 or figures["uncaptioned"]["ci95"][0] > 0
+
+
+def test_l8_four_steps_with_the_distilled_weights(world: World) -> None:
+    """A* as trained with the whole model; beside four steps of the same sampler without the distilled weights."""
+    rows, bundle = world.single[:COUNT], str(RUN / "adapt" / "bundle")
+    lora = str(TOY_WEIGHTS / "lcm" / "pytorch_lora_weights.safetensors")
+    fast, bare = (
+        Painter.load(bundle, addons=AddOns(lora=file, scheduler="lcm")) for file in (lora, None)
+    )  # fmt: skip
+    four = PaintRequest(steps=4, guidance_scale=1)
+    kinds: dict[str, tuple[Painter, PaintRequest]] = {
+        "20 steps": (world.painter, PaintRequest(steps=20)),
+        "4 distilled": (fast, four),
+        "4 of lcm, not distilled": (bare, four),
+        "4 steps": (world.painter, PaintRequest(steps=4)),
+    }
+    embeds, figures = world.write(rows), {}
+    for name, (painter, request) in kinds.items():
+        begin = time.process_time()
+        pictures = world.paint(embeds, request, painter)
+        cpu_s = time.process_time() - begin
+        hits = graded(world, rows, pictures)
+        figures[name] = {"cpu_s": cpu_s, **{key: float(values.mean()) for key, values in hits.items()}}
+    told("few_steps", figures)
+    whole, quick = figures["20 steps"], figures["4 distilled"]
+    assert quick["object"] >= 0.95 * whole["object"]
+    assert whole["cpu_s"] / quick["cpu_s"] >= 4
+
+
+def evaluated(name: str, **settings: Any) -> dict[str, Any]:
+    """The figures of `aai evaluate` on the demo's bundle; of the finished one in RUN/figures."""
+    out = RUN / "figures" / name
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
+    words = [sys.executable, "-m", "pipelines", "evaluate", "--out", str(out), "--set", f"run_dir={RUN}", *sets]
+    subprocess.run(words, cwd=ROOT, check=True, timeout=7200)
+    return dict(json.loads((out / "evaluate.json").read_text())["generation"])
+
+
+@pytest.mark.parametrize("repaint", ["img2img", "invert"])
+def test_l4_what_edits_and_stylizations_change_and_keep(repaint: str) -> None:
+    pictures = "{edit: 320, edit_from_noise: 320, stylize: 320, stylize_from_noise: 320}"
+    rows = []
+    for seed in (0, 1, 2):
+        found = evaluated(f"{repaint}-{seed}", pictures=pictures, request__repaint=repaint, seed=seed)
+        rows.append({verb: found[verb] for verb in ("edit", "stylize")})
+    mean: Callable[..., float] = lambda *path: float(np.mean([_at(row, path) for row in rows]))  # noqa: E731
+    figures = {
+        "edit": {key: mean("edit", key) for key in ("object", "given_nearer", "outside_distance", "kept")},
+        "edit from noise": {key: mean("edit", "from_noise", key) for key in ("object", "given_nearer")},
+        "stylize": {key: mean("stylize", key) for key in ("ambience", "given_nearer", "kept_object", "kept_medium")},
+        "stylize from noise": {key: mean("stylize", "from_noise", key) for key in ("ambience", "given_nearer")},
+    }
+    told(f"repaint_{repaint}", figures)
+    assert figures["edit"]["given_nearer"] > figures["edit from noise"]["given_nearer"]
+
+
+def _at(values: Any, path: Sequence[str]) -> float:
+    for key in path:
+        values = values[key]
+    return float(values)
