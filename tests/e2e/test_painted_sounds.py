@@ -143,7 +143,7 @@ def test_l6_a_morph_goes_from_one_object_to_the_other(world: World) -> None:
     for part in (0.0, 0.5, 1.0):
         embeds = []
         for a, b in pairs:
-            heard = along(painter.listen(world.sound(a))[0], painter.listen(world.sound(b))[0], part)
+            heard = along(painter.parts(world.sound(a))[0], painter.parts(world.sound(b))[0], part)
             tokens = painter.adapter(heard[None])[0]
             embeds.append(painter.injector.embed(painter.prompt, {"sound": Sound(tokens, 1.0)}))
         seen = world.clip.images(world.paint(embeds))
