@@ -11,7 +11,6 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from aai.fit import Batch
 from aai.toy.recipe_clip import FoundationConfig, clip_input, to_unit, train_model
 
-
 TIMESTEP_SPREAD = 1.2
 """Of the logit-normal timesteps: about one in thirty lies in the first tenth, and in the last."""
 
