@@ -77,6 +77,8 @@ class EvaluateConfig(RayVerbConfig):
     """Size of the retrieval gallery at most; clips are taken in order of clip_id."""
     pictures: dict[str, pydantic.PositiveInt] = NUM_PICTURES
     """Pictures per condition (see docs/evaluation.md)."""
+    seed: int = pydantic.Field(0, ge=0, le=10_000)
+    """Draws which clips are painted, what picture a sound changes, and each picture's noise."""
     judge: JudgeConfig = JudgeConfig()
     """Who reads the pictures beside the CLIP."""
     max_frames: int = pydantic.Field(1200, ge=1)
@@ -108,7 +110,7 @@ class EvaluateConfig(RayVerbConfig):
 
     def content_digest(self) -> str:
         """Of everything that determines the figures: not where, or by how many workers, they are made."""
-        names = {"split", "max_clips", "pictures", "judge", "max_frames", "request", "dtype"}
+        names = {"split", "max_clips", "pictures", "judge", "max_frames", "request", "dtype", "seed"}
         return digest(self.model_dump(mode="json", include=names))
 
     @property
@@ -209,7 +211,7 @@ def settled_dtype(config: EvaluateConfig, stamp: dict[str, str]) -> str:
 def plan_pictures(config: EvaluateConfig, clips: EvaluatedClips) -> tuple[list[Case], dict[str, Any]]:
     """Every picture to paint, and which test clips the report shows."""
     labels = clips.labels
-    cases = make_cases(labels, config.pictures)
+    cases = make_cases(labels, config.pictures, config.seed)
     first = {
         labels[case.row][0]: case.row for case in reversed(cases) if case.condition == "sound" and labels[case.row]
     }

@@ -50,7 +50,7 @@ class FoundationVerbConfig(VerbConfig):
     judge_images: int = pydantic.Field(12000, ge=100)
     seed: int = pydantic.Field(7, ge=0)
     """Of the drawn pictures."""
-    models: tuple[Literal["clip", "diffusion", "judge"], ...] = ("clip", "diffusion", "judge")
+    models: tuple[Literal["clip", "diffusion", "lcm", "judge"], ...] = ("clip", "diffusion", "lcm", "judge")
     recipe: FoundationConfig = FoundationConfig()
 
     def plan(self) -> Plan:
@@ -91,6 +91,10 @@ def run(config: FoundationVerbConfig) -> dict[str, Any]:
             train_clip(config.recipe, pixels, captions, out / "clip")
         elif name == "diffusion":
             train_diffusion(config.recipe, pixels, captions, out / "clip", out / "diffusion")
+        elif name == "lcm":
+            from aai.toy.recipe_consistency import train_consistency  # needs peft, the others do not
+
+            train_consistency(config.recipe, pixels, captions, out / "diffusion", out / "lcm")
         else:
             train_judge(
                 draw_labelled(config.judge_images, config.seed + 1),

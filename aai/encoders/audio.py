@@ -15,10 +15,12 @@ from transformers import ASTConfig, ASTModel
 from aai.config import Config
 from aai.encoders import backbones
 from aai.encoders.backbones import BackboneName
+from aai.encoders.convolutions import GROUPS, ConvBackbone
 from aai.encoders.frontends import LogMel
 from aai.errors import UserError
 from aai.media.limits import SAMPLE_RATE_HZ
 
+FROM_SCRATCH = ("ast", "cnn")
 OF_THE_BACKBONE = (
     "window_ms", "hop_ms", "num_mel_bins", "hidden_size", "num_layers", "num_heads", "patch_size", "stride"
 )  # fmt: skip
@@ -29,8 +31,9 @@ class AudioEncoderConfig(Config):
     """The front end, the backbone and the head."""
 
     backbone: BackboneName = "ast"
-    """ast: Audio Spectrogram Transformer (arXiv 2104.01778), from scratch or pretrained. Pretrained only: whisper, its
-    encoder (arXiv 2212.04356); clap, its audio tower (arXiv 2211.06687); pe_audio, the audio tower of PE-AV."""
+    """ast: Audio Spectrogram Transformer (arXiv 2104.01778), from scratch or pretrained. cnn: convolutions, from
+    scratch only; they hear more of few clips. Pretrained only: whisper, its encoder (arXiv 2212.04356); clap, its audio
+    tower (arXiv 2211.06687); pe_audio, the audio tower of PE-AV."""
     pretrained: str | None = None
     """Local folder or hub id of the backbone's weights and feature extractor; empty = AST from scratch with the sizes
     below. A pretrained backbone hears the spectrogram that it was trained with."""
@@ -56,8 +59,11 @@ class AudioEncoderConfig(Config):
     mel_std: float = pydantic.Field(1.0, gt=0)
     """Standard deviation of the log-mel over the training data."""
     hidden_size: int = 128
-    num_layers: int = 4
+    """Width of the states; of cnn, channels of its last layer."""
+    num_layers: int = pydantic.Field(4, ge=1)
+    """Of ast, its layers; of cnn, pairs of convolutions, each of which halves time and frequency."""
     num_heads: int = 4
+    """Of ast alone, as the next two."""
     patch_size: int = 16
     """Edge of a spectrogram patch, in mel bins and frames."""
     stride: int = 16
@@ -71,8 +77,12 @@ class AudioEncoderConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "AudioEncoderConfig":
-        if self.backbone != "ast" and not self.pretrained:
+        if self.backbone not in FROM_SCRATCH and not self.pretrained:
             raise ValueError(f"backbone {self.backbone} has no from-scratch sizes: set pretrained")
+        if self.backbone == "cnn" and self.pretrained:
+            raise ValueError("backbone cnn has no published weights: leave pretrained out, or name their backbone")
+        if self.backbone == "cnn" and (self.hidden_size % GROUPS or self.num_layers > 6):
+            raise ValueError(f"backbone cnn takes a hidden_size that {GROUPS} divides, and at most 6 layers")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
         return self
@@ -155,7 +165,7 @@ class AudioEncoder(nn.Module):
         self.config = config
         if not config.pretrained:
             self.mel: nn.Module = log_mel(config)
-            self.backbone: nn.Module = ASTModel(_sizes(config))
+            self.backbone: nn.Module = _from_scratch(config)
         else:
             if config.architecture is None or config.extractor is None:
                 rule = f"is missing: older encoders fed {config.pretrained} with a spectrogram that was not its own"
@@ -215,6 +225,12 @@ def mel_statistics(config: AudioEncoderConfig, waveforms: Tensor) -> tuple[float
     """Mean and standard deviation of the raw log-mel over waveforms [N, S]: for `mel_mean` and `mel_std`."""
     mel = log_mel(config.model_copy(update={"mel_mean": 0.0, "mel_std": 1.0}))(waveforms)
     return float(mel.mean()), float(mel.std())
+
+
+def _from_scratch(config: AudioEncoderConfig) -> nn.Module:
+    if config.backbone == "cnn":
+        return ConvBackbone(config.hidden_size, config.num_layers)
+    return ASTModel(_sizes(config))
 
 
 def _sizes(config: AudioEncoderConfig) -> ASTConfig:

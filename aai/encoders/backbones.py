@@ -29,7 +29,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from aai.encoders.frontends import ASTFrontEnd, ClapFrontEnd, PEAudioFrontEnd, WhisperFrontEnd
 from aai.errors import UserError
 
-BackboneName = Literal["ast", "whisper", "clap", "pe_audio"]
+BackboneName = Literal["ast", "cnn", "whisper", "clap", "pe_audio"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,8 @@ def pool(backbone: BackboneName, tower: nn.Module, features: Tensor, num_samples
         # One state for two frames; those after the clip's own are left out.
         own = max(1, num_samples // hop // 2)
         pooled = tower(features.transpose(1, 2)).last_hidden_state[:, :own].mean(dim=1)
+    elif backbone == "cnn":
+        pooled = tower(features).mean(dim=1)
     else:
         pooled = tower(features).last_hidden_state.mean(dim=1)
     return pooled
@@ -176,6 +178,8 @@ def blank(backbone: BackboneName, tower: nn.Module) -> Tensor | float:
 
 def width(backbone: BackboneName, tower: Any) -> int:
     """Size W of the pooled vector."""
+    if backbone == "cnn":
+        return int(tower.hidden_size)
     return int(tower.config.d_model if backbone == "whisper" else tower.config.hidden_size)
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -66,12 +66,19 @@ class FoundationConfig(Config):
     """Of the tokenizer: 512 spelled bytes, and the commonest pieces of the captions."""
     context_length: int = 32
     """Tokens of a prompt, start and end included (77 in the published models)."""
-    clip: TrainSteps = TrainSteps(steps=1300, batch_size=128, learning_rate=1e-3)
-    vae: TrainSteps = TrainSteps(steps=2200, batch_size=32, learning_rate=2e-3)
-    decoder: TrainSteps = TrainSteps(steps=2500, batch_size=32, learning_rate=1e-3)
+    clip: TrainSteps = TrainSteps(steps=2000, batch_size=128, learning_rate=1e-3)
+    image_tower: TrainSteps = TrainSteps(steps=2000, batch_size=128, learning_rate=5e-4)
+    """CLIP's image tower alone, once more, against its own captions (LiT, arXiv 2111.07991): see `similar`."""
+    vae: TrainSteps = TrainSteps(steps=2500, batch_size=16, learning_rate=2e-3)
+    decoder: TrainSteps = TrainSteps(steps=2000, batch_size=16, learning_rate=1e-3)
     """The VAE's decoder alone, on latents with noise; it leaves the latents, and so the UNet, as they are."""
     unet: TrainSteps = TrainSteps(steps=8000, batch_size=32, learning_rate=1e-3)
-    judge: TrainSteps = TrainSteps(steps=2000, batch_size=64, learning_rate=2e-3)
+    lcm: TrainSteps = TrainSteps(steps=1500, batch_size=32, learning_rate=5e-4)
+    """A LoRA for four steps; see recipe_consistency."""
+    lcm_rank: int = pydantic.Field(32, ge=1)
+    lcm_guidance_scale: float = pydantic.Field(3.0, ge=1)
+    """The guidance that is distilled, and that cannot be chosen any more afterwards."""
+    judge: TrainSteps = TrainSteps(steps=5000, batch_size=64, learning_rate=2e-3)
     seed: int = 0
 
 
@@ -89,7 +96,14 @@ def shuffled(data: dict[str, Tensor], config: FitConfig, first_step: int) -> Ite
         yield {name: values[chosen] for name, values in data.items()}
 
 
-def train_model(name: str, task: nn.Module, data: dict[str, Tensor], config: FitConfig, folder: Path) -> None:
+def train_model(
+    name: str,
+    task: nn.Module,
+    data: dict[str, Tensor],
+    config: FitConfig,
+    folder: Path,
+    batches: Callable[[dict[str, Tensor], FitConfig, int], Iterator[Batch]] = shuffled,
+) -> None:
     """Trains the parameters of `task` that require a gradient, in place, on the GPU where there is one.
 
     The checkpoint is FOLDER/NAME-*.training, to be deleted when its model is written; a call with the same task, data
@@ -119,7 +133,7 @@ def train_model(name: str, task: nn.Module, data: dict[str, Tensor], config: Fit
             bar.n = step
             bar.set_postfix(loss=f"{figures['loss']:.4f}")
 
-        fit(task, partial(shuffled, data, config), config, on_log, on_checkpoint, resume=resume)
+        fit(task, partial(batches, data, config), config, on_log, on_checkpoint, resume=resume)
     task.cpu().eval()
 
 
@@ -213,22 +227,95 @@ class ClipTask(nn.Module):
         self.register_buffer("attention_mask", attention_mask, persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean of picture -> caption and caption -> picture cross-entropy; batch: pixels [B, H, W, 3], text [B]."""
+        """See `contrast`; batch: pixels [B, H, W, 3], text [B]."""
         model = self.model
         uniq, inverse = batch["text"].unique(return_inverse=True)
         image = model.get_image_features(pixel_values=clip_input(to_unit(batch["pixels"]))).pooler_output
         text = model.get_text_features(
             input_ids=self.input_ids[uniq], attention_mask=self.attention_mask[uniq]
         ).pooler_output
-        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        logits = model.logit_scale.exp().clamp(max=100) * (image[:, None] * text).sum(-1)  # [B, U], exact in float32
-        share = F.one_hot(inverse, len(uniq)).float()
-        to_image = share.T / share.sum(0)[:, None]
-        return (F.cross_entropy(logits, inverse) + F.cross_entropy(logits.T, to_image)) / 2, {}
+        return contrast(image, text, inverse, model.logit_scale), {}
+
+
+class ImageTowerTask(nn.Module):
+    """CLIP's image tower against the features of its frozen text tower, on pictures that are moved and disturbed."""
+
+    def __init__(self, model: CLIPModel, texts: Tensor, shift_px: int = 4) -> None:
+        """texts: [U, D] of the different captions. shift_px: how far a picture is moved at most."""
+        super().__init__()
+        self.model, self.shift_px = model.requires_grad_(False), shift_px
+        for part in (model.vision_model, model.visual_projection):
+            part.requires_grad_(True)
+        self.log_scale = nn.Parameter(model.logit_scale.detach().clone())
+        self.register_buffer("texts", texts, persistent=False)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `contrast`; batch: pixels [B, H, W, 3], text [B]."""
+        uniq, inverse = batch["text"].unique(return_inverse=True)
+        x = self._disturbed(to_unit(batch["pixels"]))
+        image = self.model.get_image_features(pixel_values=clip_input(x)).pooler_output
+        return contrast(image, self.texts[uniq], inverse, self.log_scale), {}
+
+    def _disturbed(self, x: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] at another place, of other contrast and light, with noise. No mirror: order is told."""
+        rows, _, height, width = x.shape
+        top, left = torch.randint(0, 2 * self.shift_px + 1, (2, rows, 1), device=x.device)
+        padded = F.pad(x, (self.shift_px,) * 4, mode="replicate")
+        row, column = top + torch.arange(height, device=x.device), left + torch.arange(width, device=x.device)
+        each = torch.arange(rows, device=x.device)[:, None, None]
+        moved = padded[each, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+        contrast_, light = torch.randn(2, rows, 1, 1, 1, device=x.device)
+        return moved * (1 + 0.1 * contrast_) + 0.05 * light + 0.03 * torch.randn_like(moved)
+
+
+def contrast(image: Tensor, text: Tensor, inverse: Tensor, log_scale: Tensor) -> Tensor:
+    """Mean of picture -> caption and caption -> picture cross-entropy; equal captions are positives of one another.
+
+    image [B, D]; text [U, D] of the batch's different captions, inverse [B] into them.
+    """
+    image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    logits = log_scale.exp().clamp(max=100) * (image[:, None] * text).sum(-1)  # [B, U], exact in float32
+    share = F.one_hot(inverse, len(text)).float()
+    to_image = share.T / share.sum(0)[:, None]
+    return (F.cross_entropy(logits, inverse) + F.cross_entropy(logits.T, to_image)) / 2
+
+
+def similar(words: Tensor, data: dict[str, Tensor], config: FitConfig, first_step: int) -> Iterator[Batch]:
+    """Two batches of three hold pictures whose captions are alike; the third is drawn from all.
+
+    In a batch of any pictures a few easy words tell nearly all of them apart (weather, medium), and what a picture is
+    of is hardly asked for. So the captions are lined up by a sum of their words' random weights, of which a few are
+    large, and cut into batches: those large words are the same all through a batch.
+
+    words: bool [U, V], which words each caption has. data: `text` [N] and what else belongs to a row.
+    """
+    rows = len(data["text"])
+    size = min(rows, config.batch_size)
+    for step in count(first_step):
+        draw = torch.Generator().manual_seed(config.seed * 100_003 + step)
+        if step % 3 == 2:
+            chosen = torch.randperm(rows, generator=draw)[:size]
+        else:
+            weights = torch.randn(words.shape[1], generator=draw)
+            weights = weights * torch.exp(1.5 * torch.randn(words.shape[1], generator=draw))
+            place = (words.float() @ weights)[data["text"]] + 1e-3 * torch.randn(rows, generator=draw)
+            at = int(torch.randint(rows - size + 1, (1,), generator=draw))
+            chosen = place.argsort()[at : at + size]
+        yield {name: values[chosen] for name, values in data.items()}
+
+
+def words_of(texts: list[str]) -> Tensor:
+    """bool [U, V]: which of all words each text has."""
+    split = [text.split() for text in texts]
+    number = {word: i for i, word in enumerate(sorted({word for text in split for word in text}))}
+    found = torch.zeros(len(texts), max(1, len(number)), dtype=torch.bool)
+    for row, text in enumerate(split):
+        found[row, [number[word] for word in text]] = True
+    return found
 
 
 def train_clip(cfg: FoundationConfig, pixels: Tensor, captions: list[str], out: Path) -> None:
-    """Trains both towers and saves model, tokenizer and image processor to `out`.
+    """Trains both towers, then the image tower alone, and saves model, tokenizer and image processor to `out`.
 
     pixels: uint8 [N, H, W, 3] at `image_size_px`. Captions are cut at the context's length.
     """
@@ -241,6 +328,15 @@ def train_clip(cfg: FoundationConfig, pixels: Tensor, captions: list[str], out: 
     tokens = tokenizer(texts, padding="longest", truncation=True, return_tensors="pt")
     task = ClipTask(model, tokens.input_ids, tokens.attention_mask)
     train_model("clip", task, {"pixels": pixels, "text": which}, cfg.clip.fit(cfg.seed), out)
+    with torch.no_grad():
+        inputs = zip(tokens.input_ids.split(256), tokens.attention_mask.split(256), strict=True)
+        parts = [model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output for ids, mask in inputs]
+    tower = ImageTowerTask(model, F.normalize(torch.cat(parts), dim=-1))
+    batches = partial(similar, words_of(texts))
+    data = {"pixels": pixels, "text": which}
+    train_model("image_tower", tower, data, cfg.image_tower.fit(cfg.seed), out, batches)
+    with torch.no_grad():
+        model.logit_scale.copy_(tower.log_scale)
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     image_processor(cfg.image_size_px).save_pretrained(out)

@@ -32,6 +32,8 @@ REPAINTED = {"edit": 0, "stylize": 1}
 """Conditions that change a given picture: the place of the label in which picture and sound differ."""
 NEEDED = {"sketch": "medium", "edit": "object", "stylize": "ambience", "loudness": "size"}
 """Conditions whose figures only a judge can give, and what it must read."""
+SEEDS_APART = 1_000_000
+"""Between the pictures of two evaluations' seeds."""
 PICTURE_TABLE = pa.schema(
     [
         ("case", pa.int32()),
@@ -132,7 +134,7 @@ def make_cases(labels: Sequence[Sequence[str]], counts: Mapping[str, int], seed:
                 heard = int(order[(i + rows // 2) % rows])
             if values is not None:
                 given = int(rng.choice(np.flatnonzero(values != values[row])))
-            cases.append(Case(len(cases), condition, row, heard, i, given))
+            cases.append(Case(len(cases), condition, row, heard, seed * SEEDS_APART + i, given))
     return cases
 
 

@@ -16,13 +16,15 @@ def noise(batch: int, samples: int, seed: int = 0) -> torch.Tensor:
     return 0.1 * torch.randn(batch, samples, generator=torch.Generator().manual_seed(seed))
 
 
-KINDS = ["scratch", *BACKBONES]
+KINDS = ["scratch", "cnn", *BACKBONES]
 
 
 def encoder_of(backbone: str, tmp_path: Path) -> AudioEncoder:
     torch.manual_seed(0)
     if backbone == "scratch":
         return AudioEncoder(SMALL).eval()
+    if backbone == "cnn":
+        return AudioEncoder(SMALL.model_copy(update={"backbone": "cnn"})).eval()
     folder = BACKBONES[backbone](tmp_path / backbone)
     config = AudioEncoderConfig(backbone=backbone, pretrained=str(folder), embed_dim=16, head_size=24, clip_s=0.8)
     return AudioEncoder(described(config), from_pretrained=True).eval()

@@ -118,6 +118,8 @@ def test_cases_go_round_the_clips_with_seeds_of_their_own() -> None:
         assert pairs <= differ
         assert len(pairs) > 0.7 * len(differ)
     assert make_cases(LABELS, {"sound": 2}) == make_cases(LABELS, {"sound": 2}, seed=0)
+    noise = [{case.seed for case in make_cases(LABELS, {"sound": 50}, seed)} for seed in (0, 1)]
+    assert not noise[0] & noise[1], "no picture of another evaluation again"
 
 
 def test_the_loudness_series_paints_one_sound_at_several_gains() -> None:
