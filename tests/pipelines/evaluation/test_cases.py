@@ -107,7 +107,7 @@ def test_cases_go_round_the_clips_with_seeds_of_their_own() -> None:
     assert {name: len(group) for name, group in by_name.items()} == counts
     order = np.random.default_rng(3).permutation(5).tolist()
     for group in by_name.values():
-        assert [case.seed for case in group] == list(range(len(group)))
+        assert [case.seed for case in group] == list(range(3_000_000, 3_000_000 + len(group)))
         assert [case.row for case in group] == [order[i % 5] for i in range(len(group))]
     assert [(c.audio_row, c.picture_row) for c in by_name["sound"]] == [(c.row, -1) for c in by_name["sound"]]
     assert [case.audio_row for case in by_name["shuffled_audio"]] == [order[(i + 2) % 5] for i in range(5)]
