@@ -36,9 +36,9 @@ class Change:
     negative: Tensor
 
 
-def _steps(pipe: DiffusionPipeline, cls: Any, steps: int) -> Any:
+def _steps(pipe: DiffusionPipeline, cls: Any, steps: int, **changes: Any) -> Any:
     """A deterministic scheduler over the model's own noise levels, evenly spaced."""
-    scheduler = cls.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading")
+    scheduler = cls.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading", **changes)
     scheduler.set_timesteps(steps, device=pipe.unet.device)
     return scheduler
 
@@ -71,11 +71,19 @@ def derive_mask(pipe: DiffusionPipeline, latents: Tensor, change: Change, seeds:
 
 @torch.no_grad()
 def invert(pipe: DiffusionPipeline, latents: Tensor, source: Tensor, steps: int, painted: int) -> list[Tensor]:
-    """Latents on their way up through the lowest `painted` of `steps` noise levels, the given ones first."""
-    scheduler = _steps(pipe, DDIMInverseScheduler, steps)
+    """Latents on their way up through the lowest `painted` of `steps` noise levels, the given ones first.
+
+    A predicted velocity is turned into noise at the level that the model was asked for; the library would take that of
+    the level below, and lose a third more on the way up and down.
+    """
+    scheduler = _steps(pipe, DDIMInverseScheduler, steps, prediction_type="epsilon")
     way = [latents]
     for t in scheduler.timesteps[:painted]:
-        way.append(scheduler.step(_predict(pipe, way[-1], t, source), t, way[-1]).prev_sample)
+        noise = _predict(pipe, way[-1], t, source)
+        if pipe.scheduler.config.prediction_type == "v_prediction":
+            alpha = float(scheduler.alphas_cumprod[int(t)])
+            noise = alpha**0.5 * noise + (1 - alpha) ** 0.5 * way[-1]
+        way.append(scheduler.step(noise, t, way[-1]).prev_sample)
     return way
 
 

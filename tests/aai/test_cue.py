@@ -1,6 +1,7 @@
 """AudioCue: exact retrieval, and A* that fits the retrieved pictures better than before, with random models."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -97,3 +98,16 @@ def test_the_part_that_was_asked_for_is_tuned(painter: Painter, features: str) -
     found = refine(painter, long, painter.prompt, cue, window="loudest")
     assert torch.equal(found.before, painter.hear(long, "loudest"))
     assert not torch.equal(found.before, painter.hear(long))
+
+
+def test_all_noise_levels_are_tuned_on(painter: Painter, features: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def loss(*given: Any) -> torch.Tensor:
+        drawn.extend(given[4].tolist())
+        return given[3].square().mean(dim=(1, 2))
+
+    monkeypatch.setattr("aai.cue.denoising_loss", loss)
+    refine(painter, sound(1), "a photo of <sound>", CueConfig(features=features, pictures=4, steps=20))
+    assert min(drawn) < 100
+    assert max(drawn) > 900

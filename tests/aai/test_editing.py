@@ -103,3 +103,79 @@ def test_each_setting_counts(pipe: StableDiffusionPipeline, change: Change, pixe
     )
     assert everywhere.min() == 1
     assert nowhere.max() == 0
+
+
+def test_a_mask_spreads_to_the_neighbours_of_where_prompts_disagree(
+    pipe: StableDiffusionPipeline, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_one_place(_pipe: object, latents: Tensor, _t: object, embeds: Tensor) -> Tensor:
+        told = torch.zeros_like(latents)
+        told[len(told) // 2 :, :, 3, 4] = 1
+        return told
+
+    monkeypatch.setattr("aai.editing._predict", at_one_place)
+    mask = derive_mask(pipe, latents(), change, [1, 2])
+    assert (mask[0, 0] > 0).nonzero().tolist() == [[row, column] for row in (2, 3, 4) for column in (3, 4, 5)]
+
+
+def test_a_given_mask_of_one_pixel_opens_its_place(
+    pipe: StableDiffusionPipeline, change: Change, pixels: Tensor
+) -> None:
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[:, 0, 11, 13] = 1
+    pictures, _ = repainted(pipe, pixels, change, HOW, [1, 2], mask)
+    assert (pictures[:, :, 11, 13] - pixels[:, :, 11, 13]).abs().max() > 0.01
+
+
+def test_fresh_noise_is_mixed_in_at_full_strength(
+    pipe: StableDiffusionPipeline, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise of unit variance again: with less of it than the level has the picture comes out pale."""
+    seen: list[Tensor] = []
+
+    def predict(_pipe: object, latents: Tensor, _t: object, _embeds: Tensor) -> Tensor:
+        seen.append(latents)
+        return torch.zeros_like(latents)
+
+    monkeypatch.setattr("aai.editing._predict", predict)
+    still = torch.zeros(2, 8, 64, 64)
+    own = torch.randn(still.shape, generator=torch.Generator().manual_seed(1))
+    fresh = torch.randn(still.shape, generator=torch.Generator().manual_seed(2))
+    for share in (0.0, 0.5, 1.0):
+        seen.clear()
+        repaint(pipe, [still, own], change, torch.ones(2, 1, 64, 64), 1, 1.0, fresh, share)
+        assert seen[0][:2].std().item() == pytest.approx(1.0, abs=0.02), share
+
+
+def test_latents_have_the_scale_that_the_model_was_trained_on(
+    pipe: StableDiffusionPipeline, change: Change, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Tensor] = []
+
+    def stopped(_pipe: object, latents: Tensor, *_: object) -> list[Tensor]:
+        started.append(latents)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aai.editing.invert", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        repainted(pipe, pixels, change, HOW, [1, 2])
+    expected = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    torch.testing.assert_close(started[0], expected, atol=1e-4, rtol=0)
+    assert pipe.vae.config.scaling_factor != 1
+
+
+def test_a_velocity_is_turned_into_noise_at_the_level_that_was_asked_for(
+    pipe: StableDiffusionPipeline, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an oracle: a model whose velocity is exactly that of one noise; its way up is that of this noise."""
+    start, noise = latents(), latents(7)
+    alphas = pipe.scheduler.alphas_cumprod
+
+    def velocity(_pipe: object, latents: Tensor, t: Tensor, _embeds: Tensor) -> Tensor:
+        alpha = alphas[int(t)]
+        return (noise - (1 - alpha).sqrt() * latents) / alpha.sqrt()
+
+    monkeypatch.setattr("aai.editing._predict", velocity)
+    way = invert(pipe, start, change.source, 10, 6)
+    alpha = alphas[501]  # of the sixth of ten levels
+    torch.testing.assert_close(way[-1], alpha.sqrt() * start + (1 - alpha).sqrt() * noise, atol=0.02, rtol=0)
