@@ -20,9 +20,12 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.foundation.loaders import DiffusionSkeleton
 from aai.inject import with_head
-from aai.losses import mean_over_ranks, rows_of_ranks
+from aai.losses import gather_with_grad, info_nce, mean_over_ranks, own_rows, rows_of_ranks
 from aai.memory import in_chunks
 from aai.sdxl import DoubleInjector, conditions, injector_of
+
+HEADS = 4
+"""Of the adapter's attention."""
 
 
 class AdapterConfig(Config):
@@ -30,11 +33,20 @@ class AdapterConfig(Config):
 
     num_tokens: int = pydantic.Field(1, ge=1, le=16)
     """K: how many words a sound becomes."""
+    parts: int = pydantic.Field(0, ge=0, le=64)
+    """0: all words are made of the sound's one embedding. Else each word attends for itself to it and to those of so
+    many parts of the sound (attention pooling with K queries, as in arXiv 2205.01917)."""
     hidden_size: int = pydantic.Field(512, ge=8)
     embed_dim: int = pydantic.Field(128, ge=1)
     """D of the aligned space; set from the aligner."""
     token_dim: int = pydantic.Field(128, ge=1)
     """D_t of the text encoder; set from the diffusion model."""
+
+    @pydantic.model_validator(mode="after")
+    def _heads_fit(self) -> "AdapterConfig":
+        if self.parts and self.hidden_size % HEADS:
+            raise ValueError(f"with parts, hidden_size {self.hidden_size} must be a multiple of {HEADS}")
+        return self
 
 
 class AdaptLossConfig(Config):
@@ -46,6 +58,11 @@ class AdaptLossConfig(Config):
     """Clips of a step, over all workers, that take the denoising term, the costly one; 0 = all."""
     w_clip: float = pydantic.Field(0.5, ge=0)
     """1 - cosine of the prompt's pooled text feature to the clip's image feature."""
+    w_contrast: float = pydantic.Field(0.0, ge=0)
+    """InfoNCE of the prompt's pooled text feature and the clip's image feature among the step's clips: the prompt must
+    say what tells this picture from the others, also where their captions are equal."""
+    contrast_temperature: float = pydantic.Field(0.05, gt=0)
+    """Of this term; CLIP's own is 0.01, which one clip's details would rule."""
     w_hidden: float = pydantic.Field(1.0, ge=0)
     """MSE of the prompt's hidden states, from its end of text on, to the caption's (to `prompt` with the caption in the
     sound's place, where the caption has no head: a bare label says less than the prompt)."""
@@ -57,34 +74,66 @@ class AdaptLossConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _some_loss(self) -> "AdaptLossConfig":
-        if not (self.w_denoise or self.w_clip or self.w_hidden):
-            raise ValueError("w_denoise, w_clip and w_hidden are all 0: nothing to learn from")
+        if not (self.w_denoise or self.w_clip or self.w_contrast or self.w_hidden):
+            raise ValueError("w_denoise, w_clip, w_contrast and w_hidden are all 0: nothing to learn from")
         return self
 
 
+class AttentionPool(nn.Module):
+    """K learned queries, each of which gathers what it wants of a sound's embeddings."""
+
+    def __init__(self, cfg: AdapterConfig) -> None:
+        super().__init__()
+        width = cfg.hidden_size
+        self.rise = nn.Linear(cfg.embed_dim, width)
+        self.place = nn.Parameter(0.02 * torch.randn(1 + cfg.parts, width))
+        self.queries = nn.Parameter(torch.randn(cfg.num_tokens, width))
+        self.attend = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        self.out = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.LayerNorm(width),
+            nn.Linear(width, cfg.token_dim),
+        )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows [B, 1 + parts, D], of which the first is of the whole sound -> [B, K, D_t]."""
+        seen = F.gelu(self.rise(rows)) + self.place
+        queries = self.queries.expand(len(rows), -1, -1)
+        gathered, _ = self.attend(queries, seen, seen, need_weights=False)
+        found: Tensor = self.out(queries + gathered)
+        return found
+
+
 class AudioAdapter(nn.Module):
-    """MLP from the aligned embedding to A*; starts at the vocabulary's median length."""
+    """From the aligned embedding to A*, an MLP or attention (`parts`); starts at the vocabulary's median length."""
 
     def __init__(self, cfg: AdapterConfig, median_norm: float = 1.0) -> None:
         """median_norm: how long an ordinary word is (`Injector.median_norm`)."""
         super().__init__()
         self.cfg = cfg
-        self.net = nn.Sequential(
-            nn.Linear(cfg.embed_dim, cfg.hidden_size),
-            nn.GELU(),
-            nn.LayerNorm(cfg.hidden_size),
-            nn.Linear(cfg.hidden_size, cfg.hidden_size),
-            nn.GELU(),
-            nn.LayerNorm(cfg.hidden_size),
-            nn.Linear(cfg.hidden_size, cfg.num_tokens * cfg.token_dim),
-        )
+        if cfg.parts:
+            pool = AttentionPool(cfg)
+            self.net: nn.Module = pool
+            last = pool.out[-1]
+        else:
+            self.net = nn.Sequential(
+                nn.Linear(cfg.embed_dim, cfg.hidden_size),
+                nn.GELU(),
+                nn.LayerNorm(cfg.hidden_size),
+                nn.Linear(cfg.hidden_size, cfg.hidden_size),
+                nn.GELU(),
+                nn.LayerNorm(cfg.hidden_size),
+                nn.Linear(cfg.hidden_size, cfg.num_tokens * cfg.token_dim),
+            )
+            last = self.net[-1]
         self.register_buffer("scale", torch.tensor(median_norm))
-        last = self.net[-1]
         nn.init.normal_(last.weight, std=(cfg.hidden_size * cfg.token_dim) ** -0.5)
         nn.init.zeros_(last.bias)
 
     def forward(self, audio_embed: Tensor) -> Tensor:
-        """audio_embed [B, D], unit norm -> A* [B, K, D_t] in token-embedding space."""
+        """audio_embed [B, D], unit norm; with parts [B, 1 + parts, D] -> A* [B, K, D_t] in token-embedding space."""
         out = self.net(audio_embed * audio_embed.shape[-1] ** 0.5)
         return self.scale * out.view(-1, self.cfg.num_tokens, self.cfg.token_dim)
 
@@ -134,7 +183,7 @@ class AdaptTask(nn.Module):
         """chunk_size: clips that go through the UNet at once (see `aai.memory.in_chunks`)."""
         super().__init__()
         if text_projection is None and not (cfg.w_denoise or cfg.w_hidden):
-            rule = "is the only loss, and the diffusion model's text encoder is not the CLIP's"
+            rule = "and w_contrast are the only losses, and the diffusion model's text encoder is not the CLIP's"
             raise UserError("loss.w_clip", cfg.w_clip, rule, "set loss.w_denoise or loss.w_hidden")
         self.adapter, self.cfg, self.chunk_size = adapter, cfg, chunk_size
         self.unet = pipe.unet.eval().requires_grad_(False)
@@ -160,7 +209,7 @@ class AdaptTask(nn.Module):
         counts = rows_of_ranks(rows, batch["aligned"].device)
         share = rows / sum(counts)
         denoised = max(1, round(self.cfg.denoise_rows * share)) if self.cfg.denoise_rows else 0
-        terms = self.terms(batch, denoised)
+        terms = self.terms(batch, denoised, counts)
         weight = share * len(counts)  # 1 where all processes hold equally many rows
         told = mean_over_ranks(weight * torch.stack(list(terms.values())))
         return weight * self.total(terms), dict(zip(terms, told, strict=True))
@@ -168,14 +217,21 @@ class AdaptTask(nn.Module):
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """The loss of its terms."""
         cfg = self.cfg
-        weights = {"denoise": cfg.w_denoise, "clip": cfg.w_clip, "hidden": cfg.w_hidden, "norm": cfg.w_norm}
+        weights = {
+            "denoise": cfg.w_denoise,
+            "clip": cfg.w_clip,
+            "contrast": cfg.w_contrast,
+            "hidden": cfg.w_hidden,
+            "norm": cfg.w_norm,
+        }
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
-    def terms(self, batch: dict[str, Any], denoise_rows: int = 0) -> dict[str, Tensor]:
+    def terms(self, batch: dict[str, Any], denoise_rows: int = 0, counts: list[int] | None = None) -> dict[str, Tensor]:
         """The means of this process's rows, of what has a weight.
 
-        batch: aligned [B, D], latents [B, C, h, w], image_features [B, N, D], caption list[str]. denoise_rows: so many
-        of the rows, the first, take the denoising term; 0 = all.
+        batch: aligned [B, D] (with parts [B, 1 + parts, D]), latents [B, C, h, w], image_features [B, N, D], caption
+        list[str]. denoise_rows: so many of the rows, the first, take the denoising term; 0 = all. counts: rows of each
+        process, of which each has to be here; without it other processes' clips are no negatives.
         """
         cfg = self.cfg
         tokens = self.adapter(batch["aligned"])
@@ -189,9 +245,16 @@ class AdaptTask(nn.Module):
             parts = latents, states[: len(latents)], timesteps, noise
             run = partial(denoising_loss, self.unet, self.scheduler)
             terms["denoise"] = in_chunks(run, self.chunk_size, *parts).mean()
-        if cfg.w_clip and self.text_projection is not None:
+        if (cfg.w_clip or cfg.w_contrast) and self.text_projection is not None:
             target = F.normalize(batch["image_features"].float().mean(1), dim=-1)
-            terms["clip"] = 1 - F.cosine_similarity(self.text_projection(pooled), target).mean()
+            told = F.normalize(self.text_projection(pooled).float(), dim=-1)
+            if cfg.w_clip:
+                terms["clip"] = 1 - (told * target).sum(-1).mean()
+            if cfg.w_contrast:
+                rows = counts or [len(told)]
+                all_told, all_targets = gather_with_grad(told, rows), gather_with_grad(target, rows)
+                costs = info_nce(all_told, all_targets, 1 / cfg.contrast_temperature, rows=own_rows(rows))
+                terms["contrast"] = costs.mean()
         if cfg.w_hidden:
             wanted = [with_head(c, cfg.head_pattern, cfg.prompt) for c in batch["caption"]]
             terms["hidden"] = self._hidden_distance(states, pooled, wanted)

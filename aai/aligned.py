@@ -1,8 +1,8 @@
 """Aligned embeddings of a FeatureTable's sounds, computed once: `adapt` trains from these, not from the sounds.
 
 For each file of the table there is one of the same name and the same row groups, with the columns clip_id and aligned
-(float32 [D], unit norm). It says which aligner and which settings of the features it was made with, and of which clips:
-where these are others, it is made anew.
+(float32 [D], unit norm; with parts [(1 + parts) x D]). It says which aligner and which settings of the features it was
+made with, and of which clips: where these are others, it is made anew.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,10 @@ class AlignedCache:
     """Digest of the aligner's settings and weights."""
 
     @classmethod
-    def of(cls, bundle: Bundle, parent: str) -> "AlignedCache":
-        """The cache of a bundle's aligner in its folder below `parent`."""
-        aligner = digest({"encoder": bundle.config.encoder, "weights": bundle.meta["files"][ALIGNER_FILE]})
+    def of(cls, bundle: Bundle, parent: str, parts: int = 0) -> "AlignedCache":
+        """The cache of a bundle's aligner in its folder below `parent`. parts: embedded beside the whole sound."""
+        made_by: dict[str, object] = {"encoder": bundle.config.encoder, "weights": bundle.meta["files"][ALIGNER_FILE]}
+        aligner = digest(made_by | ({"parts": parts} if parts else {}))
         return cls(storage.join(parent, aligner), aligner)
 
     def file(self, features: str) -> str:

@@ -49,7 +49,11 @@ class Concepts:
         return (sharpness * F.normalize(embed, dim=-1) @ self.features[kind].T).softmax(-1)
 
     def move(self, embed: Tensor, kind: Kind, target: Tensor, amount: float = 1.0) -> Tensor:
-        """Moves embeddings [B, D] from what they say of `kind` to `target` weights [B, n]; unit norm again."""
+        """Moves embeddings [B, D] from what they say of `kind` to `target` weights [B, n]; unit norm again.
+
+        Those of a sound's parts, [B, R, D], are all moved to the same.
+        """
+        target = target.view(len(target), *[1] * (embed.ndim - 2), -1)
         step = (target - self.read(embed, kind)) @ self.features[kind]
         return F.normalize(embed + amount * step, dim=-1)
 

@@ -84,7 +84,8 @@ class Conditions:
             return self._closed_form(heard)
         if condition in ("sound", "shuffled_audio", "sketch"):
             prompt = SKETCH if condition == "sketch" else self.prompt
-            return self._write(self.painter.adapter(heard), prompt)
+            parts = torch.cat([self.painter.parts(clip.audio) for clip in clips])
+            return self._write(self.painter.adapter(parts), prompt)
         raise ValueError(f"condition {condition!r} is none of {CONDITIONS}")
 
     def _write(self, tokens: Tensor, prompt: str) -> Tensor:

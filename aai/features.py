@@ -147,7 +147,10 @@ def arrays_of(table: pa.Table, manifest: FeatureManifest, clip_samples: int, col
             out[name] = np.stack(clips) if clips else np.empty((0, clip_samples), np.int16)
         else:
             flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            out[name] = flat.reshape(table.num_rows, *manifest.shape_of(name))
+            shape = manifest.shape_of(name)
+            if name == aligned.COLUMN and len(flat) > table.num_rows * manifest.image_dim:
+                shape = (len(flat) // table.num_rows // manifest.image_dim, *shape)  # of parts too
+            out[name] = flat.reshape(table.num_rows, *shape)
     return out
 
 
@@ -185,8 +188,8 @@ def load_split(
     """All rows of a split in table order (the first `max_rows`), for evaluation.
 
     Tensors: audio float32 [N, S], image_features [N, K, D], text_features [N, T, D], latents [N, C, h, w] (as chosen
-    by `columns`; aligned [N, D] needs a cache), caption_id and clip_hash int64 [N]. Lists: clip_id, content_hash, uri,
-    caption, labels.
+    by `columns`; aligned [N, D], or [N, R, D] with parts, needs a cache), caption_id and clip_hash int64 [N]. Lists:
+    clip_id, content_hash, uri, caption, labels.
     """
     manifest = FeatureManifest.read(uri)
     plain = ["clip_id", "content_hash", "uri", "caption", "labels"]

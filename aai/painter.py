@@ -148,17 +148,27 @@ class Painter:
 
     @torch.no_grad()
     def listen(self, audio: np.ndarray, window: Window = "middle") -> Tensor:
-        """Waveform float32 [S] at `sample_rate_hz` -> aligned embedding [1, D], unit norm.
+        """Waveform float32 [S] at `sample_rate_hz` -> aligned embedding [1, D], unit norm; see `parts`."""
+        return self._rows(audio, window)[:, 0]
+
+    def parts(self, audio: np.ndarray, window: Window = "middle") -> Tensor:
+        """What the adapter is given of a sound: [1, D], or, if it attends to parts, [1, 1 + parts, D].
 
         The last 256 sounds are remembered by their content. Raises UserError for an empty one.
         """
+        rows = self._rows(audio, window)
+        return rows if self.adapter.cfg.parts else rows[:, 0]
+
+    @torch.no_grad()
+    def _rows(self, audio: np.ndarray, window: Window) -> Tensor:
         if audio.size == 0:
             raise UserError("audio", "0 seconds", "holds no sound", "give at least a fraction of a second")
         audio = np.ascontiguousarray(audio, dtype=np.float32)
         key = f"{window} {hashlib.sha256(audio.tobytes()).hexdigest()}"
         if key not in self._heard:
             parts = torch.from_numpy(windows(audio, self.aligner.config.clip_samples, window)).to(self.device)
-            mean = torch.cat([self.aligner(part) for part in parts.split(16)]).mean(0, keepdim=True)
+            rows = [self.aligner.parts(part, self.adapter.cfg.parts) for part in parts.split(16)]
+            mean = torch.cat(rows).mean(0, keepdim=True)
             self._heard[key] = mean if len(parts) == 1 else F.normalize(mean, dim=-1)
             if len(self._heard) > REMEMBERED:
                 del self._heard[next(iter(self._heard))]
@@ -167,7 +177,7 @@ class Painter:
     @torch.no_grad()
     def hear(self, audio: np.ndarray, window: Window = "middle") -> Tensor:
         """Waveform float32 [S] -> A* [K, D_t]."""
-        return self.adapter(self.listen(audio, window))[0]
+        return self.adapter(self.parts(audio, window))[0]
 
     @torch.no_grad()
     def embed(self, sounds: Sounds, prompt: str, strength: float = 1.0) -> Tensor:
@@ -345,7 +355,7 @@ class Painter:
         for sound, picture in zip(sounds, self.concepts.clip.images(list(images)), strict=True):
             shown = picture[None].to(self.device)
             text = prompt or f"{self.concepts.head_of(shown)} <sound>"
-            wanted = self.concepts.move(self.listen(sound, window), keep, self.concepts.read(shown, keep))
+            wanted = self.concepts.move(self.parts(sound, window), keep, self.concepts.read(shown, keep))
             now = self.concepts.move(wanted, change, self.concepts.read(shown, change))
             for row, embed in zip(rows, (wanted, now), strict=True):
                 row.append(self.injector.embed(text, {"sound": Sound(self.adapter(embed)[0], sound_strength)}))

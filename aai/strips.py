@@ -56,7 +56,7 @@ def _morphed(painter: Painter, sounds: Sounds, request: PaintRequest, shares: Se
     given = list(named(sounds).values())
     if len(given) != 2:
         raise UserError("audio", f"{len(given)} sounds", "a morph goes from one sound to another", "give two")
-    start, end = (painter.listen(audio, request.window)[0] for audio in given)
+    start, end = (painter.parts(audio, request.window)[0] for audio in given)
     rows = []
     for share in shares:
         tokens = painter.adapter(along(start, end, share)[None])[0]
@@ -66,11 +66,10 @@ def _morphed(painter: Painter, sounds: Sounds, request: PaintRequest, shares: Se
 
 
 def along(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """The direction [D] at a share of the angle from one unit vector to another (slerp, Shoemake 1985)."""
-    angle = torch.arccos((start @ end).clamp(-1, 1))
-    if angle < 1e-4:
-        return start
-    return F.normalize(torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end, dim=-1)
+    """The direction [..., D] at a share of the angle from one unit vector to another (slerp, Shoemake 1985)."""
+    angle = torch.arccos((start * end).sum(-1, keepdim=True).clamp(-1, 1))
+    between = torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end
+    return torch.where(angle < 1e-4, start, F.normalize(between, dim=-1))
 
 
 def joined(painted: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -79,7 +79,7 @@ class AdaptConfig(StageConfig):
             return "told when the features are there"
         clips, dim = self.clips_of_worker, manifest.image_dim
         batch: dict[str, tuple[int, ...] | list[str]] = {
-            "aligned": (clips, dim),
+            "aligned": (clips, 1 + self.adapter.parts, dim),
             "image_features": (clips, manifest.num_frames, dim),
             "latents": (clips, *manifest.latent_shape),
             "caption": [f"caption {row}" for row in range(clips)],
@@ -137,7 +137,7 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         self.parent = read_bundle(config.bundle)
         self.parents = (self.parent.sha,)
         self.encoder = encoder_config(self.parent)
-        self.cache = AlignedCache.of(self.parent, config.aligned)
+        self.cache = AlignedCache.of(self.parent, config.aligned, config.adapter.parts)
 
     def prepare(self, manifest: FeatureManifest) -> AdaptConfig:
         """See TrainRecipe; the token's width is known only where the diffusion model is."""
@@ -156,7 +156,8 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
     def precompute(self) -> None:
         """Embeds the sounds."""
         config = self.config
-        embed_table(config.bundle, config.features, config.aligned, config.cluster, config.out)
+        places = config.bundle, config.features, config.aligned
+        embed_table(*places, config.cluster, config.out, config.adapter.parts)
 
     def build(self) -> AdaptTask:
         """Loads the foundation."""

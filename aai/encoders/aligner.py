@@ -35,8 +35,8 @@ def embed(encoder: AudioEncoder, waveforms: Tensor, batch_size: int = 128) -> Te
     return torch.cat(parts)
 
 
-def embed_files(aligner: AudioEncoder, sounds: Sequence[bytes], batch_size: int = 64) -> np.ndarray:
-    """Aligned embeddings [N, D] of FLAC sounds, computed on the aligner's device.
+def embed_files(aligner: AudioEncoder, sounds: Sequence[bytes], batch_size: int = 64, parts: int = 0) -> np.ndarray:
+    """Aligned embeddings of FLAC sounds, computed on the aligner's device: [N, D], or with parts [N, 1 + parts, D].
 
     Raises UserError for sound of another rate than the aligner hears.
     """
@@ -45,10 +45,12 @@ def embed_files(aligner: AudioEncoder, sounds: Sequence[bytes], batch_size: int 
         rule = f"the sounds are kept at {rate_hz} Hz"
         raise UserError("encoder.sample_rate_hz", heard_hz, rule, "give a bundle that was aligned at their rate")
     device = next(aligner.parameters()).device
-    parts = [np.empty((0, aligner.config.embed_dim), np.float32)]
+    rows = (1 + parts, aligner.config.embed_dim) if parts else (aligner.config.embed_dim,)
+    found = [np.empty((0, *rows), np.float32)]
     for at in range(0, len(sounds), batch_size):
         waves = [torch.from_numpy(read_sound(data)) for data in sounds[at : at + batch_size]]
         batch = torch.stack([fit_length(wave, aligner.config.clip_samples) for wave in waves])
         with torch.no_grad():
-            parts.append(aligner(batch.to(device)).cpu().numpy())
-    return np.concatenate(parts)
+            heard = aligner.parts(batch.to(device), parts)
+            found.append(heard.view(-1, *rows).cpu().numpy())
+    return np.concatenate(found)

@@ -212,8 +212,22 @@ class AudioEncoder(nn.Module):
 
     def embed_features(self, features: Tensor) -> Tensor:
         """Unit-norm embeddings [B, D] of what `features` returns."""
-        pooled = backbones.pool(self.config.backbone, self.backbone, features, self.config.clip_samples, self.mel.hop)
-        return F.normalize(self.head(pooled).float(), dim=-1)
+        return F.normalize(self.head(self._encode(features)[0]).float(), dim=-1)
+
+    def _encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return backbones.encode(self.config.backbone, self.backbone, features, self.config.clip_samples, self.mel.hop)
+
+    def parts(self, waveforms: Tensor, count: int) -> Tensor:
+        """Unit-norm embeddings [B, 1 + count, D] of waveforms [B, S]: of the whole, then of parts.
+
+        A part is the mean of neighbouring states of the backbone, in its own order, through the same head.
+        """
+        pooled, states = self._encode(self.features(waveforms))
+        rows = pooled[:, None]
+        if count:
+            cells = F.adaptive_avg_pool1d(states.transpose(1, 2), count).transpose(1, 2)
+            rows = torch.cat([rows, cells], dim=1)
+        return F.normalize(self.head(rows).float(), dim=-1)
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Unit-norm embeddings [B, D] of waveforms [B, S] in -1..1 at `sample_rate_hz`."""

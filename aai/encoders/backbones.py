@@ -146,26 +146,28 @@ def longest_s(backbone: BackboneName, extractor: dict[str, Any]) -> float:
     return float((found.n_samples if backbone == "whisper" else found.nb_max_samples) / found.sampling_rate)
 
 
-def pool(backbone: BackboneName, tower: nn.Module, features: Tensor, num_samples: int, hop: int) -> Tensor:
-    """One vector [B, W] for each clip of what the front end gives.
+def encode(
+    backbone: BackboneName, tower: nn.Module, features: Tensor, num_samples: int, hop: int
+) -> tuple[Tensor, Tensor]:
+    """One vector [B, W] for each clip of what the front end gives, and the states [B, N, W] it is of.
 
     num_samples, hop: the sound's own samples, and samples between spectra (for whisper, which pads to 30 s).
     """
-    pooled: Tensor
+    states: Tensor
     if backbone == "clap":
         one_channel, longer = features.unsqueeze(1), features.new_zeros(len(features), 1, dtype=torch.bool)
-        pooled = tower(one_channel, is_longer=longer).pooler_output
-    elif backbone == "pe_audio":
-        pooled = tower(features.unsqueeze(1)).pooler_output
-    elif backbone == "whisper":
+        found = tower(one_channel, is_longer=longer)
+        return found.pooler_output, found.last_hidden_state.flatten(2).transpose(1, 2)
+    if backbone == "pe_audio":
+        found = tower(features.unsqueeze(1))
+        return found.pooler_output, found.last_hidden_state
+    if backbone == "whisper":
         # One state for two frames; those after the clip's own are left out.
         own = max(1, num_samples // hop // 2)
-        pooled = tower(features.transpose(1, 2)).last_hidden_state[:, :own].mean(dim=1)
-    elif backbone == "cnn":
-        pooled = tower(features).mean(dim=1)
+        states = tower(features.transpose(1, 2)).last_hidden_state[:, :own]
     else:
-        pooled = tower(features).last_hidden_state.mean(dim=1)
-    return pooled
+        states = tower(features) if backbone == "cnn" else tower(features).last_hidden_state
+    return states.mean(dim=1), states
 
 
 def blank(backbone: BackboneName, tower: nn.Module) -> Tensor | float:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -100,6 +99,5 @@ def train_consistency(
     task = ConsistencyTask(pipe.unet, states, cfg.lcm_guidance_scale, cfg.lcm_rank)
     fit = cfg.lcm.fit(cfg.seed, ema_decay=0.99)
     train_model("lcm", task, {"latents": latents, "text": text}, fit, out)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-    half = {name: weight.half() for name, weight in layers.items()}
+    half = {name: weight.half() for name, weight in get_peft_model_state_dict(pipe.unet).items()}
     StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=half)

@@ -30,12 +30,12 @@ class EmbedShard(Shard):
 class EmbedWorker:
     """Holds the aligner; embeds the sounds of one file of features."""
 
-    def __init__(self, bundle: str, features: str, folder: str, cpus: float, on_gpu: bool) -> None:
+    def __init__(self, bundle: str, features: str, folder: str, parts: int, cpus: float, on_gpu: bool) -> None:
         opened = read_bundle(bundle)
         if not on_gpu:
             torch.set_num_threads(max(1, int(cpus)))
         self.manifest = FeatureManifest.read(features)
-        self.cache = AlignedCache.of(opened, folder)
+        self.cache, self.parts = AlignedCache.of(opened, folder, parts), parts
         self.aligner = load_aligner(opened).to("cuda" if on_gpu else "cpu")
 
     def __call__(self, shard: EmbedShard) -> Result:
@@ -43,9 +43,9 @@ class EmbedWorker:
         table = open_table(shard.features, self.manifest)
         groups = []
         for clips in _read_ahead(table):
-            vectors = embed_files(self.aligner, clips["audio"].to_pylist())
+            vectors = embed_files(self.aligner, clips["audio"].to_pylist(), parts=self.parts)
             flat = pa.array(vectors.reshape(-1), pa.float32())
-            embeddings = pa.FixedSizeListArray.from_arrays(flat, self.aligner.config.embed_dim)
+            embeddings = pa.FixedSizeListArray.from_arrays(flat, (1 + self.parts) * self.aligner.config.embed_dim)
             groups.append(pa.table({"clip_id": clips["clip_id"], COLUMN: embeddings}))
         self.cache.write(shard.features, table, groups)
         return Result(rows=shard.rows)
@@ -63,9 +63,9 @@ def _read_ahead(table: pq.ParquetFile) -> Iterator[pa.Table]:
             yield clips
 
 
-def embed_table(bundle: str, features: str, folder: str, cluster: ClusterConfig, log_dir: str) -> None:
+def embed_table(bundle: str, features: str, folder: str, cluster: ClusterConfig, log_dir: str, parts: int = 0) -> None:
     """Makes what is missing of a bundle's embeddings of a FeatureTable, in a folder of the aligner's below `folder`."""
-    manifest, cache = FeatureManifest.read(features), AlignedCache.of(read_bundle(bundle), folder)
+    manifest, cache = FeatureManifest.read(features), AlignedCache.of(read_bundle(bundle), folder, parts)
     shards = []
     for file in storage.list_files(features, ".parquet"):
         table = open_table(file, manifest)
@@ -73,6 +73,6 @@ def embed_table(bundle: str, features: str, folder: str, cluster: ClusterConfig,
             name = file.rsplit("/", 1)[1].removesuffix(".parquet")
             shards.append(EmbedShard(name=name, rows=table.metadata.num_rows, features=file))
     if shards:
-        places = {"bundle": bundle, "features": features, "folder": folder}
+        places = {"bundle": bundle, "features": features, "folder": folder, "parts": parts}
         args = {**places, "cpus": cluster.cpus_per_worker, "on_gpu": cluster.gpus_per_worker > 0}
         run_shards("adapt: embed sounds", shards, EmbedWorker, args, cluster, log_dir=log_dir)

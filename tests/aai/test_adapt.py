@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
@@ -163,7 +164,7 @@ def test_denoise_rows_are_the_first_clips_with_their_own_prompts(
 
 
 def test_every_term_by_hand(spec: FoundationSpec, pipe: StableDiffusionPipeline) -> None:
-    cfg = AdaptLossConfig(w_denoise=0.25, w_clip=3.0, w_hidden=0.5, w_norm=2.0)
+    cfg = AdaptLossConfig(w_denoise=0.25, w_clip=3.0, w_contrast=1.5, w_hidden=0.5, w_norm=2.0)
     task, batch = make_task(spec, pipe, cfg), make_batch()
     torch.manual_seed(3)
     loss, terms = task(batch)
@@ -177,8 +178,11 @@ def test_every_term_by_hand(spec: FoundationSpec, pipe: StableDiffusionPipeline)
     want, want_pooled = task.injector.encode(whole_captions)
     tail = states.shape[1] // 2
     median = float(pipe.text_encoder.get_input_embeddings().weight.norm(dim=-1).median())
+    each = F.normalize(task.text_projection(pooled), dim=-1) @ F.normalize(target, dim=-1).T / 0.05
+    own = torch.arange(4)
     expected = {
         "clip": 1 - cosine.mean(),
+        "contrast": (F.cross_entropy(each, own) + F.cross_entropy(each.T, own)) / 2,
         "hidden": (states - want)[:, tail:].square().mean() + (pooled - want_pooled).square().mean(),
         "norm": (tokens.norm(dim=-1) / median - 1).square().mean(),
     }
@@ -188,7 +192,13 @@ def test_every_term_by_hand(spec: FoundationSpec, pipe: StableDiffusionPipeline)
     timesteps, noise = torch.randint(0, 1000, (4,)), torch.randn(4, 8, 8, 8)
     denoise = denoising_loss(pipe.unet, pipe.scheduler, batch["latents"], states, timesteps, noise).mean()
     torch.testing.assert_close(terms["denoise"], denoise.detach())
-    whole = 0.25 * denoise + 3 * expected["clip"] + 0.5 * expected["hidden"] + 2 * expected["norm"]
+    whole = (
+        0.25 * denoise
+        + 3 * expected["clip"]
+        + 1.5 * expected["contrast"]
+        + 0.5 * expected["hidden"]
+        + 2 * expected["norm"]
+    )
     torch.testing.assert_close(loss, whole)
     assert loss.requires_grad
     assert not any(term.requires_grad for term in terms.values())
@@ -218,7 +228,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.save({**terms, **gradients}, f"{folder}/{rank}.pt")
 
 
-STILL = AdaptLossConfig(w_denoise=0, w_norm=2.0)
+STILL = AdaptLossConfig(w_denoise=0, w_norm=2.0, w_contrast=0.7)
 """Nothing is drawn at random: what is drawn differs between processes."""
 
 
@@ -273,7 +283,7 @@ def test_without_a_projection_there_is_no_clip_term(spec: FoundationSpec, pipe: 
     whole = make_task(spec, pipe, AdaptLossConfig())
     task = AdaptTask(whole.adapter, pipe, None, AdaptLossConfig(w_denoise=0))
     assert set(task(make_batch())[1]) == {"hidden", "norm"}
-    with pytest.raises(UserError, match=r"loss\.w_clip=0\.5: is the only loss, and"):
+    with pytest.raises(UserError, match=r"loss\.w_clip=0\.5: and w_contrast are the only losses, and"):
         AdaptTask(whole.adapter, pipe, None, AdaptLossConfig(w_denoise=0, w_hidden=0))
 
 
@@ -301,13 +311,35 @@ def test_the_adapter_scales_and_cuts_into_tokens() -> None:
     torch.testing.assert_close(plain(embed), 6**0.5 * embed[:, None])
 
 
+def test_each_word_attends_to_the_parts_of_a_sound_for_itself() -> None:
+    torch.manual_seed(0)
+    adapter = AudioAdapter(AdapterConfig(num_tokens=3, parts=4, hidden_size=16, embed_dim=6, token_dim=5), 0.5)
+    rows = F.normalize(torch.randn(2, 5, 6), dim=-1)
+    tokens = adapter(rows)
+    assert tokens.shape == (2, 3, 5)
+    assert tokens.norm(dim=-1).mean().item() == pytest.approx(0.5, rel=0.5)
+    assert (tokens[0, 0] - tokens[0, 1]).abs().max() > 1e-3
+    torch.testing.assert_close(adapter(rows[1:])[0], tokens[1])
+    for part in range(5):  # of the whole, and of each part
+        changed = rows.clone()
+        changed[0, part] = -changed[0, part]
+        assert (adapter(changed)[0] - tokens[0]).abs().max() > 1e-4
+    tokens.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+    with pytest.raises(ValueError, match="multiple of 4"):
+        AdapterConfig(parts=2, hidden_size=10)
+
+
 def test_bounds_and_defaults_of_the_settings() -> None:
     """Defaults are part of every result: another one is another experiment."""
-    assert AdapterConfig().model_dump() == {"num_tokens": 1, "hidden_size": 512, "embed_dim": 128, "token_dim": 128}
+    sizes = {"num_tokens": 1, "parts": 0, "hidden_size": 512, "embed_dim": 128, "token_dim": 128}
+    assert AdapterConfig().model_dump() == sizes
     assert AdaptLossConfig().model_dump(exclude={"head_pattern", "prompt"}) == {
         "w_denoise": 1.0,
         "denoise_rows": 0,
         "w_clip": 0.5,
+        "w_contrast": 0.0,
+        "contrast_temperature": 0.05,
         "w_hidden": 1.0,
         "w_norm": 0.01,
     }
@@ -315,10 +347,10 @@ def test_bounds_and_defaults_of_the_settings() -> None:
     for bad in ({"num_tokens": 0}, {"num_tokens": 17}, {"hidden_size": 7}, {"embed_dim": 0}, {"token_dim": 0}):
         with pytest.raises(UserError, match=next(iter(bad))):
             AdapterConfig.parse(bad)
-    for name in ("w_denoise", "denoise_rows", "w_clip", "w_hidden", "w_norm"):
+    for name in ("w_denoise", "denoise_rows", "w_clip", "w_contrast", "w_hidden", "w_norm"):
         with pytest.raises(UserError, match=name):
             AdaptLossConfig.parse({name: -1 if name == "denoise_rows" else -0.5})
-    for only in ("w_denoise", "w_clip", "w_hidden"):
+    for only in ("w_denoise", "w_clip", "w_contrast", "w_hidden"):
         AdaptLossConfig.parse({"w_denoise": 0, "w_clip": 0, "w_hidden": 0, only: 1})
 
 

@@ -52,6 +52,19 @@ def test_every_trainable_parameter_gets_a_gradient(backbone: str, tmp_path: Path
     assert without == []
 
 
+@pytest.mark.parametrize("backbone", KINDS)
+def test_the_whole_stands_before_its_parts(backbone: str, tmp_path: Path) -> None:
+    encoder = encoder_of(backbone, tmp_path)
+    sounds = noise(2, encoder.config.clip_samples)
+    with torch.no_grad():
+        rows = encoder.parts(sounds, 3)
+        torch.testing.assert_close(rows[:, 0], encoder(sounds), atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoder.parts(sounds, 0), rows[:, :1], atol=1e-5, rtol=0)
+    assert rows.shape == (2, 4, 16)
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2, 4))
+    assert (rows[:, 1] - rows[:, 3]).abs().max() > 1e-4
+
+
 def test_batch_norms_stay_still_while_training(tmp_path: Path) -> None:
     encoder = encoder_of("clap", tmp_path).train()
     assert encoder.training

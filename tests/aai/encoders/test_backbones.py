@@ -102,8 +102,8 @@ def test_a_fused_clap_hears_each_clip_alone(tmp_path: Path) -> None:
     architecture, extractor = backbones.describe("clap", str(folder), None)
     tower = backbones.load("clap", architecture, str(folder), None).eval()
     heard = backbones.front_end("clap", extractor)(0.1 * torch.randn(3, 48_000))
-    together = backbones.pool("clap", tower, heard, 48_000, 480)
-    alone = torch.cat([backbones.pool("clap", tower, one[None], 48_000, 480) for one in heard])
+    together = backbones.encode("clap", tower, heard, 48_000, 480)[0]
+    alone = torch.cat([backbones.encode("clap", tower, one[None], 48_000, 480)[0] for one in heard])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
@@ -113,7 +113,7 @@ def test_whisper_pools_the_sound_and_not_the_silence_after_it(tmp_path: Path) ->
     tower = backbones.load("whisper", architecture, str(folder), None).eval()
     heard = torch.randn(2, 200, 80)
     states = tower(heard.transpose(1, 2)).last_hidden_state
-    pooled = backbones.pool("whisper", tower, heard, 16_000, 160)  # 1 s: 100 frames, 50 states
+    pooled, _ = backbones.encode("whisper", tower, heard, 16_000, 160)  # 1 s: 100 frames, 50 states
     torch.testing.assert_close(pooled, states[:, :50].mean(dim=1))
 
 

@@ -33,7 +33,7 @@ def test_the_named_end_is_what_the_few_step_sampler_takes_it_for(task: Consisten
 
 @torch.no_grad()
 def test_the_path_is_that_of_the_guided_model_without_its_low_rank_weights(task: ConsistencyTask) -> None:
-    sampler = DDIMScheduler.from_config(noise_scheduler().config, timestep_spacing="trailing", set_alpha_to_one=False)
+    sampler = DDIMScheduler.from_config(noise_scheduler().config, clip_sample=False)
     sampler.set_timesteps(50)
     noisy, text, t = torch.randn(1, SIZES.latent_channels, 8, 8), task.states[1:2], torch.tensor([499])
     plain = build_unet(SIZES).eval()

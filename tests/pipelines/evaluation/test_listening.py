@@ -69,9 +69,9 @@ def test_every_clip_is_heard(heard: Path, bundle: str) -> None:
 
 def test_some_clips_are_heard_alone(shards: list[ListenShard], bundle: str, tmp_path: Path) -> None:
     worker = ListenWorker(bundle, str(tmp_path), {"model": "none"}, "cpu", 0)
-    whole = worker.aligner.forward
+    whole = worker.aligner.parts
     # An encoder that would look at its batch: alone it says something else.
-    worker.aligner.forward = lambda waves: whole(waves) + 0.25 * (len(waves) == 1)
+    worker.aligner.parts = lambda waves, count: whole(waves, count) + 0.25 * (len(waves) == 1)
     worker(ListenShard(name="test-00000", rows=9, features=shards[0].features, clips=shards[0].clips, alone=2))
     gaps = [row["alone_max_abs"] for row in rows(tmp_path / "heard", "test-00000")]
     assert gaps[:2] == pytest.approx([0.25] * 2, abs=1e-5)
