@@ -264,8 +264,8 @@ class ImageTowerTask(nn.Module):
         row, column = top + torch.arange(height, device=x.device), left + torch.arange(width, device=x.device)
         each = torch.arange(rows, device=x.device)[:, None, None]
         moved = padded[each, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
-        contrast_, light = torch.randn(2, rows, 1, 1, 1, device=x.device)
-        return moved * (1 + 0.1 * contrast_) + 0.05 * light + 0.03 * torch.randn_like(moved)
+        gain, light = torch.randn(2, rows, 1, 1, 1, device=x.device)
+        return moved * (1 + 0.1 * gain) + 0.05 * light + 0.03 * torch.randn_like(moved)
 
 
 def contrast(image: Tensor, text: Tensor, inverse: Tensor, log_scale: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The recipe's tokenizer, batches, and trainings of a few steps."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
 from aai.toy.recipe_clip import (
     FoundationConfig,
+    ImageTowerTask,
     TrainSteps,
     build_clip,
     build_tokenizer,
@@ -20,9 +22,11 @@ from aai.toy.recipe_clip import (
     image_processor,
     remove_checkpoints,
     shuffled,
+    similar,
     to_unit,
     train_clip,
     train_model,
+    words_of,
 )
 
 CAPTIONS = ["a photo of a dog", "a photo of a dog", "a sketch of a frog"]
@@ -122,7 +126,9 @@ def test_captions_of_several_scripts_and_any_length_train(tmp_path: Path, monkey
     captions = ["a dog " * 50, "犬の写真", "صورة كلب", "собака под дождём ♪"]
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     fit = TrainSteps(steps=2, batch_size=4)
-    sizes = FoundationConfig(image_size_px=32, hidden_size=16, vocab_size=600, context_length=8, clip=fit)
+    sizes = FoundationConfig(
+        image_size_px=32, hidden_size=16, vocab_size=600, context_length=8, clip=fit, image_tower=fit
+    )
     train_clip(sizes, pixels, captions, tmp_path)
     clip = FrozenClip(FoundationSpec(clip=str(tmp_path)))
     assert clip.texts(captions).isfinite().all()
@@ -132,3 +138,43 @@ def test_captions_of_several_scripts_and_any_length_train(tmp_path: Path, monkey
     )  # the trainer of another call may break ties otherwise
     train_clip(sizes, pixels, captions, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == written, "by the tokenizer that it began with"
+
+
+def test_batches_of_alike_captions_share_more_words_than_drawn_ones() -> None:
+    heads, nouns, places = ("photo", "sketch"), ("dog", "frog", "bell", "car"), ("at night", "in snow")
+    texts = [f"a {head} of a {noun} {place}" for head, noun, place in product(heads, nouns, places)]
+    words = words_of(texts)
+    assert words.shape == (16, 12)
+    assert set(words.sum(1).tolist()) == {6}  # "a" counts once
+    data = {"text": torch.arange(16).repeat(20), "row": torch.arange(320)}
+    batches = similar(words, data, FitConfig(batch_size=16, seed=1), 0)
+
+    def shared(batch: dict[str, torch.Tensor]) -> float:
+        have = words[batch["text"]].float()
+        return float((have @ have.T).mean())
+
+    found = [next(batches) for _ in range(30)]
+    alike = [shared(batch) for step, batch in enumerate(found) if step % 3 != 2]
+    drawn = [shared(batch) for step, batch in enumerate(found) if step % 3 == 2]
+    assert sum(alike) / len(alike) > sum(drawn) / len(drawn) + 0.3
+    again = similar(words, data, FitConfig(batch_size=16, seed=1), 7)
+    assert torch.equal(next(again)["row"], found[7]["row"]), "where a run goes on"
+
+
+def test_the_image_tower_alone_learns_from_moved_pictures() -> None:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(CAPTIONS, vocab_size=520, max_length=12)
+    model = build_clip(FoundationConfig(image_size_px=32, hidden_size=16), tokenizer)
+    task = ImageTowerTask(model, torch.randn(3, 16), shift_px=3)
+    pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    loss, _ = task({"pixels": pixels, "text": torch.tensor([0, 1, 2, 2])})
+    loss.backward()
+    learning = {name for name, p in task.named_parameters() if p.grad is not None}
+    assert all(name.startswith(("model.vision_model", "model.visual_projection", "log_scale")) for name in learning)
+    assert len(learning) > 20
+    ramp = torch.arange(32.0).expand(2, 3, 32, 32) / 10
+    moved = task._disturbed(ramp)
+    assert moved.shape == ramp.shape
+    steps = moved[:, :, :, 5:25].diff(dim=-1).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(steps, torch.full((2,), 0.1), atol=0.05, rtol=0)
+    assert not torch.allclose(moved[0], moved[1], atol=0.05)
