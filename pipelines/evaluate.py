@@ -220,7 +220,7 @@ def plan_pictures(config: EvaluateConfig, clips: EvaluatedClips) -> tuple[list[C
         labels[case.row][0]: case.row for case in reversed(cases) if case.condition == "sound" and labels[case.row]
     }
     if "size" in config.judge.attributes:
-        cases += loudness_cases(list(first.values())[:3], LOUDNESS_GAINS_DB, len(cases))
+        cases += loudness_cases(list(first.values())[:3], LOUDNESS_GAINS_DB, len(cases), config.seed)
     return cases, {"objects": first, "loudness_gains_db": LOUDNESS_GAINS_DB}
 
 
