@@ -99,6 +99,8 @@ class AttentionPool(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows [B, 1 + parts, D], of which the first is of the whole sound -> [B, K, D_t]."""
+        if rows.shape[1:-1] != self.place.shape[:1]:
+            raise ValueError(f"rows of {tuple(rows.shape)}, not [B, {len(self.place)}, D]: a sound and its parts")
         seen = F.gelu(self.rise(rows)) + self.place
         queries = self.queries.expand(len(rows), -1, -1)
         gathered, _ = self.attend(queries, seen, seen, need_weights=False)
@@ -183,7 +185,7 @@ class AdaptTask(nn.Module):
         """chunk_size: clips that go through the UNet at once (see `aai.memory.in_chunks`)."""
         super().__init__()
         if text_projection is None and not (cfg.w_denoise or cfg.w_hidden):
-            rule = "and w_contrast are the only losses, and the diffusion model's text encoder is not the CLIP's"
+            rule = "and loss.w_contrast are the only losses, and the diffusion model's text encoder is not the CLIP's"
             raise UserError("loss.w_clip", cfg.w_clip, rule, "set loss.w_denoise or loss.w_hidden")
         self.adapter, self.cfg, self.chunk_size = adapter, cfg, chunk_size
         self.unet = pipe.unet.eval().requires_grad_(False)
@@ -230,8 +232,9 @@ class AdaptTask(nn.Module):
         """The means of this process's rows, of what has a weight.
 
         batch: aligned [B, D] (with parts [B, 1 + parts, D]), latents [B, C, h, w], image_features [B, N, D], caption
-        list[str]. denoise_rows: so many of the rows, the first, take the denoising term; 0 = all. counts: rows of each
-        process, of which each has to be here; without it other processes' clips are no negatives.
+        list[str], clip_hash [B] for the contrast. denoise_rows: so many of the rows, the first, take the denoising
+        term; 0 = all. counts: rows of each process, of which each has to be here; without it other processes' clips
+        are no negatives.
         """
         cfg = self.cfg
         tokens = self.adapter(batch["aligned"])
@@ -251,16 +254,19 @@ class AdaptTask(nn.Module):
             if cfg.w_clip:
                 terms["clip"] = 1 - (told * target).sum(-1).mean()
             if cfg.w_contrast:
-                rows = counts or [len(told)]
-                all_told, all_targets = gather_with_grad(told, rows), gather_with_grad(target, rows)
-                costs = info_nce(all_told, all_targets, 1 / cfg.contrast_temperature, rows=own_rows(rows))
-                terms["contrast"] = costs.mean()
+                terms["contrast"] = self._contrast(told, target, batch["clip_hash"], counts or [len(told)])
         if cfg.w_hidden:
             wanted = [with_head(c, cfg.head_pattern, cfg.prompt) for c in batch["caption"]]
             terms["hidden"] = self._hidden_distance(states, pooled, wanted)
         if cfg.w_norm:
             terms["norm"] = (tokens.norm(dim=-1) / self.adapter.scale - 1).square().mean()
         return terms
+
+    def _contrast(self, told: Tensor, target: Tensor, clip: Tensor, counts: list[int]) -> Tensor:
+        """InfoNCE of this process's rows among those of all; copies of a clip are no negatives of one another."""
+        told, target, clip = (gather_with_grad(part, counts) for part in (told, target, clip))
+        scale = 1 / self.cfg.contrast_temperature
+        return info_nce(told, target, scale, clip[:, None] == clip, own_rows(counts)).mean()
 
     def _hidden_distance(self, states: Tensor, pooled: Tensor, captions: list[str]) -> Tensor:
         """MSE to the caption's states at its pooled position and over the padding, where both prompts say the same.

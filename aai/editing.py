@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
+from aai.errors import UserError
 from aai.reuse import reused
 from aai.sdxl import conditions, pooled_dim
 
@@ -76,11 +77,15 @@ def invert(pipe: DiffusionPipeline, latents: Tensor, source: Tensor, steps: int,
     A predicted velocity is turned into noise at the level that the model was asked for; the library would take that of
     the level below, and lose a third more on the way up and down.
     """
+    kind = pipe.scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        rule = f"the model predicts {kind!r}, neither noise nor velocity"
+        raise UserError("request.repaint", "invert", rule, "set request.repaint=img2img")
     scheduler = _steps(pipe, DDIMInverseScheduler, steps, prediction_type="epsilon")
     way = [latents]
     for t in scheduler.timesteps[:painted]:
         noise = _predict(pipe, way[-1], t, source)
-        if pipe.scheduler.config.prediction_type == "v_prediction":
+        if kind == "v_prediction":
             alpha = float(scheduler.alphas_cumprod[int(t)])
             noise = alpha**0.5 * noise + (1 - alpha) ** 0.5 * way[-1]
         way.append(scheduler.step(noise, t, way[-1]).prev_sample)

@@ -23,7 +23,7 @@ def info_nce(
     target = torch.arange(len(a), device=a.device)[rows]
     total = a.new_zeros(len(target))
     for mine, others in ((a, b), (b, a)):
-        logits = logit_scale * mine[rows] @ others.T
+        logits = _scores(logit_scale * mine[rows], others)
         if same is not None:
             logits = logits.masked_fill(_not_negative(same, rows), float("-inf"))
         total = total + F.cross_entropy(logits, target, reduction="none") / 2
@@ -42,12 +42,18 @@ def sigmoid_loss(
 
     bias: added to every score; learned, from -10, so that a batch's many negatives do not drown its positives.
     """
-    logits = logit_scale * a[rows] @ b.T + bias
+    logits = _scores(logit_scale * a[rows], b) + bias
     own = torch.eye(len(a), dtype=torch.bool, device=a.device)[rows]
     cost = -F.logsigmoid(torch.where(own, logits, -logits))
     if same is not None:
         cost = cost.masked_fill(_not_negative(same, rows), 0.0)
     return cost.sum(dim=1)
+
+
+def _scores(a: Tensor, b: Tensor) -> Tensor:
+    """[N, M] in float32, also under autocast: in bfloat16 a logit of 20 is told from others to an eighth only."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().T
 
 
 def _not_negative(same: Tensor, rows: slice) -> Tensor:

@@ -83,6 +83,7 @@ class AdaptConfig(StageConfig):
             "image_features": (clips, manifest.num_frames, dim),
             "latents": (clips, *manifest.latent_shape),
             "caption": [f"caption {row}" for row in range(clips)],
+            "clip_hash": (clips,),
         }
         own = -(-self.loss.denoise_rows * clips // self.fit.batch_size)  # of the step's, this worker's
         loss = self.loss.model_copy(update={"denoise_rows": own})
@@ -145,6 +146,9 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         refuse_given("adapter", self.config.adapter, ("embed_dim", "token_dim"))
         remedy = "give the features that it was aligned on"
         manifest.check_sample_rate("bundle", self.config.bundle, self.encoder.sample_rate_hz, remedy)
+        if self.config.adapter.parts and self.encoder.backbone == "pe_audio":
+            rule = "pe_audio's head has learned one state for the whole sound, and none of its parts"
+            raise UserError("adapter.parts", self.config.adapter.parts, rule, "set it to 0")
         denoised, workers = self.config.loss.denoise_rows, self.config.cluster.most_workers
         if denoised % workers:
             rule = f"is not a multiple of the {workers} workers"
@@ -171,7 +175,10 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         return AdaptTask(adapter, pipe, projection, self.config.loss, neutral_word, self.config.fit.chunk_size)
 
     def validate(self, task: AdaptTask, held_out: dict[str, Any]) -> dict[str, float]:
-        """The loss and its terms, with the same noise every time, however many workers there are."""
+        """The loss and its terms, with the same noise every time, however many workers there are.
+
+        The contrast is among the clips of one pass, VALIDATED_AT_ONCE: smaller than in training, by log of the shares.
+        """
         device, size = next(task.adapter.parameters()).device, VALIDATED_AT_ONCE
         rows, totals = len(held_out["caption"]), defaultdict[str, float](float)
         with torch.random.fork_rng(devices=[]):
@@ -241,5 +248,5 @@ def text_projection(spec: FoundationSpec, text_encoder: nn.Module) -> nn.Linear 
     theirs = text_encoder.get_input_embeddings().weight
     same = ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-3)
     if not same:
-        log.warning("adapt: the diffusion model's text encoder is not the CLIP's; the clip term is left out")
+        log.warning("adapt: the diffusion model's text encoder is not the CLIP's; w_clip and w_contrast are left out")
     return clip.text_projection if same else None

@@ -18,6 +18,7 @@ from aai.digest import digest
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from aai.features import FeatureManifest
+from aai.media.duplicates import DuplicateConfig
 from aai.sampling import SamplingConfig
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
@@ -35,6 +36,7 @@ from pipelines.evaluation.cases import (
 )
 from pipelines.evaluation.clips import EvaluatedClips, find_clips, listen_shards
 from pipelines.evaluation.judges import JudgeConfig
+from pipelines.evaluation.leaks import near_overlap
 from pipelines.evaluation.listening import HEARD, ListenWorker
 from pipelines.evaluation.paired import compare, lines
 from pipelines.registry import tracking
@@ -89,6 +91,8 @@ class EvaluateConfig(RayVerbConfig):
     """Clips of one unit of listening."""
     cases_per_shard: int = pydantic.Field(25, ge=1)
     """Pictures of one unit of painting, which is also a batch."""
+    duplicates: DuplicateConfig = DuplicateConfig()
+    """How alike a held-out clip and a training clip are that count as `near_overlap`; as in curate."""
     request: SamplingConfig = SamplingConfig(steps=10)
     """How pictures are painted; prompt and seed are the condition's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -112,7 +116,7 @@ class EvaluateConfig(RayVerbConfig):
 
     def content_digest(self) -> str:
         """Of everything that determines the figures: not where, or by how many workers, they are made."""
-        names = {"split", "max_clips", "pictures", "judge", "max_frames", "request", "dtype", "seed"}
+        names = {"split", "max_clips", "pictures", "judge", "max_frames", "request", "dtype", "seed", "duplicates"}
         return digest(self.model_dump(mode="json", include=names))
 
     @property
@@ -218,7 +222,7 @@ def plan_pictures(config: EvaluateConfig, clips: EvaluatedClips) -> tuple[list[C
         labels[case.row][0]: case.row for case in reversed(cases) if case.condition == "sound" and labels[case.row]
     }
     if "size" in config.judge.attributes:
-        cases += loudness_cases(list(first.values())[:3], LOUDNESS_GAINS_DB, len(cases))
+        cases += loudness_cases(list(first.values())[:3], LOUDNESS_GAINS_DB, len(cases), config.seed)
     return cases, {"objects": first, "loudness_gains_db": LOUDNESS_GAINS_DB}
 
 
@@ -263,11 +267,10 @@ def figures(config: EvaluateConfig, clips: EvaluatedClips) -> dict[str, Any]:
     foundation = generation.pop("foundation", {})
     if config.judge.model == "toy":
         foundation |= grades.foundation_figures(config.out, clips.labels)
-    return {
-        "foundation": foundation,
-        "retrieval": grades.retrieval_figures(clips, heard),
-        "generation": generation,
-    }
+    retrieval = grades.retrieval_figures(clips, heard)
+    if (near := near_overlap(clips, config.clips, config.duplicates)) is not None:
+        retrieval["near_overlap"] = near
+    return {"foundation": foundation, "retrieval": retrieval, "generation": generation}
 
 
 def headline(generation: dict[str, Any]) -> str:

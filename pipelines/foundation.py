@@ -9,6 +9,7 @@ import argparse
 import io
 import logging
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +80,7 @@ def run(config: FoundationVerbConfig) -> dict[str, Any]:
         log.info("foundation: no manifest at %s; the toy world draws %d pictures", config.manifest, config.images)
         writer.write_images(folder, config.images, config.seed)
     out = Path(storage.absolute(config.out))
+    check_few_steps(config, out)
     seconds: dict[str, Any] = {}
     if set(config.models) - {"judge"}:
         pixels, captions = load_pictures(config.manifest, config.recipe.image_size_px)
@@ -107,6 +109,19 @@ def run(config: FoundationVerbConfig) -> dict[str, Any]:
     size_mb = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6
     log.info("foundation: %s in %s s, %.1f MB -> %s", ", ".join(config.models), seconds, size_mb, out)
     return {"seconds": seconds, "weights_mb": size_mb}
+
+
+def check_few_steps(config: FoundationVerbConfig, out: Path) -> None:
+    """Raises UserError where the LoRA for few steps could not be trained: told before hours of other models."""
+    if "lcm" not in config.models:
+        return
+    if find_spec("peft") is None:
+        raise UserError("models", "lcm", "needs the package peft", "pip install 'aai[lora]', or leave lcm out")
+    before = config.models[: config.models.index("lcm")]
+    if "diffusion" not in before and not (out / "diffusion" / "finished").exists():
+        raise UserError(
+            "models", "lcm", f"distills {out / 'diffusion'}, which is not there", "name diffusion before it"
+        )
 
 
 def load_pictures(manifest: str, size_px: int) -> tuple[Tensor, list[str]]:

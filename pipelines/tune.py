@@ -108,6 +108,9 @@ class TuneConfig(VerbConfig):
         space = {name: self.space[name] for name in sorted(self.space)} or SPACES[self.stage]
         base = self._config({}, 0)
         self._check_metric(space)
+        if "adapter.parts" in space:
+            rule, remedy = "the sounds are embedded once for all trials", "set overrides.adapter.parts"
+            raise UserError("space.adapter.parts", space["adapter.parts"], rule, remedy)
         known = flatten(base.content())
         for name, distribution in space.items():
             for value in distribution.ends():
@@ -144,7 +147,9 @@ class TuneConfig(VerbConfig):
         weighed = [name for name in space if name.startswith("loss.")]
         if self.stage == "adapt" and metric == "val_loss" and weighed:
             rule = f"means something else in each trial where {weighed[0]} is swept"
-            raise UserError("metric", metric, rule, "take one term of it: val_hidden, val_clip or val_denoise")
+            raise UserError(
+                "metric", metric, rule, "take one term of it: val_hidden, val_clip, val_contrast or val_denoise"
+            )
 
     def plan(self) -> Plan:
         """See VerbConfig."""

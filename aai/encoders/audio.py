@@ -21,6 +21,8 @@ from aai.errors import UserError
 from aai.media.limits import SAMPLE_RATE_HZ
 
 FROM_SCRATCH = ("ast", "cnn")
+MOST_HALVINGS = 6
+"""Layers of the backbone cnn."""
 OF_THE_BACKBONE = (
     "window_ms", "hop_ms", "num_mel_bins", "hidden_size", "num_layers", "num_heads", "patch_size", "stride"
 )  # fmt: skip
@@ -81,9 +83,11 @@ class AudioEncoderConfig(Config):
             raise ValueError(f"backbone {self.backbone} has no from-scratch sizes: set pretrained")
         if self.backbone == "cnn" and self.pretrained:
             raise ValueError("backbone cnn has no published weights: leave pretrained out, or name their backbone")
-        if self.backbone == "cnn" and (self.hidden_size % GROUPS or self.num_layers > 6):
-            raise ValueError(f"backbone cnn takes a hidden_size that {GROUPS} divides, and at most 6 layers")
-        if self.hidden_size % self.num_heads:
+        if self.backbone == "cnn" and self.hidden_size % GROUPS:
+            raise ValueError(f"hidden_size {self.hidden_size}: backbone cnn takes multiples of {GROUPS}")
+        if self.backbone == "cnn" and self.num_layers > MOST_HALVINGS:
+            raise ValueError(f"num_layers {self.num_layers}: backbone cnn takes at most {MOST_HALVINGS}")
+        if self.backbone != "cnn" and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
         return self
 
@@ -220,7 +224,7 @@ class AudioEncoder(nn.Module):
     def parts(self, waveforms: Tensor, count: int) -> Tensor:
         """Unit-norm embeddings [B, 1 + count, D] of waveforms [B, S]: of the whole, then of parts.
 
-        A part is the mean of neighbouring states of the backbone, in its own order, through the same head.
+        A part is the mean of the backbone's states over a share of the time, through the same head.
         """
         pooled, states = self._encode(self.features(waveforms))
         rows = pooled[:, None]

@@ -149,7 +149,7 @@ def longest_s(backbone: BackboneName, extractor: dict[str, Any]) -> float:
 def encode(
     backbone: BackboneName, tower: nn.Module, features: Tensor, num_samples: int, hop: int
 ) -> tuple[Tensor, Tensor]:
-    """One vector [B, W] for each clip of what the front end gives, and the states [B, N, W] it is of.
+    """One vector [B, W] for each clip of what the front end gives, and states [B, T, W] in the order of time.
 
     num_samples, hop: the sound's own samples, and samples between spectra (for whisper, which pads to 30 s).
     """
@@ -157,7 +157,7 @@ def encode(
     if backbone == "clap":
         one_channel, longer = features.unsqueeze(1), features.new_zeros(len(features), 1, dtype=torch.bool)
         found = tower(one_channel, is_longer=longer)
-        return found.pooler_output, found.last_hidden_state.flatten(2).transpose(1, 2)
+        return found.pooler_output, found.last_hidden_state.mean(dim=2).transpose(1, 2)  # [B, W, frequency, time]
     if backbone == "pe_audio":
         found = tower(features.unsqueeze(1))
         return found.pooler_output, found.last_hidden_state
@@ -165,9 +165,15 @@ def encode(
         # One state for two frames; those after the clip's own are left out.
         own = max(1, num_samples // hop // 2)
         states = tower(features.transpose(1, 2)).last_hidden_state[:, :own]
-    else:
-        states = tower(features) if backbone == "cnn" else tower(features).last_hidden_state
-    return states.mean(dim=1), states
+        return states.mean(dim=1), states
+    if backbone == "cnn":
+        states = tower(features)
+        return states.mean(dim=1), states
+    states = tower(features).last_hidden_state
+    sizes = tower.config
+    bands = (sizes.num_mel_bins - sizes.patch_size) // sizes.frequency_stride + 1
+    patches = states[:, 2:]  # after the class and the distillation token; frequency is slowest
+    return states.mean(dim=1), patches.unflatten(1, (bands, -1)).mean(dim=1)
 
 
 def blank(backbone: BackboneName, tower: nn.Module) -> Tensor | float:

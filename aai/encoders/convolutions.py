@@ -1,7 +1,7 @@
 """The convolutional backbone from scratch: it hears from few clips what a transformer needs many for.
 
 A transformer has to learn from data alone that neighbouring cells of a spectrogram belong together and that a sound
-may come at any time; convolutions know it (measured in docs/training.md).
+may come at any time; convolutions know it.
 """
 
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ class ConvBackbone(nn.Module):
             channels = wider
 
     def forward(self, features: Tensor) -> Tensor:
-        """Log-mel [B, T, M] -> states [B, N, hidden_size] of N cells of time and frequency, time slowest."""
+        """Log-mel [B, T, M] -> states [B, T / 2^num_layers, hidden_size], the mean over frequency."""
         x = features.unsqueeze(1)
         for layer in self.layers:
             x = layer(x)
-        return x.flatten(2).transpose(1, 2)
+        return x.mean(dim=3).transpose(1, 2)

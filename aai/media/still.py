@@ -10,8 +10,12 @@ STILL_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_ASPECT = 32  # longer side by shorter: scaling the shorter one up to a model's input makes the other one huge
 
 
-def decode_still(data: bytes, max_pixels: int, formats: tuple[str, ...] = STILL_FORMATS) -> Image.Image:
+def decode_still(
+    data: bytes, max_pixels: int, formats: tuple[str, ...] = STILL_FORMATS, backdrop: str | None = None
+) -> Image.Image:
     """A picture file as RGB, turned upright. Its size is checked before any pixel is decoded.
+
+    backdrop: colour behind what is transparent, as of a mask; else transparency is passed over.
 
     Raises ClipError: TOO_LARGE (width x height, or a strip), else UNREADABLE.
     """
@@ -22,7 +26,11 @@ def decode_still(data: bytes, max_pixels: int, formats: tuple[str, ...] = STILL_
             raise ClipError("TOO_LARGE", f"{width}x{height} px is over the limit of {max_pixels} px")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ClipError("TOO_LARGE", f"{width}x{height} px is a strip: at most {MAX_ASPECT} to 1")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if backdrop is not None and upright.has_transparency_data:
+            behind = Image.new("RGBA", upright.size, backdrop)
+            upright = Image.alpha_composite(behind, upright.convert("RGBA"))
+        return upright.convert("RGB")
     except ClipError:
         raise
     except Exception as error:  # a broken file raises what its parser stumbles over: struct.error, TypeError, ...

@@ -243,7 +243,8 @@ class ImageTowerTask(nn.Module):
     def __init__(self, model: CLIPModel, texts: Tensor, shift_px: int = 4) -> None:
         """texts: [U, D] of the different captions. shift_px: how far a picture is moved at most."""
         super().__init__()
-        self.model, self.shift_px = model.requires_grad_(False), shift_px
+        self.model = model.requires_grad_(False)
+        self.register_buffer("shift_px", torch.tensor(shift_px), persistent=False)
         for part in (model.vision_model, model.visual_projection):
             part.requires_grad_(True)
         self.log_scale = nn.Parameter(model.logit_scale.detach().clone())
@@ -259,8 +260,9 @@ class ImageTowerTask(nn.Module):
     def _disturbed(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] at another place, of other contrast and light, with noise. No mirror: order is told."""
         rows, _, height, width = x.shape
-        top, left = torch.randint(0, 2 * self.shift_px + 1, (2, rows, 1), device=x.device)
-        padded = F.pad(x, (self.shift_px,) * 4, mode="replicate")
+        most = int(self.shift_px)
+        top, left = torch.randint(0, 2 * most + 1, (2, rows, 1), device=x.device)
+        padded = F.pad(x, (most,) * 4, mode="replicate")
         row, column = top + torch.arange(height, device=x.device), left + torch.arange(width, device=x.device)
         each = torch.arange(rows, device=x.device)[:, None, None]
         moved = padded[each, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
@@ -280,38 +282,45 @@ def contrast(image: Tensor, text: Tensor, inverse: Tensor, log_scale: Tensor) ->
     return (F.cross_entropy(logits, inverse) + F.cross_entropy(logits.T, to_image)) / 2
 
 
-def similar(words: Tensor, data: dict[str, Tensor], config: FitConfig, first_step: int) -> Iterator[Batch]:
-    """Two batches of three hold pictures whose captions are alike; the third is drawn from all.
+def similar(
+    words: tuple[Tensor, Tensor], data: dict[str, Tensor], config: FitConfig, first_step: int
+) -> Iterator[Batch]:
+    """Two batches of three hold pictures of captions that are alike; the third is drawn from all.
 
     In a batch of any pictures a few easy words tell nearly all of them apart (weather, medium), and what a picture is
     of is hardly asked for. So the captions are lined up by a sum of their words' random weights, of which a few are
-    large, and cut into batches: those large words are the same all through a batch.
+    large, and neighbours are taken, with one picture each: they share those large words.
 
-    words: bool [U, V], which words each caption has. data: `text` [N] and what else belongs to a row.
+    words: see `words_of`. data: `text` [N] and what else belongs to a row.
     """
-    rows = len(data["text"])
-    size = min(rows, config.batch_size)
+    rows, counts = len(data["text"]), data["text"].bincount()
+    size, texts, in_order = min(rows, config.batch_size), len(counts), data["text"].argsort(stable=True)
+    first, near_size = counts.cumsum(0) - counts, min(size, texts)
+    owner, word = words
     for step in count(first_step):
         draw = torch.Generator().manual_seed(config.seed * 100_003 + step)
         if step % 3 == 2:
             chosen = torch.randperm(rows, generator=draw)[:size]
         else:
-            weights = torch.randn(words.shape[1], generator=draw)
-            weights = weights * torch.exp(1.5 * torch.randn(words.shape[1], generator=draw))
-            place = (words.float() @ weights)[data["text"]] + 1e-3 * torch.randn(rows, generator=draw)
-            at = int(torch.randint(rows - size + 1, (1,), generator=draw))
-            chosen = place.argsort()[at : at + size]
+            tall, small = torch.randn(2, int(word.max()) + 1, generator=draw)
+            weights = small * torch.exp(1.5 * tall)
+            place = torch.zeros(texts).index_add_(0, owner, weights[word]) + 1e-3 * torch.randn(texts, generator=draw)
+            at = int(torch.randint(texts - near_size + 1, (1,), generator=draw))
+            near = place.argsort()[at : at + near_size]
+            which = (torch.rand(near_size, generator=draw) * counts[near]).long()
+            chosen = in_order[first[near] + which]
         yield {name: values[chosen] for name, values in data.items()}
 
 
-def words_of(texts: list[str]) -> Tensor:
-    """bool [U, V]: which of all words each text has."""
-    split = [text.split() for text in texts]
-    number = {word: i for i, word in enumerate(sorted({word for text in split for word in text}))}
-    found = torch.zeros(len(texts), max(1, len(number)), dtype=torch.bool)
-    for row, text in enumerate(split):
-        found[row, [number[word] for word in text]] = True
-    return found
+def words_of(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """The different words of each text, as pairs: number of the text [M], number of the word [M]."""
+    number: dict[str, int] = {}
+    pairs = []
+    for row, text in enumerate(texts):
+        for word in sorted(set(text.split())):
+            pairs.append((row, number.setdefault(word, len(number))))
+    owner, words = torch.tensor(pairs or [(0, 0)]).T
+    return owner, words
 
 
 def train_clip(cfg: FoundationConfig, pixels: Tensor, captions: list[str], out: Path) -> None:

@@ -37,7 +37,8 @@ class ConsistencyTask(nn.Module):
         super().__init__()
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ADAPTED)))
-        self.unet, self.guidance_scale = unet, guidance_scale
+        self.unet = unet
+        self.register_buffer("guidance_scale", torch.tensor(guidance_scale), persistent=False)
         self.register_buffer("states", states, persistent=False)
         self.register_buffer("alphas", noise_scheduler().alphas_cumprod, persistent=False)
 
@@ -74,7 +75,9 @@ class ConsistencyTask(nn.Module):
         """One DDIM step from t to `before` by the frozen model with classifier-free guidance."""
         self.unet.disable_adapters()
         both = torch.cat([self.states[:1].expand_as(text), text])
-        empty, named = self.unet(noisy.repeat(2, 1, 1, 1), t.repeat(2), encoder_hidden_states=both).sample.chunk(2)
+        empty, named = (
+            self.unet(noisy.repeat(2, 1, 1, 1), t.repeat(2), encoder_hidden_states=both).sample.float().chunk(2)
+        )
         self.unet.enable_adapters()
         v = empty + self.guidance_scale * (named - empty)
         alpha, beta = self._alpha(t), self._alpha(before)

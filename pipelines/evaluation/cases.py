@@ -155,12 +155,13 @@ def make_cases(labels: Sequence[Sequence[str]], counts: Mapping[str, int], seed:
     return cases
 
 
-def loudness_cases(rows: Sequence[int], gains_db: Sequence[float], first: int) -> list[Case]:
+def loudness_cases(rows: Sequence[int], gains_db: Sequence[float], first: int, seed: int = 0) -> list[Case]:
     """One sound at several gains, painted from one seed: the loudness series of the report."""
     cases: list[Case] = []
     for row in rows:
         for gain_db in gains_db:
-            cases.append(Case(first + len(cases), "loudness", row, row, seed=7, gain_db=gain_db))
+            noise = seed * SEEDS_APART + 7
+            cases.append(Case(first + len(cases), "loudness", row, row, noise, gain_db=gain_db))
     return cases
 
 

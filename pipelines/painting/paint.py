@@ -58,7 +58,8 @@ def load_picture(uri: str | None, limits: InputLimits, setting: str = "image") -
     """A user's picture as upright RGB; UserError when it is unreadable or too large."""
     data = _read(setting, uri, limits.max_bytes)
     try:
-        return decode_still(data, limits.max_pixels, (*STILL_FORMATS, "BMP", "GIF"))
+        backdrop = "black" if setting == "mask" else None
+        return decode_still(data, limits.max_pixels, (*STILL_FORMATS, "BMP", "GIF"), backdrop)
     except ClipError as error:
         raise UserError(setting, uri, f"{error.code}: {error.message}", "give a PNG, JPEG or WebP file") from error
 

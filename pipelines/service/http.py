@@ -255,7 +255,7 @@ def read_audio(data: bytes, limits: Limits, sample_rate_hz: int) -> np.ndarray:
 def read_image(data: bytes, limits: Limits, field: str = "image") -> Image.Image:
     """An uploaded PNG, JPEG or WebP -> upright RGB. Raises ApiError 422 with the decoder's reason."""
     try:
-        return decode_still(data, limits.max_pixels)
+        return decode_still(data, limits.max_pixels, backdrop="black" if field == "mask" else None)
     except ClipError as error:
         raise ApiError(422, f"image_{error.code.lower()}", f"{field}: {error.message}") from error
 

@@ -44,6 +44,7 @@ def make_batch() -> dict[str, Any]:
         "latents": torch.randn(4, 8, 8, 8, generator=generator),
         "image_features": torch.nn.functional.normalize(torch.randn(4, 2, 32, generator=generator), dim=-1),
         "caption": list(CAPTIONS),
+        "clip_hash": torch.tensor([1, 2, 3, 2]),  # the second and the last are copies of one clip
     }
 
 
@@ -180,6 +181,7 @@ def test_every_term_by_hand(spec: FoundationSpec, pipe: StableDiffusionPipeline)
     median = float(pipe.text_encoder.get_input_embeddings().weight.norm(dim=-1).median())
     each = F.normalize(task.text_projection(pooled), dim=-1) @ F.normalize(target, dim=-1).T / 0.05
     own = torch.arange(4)
+    each[1, 3] = each[3, 1] = float("-inf")
     expected = {
         "clip": 1 - cosine.mean(),
         "contrast": (F.cross_entropy(each, own) + F.cross_entropy(each.T, own)) / 2,
@@ -221,6 +223,8 @@ def _rank(rank: int, folder: str) -> None:
     task = make_task(spec, load_diffusion(spec), STILL)
     part = {n: x.split(SHARES)[rank] for n, x in make_batch().items() if isinstance(x, Tensor)}
     part["caption"] = list(CAPTIONS[:3] if rank == 0 else CAPTIONS[3:])
+    if rank == 0:
+        task.terms(part)  # as in validation: the other process does not come along
     wrapped = nn.parallel.DistributedDataParallel(task)
     loss, terms = wrapped(part)
     loss.backward()
@@ -283,7 +287,7 @@ def test_without_a_projection_there_is_no_clip_term(spec: FoundationSpec, pipe: 
     whole = make_task(spec, pipe, AdaptLossConfig())
     task = AdaptTask(whole.adapter, pipe, None, AdaptLossConfig(w_denoise=0))
     assert set(task(make_batch())[1]) == {"hidden", "norm"}
-    with pytest.raises(UserError, match=r"loss\.w_clip=0\.5: and w_contrast are the only losses, and"):
+    with pytest.raises(UserError, match=r"loss\.w_clip=0\.5: and loss\.w_contrast are the only losses, and"):
         AdaptTask(whole.adapter, pipe, None, AdaptLossConfig(w_denoise=0, w_hidden=0))
 
 

@@ -101,3 +101,23 @@ def test_missing_or_foreign_embeddings_are_an_error_that_says_what_to_do(feature
         cache.read_group(file, 1, ids)
     with pytest.raises(ValueError, match="needs a cache"):
         load_split(features, "val", 0, (COLUMN,))
+
+
+def test_parts_come_as_rows_and_have_a_cache_of_their_own(tmp_path: Path, features: str) -> None:
+    cache = AlignedCache(f"{tmp_path}/parts", "a")
+    for file in storage.list_files(features, ".parquet"):
+        table = open_table(file, FeatureManifest.read(features))
+        groups = []
+        for group in range(table.num_row_groups):
+            ids = table.read_row_group(group, columns=["clip_id"])["clip_id"]
+            values = [[float(i[1:])] * 3 + [float(i[1:]) + 0.5] * 3 for i in ids.to_pylist()]
+            groups.append(pa.table({"clip_id": ids, COLUMN: pa.array(values, pa.list_(pa.float32(), 6))}))
+        cache.write(file, table, groups)
+    columns = ("image_features", COLUMN)
+    reader = FeatureReader(features, "train", 4, 0, columns=columns, shuffle_clips=7, cache=cache)
+    batch = next(iter(reader.batches()))
+    assert batch[COLUMN].shape == (4, 2, 3)
+    assert batch[COLUMN][:, 0, 0].tolist() == [float(n) for n in numbers(batch)]
+    assert batch[COLUMN][:, 1, 2].tolist() == [n + 0.5 for n in numbers(batch)]
+    none = load_split(features, "no such split", 10, columns=(COLUMN,), cache=cache)
+    assert len(none[COLUMN]) == 0

@@ -80,6 +80,7 @@ def test_tuning_fits_the_retrieved_pictures(painter: Painter, features: str) -> 
     assert found.told()["loss"] == [found.loss_before, found.loss_after]
     again = refine(painter, sound(1), painter.prompt, cue)
     assert torch.equal(again.after, found.after)
+    assert not torch.equal(refine(painter, sound(1), "<sound> at night", cue).after, found.after)
     assert torch.equal(painter.hear(sound(1)), found.before)  # the adapter is as it was
     assert not torch.equal(refine(painter, sound(1), painter.prompt, cue, seed=1).after, found.after)
     weights = [*painter.pipe.unet.parameters(), *painter.pipe.text_encoder.parameters()]

@@ -103,6 +103,8 @@ def test_what_does_not_fit_is_painted_in_halves(painter: Painter, monkeypatch: p
     request = PaintRequest(steps=2, num_images=5, seed=3)
     whole, given = pixels(painter.generate(sound(1), request)), Image.new("RGB", (64, 64), "white")
     edited = pixels(painter.edit(sound(1), given, request))
+    inverting = request.model_copy(update={"steps": 4, "repaint": "invert"})
+    inverted = pixels(painter.edit(sound(1), given, inverting))
     decode = type(painter.pipe.vae).decode
 
     def small(vae: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +115,7 @@ def test_what_does_not_fit_is_painted_in_halves(painter: Painter, monkeypatch: p
     monkeypatch.setattr(type(painter.pipe.vae), "decode", small)
     assert np.abs(pixels(painter.generate(sound(1), request)) - whole).max() <= 1
     assert np.abs(pixels(painter.edit(sound(1), given, request)) - edited).max() <= 1
+    assert np.abs(pixels(painter.edit(sound(1), given, inverting)) - inverted).max() <= 1
 
     def none(vae: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("no room")

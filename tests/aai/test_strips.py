@@ -1,14 +1,21 @@
 """Strips with small random models: one seed, one thing that changes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from aai.adapt import AdapterConfig, AudioAdapter
+from aai.bundle import read_bundle, write_bundle
 from aai.errors import UserError
+from aai.foundation.identity import FoundationSpec
 from aai.painter import Painter
 from aai.sampling import PaintRequest
 from aai.strips import along, joined, paint_strip
 from tests.aai.test_painter import pixels, sound
+from tests.tiny import write_bundle_of
 
 REQUEST = PaintRequest(steps=1, seed=3)
 
@@ -59,3 +66,24 @@ def test_loudness_falls_by_equal_steps(painter: Painter) -> None:
         alone = painter.generate(gain * sound(1), REQUEST)
         assert np.abs(pixels([strip[i][1]]) - pixels(alone)).max() <= 1
     assert joined(strip).size == (9 * 64, 64 + 14)
+
+
+def test_an_adapter_that_attends_to_parts_is_given_them(spec: FoundationSpec, tmp_path: Path) -> None:
+    made = read_bundle(str(write_bundle_of(tmp_path / "whole", spec)))
+    torch.manual_seed(0)
+    shape = AdapterConfig(num_tokens=2, parts=3, hidden_size=32, embed_dim=32, token_dim=32)
+    config = made.config.model_copy(update={"adapter": shape.model_dump(mode="json")})
+    write_bundle(tmp_path / "parts", config, made.aligner(), AudioAdapter(shape, 1.0).state_dict(), {})
+    painter = Painter.load(str(tmp_path / "parts"))
+    rows = painter.parts(sound(1))
+    assert rows.shape == (1, 4, 32)
+    assert torch.equal(painter.listen(sound(1)), rows[:, 0])
+    assert torch.equal(painter.hear(sound(1)), painter.adapter(rows)[0])
+    with pytest.raises(ValueError, match="a sound and its parts"):
+        painter.adapter(rows[:, :1])
+    request = PaintRequest(steps=1)
+    assert len(painter.generate(sound(1), request)) == 1
+    strip = paint_strip(painter, "morph", [sound(1), sound(2)], request, 2)
+    assert [label for label, _ in strip] == ["0.00", "1.00"]
+    picture = Image.new("RGB", (64, 64), "gray")
+    assert len(painter.edit(sound(1), picture, PaintRequest(steps=2))) == 1

@@ -113,8 +113,24 @@ def test_whisper_pools_the_sound_and_not_the_silence_after_it(tmp_path: Path) ->
     tower = backbones.load("whisper", architecture, str(folder), None).eval()
     heard = torch.randn(2, 200, 80)
     states = tower(heard.transpose(1, 2)).last_hidden_state
-    pooled, _ = backbones.encode("whisper", tower, heard, 16_000, 160)  # 1 s: 100 frames, 50 states
+    pooled, own = backbones.encode("whisper", tower, heard, 16_000, 160)  # 1 s: 100 frames, 50 states
     torch.testing.assert_close(pooled, states[:, :50].mean(dim=1))
+    torch.testing.assert_close(own, states[:, :50])
+
+
+@pytest.mark.parametrize("backbone", ["ast", "clap"])
+def test_states_stand_in_the_order_of_time(backbone: BackboneName, tmp_path: Path) -> None:
+    folder = BACKBONES[backbone](tmp_path / backbone)
+    architecture, extractor = backbones.describe(backbone, str(folder), None)
+    tower = backbones.load(backbone, architecture, str(folder), None).eval()
+    heard = backbones.front_end(backbone, extractor)(0.1 * torch.randn(1, 48_000)).repeat(2, 1, 1)
+    late = heard.shape[1] * 7 // 8
+    heard[1, late:] = heard[1, late:] + 3
+    with torch.no_grad():
+        _, states = backbones.encode(backbone, tower, heard, 48_000, 480)
+    changed = (states[0] - states[1]).abs().mean(-1)
+    assert len(changed) < 200
+    assert changed.argmax() >= 0.75 * len(changed) - 1
 
 
 def test_longest_sounds(tmp_path: Path) -> None:

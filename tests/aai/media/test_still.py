@@ -47,3 +47,15 @@ def test_strips_are_refused_because_scaling_them_costs_gigabytes() -> None:
     assert decode_still(hostile.png(MAX_ASPECT * 2, 2), LIMIT).size == (64, 2)
     with pytest.raises(ClipError, match="TOO_LARGE: 66x2 px is a strip"):
         decode_still(hostile.png(MAX_ASPECT * 2 + 2, 2), LIMIT)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_in_a_mask_has_its_backdrop(mode: str) -> None:
+    """White on transparent white, as drawing programs save a mask."""
+    image = Image.new("RGBA", (8, 4), (255, 255, 255, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 4, 4))
+    sink = io.BytesIO()
+    (image.quantize() if mode == "P" else image.convert(mode)).save(sink, "PNG")
+    mask = decode_still(sink.getvalue(), 10_000, backdrop="black")
+    assert mask.crop((0, 0, 4, 4)).getextrema() == ((255, 255),) * 3
+    assert mask.crop((4, 0, 8, 4)).getextrema() == ((0, 0),) * 3

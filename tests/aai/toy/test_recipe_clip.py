@@ -141,23 +141,30 @@ def test_captions_of_several_scripts_and_any_length_train(tmp_path: Path, monkey
 
 
 def test_batches_of_alike_captions_share_more_words_than_drawn_ones() -> None:
-    heads, nouns, places = ("photo", "sketch"), ("dog", "frog", "bell", "car"), ("at night", "in snow")
-    texts = [f"a {head} of a {noun} {place}" for head, noun, place in product(heads, nouns, places)]
-    words = words_of(texts)
-    assert words.shape == (16, 12)
-    assert set(words.sum(1).tolist()) == {6}  # "a" counts once
-    data = {"text": torch.arange(16).repeat(20), "row": torch.arange(320)}
-    batches = similar(words, data, FitConfig(batch_size=16, seed=1), 0)
+    heads, nouns = ("photo", "sketch"), ("dog", "frog", "bell", "car", "train", "clock", "drum", "bird")
+    places, colours = ("at night", "in snow", "in rain"), ("red", "green", "blue")
+    texts = [f"a {h} of a {c} {n} {p}" for h, c, n, p in product(heads, colours, nouns, places)]
+    owner, word = words_of(texts)
+    words = torch.zeros(len(texts), int(word.max()) + 1)
+    words[owner, word] = 1
+    assert set(words.sum(1).tolist()) == {7}  # "a" counts once
+    shuffled_texts = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
+    data = {"text": shuffled_texts.repeat(3), "row": torch.arange(3 * len(texts))}
+    batches = similar((owner, word), data, FitConfig(batch_size=16, seed=1), 0)
 
     def shared(batch: dict[str, torch.Tensor]) -> float:
-        have = words[batch["text"]].float()
+        have = words[batch["text"]]
         return float((have @ have.T).mean())
 
-    found = [next(batches) for _ in range(30)]
-    alike = [shared(batch) for step, batch in enumerate(found) if step % 3 != 2]
-    drawn = [shared(batch) for step, batch in enumerate(found) if step % 3 == 2]
-    assert sum(alike) / len(alike) > sum(drawn) / len(drawn) + 0.3
-    again = similar(words, data, FitConfig(batch_size=16, seed=1), 7)
+    found = [next(batches) for _ in range(60)]
+    for batch in found:
+        assert torch.equal(data["text"][batch["row"]], batch["text"])
+    near = [batch for step, batch in enumerate(found) if step % 3 != 2]
+    drawn = [batch for step, batch in enumerate(found) if step % 3 == 2]
+    assert all(len(set(batch["text"].tolist())) == 16 for batch in near), "no caption twice: it could not be told apart"
+    assert np.mean(list(map(shared, near))) > np.mean(list(map(shared, drawn))) + 0.5
+    assert {int(row) // len(texts) for batch in near for row in batch["row"]} == {0, 1, 2}, "all pictures of a caption"
+    again = similar((owner, word), data, FitConfig(batch_size=16, seed=1), 7)
     assert torch.equal(next(again)["row"], found[7]["row"]), "where a run goes on"
 
 

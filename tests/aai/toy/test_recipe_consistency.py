@@ -47,6 +47,26 @@ def test_the_path_is_that_of_the_guided_model_without_its_low_rank_weights(task:
     torch.testing.assert_close(task._solved(noisy, t, t - 20, text), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_the_loss_holds_the_named_end_against_that_of_the_point_before(task: ConsistencyTask) -> None:
+    for name, weight in task.unet.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    z, text = torch.randn(2, SIZES.latent_channels, 8, 8), task.states[[1, 2]]
+    torch.manual_seed(5)
+    loss, _ = task({"latents": z, "text": torch.tensor([1, 2])})
+    torch.manual_seed(5)
+    t = torch.randint(1, 51, (2,)) * 20 - 1
+    alpha = task.alphas[t].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * torch.randn_like(z)
+    before = (t - 20).clamp(min=0)
+    with torch.no_grad():
+        wanted = task._end(task._solved(noisy, t, before, text), before, text)
+        error = (task._end(noisy, t, text) - wanted).square().sum((1, 2, 3))
+    scale = 1e-3 * 512**0.5
+    assert loss.item() == pytest.approx((((error + scale**2).sqrt() - scale).mean() / 512**0.5).item(), rel=1e-4)
+    assert loss.requires_grad
+
+
 def test_only_low_rank_weights_learn(task: ConsistencyTask) -> None:
     loss, _ = task({"latents": torch.randn(2, SIZES.latent_channels, 8, 8), "text": torch.tensor([1, 2])})
     loss.backward()

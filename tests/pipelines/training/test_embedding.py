@@ -76,6 +76,20 @@ def test_every_sound_is_embedded_as_the_aligner_embeds_it(
     assert split[COLUMN].shape == (len(split["clip_id"]), 32)
 
 
+def test_parts_are_embedded_beside_the_whole_in_a_folder_of_their_own(
+    features: str, bundle: str, tmp_path: Path, made: list[str]
+) -> None:
+    whole = embed(bundle, features, tmp_path)
+    embed_table(bundle, features, str(tmp_path), ClusterConfig(), str(tmp_path), 3)
+    cache = AlignedCache.of(read_bundle(bundle), str(tmp_path), 3)
+    assert cache.folder != whole.folder
+    assert len(made) == 6
+    found = load_split(features, "train", 0, (COLUMN,), None, cache)[COLUMN]
+    assert found.shape[1:] == (4, 32)
+    np.testing.assert_allclose(found[:, 0], load_split(features, "train", 0, (COLUMN,), None, whole)[COLUMN], atol=1e-6)
+    assert np.abs(found[:, 1] - found[:, 3]).max() > 1e-4
+
+
 def test_what_is_there_is_not_made_again_and_what_is_missing_is(
     features: str, bundle: str, tmp_path: Path, made: list[str]
 ) -> None:
