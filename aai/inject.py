@@ -11,10 +11,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -235,8 +236,13 @@ def check_names(prompt: str, sounds: Collection[str]) -> None:
 
 def export_textual_inversion(injector: Injector, tokens: Tensor, path: str, name: str = "sound") -> None:
     """Saves A* [K, D_t] as a textual-inversion file that `pipe.load_textual_inversion(path)` of diffusers reads."""
+    Path(path).write_bytes(textual_inversion(injector, tokens, name))
+
+
+def textual_inversion(injector: Injector, tokens: Tensor, name: str = "sound") -> bytes:
+    """A* [K, D_t] as the content of a textual-inversion file (safetensors)."""
     files = injector.files(tokens.detach(), name)
-    save_file({key: part.float().contiguous().cpu() for key, part in files.items()}, path)
+    return save({key: part.float().contiguous().cpu() for key, part in files.items()})
 
 
 def with_head(caption: str, head_pattern: str, prompt: str) -> str:

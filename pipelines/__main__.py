@@ -38,6 +38,7 @@ VERBS = {
     "generate": "sound -> pictures",
     "edit": "put a sound's object into a given picture",
     "stylize": "put a sound's ambience onto a given picture",
+    "export": "a sound's A* as a file with which diffusers alone paints",
     "serve": "serve the promoted bundle over HTTP",
     "bench": "measure decoding, stages, trainings or a CLIP beside alternatives and floor",
     "plan": "capacity plan: stage rates on a sample, CPUs a GPU needs, time and storage for N clips on M nodes",

@@ -89,6 +89,6 @@ def run(config: DataConfig) -> dict[str, Any]:
             from pipelines.tables.compact import compact
 
             return compact(given, out, config.rows_per_file)
-        from pipelines.tables.export import export
+        from pipelines.tables.webdataset import export
 
         return export(given, out, int(config.shard_mb * 1e6))

@@ -114,13 +114,18 @@ class Choice(Config):
         return f"{self.value:g} ({self.why})"
 
 
-class InputLimits(Config):
-    """What a sound or a picture that somebody hands in may cost: for the painting commands, the service and MLflow."""
+class SoundLimits(Config):
+    """What a sound that somebody hands in may cost."""
 
     max_bytes: int = pydantic.Field(32 * 2**20, gt=0)
     """Largest file; of the service: largest request body, counted while it streams in."""
     max_audio_s: float = pydantic.Field(60, gt=0)
     """Longest sound."""
+
+
+class InputLimits(SoundLimits):
+    """What a sound or a picture that somebody hands in may cost: for the painting commands, the service and MLflow."""
+
     max_pixels: int = pydantic.Field(4096 * 4096, gt=0)
     """Largest width x height of a picture; checked before it is decoded."""
 

@@ -11,20 +11,20 @@ from PIL import Image
 
 from aai import storage
 from aai.addons import AddOns
-from aai.bundle import read_bundle
+from aai.bundle import Bundle, read_bundle
 from aai.cue import refine
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
-from aai.inject import Sound, export_textual_inversion
+from aai.inject import Sound
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import STILL_FORMATS, decode_still
 from aai.painter import Painter
 from aai.png import encode_png, same_picture
 from aai.sampling import check_repaint
 from aai.strips import joined, paint_strip
-from pipelines.painting.request import GenerateConfig, PaintConfig, RepaintConfig
+from pipelines.painting.request import GenerateConfig, PaintConfig, RepaintConfig, SoundsConfig
 from pipelines.registry import tracking
-from pipelines.settings import InputLimits
+from pipelines.settings import InputLimits, SoundLimits
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,24 @@ def add_paint_flags(parser: argparse.ArgumentParser, with_image: bool = False) -
     return {**flags, "num_images": "request.num_images"}
 
 
-def decode_sound(uri: str | None, data: bytes, limits: InputLimits, sample_rate_hz: int) -> np.ndarray:
+def decode_sound(uri: str | None, data: bytes, limits: SoundLimits, sample_rate_hz: int) -> np.ndarray:
     """A user's sound as a mono waveform float32 [S]; UserError naming file and rule when it is none."""
     try:
         return decode_audio(data, limits.max_audio_s, limits.max_bytes, sample_rate_hz)
     except ClipError as error:
         raise UserError("audio", uri, f"{error.code}: {error.message}", "give a readable sound file") from error
+
+
+def read_sounds(config: SoundsConfig) -> dict[str, bytes]:
+    """The files of a command's sounds by name. Raises UserError for none, and for one that cannot be read."""
+    sources = config.sounds() or {"sound": ""}
+    return {name: _read("audio", uri, config.limits.max_bytes) for name, uri in sources.items()}
+
+
+def decode_sounds(data: dict[str, bytes], config: SoundsConfig, bundle: Bundle) -> dict[str, np.ndarray]:
+    """The sounds as waveforms float32 [S] at the rate that the bundle hears."""
+    rate_hz, sources = encoder_config(bundle).sample_rate_hz, config.sounds()
+    return {name: decode_sound(sources[name], data[name], config.limits, rate_hz) for name in sources}
 
 
 def load_picture(uri: str | None, limits: InputLimits, setting: str = "image") -> Image.Image:
@@ -81,28 +93,19 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     """Runs generate, edit or stylize and writes the PNG files; returns their paths and the time."""
     if isinstance(config, RepaintConfig):
         check_repaint(verb, config.request)  # before anything is loaded
-    sources = config.sounds() or {"sound": ""}
-    if isinstance(config, RepaintConfig) and len(sources) > 1:
+    if isinstance(config, RepaintConfig) and len(config.sounds()) > 1:
         raise UserError("audio", ", ".join(config.audio), f"{verb} takes one sound", "give one, or use generate")
-    if config.save_token and len(sources) > 1:
-        raise UserError("save_token", config.save_token, "is of one sound", "give one sound")
-    data = {name: _read("audio", uri, config.limits.max_bytes) for name, uri in sources.items()}
-    images = _pictures(config)
+    data, images = read_sounds(config), _pictures(config)
     bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
-    rate_hz = encoder_config(bundle).sample_rate_hz
-    sounds = {name: decode_sound(sources[name], data[name], config.limits, rate_hz) for name in sources}
+    sounds = decode_sounds(data, config, bundle)
     painter = Painter.load(bundle, config.torch_device, config.dtype, config.addons)
     start = time.perf_counter()
     painted = _painted(verb, painter, sounds, images, config)
     seconds = time.perf_counter() - start
-    stem = stem_of(*sources.values())
+    stem = stem_of(*config.sounds().values())
     addons = {"addons": config.addons.model_dump(exclude_unset=True)} if config.addons != AddOns() else {}
     made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump(), **addons}
     files = [write_picture(config.out, f"{verb}_{stem}_{name}", image, {**made, **how}) for name, image, how in painted]
-    if config.save_token:
-        tokens = painter.hear(next(iter(sounds.values())), config.request.window)
-        export_textual_inversion(painter.injector, tokens, config.save_token)
-        log.info("%s: A* -> %s (diffusers: pipe.load_textual_inversion)", verb, config.save_token)
     made_in = f"{painter.dtype}, {seconds:.1f} s"
     told, shown = ", ".join(config.audio), ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
     log.info("%s: %d picture(s) of %s in %s -> %s", verb, len(files), told, made_in, shown)

@@ -1,4 +1,4 @@
-"""Settings of generate, edit and stylize."""
+"""Settings of generate, edit, stylize and export."""
 
 import re
 
@@ -9,31 +9,31 @@ from aai.cue import CueConfig
 from aai.errors import UserError
 from aai.inject import names_in
 from aai.sampling import PaintRequest
-from aai.sounds import name_of
+from aai.sounds import Window, name_of
 from aai.strips import Strip
-from pipelines.settings import ClusterConfig, DType, InputLimits, Plan, RayVerbConfig, StoreConfig, VerbConfig
+from pipelines.settings import (
+    ClusterConfig,
+    DType,
+    InputLimits,
+    Plan,
+    RayVerbConfig,
+    SoundLimits,
+    StoreConfig,
+    VerbConfig,
+)
 
 _NAMED = re.compile(r"[a-z][a-z0-9_]*=.")
 
 
-class PaintConfig(VerbConfig):
-    """One sound, maybe one picture, and how to paint."""
+class SoundsConfig(VerbConfig):
+    """Sounds, and the bundle that hears them."""
 
     bundle: str = "models:/aai@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder."""
     audio: tuple[str, ...] = ()
     """Sound file, anything PyAV reads (wav, mp3, flac, the sound of a video). Several: FILE or NAME=FILE each, for
     <NAME> in the prompt; without names they are <sound>, <sound2>, ..."""
-    out: str = "${run_dir}/pictures"
-    """Folder of the PNG files."""
-    request: PaintRequest = PaintRequest()
-    limits: InputLimits = InputLimits()
-    save_token: str | None = None
-    """Also save A* as a textual-inversion safetensors file that diffusers loads."""
-    addons: AddOns = AddOns()
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the CPU, but for a manifest the GPU when cluster.gpus_per_worker is not 0."""
-    dtype: DType = "float32"
+    limits: SoundLimits = SoundLimits()
     tracking: StoreConfig = StoreConfig()
 
     @pydantic.field_validator("audio", mode="before")
@@ -51,6 +51,34 @@ class PaintConfig(VerbConfig):
                 raise UserError("audio", given, f"is a second sound of the name {name}", "give it another name")
             out[name] = uri
         return out
+
+
+class ExportConfig(SoundsConfig):
+    """Whose A* is written where."""
+
+    out: str = "${run_dir}/tokens"
+    """Folder or s3:// prefix of NAME.safetensors, one for each sound."""
+    window: Window = "middle"
+    """What is heard of a sound longer than the model's clips: its middle, the loudest part, or the mean of parts."""
+
+    def plan(self) -> Plan:
+        """See VerbConfig."""
+        heard = ", ".join(self.audio) or "(--audio)"
+        inputs, outputs = {"bundle": self.bundle, "audio": heard}, {"tokens": self.out}
+        return Plan(inputs=inputs, outputs=outputs, resources={"device": "cpu"})
+
+
+class PaintConfig(SoundsConfig):
+    """One sound, maybe one picture, and how to paint."""
+
+    out: str = "${run_dir}/pictures"
+    """Folder of the PNG files."""
+    request: PaintRequest = PaintRequest()
+    limits: InputLimits = InputLimits()
+    addons: AddOns = AddOns()
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the CPU, but for a manifest the GPU when cluster.gpus_per_worker is not 0."""
+    dtype: DType = "float32"
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -98,11 +126,9 @@ class GenerateConfig(PaintConfig, RayVerbConfig):
             raise ValueError("control and strip exclude each other: give one of them")
         if self.cue.features and (self.strip or self.manifest or self.control or len(self.audio) > 1):
             raise ValueError("cue.features is for one sound: leave out strip, manifest, control and further sounds")
-        if self.cue.features and self.save_token:
-            raise ValueError("save_token is of A* as it was heard, cue.features tunes another: give one of them")
         if self.cue.features and (set(self.sounds()) - {"sound"} or names_in(self.request.negative_prompt)):
             raise ValueError("cue.features tunes <sound> alone: give it no other name, and no place in negative_prompt")
-        for name in ("audio", "strip", "save_token", "control"):
+        for name in ("audio", "strip", "control"):
             if self.manifest and getattr(self, name):
                 raise ValueError(f"manifest and {name} exclude each other: give one of them")
         return self

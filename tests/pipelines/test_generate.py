@@ -71,7 +71,6 @@ def test_what_one_sound_is_needed_for_refuses_two(
     two = ["--bundle", tiny_bundle, "--audio", tone, "--audio", tone, "--out", str(tmp_path / "out")]
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for verb, given, message in (
-        ("generate", ["--set", "save_token=a.safetensors", *QUICK], "save_token=a.safetensors: is of one sound"),
         ("edit", ["--image", str(tmp_path / "a.png")], "edit takes one sound"),
         ("generate", ["--strip", "shuffle"], "strip=shuffle"),
     ):

@@ -26,7 +26,7 @@ def test_a_name_given_twice_is_refused() -> None:
         PaintConfig(audio=("dog=a.wav", "dog=b.wav")).sounds()
 
 
-@pytest.mark.parametrize("given", [{"audio": "a.wav"}, {"strip": "morph"}, {"save_token": "a.safetensors"}])
+@pytest.mark.parametrize("given", [{"audio": "a.wav"}, {"strip": "morph"}])
 def test_a_manifest_goes_alone(given: dict[str, str]) -> None:
     with pytest.raises(UserError, match=f"manifest and {next(iter(given))} exclude each other"):
         GenerateConfig.parse({"manifest": "sounds", **given})
@@ -61,7 +61,6 @@ def test_a_mask_needs_a_way_of_repainting_that_heeds_it() -> None:
         {"strip": "morph"},
         {"audio": ["a.wav", "b.wav"]},
         {"manifest": "m"},
-        {"save_token": "a.safetensors"},
         {"audio": "dog=a.wav"},
         {"request": {"negative_prompt": "<sound>"}},
     ],
