@@ -87,6 +87,9 @@ class EvaluateConfig(RayVerbConfig):
     """Who reads the pictures beside the CLIP."""
     max_frames: int = pydantic.Field(1200, ge=1)
     """Held-out frames that the toy world's judge and CLIP are themselves graded on."""
+    disturbed_clips: int = pydantic.Field(128, ge=0)
+    """Held-out clips, at most, that are also heard noisier, softer, duller and with more room: `retrieval.robustness`;
+    0 = none."""
     clips_per_shard: int = pydantic.Field(128, ge=1)
     """Clips of one unit of listening."""
     cases_per_shard: int = pydantic.Field(25, ge=1)
@@ -116,7 +119,18 @@ class EvaluateConfig(RayVerbConfig):
 
     def content_digest(self) -> str:
         """Of everything that determines the figures: not where, or by how many workers, they are made."""
-        names = {"split", "max_clips", "pictures", "judge", "max_frames", "request", "dtype", "seed", "duplicates"}
+        names = {
+            "split",
+            "max_clips",
+            "pictures",
+            "judge",
+            "max_frames",
+            "request",
+            "dtype",
+            "seed",
+            "duplicates",
+            "disturbed_clips",
+        }
         return digest(self.model_dump(mode="json", include=names))
 
     @property
@@ -237,6 +251,7 @@ def listen(config: EvaluateConfig, clips: EvaluatedClips, cases: list[Case]) -> 
         "judge": config.judge.model_dump(mode="json"),
         "device": config.worker_device,
         "graded_frames_every": max(1, frames // config.max_frames) if config.judge.model == "toy" else 0,
+        "disturbed_every": -(-len(clips.labels) // config.disturbed_clips) if config.disturbed_clips else 0,
     }
     shards = listen_shards(clips, config.clips_per_shard, texts, painted)
     there = storage.shard_names(storage.join(config.out, HEARD))
@@ -270,6 +285,8 @@ def figures(config: EvaluateConfig, clips: EvaluatedClips) -> dict[str, Any]:
     retrieval = grades.retrieval_figures(clips, heard)
     if (near := near_overlap(clips, config.clips, config.duplicates)) is not None:
         retrieval["near_overlap"] = near
+    if robustness := grades.robustness_figures(config.out, clips, heard):
+        retrieval["robustness"] = robustness
     return {"foundation": foundation, "retrieval": retrieval, "generation": generation}
 
 

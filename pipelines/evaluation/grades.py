@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
 from aai import grading, keeping, metrics, storage
+from aai.disturbances import DISTURBANCES
 from aai.foundation.identity import TOY_WEIGHTS
 from aai.toy.grammar import AMBIENCES, COLOURS, COUNTS, MEDIA, OBJECTS, PLACES
 from pipelines.evaluation.cases import FROM_NOISE, PICTURES, REPAINTED
 from pipelines.evaluation.clips import EvaluatedClips
 from pipelines.evaluation.judges import ATTRIBUTES, NOVELTY, REGION, UNCAPTIONED
-from pipelines.evaluation.listening import FRAMES, HEARD, INPUTS, TEXTS
+from pipelines.evaluation.listening import DISTURBED, FRAMES, HEARD, INPUTS, TEXTS
 
 Rows = list[dict[str, Any]]
 KEPT = {"edit": ("ambience", "medium"), "stylize": ("object", "medium")}
@@ -76,6 +78,34 @@ def retrieval_figures(clips: EvaluatedClips, heard: Heard) -> dict[str, Any]:
         "a2t": metrics.retrieval(heard.audio, heard.text, captions, captions),
         "t2a": metrics.retrieval(heard.text, heard.audio, captions, captions),
     }
+
+
+def robustness_figures(out: str, clips: EvaluatedClips, heard: Heard) -> dict[str, Any]:
+    """Retrieval by sounds as worse recordings have them, beside the same sounds as they are; nothing where none were.
+
+    {kind: {level: {same_object_r1, a2v_r10}}}, and `clean` of the same clips; all pictures are the gallery.
+    """
+    files = storage.list_files(storage.join(out, DISTURBED), ".parquet")
+    tables = [table for file in files if len(table := storage.read_table(file))]
+    if not tables:
+        return {}
+    table = pa.concat_tables(tables)
+    objects = np.array([labels[0] if labels else "" for labels in clips.labels])
+    keys = np.arange(len(objects))
+
+    def found(audio: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        nearest = metrics.nearest(audio, heard.image)
+        own = metrics.retrieval(audio, heard.image, keys[rows], keys, ks=(10,), draws=0)
+        return {"same_object_r1": float((objects[nearest] == objects[rows]).mean()), "a2v_r10": own["r10"]}
+
+    rows = np.unique(table["row"].to_numpy())
+    figures: dict[str, Any] = {"clips": len(rows), "clean": found(heard.audio[rows], rows)}
+    for kind, levels in DISTURBANCES.items():
+        figures[kind] = {}
+        for level in levels:
+            part = table.filter((pc.field("kind") == kind) & (pc.field("level") == level)).sort_by("row")
+            figures[kind][f"{level:g}"] = found(_matrix(part["audio"]), part["row"].to_numpy())
+    return figures
 
 
 def picture_figures(out: str, clips: EvaluatedClips, heard: Heard, attributes: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The first half of an evaluation: every held-out clip is heard once, on the workers' device.
 
 heard/NAME.parquet   embeddings of the shard's clips
+disturbed/NAME.parquet   of some of them, as worse recordings have them
 inputs/NAME.parquet  sound and picture of those that are painted
 frames/NAME.parquet  what judge and CLIP see in true frames
 texts/NAME.parquet   embedded texts
@@ -11,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from aai import storage
 from aai.bundle import read_bundle
-from aai.encoders.aligner import embed_files, load_aligner
+from aai.disturbances import DISTURBANCES, disturbed
+from aai.encoders.aligner import embed, embed_files, load_aligner
+from aai.encoders.audio import fit_length
 from aai.foundation.clip import FrozenClip
 from aai.grading import class_prompt
 from aai.media.waveform import read_sound
@@ -24,7 +28,9 @@ from pipelines.engine.shards import Result
 from pipelines.evaluation.clips import ClipPlace, ListenShard
 from pipelines.evaluation.judges import JudgeConfig, load_judge
 
-HEARD, INPUTS, FRAMES, TEXTS = "heard", "inputs", "frames", "texts"
+HEARD, DISTURBED, INPUTS, FRAMES, TEXTS = "heard", "disturbed", "inputs", "frames", "texts"
+AT_ONCE = 64
+"""Clips that are disturbed together."""
 _VECTOR = pa.list_(pa.float32())
 HEARD_TABLE = pa.schema(
     [
@@ -37,6 +43,7 @@ HEARD_TABLE = pa.schema(
         ("alone_max_abs", pa.float64()),  # difference to the embedding computed alone; null = not tried
     ]
 )
+DISTURBED_TABLE = pa.schema([("row", pa.int32()), ("kind", pa.string()), ("level", pa.float64()), ("audio", _VECTOR)])
 INPUT_TABLE = pa.schema(
     [
         ("row", pa.int32()),
@@ -56,10 +63,19 @@ TEXT_TABLE = pa.schema([("text", pa.string()), ("feature", _VECTOR)])
 class ListenWorker:
     """Holds aligner, CLIP and judge; hears one shard of clips."""
 
-    def __init__(self, bundle: str, out: str, judge: dict[str, Any], device: str, graded_frames_every: int) -> None:
-        """graded_frames_every: one true frame in so many is shown to judge and CLIP; 0 = none."""
+    def __init__(
+        self,
+        bundle: str,
+        out: str,
+        judge: dict[str, Any],
+        device: str,
+        graded_frames_every: int,
+        disturbed_every: int = 0,
+    ) -> None:
+        """graded_frames_every: one true frame in so many is shown to judge and CLIP; disturbed_every: one held-out clip
+        in so many is also heard disturbed; 0 = none."""
         opened = read_bundle(bundle)
-        self.out, self.every = out, graded_frames_every
+        self.out, self.every, self.disturbed_every = out, graded_frames_every, disturbed_every
         self.aligner = load_aligner(opened).to(device)
         self.clip = FrozenClip(opened.config.foundation, device)
         self.judge = load_judge(JudgeConfig.parse(judge), device)
@@ -77,6 +93,8 @@ class ListenWorker:
             self._write_inputs(shard, table, frames)
             if self.every:
                 self._write_frames(shard, frames)
+            if self.disturbed_every:
+                self._write_disturbed(shard, table)
         if shard.texts:
             features = self.clip.texts(shard.texts).cpu().tolist()
             rows = [{"text": text, "feature": feature} for text, feature in zip(shard.texts, features, strict=True)]
@@ -119,6 +137,22 @@ class ListenWorker:
             for row, seen, found in zip(rows, self.judge.read(pictures), nearest, strict=True):
                 row |= {"object": seen["object"], "clip_class": found}
         self._write(FRAMES, shard, rows, FRAME_TABLE)
+
+    def _write_disturbed(self, shard: ListenShard, table: pa.Table) -> None:
+        """Hears some clips again under every disturbance; the first clip's number is the seed."""
+        chosen = [i for i, place in enumerate(shard.clips) if place.row % self.disturbed_every == 0]
+        config, device = self.aligner.config, next(self.aligner.parameters()).device
+        rows: list[dict[str, Any]] = []
+        for at in range(0, len(chosen), AT_ONCE):
+            some = chosen[at : at + AT_ONCE]
+            waves = [torch.from_numpy(read_sound(table["audio"][i].as_py())) for i in some]
+            batch = torch.stack([fit_length(wave, config.clip_samples) for wave in waves]).to(device)
+            for kind, levels in DISTURBANCES.items():
+                for level in levels:
+                    changed = disturbed(batch, kind, level, config.sample_rate_hz, shard.clips[some[0]].row)
+                    for i, vector in zip(some, embed(self.aligner, changed).tolist(), strict=True):
+                        rows.append({"row": shard.clips[i].row, "kind": kind, "level": level, "audio": vector})
+        self._write(DISTURBED, shard, rows, DISTURBED_TABLE)
 
     def _write_heard(self, shard: ListenShard, table: pa.Table) -> None:
         sounds = table["audio"].to_pylist()

@@ -81,6 +81,8 @@ def test_the_figures_are_those_of_the_clips(config: EvaluateConfig, world: dict[
     assert retrieval["batch_invariance_max_abs"] < 1e-5
     objects = np.array([row["labels"][0] for row in test])
     assert retrieval["same_object_r1"] == (objects[(audio @ image.T).argmax(1)] == objects).mean()
+    assert retrieval["robustness"]["clips"] == 12
+    assert retrieval["robustness"]["clean"]["same_object_r1"] == retrieval["same_object_r1"]
     generation = result["generation"]
     assert {name: generation[name]["pictures"] for name in COUNTS if name != "caption"} == {
         name: count for name, count in COUNTS.items() if name != "caption"
@@ -138,7 +140,8 @@ def test_only_what_is_missing_is_made_again(config: EvaluateConfig, monkeypatch:
         name: data for name, data in before.items() if name != "evaluate.json"
     }
     rewritten = {name for name, time in kept.items() if Path(config.out, name).stat().st_mtime_ns != time}
-    assert rewritten <= {"_started.json", "inputs/test-00001.parquet", "frames/test-00001.parquet"}
+    beside = {f"{name}/test-00001.parquet" for name in ("inputs", "frames", "disturbed")}
+    assert rewritten <= {"_started.json", *beside}
 
 
 @pytest.mark.parametrize("foreign", ["thesis.tex", "pictures/holiday.png", "inputs/a.csv", "evaluate.json"])

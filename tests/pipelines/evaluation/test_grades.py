@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from aai import grading, metrics, storage
+from aai.disturbances import DISTURBANCES
 from aai.foundation.identity import TOY_WEIGHTS
 from aai.toy.grammar import OBJECTS
 from pipelines.evaluation import grades
@@ -19,7 +20,7 @@ from pipelines.evaluation.cases import PICTURE_TABLE
 from pipelines.evaluation.clips import EvaluatedClips
 from pipelines.evaluation.grades import Heard
 from pipelines.evaluation.judges import ATTRIBUTES
-from pipelines.evaluation.listening import FRAME_TABLE, HEARD_TABLE, INPUT_TABLE, TEXT_TABLE
+from pipelines.evaluation.listening import DISTURBED_TABLE, FRAME_TABLE, HEARD_TABLE, INPUT_TABLE, TEXT_TABLE
 
 LABELS = [
     ["dog", "rain", "photo", "big"],
@@ -313,3 +314,26 @@ def test_judge_and_clip_on_true_frames(out: str) -> None:
         "clip_object": 0.25,
         "weights_mb": bytes_ / 1e6,
     }
+
+
+def test_retrieval_by_worse_recordings(out: str) -> None:
+    labels, heard = clips(LABELS), Heard(out)
+    assert grades.robustness_figures(out, labels, heard) == {}
+    rows = []
+    for kind, levels in DISTURBANCES.items():
+        for level in levels:
+            for row in (2, 0):  # at the mildest level as the pictures themselves, then as another clip's
+                vector = IMAGE[row] if level == levels[0] else IMAGE[1]
+                rows.append({"row": row, "kind": kind, "level": level, "audio": vector})
+    for number, part in enumerate((rows[:5], rows[5:], [])):
+        table = pa.Table.from_pylist(part, schema=DISTURBED_TABLE)
+        storage.write_table(f"{out}/disturbed/test-{number:05d}.parquet", table)
+    found = grades.robustness_figures(out, labels, heard)
+    assert found["clips"] == 2
+    nearest = (AUDIO[[0, 2]] @ IMAGE.T).argmax(1)
+    assert found["clean"]["same_object_r1"] == np.mean([LABELS[i][0] == "dog" for i in nearest])
+    for kind, levels in DISTURBANCES.items():
+        assert list(found[kind]) == [f"{level:g}" for level in levels]
+        shares = [found[kind][f"{level:g}"]["same_object_r1"] for level in levels]
+        assert shares == [1.0] + [0.0] * (len(levels) - 1)
+        assert found[kind][f"{levels[0]:g}"]["a2v_r10"] == 1.0

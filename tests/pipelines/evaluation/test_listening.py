@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from aai import storage
 from aai.bundle import read_bundle
+from aai.disturbances import DISTURBANCES
 from aai.encoders.aligner import embed_files, load_aligner
+from aai.encoders.audio import fit_length
 from aai.foundation.clip import FrozenClip
+from aai.media.waveform import read_sound
 from aai.toy.grammar import OBJECTS
 from aai.toy.judge import ToyJudge
 from pipelines.evaluation.clips import ListenShard, find_clips, listen_shards
@@ -40,9 +44,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[ListenShard]:
 def heard(shards: list[ListenShard], bundle: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tables of both shards; every fourth true frame was graded."""
     out = tmp_path_factory.mktemp("heard")
-    worker = ListenWorker(bundle, str(out), {}, "cpu", 4)
+    worker = ListenWorker(bundle, str(out), {}, "cpu", 4, disturbed_every=4)
     assert [worker(shard).rows for shard in shards] == [9, 3]
     return out
+
+
+def test_one_held_out_clip_in_so_many_is_heard_disturbed(heard: Path, shards: list[ListenShard], bundle: str) -> None:
+    assert [path.name for path in (heard / "disturbed").iterdir()] == ["test-00000.parquet"]
+    found = rows(heard / "disturbed", "test-00000")
+    asked = [(kind, level, row) for kind, levels in DISTURBANCES.items() for level in levels for row in (0, 4, 8)]
+    assert [(row["kind"], row["level"], row["row"]) for row in found] == asked
+    aligner = load_aligner(read_bundle(bundle))
+    softer = [row for row in found if (row["kind"], row["level"]) == ("gain_db", -20)]
+    for row in softer:
+        wave = torch.from_numpy(read_sound(clip([i for i in range(12) if i % 4 != 3][row["row"]])["audio"]))
+        with torch.no_grad():
+            expected = aligner(0.1 * fit_length(wave, aligner.config.clip_samples)[None])[0]
+        np.testing.assert_allclose(row["audio"], expected, atol=1e-5)
 
 
 def test_every_clip_is_heard(heard: Path, bundle: str) -> None:
