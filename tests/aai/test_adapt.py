@@ -138,10 +138,11 @@ def test_chunks_have_the_loss_and_gradients_of_the_whole(
         task = make_task(spec, pipe, AdaptLossConfig())
         task.chunk_size = size
         seen: list[int] = []
-        task.unet.register_forward_pre_hook(lambda _, rows, seen=seen: seen.append(len(rows[0])))
+        noting = task.unet.register_forward_pre_hook(lambda _, rows, seen=seen: seen.append(len(rows[0])))
         torch.manual_seed(3)
         loss, _ = task.train()(make_batch())
         loss.backward()
+        noting.remove()  # the UNet is that of other tests, too
         assert max(seen) == (size or 4)
         found.append([loss.detach(), *(p.grad for p in task.adapter.parameters())])
     for whole, chunked in zip(*found, strict=True):

@@ -68,7 +68,8 @@ def test_adapt_trains_and_writes_a_bundle_without_a_model_on_the_driver(settings
     assert bundle.meta["data_fingerprint"] == FeatureManifest.read(config.features).fingerprint
     assert (bundle.config.neutral_word, bundle.config.prompt) == ("sound", "a sketch of <sound>")
     assert bundle.config.head_pattern == "^an? [a-z]+ of"
-    assert bundle.config.adapter == {"num_tokens": 2, "hidden_size": 16, "embed_dim": 32, "token_dim": 32}
+    sizes = {"num_tokens": 2, "parts": 0, "hidden_size": 16, "embed_dim": 32, "token_dim": 32}
+    assert bundle.config.adapter == sizes
     for name, value in parent.aligner().items():
         assert torch.equal(bundle.aligner()[name], value), name
 

@@ -17,7 +17,13 @@ from pipelines.settings import TrackingConfig
 from tests.pipelines.registry.test_tracking import make_bundle
 
 GOOD: dict[str, Any] = {
-    "retrieval": {"overlap": 0, "batch_invariance_max_abs": 1e-6, "same_object_r1": 0.9, "a2v": {"ci95": [0.1, 0.2]}},
+    "retrieval": {
+        "overlap": 0,
+        "near_overlap": 0,
+        "batch_invariance_max_abs": 1e-6,
+        "same_object_r1": 0.9,
+        "a2v": {"ci95": [0.1, 0.2]},
+    },
     "generation": {
         "sound": {"object": 0.8, "ambience": 0.8},
         "ceiling": {"object": 0.95, "ambience": 0.95},
