@@ -27,7 +27,7 @@ def test_the_demo_config_is_valid_and_its_plan_starts_nothing(capsys: pytest.Cap
     config = PromoteConfig.load(CONFIGS / "demo" / "promote.yaml", ["run_dir=/x"])
     assert (config.bundle, config.evaluation) == ("/x/adapt/bundle", "/x/evaluate/evaluate.json")
     assert (config.tracking.uri, config.out) == ("sqlite:////x/mlflow.db", "/x/promote")
-    assert len(config.gates) == 7
+    assert len(config.gates) == 9
 
 
 def test_promotes_and_tells(shop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
@@ -38,13 +38,13 @@ def test_promotes_and_tells(shop: Workshop, caplog: pytest.LogCaptureFixture) ->
     expected = {"name": "aai-demo", "version": 1, "alias": "champion", "previous": None, "passed": True}
     assert expected.items() <= result.items()
     assert json.loads((shop.folder / "promote" / "promote.json").read_text()) == result
-    assert [gate["passed"] for gate in result["gates"]] == [True] * 7
-    assert "promote: aai-demo version 1 is champion (was unset); 7 of 7 gates passed" in caplog.text
+    assert [gate["passed"] for gate in result["gates"]] == [True] * 9
+    assert "promote: aai-demo version 1 is champion (was unset); 9 of 9 gates passed" in caplog.text
     assert ">= 0.75 x generation.ceiling.ambience (0.95)  pass" in caplog.text
     tags = tracking.version_tags(shop.cfg, 1)
     assert (tags["bundle_sha"], tags["data_fingerprint"], tags["reason"]) == (made.sha, "d1", "first one")
     assert json.loads(tags["metrics"])["generation.sound.object"] == 0.8
-    assert len(json.loads(tags["gates"])) == 7
+    assert len(json.loads(tags["gates"])) == 9
     assert tags["by"]
     assert tags["at"].startswith("20")
     assert tags["written_by"] == result["written_by"] == code_version()
@@ -145,7 +145,7 @@ def test_a_failed_gate_keeps_the_champion(shop: Workshop) -> None:
     shop.bundle(1)
     shop.promote(1)
     shop.bundle(2, retrieval__overlap=None, generation__sound__object=0.1)
-    with pytest.raises(UserError, match=r"^retrieval\.overlap=missing: must be <= 0, 5 of 7 gates passed") as error:
+    with pytest.raises(UserError, match=r"^retrieval\.overlap=missing: must be <= 0, 7 of 9 gates passed") as error:
         shop.promote(2)
     assert "champion stays version 1" in str(error.value)
     assert shop.aliases() == {"candidate": 2, "champion": 1}

@@ -28,6 +28,8 @@ GOOD: dict[str, Any] = {
         "sound": {"object": 0.8, "ambience": 0.8},
         "ceiling": {"object": 0.95, "ambience": 0.95},
         "random_token": {"object": 0.1},
+        "uncaptioned": {"above_nearest_caption": {"low": 0.1}},
+        "edit": {"given_nearer": 0.9},
     },
     "data_fingerprint": "d",
 }

@@ -16,6 +16,12 @@ from tests.pipelines.workshop import changed
         ({}, {}),
         ({"retrieval__overlap": 1}, {"retrieval.overlap": 1}),
         ({"retrieval__overlap": None}, {"retrieval.overlap": None}),
+        ({"retrieval__near_overlap": 1}, {"retrieval.near_overlap": 1}),
+        (
+            {"generation__uncaptioned__above_nearest_caption__low": -0.01},
+            {"generation.uncaptioned.above_nearest_caption.low": -0.01},
+        ),
+        ({"generation__edit__given_nearer": 0.5}, {"generation.edit.given_nearer": 0.5}),
         ({"retrieval__same_object_r1": float("nan")}, {"retrieval.same_object_r1": None}),
         ({"retrieval__same_object_r1": True}, {"retrieval.same_object_r1": None}),
         ({"retrieval__same_object_r1": "0.9"}, {"retrieval.same_object_r1": None}),
