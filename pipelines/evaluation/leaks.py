@@ -13,8 +13,8 @@ HASHES = ("video_hash", "audio_hash")
 def near_overlap(clips: EvaluatedClips, table: str, cfg: DuplicateConfig) -> int | None:
     """How many held-out clips look and sound like a training clip, by the perceptual hashes of a ClipTable.
 
-    table: the ClipTable that the features were made from. None where no hashes of either are known, or cfg says not to
-    look: a gate on what was not looked at must not pass.
+    table: the ClipTable that the features were made from. None where a clip of either side has no hashes there, or cfg
+    says not to look: a gate on what was not looked at must not pass.
     """
     if not cfg.enabled:
         return None
@@ -24,7 +24,8 @@ def near_overlap(clips: EvaluatedClips, table: str, cfg: DuplicateConfig) -> int
     sides: list[tuple[np.ndarray, np.ndarray]] = []
     for side in (clips.test, clips.train):
         rows = known.filter(pc.is_in(known["clip_id"], value_set=side["clip_id"].combine_chunks()))
-        if not len(rows):
+        hashed = pc.is_in(side["clip_id"], value_set=rows["clip_id"].combine_chunks())
+        if not len(side) or not pc.all(hashed).as_py():
             return None
         video, audio = (words(rows[name].to_pylist()) for name in HASHES)
         sides.append((video, audio))

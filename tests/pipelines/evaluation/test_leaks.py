@@ -54,4 +54,6 @@ def test_both_sound_and_pictures_must_be_alike(tmp_path: Path) -> None:
 
 def test_what_was_not_looked_at_is_no_zero(tmp_path: Path) -> None:
     assert found(tmp_path, {"a": (None, HEARD), "b": (SEEN, None)}) is None
+    assert found(tmp_path, {"a": (drawn(), drawn()), "b": (None, HEARD)}) is None, "one that nobody looked at"
+    assert found(tmp_path, {"a": (drawn(), drawn())}) == 0
     assert found(tmp_path, {"a": (drawn(), drawn())}, DuplicateConfig(enabled=False)) is None
