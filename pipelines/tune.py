@@ -210,6 +210,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
         finally:
             end_children(opened)
         standing = standings(sweep, failed)
+        end_children(opened, [f"{s.number:03d}" for s in standing if s.state == "stopped"])
         for line in table(standing, metric):
             print(line)
         result = {"digest": sweep_digest, "seconds": round(time.monotonic() - begin, 1), **told}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.registry import tracking
-from pipelines.registry.nested import PARENT, end_children
+from pipelines.registry.nested import PARENT, TRIAL, end_children
 from pipelines.settings import RunsConfig
 
 
@@ -32,6 +32,18 @@ def test_children_that_still_run_are_ended_and_others_left(config: RunsConfig) -
         elsewhere: "RUNNING",
         parent.run_id: "RUNNING",
     }
+
+
+def test_a_stopped_trial_that_called_itself_failed_is_killed(config: RunsConfig) -> None:
+    with tracking.run(config, "tune") as parent:
+        client, experiment = parent.client, parent.client.get_run(parent.run_id).info.experiment_id
+        runs = []
+        for trial in ("001", "002"):
+            tags = {PARENT: parent.run_id, TRIAL: trial}
+            runs.append(client.create_run(experiment, tags=tags).info.run_id)
+            client.set_terminated(runs[-1], "FAILED")
+        assert end_children(parent, ["001"]) == 1
+        assert [client.get_run(run).info.status for run in runs] == ["KILLED", "FAILED"]
 
 
 def test_a_store_that_is_away_is_no_error(config: RunsConfig, caplog: pytest.LogCaptureFixture) -> None:
