@@ -71,6 +71,7 @@ def retrieval_figures(clips: EvaluatedClips, heard: Heard) -> dict[str, Any]:
         "overlap": clips.overlap(),
         "batch_invariance_max_abs": heard.batch_invariance_max_abs,
         "same_object_r1": float((objects[nearest] == objects).mean()),
+        "same_object_ceiling": float((objects[metrics.nearest(heard.text, heard.image)] == objects).mean()),
         "same_object_chance": float(np.square(counts / len(objects)).sum()),
         **more,
         "a2v": metrics.retrieval(heard.audio, heard.image),

@@ -172,12 +172,17 @@ def test_the_image_tower_alone_learns_from_moved_pictures() -> None:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(CAPTIONS, vocab_size=520, max_length=12)
     model = build_clip(FoundationConfig(image_size_px=32, hidden_size=16), tokenizer)
-    task = ImageTowerTask(model, torch.randn(3, 16), shift_px=3)
+    words = words_of(["a photo of a dog", "a photo of a red dog", "a photo of"])
+    task = ImageTowerTask(model, torch.randn(3, 16), words, shift_px=3)
+    for told, row in zip(task.named, [{"dog": 1.0}, {"red": 0.73, "dog": 0.27}, {}], strict=True):
+        assert sorted(told[told > 0].tolist()) == pytest.approx(sorted(row.values()), abs=0.01)
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     loss, _ = task({"pixels": pixels, "text": torch.tensor([0, 1, 2, 2])})
     loss.backward()
     learning = {name for name, p in task.named_parameters() if p.grad is not None}
-    assert all(name.startswith(("model.vision_model", "model.visual_projection", "log_scale")) for name in learning)
+    assert all(
+        name.startswith(("model.vision_model", "model.visual_projection", "log_scale", "head")) for name in learning
+    )
     assert len(learning) > 20
     ramp = torch.arange(32.0).expand(2, 3, 32, 32) / 10
     moved = task._disturbed(ramp)

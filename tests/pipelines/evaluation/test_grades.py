@@ -86,6 +86,7 @@ def test_retrieval_in_four_directions(out: str) -> None:
         "overlap": 2,
         "batch_invariance_max_abs": 0.5,
         "same_object_r1": (objects[(AUDIO @ IMAGE.T).argmax(1)] == objects).mean(),
+        "same_object_ceiling": (objects[(TEXT @ IMAGE.T).argmax(1)] == objects).mean(),
         "same_object_chance": pytest.approx(0.5**2 + 0.25**2 + 0.25**2),
         "oracle": {name: metrics.label_oracle(range(4)) for name in ("captions", "all")},
         "own_above_same_label": metrics.own_above_same_label(AUDIO, IMAGE, objects),
