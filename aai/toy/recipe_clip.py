@@ -249,7 +249,7 @@ class ImageTowerTask(nn.Module):
     """
 
     def __init__(self, model: CLIPModel, texts: Tensor, words: tuple[Tensor, Tensor], shift_px: int = 4) -> None:
-        """texts: [U, D] of the different captions, words: see `words_of`. shift_px: how far a picture is moved at most."""
+        """texts: [U, D] of the different captions, words: see `words_of`. shift_px: how far pictures are moved."""
         super().__init__()
         owner, word = words
         named = torch.zeros(len(texts), int(word.max()) + 1)
