@@ -69,7 +69,7 @@ class FoundationConfig(Config):
     context_length: int = 32
     """Tokens of a prompt, start and end included (77 in the published models)."""
     clip: TrainSteps = TrainSteps(steps=2000, batch_size=128, learning_rate=1e-3)
-    image_tower: TrainSteps = TrainSteps(steps=2000, batch_size=128, learning_rate=5e-4)
+    image_tower: TrainSteps = TrainSteps(steps=6000, batch_size=128, learning_rate=7e-4)
     """CLIP's image tower alone, once more, against its own captions (LiT, arXiv 2111.07991): see `similar`."""
     vae: TrainSteps = TrainSteps(steps=2500, batch_size=16, learning_rate=2e-3)
     decoder: TrainSteps = TrainSteps(steps=2000, batch_size=16, learning_rate=1e-3)

