@@ -70,7 +70,7 @@ class FoundationConfig(Config):
     """Tokens of a prompt, start and end included (77 in the published models)."""
     clip: TrainSteps = TrainSteps(steps=2000, batch_size=128, learning_rate=1e-3)
     image_tower: TrainSteps = TrainSteps(steps=6000, batch_size=128, learning_rate=7e-4)
-    """CLIP's image tower alone, once more, against its own captions (LiT, arXiv 2111.07991): see `similar`."""
+    """CLIP's image tower once more, against its own captions (LiT, arXiv 2111.07991): see `similar`."""
     vae: TrainSteps = TrainSteps(steps=2500, batch_size=16, learning_rate=2e-3)
     decoder: TrainSteps = TrainSteps(steps=2000, batch_size=16, learning_rate=1e-3)
     """The VAE's decoder alone, on latents with noise; it leaves the latents, and so the UNet, as they are."""
@@ -242,27 +242,28 @@ class ClipTask(nn.Module):
 
 
 class ImageTowerTask(nn.Module):
-    """CLIP's image tower against the features of its frozen text tower, on pictures that are moved and disturbed.
+    """CLIP's image tower and the text's projection, against the states of the frozen text tower, on pictures that are
+    moved and disturbed. The text tower itself must stay what the diffusion model reads.
 
     Beside the contrastive loss, a linear head names the caption's words (SuperClass, arXiv 2411.03313): a batch's
     captions can be told apart by some of their words, and what the others say would be learned slowly.
     """
 
-    def __init__(self, model: CLIPModel, texts: Tensor, words: tuple[Tensor, Tensor], shift_px: int = 4) -> None:
-        """texts: [U, D] of the different captions, words: see `words_of`. shift_px: how far pictures are moved."""
+    def __init__(self, model: CLIPModel, states: Tensor, words: tuple[Tensor, Tensor], shift_px: int = 4) -> None:
+        """states: pooled, [U, D_h], of the different captions. words: see `words_of`. shift_px: how far pictures move."""
         super().__init__()
         owner, word = words
-        named = torch.zeros(len(texts), int(word.max()) + 1)
+        named = torch.zeros(len(states), int(word.max()) + 1)
         named[owner, word] = 1
-        named *= (len(texts) / named.sum(0)).log()  # a word that every caption has says nothing
+        named *= (len(states) / named.sum(0)).log()  # a word that every caption has says nothing
         self.register_buffer("named", F.normalize(named, p=1, dim=1), persistent=False)
-        self.head = nn.Linear(texts.shape[1], named.shape[1])
+        self.head = nn.Linear(model.config.projection_dim, named.shape[1])
         self.model = model.requires_grad_(False)
         self.register_buffer("shift_px", torch.tensor(shift_px), persistent=False)
-        for part in (model.vision_model, model.visual_projection):
+        for part in (model.vision_model, model.visual_projection, model.text_projection):
             part.requires_grad_(True)
         self.log_scale = nn.Parameter(model.logit_scale.detach().clone())
-        self.register_buffer("texts", texts, persistent=False)
+        self.register_buffer("states", states, persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See `contrast`; batch: pixels [B, H, W, 3], text [B]."""
@@ -271,7 +272,8 @@ class ImageTowerTask(nn.Module):
         image = self.model.get_image_features(pixel_values=clip_input(x)).pooler_output
         told = F.normalize(image.float(), dim=-1) * len(image.T) ** 0.5
         words = F.cross_entropy(self.head(told), self.named[batch["text"]])
-        return contrast(image, self.texts[uniq], inverse, self.log_scale) + words, {}
+        text = self.model.text_projection(self.states[uniq])
+        return contrast(image, text, inverse, self.log_scale) + words, {}
 
     def _disturbed(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] at another place, of other contrast and light, with noise. No mirror: order is told."""
@@ -355,10 +357,10 @@ def train_clip(cfg: FoundationConfig, pixels: Tensor, captions: list[str], out: 
     train_model("clip", task, {"pixels": pixels, "text": which}, cfg.clip.fit(cfg.seed), out)
     with torch.no_grad():
         inputs = zip(tokens.input_ids.split(256), tokens.attention_mask.split(256), strict=True)
-        parts = [model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output for ids, mask in inputs]
+        parts = [model.text_model(input_ids=ids, attention_mask=mask).pooler_output for ids, mask in inputs]
     words = words_of(texts)
     torch.manual_seed(cfg.seed)  # however much of the first training this call had to do
-    tower = ImageTowerTask(model, F.normalize(torch.cat(parts), dim=-1), words)
+    tower = ImageTowerTask(model, torch.cat(parts), words)
     batches = partial(similar, words)
     data = {"pixels": pixels, "text": which}
     train_model("image_tower", tower, data, cfg.image_tower.fit(cfg.seed), out, batches)

@@ -181,7 +181,8 @@ def test_the_image_tower_alone_learns_from_moved_pictures() -> None:
     loss.backward()
     learning = {name for name, p in task.named_parameters() if p.grad is not None}
     assert all(
-        name.startswith(("model.vision_model", "model.visual_projection", "log_scale", "head")) for name in learning
+        name.startswith(("model.vision_model", "model.visual_projection", "model.text_projection", "log_scale", "head"))
+        for name in learning
     )
     assert len(learning) > 20
     ramp = torch.arange(32.0).expand(2, 3, 32, 32) / 10
