@@ -250,7 +250,7 @@ class ImageTowerTask(nn.Module):
     """
 
     def __init__(self, model: CLIPModel, states: Tensor, words: tuple[Tensor, Tensor], shift_px: int = 4) -> None:
-        """states: pooled, [U, D_h], of the different captions. words: see `words_of`. shift_px: how far pictures move."""
+        """states: pooled, [U, D_h], of the different captions. words: see `words_of`. shift_px: how far to move."""
         super().__init__()
         owner, word = words
         named = torch.zeros(len(states), int(word.max()) + 1)
