@@ -126,7 +126,7 @@ def validate(encoder: AudioEncoder, clips: dict[str, Any]) -> dict[str, float]:
     """Retrieval on held-out clips as `aai.features.load_split` returns them.
 
     a2v_r1, a2t_r1: the own picture, or an equal caption, comes first. label0_r1, label1_r1, ...: the first picture
-    shares the clip's label at that position, for positions whose labels repeat.
+    shares the clip's label at that position, for positions whose labels differ and repeat.
     """
     audio = embed(encoder, clips["audio"]).numpy()
     images = nn.functional.normalize(clips["image_features"].mean(dim=1), dim=-1).numpy()
@@ -139,6 +139,6 @@ def validate(encoder: AudioEncoder, clips: dict[str, Any]) -> dict[str, float]:
     depth = min((len(labels) for labels in clips["labels"]), default=0)
     for position in range(depth):
         keys = np.array([labels[position] for labels in clips["labels"]])
-        if len(set(keys)) <= len(keys) / 2:
+        if 1 < len(set(keys)) <= len(keys) / 2:
             out[f"label{position}_r1"] = retrieval(audio, images, keys, keys, draws=0)["r1"]
     return out

@@ -52,6 +52,9 @@ class Config(pydantic.BaseModel):
             base = OmegaConf.load(path)
             if not OmegaConf.is_dict(base):
                 raise ValueError("is not a mapping of settings")
+            for key in (text.split("=", 1)[0] for text in overrides if "={" in text):
+                if not cls._is_section(key.split(".")):  # a mapping that is given is the whole mapping
+                    OmegaConf.update(base, key, {}, merge=False)
             merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
             for key, value in (values or {}).items():
                 OmegaConf.update(merged, key, value)
@@ -60,6 +63,15 @@ class Config(pydantic.BaseModel):
             rule = str(error).split("\n")[0]
             raise UserError("config", path, rule, "mend the YAML file or the override") from error
         return cls.parse(data, source=str(path))
+
+    @classmethod
+    def _is_section(cls, path: Sequence[str]) -> bool:
+        """Whether a dotted name is a section of settings, which keeps what an override does not name."""
+        field = cls.model_fields.get(path[0])
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, Config)):
+            return False
+        return len(path) == 1 or kind._is_section(path[1:])
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], source: str = "config") -> Self:

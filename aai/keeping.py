@@ -25,10 +25,19 @@ def _pooled(pixels: np.ndarray) -> np.ndarray:
     return pixels.reshape(count, squares, POOLED, squares, POOLED, 3).mean((2, 4)).reshape(count, -1)
 
 
-def given_nearer(painted: np.ndarray, given: np.ndarray, rows: Sequence[int], kept: Sequence[object]) -> float | None:
+def given_nearer(
+    painted: np.ndarray,
+    given: np.ndarray,
+    rows: Sequence[int],
+    kept: Sequence[object],
+    changed: Sequence[object] = (),
+    wanted: Sequence[object] = (),
+) -> float | None:
     """Mean share of other given pictures with the same kept labels that a painted one is farther from than its own.
 
-    painted, given: [N, 64, 64, 3]; rows: which clip each given picture is of; kept: its labels that must stay. The
+    painted, given: [N, 64, 64, 3]; rows: which clip each given picture is of; kept: its labels that must stay;
+    changed: its label that must not, wanted: what that becomes. Others that have the wanted label already are left out:
+    the own picture never has it, and would be farther for that alone. The
     distance is the mean difference of the squares' mean colours. Chance is 0.5, a tie counts half. None when no
     picture has another one to be held against.
     """
@@ -36,6 +45,7 @@ def given_nearer(painted: np.ndarray, given: np.ndarray, rows: Sequence[int], ke
     shares = []
     for i, own in enumerate(ours):
         others = [j for j in range(len(rows)) if rows[j] != rows[i] and kept[j] == kept[i]]
+        others = [j for j in others if not wanted or changed[j] != wanted[i]]
         if not others:
             continue
         distance = np.abs(theirs[[i, *others]] - own).mean(1)

@@ -26,6 +26,7 @@ from pipelines.engine.lock import is_empty, locked
 from pipelines.engine.shards import run_shards
 from pipelines.evaluation import grades
 from pipelines.evaluation.cases import (
+    PICTURE_TABLE,
     PICTURES,
     Case,
     PictureWorker,
@@ -131,7 +132,8 @@ class EvaluateConfig(RayVerbConfig):
             "duplicates",
             "disturbed_clips",
         }
-        return digest(self.model_dump(mode="json", include=names))
+        columns = PICTURE_TABLE.names  # an evaluation of before what is read today cannot be gone on with, or compared
+        return digest([columns, self.model_dump(mode="json", include=names)])
 
     @property
     def worker_device(self) -> str:

@@ -25,6 +25,7 @@ from pipelines.pages.run_files import RunFiles
 
 HERE = Path(__file__).resolve().parent
 CONDITIONS = {
+    "full_caption": "a caption that names all",
     "ceiling": "the true caption (ceiling)",
     "sound": "the sound (ours)",
     "nearest_caption": "the nearest training caption",
@@ -32,6 +33,7 @@ CONDITIONS = {
     "shuffled_audio": "another clip's sound (floor)",
     "random_token": "a random token (floor)",
 }
+ATTRIBUTES = ("object", "ambience", "colour", "count", "place")
 SHOWN = {
     "sound": "the sound",
     "sketch": "“a sketch of\n<sound>”",
@@ -65,15 +67,15 @@ def main(summary_file: str) -> None:
 
 def draw_pictures(found: dict[str, Any]) -> None:
     """What the judge reads off the pictures, condition by condition, with chance as a dashed line."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
     names = [name for name in CONDITIONS if name in found]
-    for axes, attribute in zip(figure.subplots(1, 2, sharey=True), ("object", "ambience"), strict=True):
+    attributes = [name for name in ATTRIBUTES if name in found["sound"]]
+    figure = Figure(figsize=(2 + 2.1 * len(attributes), 3.2), layout="constrained")
+    for axes, attribute in zip(figure.subplots(1, len(attributes), sharey=True), attributes, strict=True):
         values = [found[name][attribute] for name in names]
         colours = [COLOURS[0] if name == "sound" else "#a9b1bd" for name in names]
         _bars(axes, [CONDITIONS[name] for name in names], values, colours)
         axes.axvline(found["chance"][attribute], color="#444a55", linestyle="--", linewidth=1, label="chance")
-        axes.set(xlim=(0, 1.13), xlabel=f"share of pictures with the sound's {attribute}")
-        axes.legend(loc="lower right", frameon=False)
+        axes.set(xlim=(0, 1.25), xlabel=f"share with the sound's {attribute}")
     _save(figure, "pictures.png")
 
 

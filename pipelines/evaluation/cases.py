@@ -144,13 +144,14 @@ def make_cases(labels: Sequence[Sequence[str]], counts: Mapping[str, int], seed:
     for condition, count in counts.items():
         place = REPAINTED.get(condition)
         values = np.array([row[place] for row in labels]) if place is not None else None
+        draw = np.random.default_rng((seed, place or 0))  # edit and edit_from_noise are given the same pictures
         for i in range(count):
             row = int(order[i % rows])
             heard, given = row, -1
             if condition == "shuffled_audio":
                 heard = int(order[(i + rows // 2) % rows])
             if values is not None:
-                given = int(rng.choice(np.flatnonzero(values != values[row])))
+                given = int(draw.choice(np.flatnonzero(values != values[row])))
             cases.append(Case(len(cases), condition, row, heard, seed * SEEDS_APART + i, given))
     return cases
 

@@ -71,7 +71,7 @@ def retrieval_figures(clips: EvaluatedClips, heard: Heard) -> dict[str, Any]:
         "overlap": clips.overlap(),
         "batch_invariance_max_abs": heard.batch_invariance_max_abs,
         "same_object_r1": float((objects[nearest] == objects).mean()),
-        "same_object_ceiling": float((objects[metrics.nearest(heard.text, heard.image)] == objects).mean()),
+        "same_object_by_caption": float((objects[metrics.nearest(heard.text, heard.image)] == objects).mean()),
         "same_object_chance": float(np.square(counts / len(objects)).sum()),
         **more,
         "a2v": metrics.retrieval(heard.audio, heard.image),
@@ -150,7 +150,9 @@ def keeping_figures(
         given = np.stack([_pixels(frames[row]) for row in of])
         places = [ATTRIBUTES.index(attribute) for attribute in KEPT[name]]
         kept = [tuple(labels[row][place] for place in places if place < len(labels[row])) for row in of]
-        found = {"given_nearer": keeping.given_nearer(ours, given, of, kept)}
+        place = REPAINTED[name]
+        changes, wanted = [labels[row][place] for row in of], [labels[row["row"]][place] for row in rows]
+        found = {"given_nearer": keeping.given_nearer(ours, given, of, kept, changes, wanted)}
         if name == "edit" and all(len(labels[row]) > REGION for row in of):
             found["outside_distance"] = keeping.outside_distance(ours, given, [labels[row][REGION] for row in of])
         figures[name] = {key: value for key, value in found.items() if value is not None}

@@ -16,7 +16,8 @@ from pipelines.pages.run_files import Missing, Row, RunFiles, find, need, spread
 
 HERO = ("sound", "sketch", "nearest_caption", "closed_form", "ceiling", "shuffled_audio", "random_token")
 CONDITIONS = {
-    "ceiling": "the true caption as prompt: the ceiling",
+    "full_caption": "a caption that names everything: the ceiling of what clips' captions leave out",
+    "ceiling": "the true caption as prompt: the ceiling of what it names",
     "sound": "the sound alone, through the trained adapter",
     "sketch": "the same sound in “a sketch of <sound>”",
     "nearest_caption": "the training caption nearest to the sound as prompt",
@@ -199,8 +200,17 @@ def figures(run: RunFiles) -> Row:
     generation = need(run.summary, "generation")
     found = {k: v for k, v in generation.items() if isinstance(v, Mapping) and "pictures" in v}
     order = [*(k for k in CONDITIONS if k in found), *(k for k in found if k not in CONDITIONS)]
+    conditions = []
+    for name in order:
+        row = dict(found[name])
+        noise = row.pop("from_noise", None)
+        conditions.append({"name": name, "about": CONDITIONS.get(name, ""), **row})
+        if noise:
+            conditions.append(
+                {"name": f"{name}, from noise", "about": "told what it shows, without it: a floor", **noise}
+            )
     return {
-        "conditions": [{"name": k, "about": CONDITIONS.get(k, ""), **found[k]} for k in order],
+        "conditions": conditions,
         "chance": generation.get("chance", {}),
         "clip": generation.get("clip", {}),
         "foundation": find(run.summary, "foundation") or {},

@@ -25,6 +25,7 @@ class Outer(Config):
     train: Inner = Inner()
     maybe: Inner | None = None
     longer: Inner = Inner(batch_size=9)
+    counts: dict[str, int] = pydantic.Field({})
 
 
 @pytest.fixture
@@ -57,6 +58,15 @@ def test_a_section_given_in_part_keeps_the_rest_of_its_default(file: Path) -> No
     assert Outer(run_dir="r", longer=Inner()).longer == Inner()  # a whole section is what it is
 
 
+def test_a_mapping_that_is_given_is_the_whole_mapping(file: Path) -> None:
+    file.write_text("run_dir: r\ncounts: {a: 1, b: 2}\ntrain: {batch_size: 8}\n")
+    assert Outer.load(file, ["counts={b: 3}"]).counts == {"b": 3}
+    assert Outer.load(file, ["counts={b: 3}", "counts.c=4"]).counts == {"b": 3, "c": 4}
+    assert Outer.load(file, ["counts.b=3"]).counts == {"a": 1, "b": 3}
+    assert Outer.load(file, ["train={seed: 3}"]).train == Inner(batch_size=8, seed=3)
+    assert "nothere" in complaint(file, "nothere={a: 1}")
+
+
 def test_environment_is_read_when_loaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text("run_dir: ${oc.env:AAI_TEST_DIR,plain}\n")
     assert Outer.load(file).run_dir == "plain"
@@ -67,7 +77,7 @@ def test_environment_is_read_when_loaded(file: Path, monkeypatch: pytest.MonkeyP
 def test_unknown_key_suggests_the_near_one(file: Path) -> None:
     assert "did you mean 'batch_size'" in complaint(file, "train.batch_sise=1")
     assert "did you mean 'batch_size'" in complaint(file, "maybe.batch_sise=1")
-    assert "known keys: longer, maybe, out, run_dir, train" in complaint(file, "zzzzzz=1")
+    assert "known keys: counts, longer, maybe, out, run_dir, train" in complaint(file, "zzzzzz=1")
 
 
 def test_bad_value_names_key_value_and_rule(file: Path) -> None:

@@ -35,6 +35,22 @@ def test_only_other_pictures_of_the_same_labels_count() -> None:
     assert given_nearer(same, same, ROWS, KEPT) == 0.5
 
 
+def test_others_that_have_what_is_wanted_already_do_not_count() -> None:
+    given = GIVEN[:3]
+    painted = given[[1, 1, 1]]  # the first was to become like the second, and did
+    rows, kept = [0, 1, 2], ["photo"] * 3
+    changed, wanted = ["rain", "night", "rain"], ["night", "snow", "night"]
+    assert given_nearer(painted[:1], given, rows, kept) == 0.5  # farther from its own than from the second
+    assert given_nearer(painted[:1], given, rows, kept, changed, wanted) == float(
+        np.abs(as_pooled(given[0]) - as_pooled(given[1])).mean()
+        < np.abs(as_pooled(given[2]) - as_pooled(given[1])).mean()
+    )
+
+
+def as_pooled(pixels: np.ndarray) -> np.ndarray:
+    return pixels.reshape(16, 4, 16, 4, 3).mean((1, 3))
+
+
 def test_distance_outside_the_region() -> None:
     painted, region = GIVEN.copy(), "25 50 75 100"
     painted[:, 32:, 16:48] = 0

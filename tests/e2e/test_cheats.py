@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.accept, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path(os.environ.get("AAI_DEMO", ROOT / "runs" / "accept"))
 GATES = yaml.safe_load((ROOT / "configs" / "demo" / "promote.yaml").read_text())["gates"]
-COUNTS = {"sound": 200, "ceiling": 100, "nearest_caption": 200, "random_token": 60, "edit": 100, "stylize": 60}
+COUNTS = {"sound": 200, "ceiling": 100, "nearest_caption": 200, "random_token": 60, "edit": 100,
+          "edit_from_noise": 100, "stylize": 60}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

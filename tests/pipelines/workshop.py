@@ -22,6 +22,7 @@ GOOD: dict[str, Any] = {
         "near_overlap": 0,
         "batch_invariance_max_abs": 1e-6,
         "same_object_r1": 0.9,
+        "same_object_by_caption": 0.95,
         "a2v": {"ci95": [0.1, 0.2]},
     },
     "generation": {
@@ -29,7 +30,7 @@ GOOD: dict[str, Any] = {
         "ceiling": {"object": 0.95, "ambience": 0.95},
         "random_token": {"object": 0.1},
         "uncaptioned": {"above_nearest_caption": {"low": 0.1}},
-        "edit": {"given_nearer": 0.9},
+        "edit": {"given_nearer": 0.9, "from_noise": {"given_nearer": 0.5}},
     },
     "data_fingerprint": "d",
 }

@@ -57,13 +57,13 @@ def write_evaluation(run: Path, rng: np.random.Generator) -> dict[str, Any]:
     storage.write_table(f"{run}/evaluate/pictures/all.parquet", pa.Table.from_pylist(rows, schema=PICTURE_TABLE))
     figure = {"object": 0.8125, "ambience": 0.7, "pictures": 14}
     generation: dict[str, Any] = {name: dict(figure) for name in CONDITIONS}
-    generation["edit"] |= {"kept": 0.66, "kept_medium": 0.7}
+    generation["edit"] |= {"kept": 0.66, "kept_medium": 0.7, "from_noise": {"object": 0.5432, "pictures": 14}}
     generation |= {"pictures": len(rows), "chance": {"object": 0.1, "ambience": 0.25, "medium": 1 / 3}}
     scores = dict.fromkeys(("aic", "ais", "iis", "clip_mmd"), 0.5)
     generation |= {"loudness_size_spearman": 0.7654, "clip": {"sound": scores}}
     one = {"r1": 0.31, "r5": 0.6, "r10": 0.8, "median_rank": 3.0, "ci95": [0.28, 0.34], "chance": 0.01, "gallery": 14}
     retrieval: dict[str, Any] = {"gallery": 14, "overlap": 0, "batch_invariance_max_abs": 3e-7}
-    retrieval |= {"same_object_r1": 0.9, "same_object_chance": 0.1, "same_object_ceiling": 0.9753, "near_overlap": 3}
+    retrieval |= {"same_object_r1": 0.9, "same_object_chance": 0.1, "same_object_by_caption": 0.9753, "near_overlap": 3}
     level = {"same_object_r1": 0.4321, "a2v_r10": 0.1234}
     retrieval["robustness"] = {"clips": 12, "clean": level, "noise_snr_db": {"20": level, "0": level}}
     retrieval |= {name: dict(one) for name in ("a2v", "v2a", "a2t", "t2a")}
@@ -211,6 +211,8 @@ def test_a_complete_run_has_every_section_and_its_figures(page: str) -> None:
         assert name.replace("_", " ") in text
     assert "also seen in training: 0 , in another form 3 ." in text
     assert "(chance 10.0 %, by the clip's caption 97.5 %)" in text
+    assert "edit, from noise" in text
+    assert "54.3 %" in text
     assert "12 sounds noisier, softer, duller" in text
     assert "noise snr db 20 43.2 %" in text
     assert "promote/promote.json: aai 1.2 (commit abcdef1" in text
