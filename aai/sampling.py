@@ -6,15 +6,14 @@ from typing import Any, Literal
 import pydantic
 
 from aai.bundle import BundleConfig
-from aai.concepts import Kind
 from aai.config import Config
 from aai.errors import UserError
 from aai.sounds import Window
 
 DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default
 HEAD_PATTERN: str = BundleConfig.model_fields["head_pattern"].default
-REPAINT: dict[str, tuple[Kind, float]] = {"edit": ("ambiences", 0.8), "stylize": ("objects", 0.8)}
-"""Per verb: what of the given picture stays, and how much of it is painted anew by default."""
+REPAINT = {"edit": 0.8, "stylize": 0.8}
+"""How much of the given picture each verb paints anew by default."""
 
 
 class SamplingConfig(Config):
@@ -59,7 +58,7 @@ def check_repaint(verb: str, request: SamplingConfig) -> float:
 
     Of N denoising steps the last floor(N * strength) are painted (SDEdit, Meng et al. 2022).
     """
-    strength = request.denoise_strength or REPAINT[verb][1]
+    strength = request.denoise_strength or REPAINT[verb]
     fewest = 2 if request.repaint == "invert" else 1  # the lowest noise level alone changes next to nothing
     if int(request.steps * strength) < fewest:
         enough = math.ceil(100 * fewest / request.steps) / 100

@@ -73,7 +73,7 @@ def check_tables(out: Path) -> None:
         assert read_sound(row["audio"]).shape == pytest.approx((32_000,), abs=2500)
         assert len(row["frames"]) == len(row["frame_pts_s"]) == 4
         assert Image.open(io.BytesIO(row["frames"][0])).size == (64, 64)
-        assert len(row["labels"]) == 4
+        assert len(row["labels"]) == 10
     rejected = storage.read_table(str(out / "rejected")).to_pylist()
     assert {row["stage"] for row in rejected} == {"decode", "filter", "duplicate"}
     assert all(row["message"] and not row["transient"] for row in rejected)
