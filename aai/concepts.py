@@ -1,9 +1,9 @@
 """Concepts: what a picture already says, and moving a sound's embedding along it.
 
 To edit a picture by a sound, only part of what the sound says may enter: its object, not its ambience; to stylize,
-its ambience alone. Both live in one embedding, so what is to be painted is moved along directions given by the frozen CLIP's
-text features of a small vocabulary: for an edit the sound's embedding, to the picture's ambience; for a style the
-picture's, to the sound's ambience. This is our own choice: the paper's editing algorithm is not public.
+its ambience alone. Both live in one embedding, so what is to be painted is moved along directions given by the
+frozen CLIP's text features of a small vocabulary: for an edit the sound's embedding, to the picture's ambience; for a
+style the picture's, to the sound's ambience. This is our own choice: the paper's editing algorithm is not public.
 """
 
 from typing import Literal
