@@ -50,6 +50,8 @@ UNSEEN_TIMBRES = {obj: i % TIMBRES for i, obj in enumerate(OBJECTS)}
 """The timbre of each object that no training clip has."""
 BAND, UNSEEN_BAND = (0.2, 0.8), (0.4, 0.6)
 """The part of a class's range that pitches and rates are drawn from, and the part of it that no training clip has."""
+TWO_RATE = 0.43
+"""At which two objects sound: neither quick nor slow, and not in the part that no training clip has."""
 NOVELTIES = ("seen", "pair", "timbre", "values")
 
 
@@ -94,9 +96,10 @@ class Scene:
         """One of NOVELTIES: what of the scene no training clip has."""
         if (self.obj, self.ambience) in UNSEEN_PAIRS or (self.second, self.ambience) in UNSEEN_PAIRS:
             return "pair"
-        if self.timbre == UNSEEN_TIMBRES[self.obj]:
+        if any(self.timbre == UNSEEN_TIMBRES[name] for name in (self.obj, self.second) if name):
             return "timbre"
-        within = (self.pitch * len(COLOURS) % 1, self.rate * len(COUNTS) % 1)
+        rate = TWO_RATE if self.second else self.rate
+        within = (self.pitch * len(COLOURS) % 1, rate * len(COUNTS) % 1)
         return "values" if any(UNSEEN_BAND[0] <= part < UNSEEN_BAND[1] for part in within) else "seen"
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.signal
 from numpy.typing import NDArray
 
-from aai.toy.grammar import Scene
+from aai.toy.grammar import TWO_RATE, Scene
 
 Signal = NDArray[np.float64]
 Rng = np.random.Generator
@@ -338,7 +338,7 @@ def object_sound(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -
 
 def _one(rng: Rng, t: Signal, rate: int, scene: Scene, name: str) -> Signal:
     """An object's voice in the scene's manner; of two objects, neither is quick or slow."""
-    how = Manner.of(scene.pitch, 0.5 if scene.second else scene.rate)
+    how = Manner.of(scene.pitch, TWO_RATE if scene.second else scene.rate)
     return _to_level(_in_timbre(_VOICES[name](rng, t, rate, how), scene.timbre, rate), 0.0)
 
 

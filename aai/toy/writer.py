@@ -29,7 +29,7 @@ from aai.toy.synthesis import level_envelope, object_sound, synthesise
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Counts up when the same settings would give other files."""
 SYNTHESIS_RATE_HZ = 16000
 

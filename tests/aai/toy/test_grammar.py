@@ -114,4 +114,7 @@ def test_what_no_training_clip_has() -> None:
     assert plain.novelty == "seen"
     assert replace(plain, obj="bell").novelty == "pair" == replace(plain, second="bell").novelty
     assert replace(plain, timbre=UNSEEN_TIMBRES["dog"]).novelty == "timbre"
+    both = replace(plain, second="car")
+    assert both.novelty == "seen" == replace(both, rate=0.5).novelty, "two objects have no rate of their own"
+    assert replace(both, timbre=UNSEEN_TIMBRES["car"]).novelty == "timbre"
     assert replace(plain, pitch=0.125).novelty == "values" == replace(plain, rate=0.5).novelty
