@@ -217,7 +217,7 @@ def beyond_captions(
     if "nearest_caption" in alone:
         uncaptioned["above_nearest_caption"] = _above(alone["sound"], alone["nearest_caption"], truth)
     both = {name: share for name, found in seen.items() if (share := _both_seen(found, truth)) is not None}
-    return {"uncaptioned": uncaptioned, "two_objects": both, "unseen": _unseen(seen["sound"], labels, truth)}
+    return {"uncaptioned": uncaptioned, "two_objects": both, "unseen": _unseen(alone["sound"], labels, truth)}
 
 
 def _above(ours: Rows, theirs: Rows, truth: Sequence[Mapping[str, str]]) -> dict[str, Any]:
@@ -248,14 +248,15 @@ def _both_seen(found: Rows, truth: Sequence[Mapping[str, str]]) -> float | None:
 def _unseen(
     found: Rows, labels: Sequence[Sequence[str]], truth: Sequence[Mapping[str, str]]
 ) -> dict[str, dict[str, float]]:
-    """Object and ambience of what no training clip has, beside those of what they have."""
+    """What is right of clips of one object that are new in one way, beside those that are not."""
     groups: dict[str, Rows] = {}
     for row in found:
         groups.setdefault(labels[row["row"]][NOVELTY], []).append(row)
     figures: dict[str, dict[str, float]] = {}
     for name, rows in sorted(groups.items()):
         true = [truth[row["row"]] for row in rows]
-        figures[name] = {a: grading.accuracy(rows, true, a) for a in ("object", "ambience")} | {"pictures": len(rows)}
+        shares = {a: grading.accuracy(rows, true, a) for a in ("object", "ambience", *UNCAPTIONED)}
+        figures[name] = {**shares, "pictures": len(rows)}
     return figures
 
 

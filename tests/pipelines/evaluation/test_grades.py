@@ -142,7 +142,7 @@ def test_what_the_judge_read_against_the_labels() -> None:
 WORLD = [
     ["dog", "rain", "photo", "big", "red", "two", "arch", "none", "seen"],
     ["bell", "rain", "photo", "big", "blue", "one", "open", "dog", "pair"],
-    ["dog", "rain", "photo", "big", "green", "two", "arch", "none", "seen"],
+    ["dog", "rain", "photo", "big", "green", "two", "arch", "none", "values"],
     ["car", "night", "photo", "small", "red", "one", "open", "bell", "timbre"],
 ]
 
@@ -167,11 +167,8 @@ def test_what_no_caption_names_and_what_no_training_clip_has() -> None:
         "place": {"sound": 1.0, "nearest_caption": 1.0, "ceiling": 1.0, "chance": 0.5},
     }
     assert found["two_objects"] == {"sound": 0.5, "nearest_caption": 0.0, "ceiling": 1.0}
-    assert found["unseen"] == {
-        "seen": {"object": 1.0, "ambience": 1.0, "pictures": 2},
-        "pair": {"object": 1.0, "ambience": 1.0, "pictures": 1},
-        "timbre": {"object": 1.0, "ambience": 1.0, "pictures": 1},
-    }
+    right = {"object": 1.0, "ambience": 1.0, "colour": 1.0, "count": 1.0, "place": 1.0, "pictures": 1}
+    assert found["unseen"] == {"seen": right, "values": {**right, "colour": 0.0, "count": 0.0}}, "of one object alone"
     assert found["sound"] == {"object": 1.0, "ambience": 1.0, "colour": 0.75, "count": 0.75, "place": 1.0}
     old = grades.judge_figures({"sound": BY_CONDITION["sound"]}, LABELS, RMS_DB, ATTRIBUTES)
     assert old.keys() == {"chance", "sound", "loudness_size_spearman"}, "tables of the first edition"
