@@ -122,6 +122,15 @@ def test_cases_go_round_the_clips_with_seeds_of_their_own() -> None:
     assert not noise[0] & noise[1], "no picture of another evaluation again"
 
 
+def test_what_is_painted_from_noise_is_told_of_the_pictures_that_are_changed() -> None:
+    counts = {"sound": 3, "edit": 20, "stylize": 20, "edit_from_noise": 12, "stylize_from_noise": 12}
+    given: dict[str, list[tuple[int, int]]] = {}
+    for case in make_cases(LABELS, counts):
+        given.setdefault(case.condition, []).append((case.row, case.picture_row))
+    for verb in ("edit", "stylize"):
+        assert given[f"{verb}_from_noise"] == given[verb][:12]
+
+
 def test_the_loudness_series_paints_one_sound_at_several_gains() -> None:
     assert loudness_cases([4, 1], [-6.0, 6.0], first=10) == [
         Case(10, "loudness", 4, 4, 7, -1, -6.0),
