@@ -201,8 +201,11 @@ def read_ahead(batches: Iterator[Batch], pin: bool = False, ready: int = READY_B
     line: queue.Queue[Batch | BaseException | None] = queue.Queue(ready)
     ended = threading.Event()
 
+    def given_up() -> bool:
+        return ended.is_set() or not threading.main_thread().is_alive()
+
     def put(item: Batch | BaseException | None) -> None:
-        while not ended.is_set():
+        while not given_up():
             try:
                 line.put(item, timeout=0.1)
                 return
@@ -213,14 +216,14 @@ def read_ahead(batches: Iterator[Batch], pin: bool = False, ready: int = READY_B
         try:
             for batch in batches:
                 put(_pinned(batch) if pin else batch)
-                if ended.is_set():
+                if given_up():
                     return
             put(None)
         except BaseException as error:  # whatever it is, the training must hear of it
             put(error)
 
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
-    thread.start()
+    # The process waits for it before it ends: a daemon thread that then is within torch would abort the process.
+    threading.Thread(target=work, name="read-ahead", daemon=False).start()
     try:
         while (item := line.get()) is not None:
             if isinstance(item, BaseException):

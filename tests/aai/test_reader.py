@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -247,6 +249,30 @@ def test_its_thread_ends_with_the_training() -> None:
     next(ahead)
     ahead.close()
     wait_for_the_end_of_its_thread()
+
+
+LEAVES = """
+import itertools, torch
+from aai.reader import read_ahead
+
+def batches():
+    for number in itertools.count():
+        yield {"n": torch.stack([torch.stack([torch.rand(64)]) for _ in range(99)])}
+
+ahead = read_ahead(batches(), ready=2)
+next(ahead)
+if %s:
+    del ahead
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_process_that_leaves_while_batches_are_made_is_not_aborted(closed: bool) -> None:
+    """As the ranks of `aai bench align` were, now and then."""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", LEAVES % closed], capture_output=True, timeout=120, check=False)
+        assert done.returncode == 3, done.stderr.decode()
 
 
 # ---------------------------------------------------------------- at the size of VGGSound
