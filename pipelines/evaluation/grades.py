@@ -13,7 +13,7 @@ from PIL import Image
 from aai import grading, keeping, metrics, storage
 from aai.disturbances import DISTURBANCES
 from aai.foundation.identity import TOY_WEIGHTS
-from aai.toy.grammar import AMBIENCES, COLOURS, COUNTS, MEDIA, OBJECTS, PLACES
+from aai.toy.grammar import OBJECTS
 from pipelines.evaluation.cases import FROM_NOISE, PICTURES, REPAINTED
 from pipelines.evaluation.clips import EvaluatedClips
 from pipelines.evaluation.judges import ATTRIBUTES, NOVELTY, REGION, UNCAPTIONED
@@ -23,12 +23,6 @@ Rows = list[dict[str, Any]]
 KEPT = {"edit": ("ambience", "medium"), "stylize": ("object", "medium")}
 """What of a given picture must stay."""
 KEPT |= {f"{name}{FROM_NOISE}": kept for name, kept in KEPT.items()}
-
-
-VALUES = {
-    "object": OBJECTS, "ambience": AMBIENCES, "medium": MEDIA, "colour": COLOURS, "count": COUNTS, "place": PLACES,
-}  # fmt: skip
-"""Of the toy world's attributes; all are equally likely."""
 NAMED, AUDIBLE = (0, 1, 3, 7), (0, 1, 3, 4, 5, 6, 7)
 """Places of the labels that can be heard: those that captions of clips name, and all of them."""
 
@@ -209,7 +203,8 @@ def beyond_captions(
     alone = {name: [row for row in found if truth[row["row"]]["second"] == "none"] for name, found in seen.items()}
     uncaptioned: dict[str, dict[str, Any]] = {}
     for attribute in UNCAPTIONED:
-        uncaptioned[attribute] = {"chance": 1 / len(VALUES[attribute])}
+        true = [truth[row["row"]] for row in alone["sound"]]
+        uncaptioned[attribute] = {"chance": _commonest(true, attribute)} if true else {}
         for name, found in alone.items():
             if found:
                 right = grading.accuracy(found, [truth[row["row"]] for row in found], attribute)
@@ -261,12 +256,21 @@ def _unseen(
 
 
 def _chance(truth: Sequence[Mapping[str, str]], attributes: Sequence[str]) -> dict[str, float]:
-    """What guessing reaches; in the toy world all values are equally likely."""
-    if "medium" in attributes:
-        return {name: 1 / len(values) for name, values in VALUES.items()}
-    names = [row["object"] for row in truth if "object" in row]
-    _, counts = np.unique(names, return_counts=True)
-    return {"object": float(np.square(counts / max(1, len(names))).sum())}
+    """What naming the commonest value for every picture reaches, of each attribute that is labelled and read."""
+    labelled = [row for row in truth if "object" in row]
+    chance = {}
+    for name in ("object", "ambience", "medium", *UNCAPTIONED):
+        if name in attributes and labelled and all(name in row for row in labelled):
+            chance[name] = _commonest(labelled, name)
+    return chance
+
+
+def _commonest(truth: Sequence[Mapping[str, str]], attribute: str) -> float:
+    """Share of the clips that have the value that most of them have."""
+    shares = []
+    for value in {row[attribute] for row in truth}:
+        shares.append(grading.accuracy([{attribute: value}] * len(truth), truth, attribute))
+    return max(shares)
 
 
 def clip_figures(

@@ -19,6 +19,7 @@ from aai.align import validate
 from aai.bundle import read_bundle
 from aai.encoders.aligner import load_aligner
 from aai.features import load_split
+from tests.e2e.plain_align import Learnable, settings_of, trained
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(4 * 3600)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,10 @@ ALIGN: dict[str, dict[str, Any]] = {
     "more augmentation": {"augment.noise_probability": 0.35, "augment.lowpass_probability": 0.2},
     "a transformer (AST)": {"encoder.backbone": "ast"},
     "half the steps": {"fit.steps": 150},
+    "a third of the steps": {"fit.steps": 100},
 }
+JEST = {"JEST": 300, "JEST, a third of the steps": 100}
+"""Steps of trainings on the more learnable half of batches twice as large; the demo's own bundle is the reference."""
 ADAPT: dict[str, dict[str, Any]] = {
     "as in the demo": {},
     "K = 1": {"adapter.num_tokens": 1},
@@ -89,8 +93,16 @@ def test_l11_align(tmp_path: Path) -> None:
             aligner = load_aligner(read_bundle(str(out / "bundle")))
             held_out = held_out or load_split(str(RUN / "features"), "test", aligner.config.clip_samples)
             rows.setdefault(name, []).append(validate(aligner, held_out))
+    for name, steps in JEST.items():
+        for seed in SEEDS:
+            config = settings_of(RUN, fit__seed=seed, fit__steps=steps, fit__eval_every=0)
+            count = config.fit.batch_size
+            reference = load_aligner(read_bundle(str(RUN / "align" / "bundle")))
+            selecting = lambda task, reference=reference, count=count: Learnable(task, reference, count)  # noqa: E731
+            encoder = trained(config, wrapped=selecting, read_at_once=2 * count)
+            rows.setdefault(name, []).append(validate(encoder, held_out))
     table("ablation_align", rows)
-    assert len(rows) == len(ALIGN)
+    assert len(rows) == len(ALIGN) + len(JEST)
 
 
 def test_l11_adapt(tmp_path: Path) -> None:

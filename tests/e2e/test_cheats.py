@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aai import storage
 from aai.bundle import read_bundle, write_bundle
+from aai.conditions import Conditions
 from aai.encoders.audio import AudioEncoder
 from aai.features import METADATA_KEY
 from aai.painter import Painter
@@ -119,3 +120,14 @@ def test_l10_an_edit_that_ignores_the_picture(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Painter, "repaint", from_noise)
     assert "generation.edit.given_nearer" in stopped_by(tmp_path, monkeypatch)
+
+
+def test_l10_a_lookup_in_the_place_of_hearing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest caption of training is painted: as good at objects and ambiences as the system."""
+    whole = Conditions.embed
+
+    def lookup(self: Conditions, condition: str, clips: Any) -> Tensor:
+        return whole(self, "nearest_caption" if condition == "sound" else condition, clips)
+
+    monkeypatch.setattr(Conditions, "embed", lookup)
+    assert "generation.uncaptioned.above_nearest_caption.low" in stopped_by(tmp_path, monkeypatch)

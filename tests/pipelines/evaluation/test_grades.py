@@ -127,9 +127,8 @@ BY_CONDITION = {
 
 def test_what_the_judge_read_against_the_labels() -> None:
     found = grades.judge_figures(BY_CONDITION, LABELS, RMS_DB, ATTRIBUTES)
-    third = pytest.approx(1 / 3)
     assert found == {
-        "chance": {"object": 0.1, "ambience": 0.25, "medium": third, "colour": 0.25, "count": third, "place": 0.5},
+        "chance": {"object": 0.5, "ambience": 0.5, "medium": 0.75},  # of the commonest value
         "foundation": {"caption_object": 0.5, "caption_ambience": 0.5, "caption_medium": 0.5, "caption_pictures": 2},
         "sound": {"object": 1.0, "ambience": 0.25},
         "sketch": {"object": pytest.approx(2 / 3), "ambience": pytest.approx(2 / 3), "medium": pytest.approx(2 / 3)},
@@ -162,9 +161,9 @@ def test_what_no_caption_names_and_what_no_training_clip_has() -> None:
     assert above["difference"] == pytest.approx(1 / 3)
     assert above["low"] == above["ci95"][0]
     assert found["uncaptioned"] == {  # of pictures of one object
-        "colour": {"sound": 0.5, "nearest_caption": 0.0, "ceiling": 1.0, "chance": 0.25},
-        "count": {"sound": 0.5, "nearest_caption": 1.0, "ceiling": 1.0, "chance": pytest.approx(1 / 3)},
-        "place": {"sound": 1.0, "nearest_caption": 1.0, "ceiling": 1.0, "chance": 0.5},
+        "colour": {"sound": 0.5, "nearest_caption": 0.0, "ceiling": 1.0, "chance": 0.5},
+        "count": {"sound": 0.5, "nearest_caption": 1.0, "ceiling": 1.0, "chance": 1.0},  # both have two
+        "place": {"sound": 1.0, "nearest_caption": 1.0, "ceiling": 1.0, "chance": 1.0},
     }
     assert found["two_objects"] == {"sound": 0.5, "nearest_caption": 0.0, "ceiling": 1.0}
     right = {"object": 1.0, "ambience": 1.0, "colour": 1.0, "count": 1.0, "place": 1.0, "pictures": 1}
@@ -185,12 +184,18 @@ def test_a_judge_of_objects_alone_grades_objects_alone() -> None:
         {name: BY_CONDITION[name] for name in ("sound", "caption", "edit")}, LABELS, RMS_DB, ("object",)
     )
     assert found == {
-        "chance": {"object": pytest.approx(0.5**2 + 2 * 0.25**2)},
+        "chance": {"object": 0.5},
         "foundation": {"caption_object": 0.5, "caption_pictures": 2},
         "sound": {"object": 1.0},
         "edit": {"object": 0.5},
     }
-    assert grades._chance([{}], ("object",)) == {"object": 0.0}
+    assert grades._chance([{}], ("object",)) == {}
+    two = [
+        {"object": "dog", "second": "bell"},
+        {"object": "bell", "second": "car"},
+        {"object": "frog", "second": "none"},
+    ]
+    assert grades._chance(two, ("object",)) == {"object": pytest.approx(2 / 3)}, "of two objects either is right"
 
 
 def test_scores_of_every_condition_that_fills_one_prompt(out: str) -> None:
