@@ -74,7 +74,7 @@ class FoundationConfig(Config):
     vae: TrainSteps = TrainSteps(steps=2500, batch_size=16, learning_rate=2e-3)
     decoder: TrainSteps = TrainSteps(steps=2000, batch_size=16, learning_rate=1e-3)
     """The VAE's decoder alone, on latents with noise; it leaves the latents, and so the UNet, as they are."""
-    unet: TrainSteps = TrainSteps(steps=10000, batch_size=64, learning_rate=7e-4)
+    unet: TrainSteps = TrainSteps(steps=16000, batch_size=64, learning_rate=7e-4)
     lcm: TrainSteps = TrainSteps(steps=1500, batch_size=32, learning_rate=5e-4)
     """A LoRA for four steps; see recipe_consistency."""
     lcm_rank: int = pydantic.Field(32, ge=1)
