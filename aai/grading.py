@@ -46,7 +46,12 @@ def similarity_rank(query: Tensor, own: Tensor, others: Tensor) -> float:
 
 def zero_shot(images: Tensor, classes: Tensor, labels: Sequence[int]) -> float:
     """AIC: share of picture features [N, D] whose nearest class text feature [C, D] is the sound's label."""
-    return float(((images @ classes.T).argmax(-1) == torch.tensor(labels)).float().mean())
+    return float(zero_shot_hits(images, classes, labels).float().mean())
+
+
+def zero_shot_hits(images: Tensor, classes: Tensor, labels: Sequence[int]) -> Tensor:
+    """Whether each picture's nearest class is the sound's label, bool [N]; see `zero_shot`."""
+    return (images @ classes.T).argmax(-1) == torch.tensor(labels)
 
 
 def clip_mmd(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:

@@ -7,6 +7,7 @@ has a `previous` of its own, and a move that breaks off half-way is finished, or
 
 import argparse
 import getpass
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -20,10 +21,12 @@ from aai import storage
 from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.version import code_version
-from pipelines.registry import tracking
+from pipelines.evaluation.paired import paired, read_marks
+from pipelines.registry import evaluations, tracking
+from pipelines.registry.evaluations import Evaluation
 from pipelines.registry.figures import numbers
 from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, table
-from pipelines.registry.moves import Move, figures_tag, move_alias, named, previous_of, promoted_figures, settle
+from pipelines.registry.moves import Move, evaluation_tag, figures_tag, move_alias, named, previous_of, settle
 from pipelines.registry.tracking import CANDIDATE, CHAMPION, PREVIOUS
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 
@@ -41,7 +44,8 @@ class PromoteConfig(VerbConfig):
     gates: list[Gate] = pydantic.Field(min_length=1)
     """All must pass."""
     not_worse_than_champion: dict[str, pydantic.NonNegativeFloat] = pydantic.Field({})
-    """Figure (higher is better) -> how far it may fall below the present champion's."""
+    """Figure (higher is better) -> how far it may fall below the present champion's, compared clip by clip: the 95 %
+    interval of the difference must not reach further down. The figure must be a mean over clips."""
     expected_current: int | None = pydantic.Field(None, ge=0)
     """Go on only if this version is champion now (0 = there is none); empty = whatever it is."""
     alias: str = pydantic.Field(CHAMPION, max_length=200)
@@ -139,13 +143,14 @@ def promote(config: PromoteConfig) -> Promotion:
     bundle = read_bundle(config.bundle)
     if bundle.config.adapter is None:
         raise UserError("bundle", config.bundle, "has no adapter, it cannot paint", "promote the one of `aai adapt`")
-    evaluation = read_evaluation(config.evaluation, bundle)
+    evaluation = recorded_evaluation(config, bundle)
+    figures = evaluation.figures
     current = _check_current(config)
     signature = _signature(config)
     tags: dict[str, Any] = {**signature, "data_fingerprint": bundle.meta.get("data_fingerprint", "")}
     with tracking.run(cfg, "promotion", config.model_dump(mode="json"), tags) as audit:
-        audit.log_metrics(evaluation)
-        version = tracking.register(cfg, bundle.folder, evaluation, tags)
+        audit.log_metrics(figures)
+        version = _registered(cfg, bundle, figures, tags)
         tracking.set_alias(cfg, CANDIDATE, version)
         verdicts = _judge(config, evaluation, current, version)
         passed = all(verdict.passed for verdict in verdicts)
@@ -155,7 +160,8 @@ def promote(config: PromoteConfig) -> Promotion:
             _mark_refused(cfg, version, tags)
         elif _check_current(config) != version:  # asked again: registering takes time
             previous = current or (None if previous == version else previous)
-            tags[figures_tag(alias)] = numbers(evaluation)
+            tags[figures_tag(alias)] = numbers(figures)
+            tags[evaluation_tag(alias)] = {"sha": figures["sha"], "run": evaluation.run_id}
             move_alias(cfg, alias, Move(version=version, previous=previous, tags=tags))
         result = Promotion(
             name=cfg.model_name,
@@ -201,7 +207,7 @@ def rollback(config: PromoteConfig) -> Promotion:
 
 
 def read_evaluation(uri: str, bundle: Bundle) -> dict[str, Any]:
-    """The figures of evaluate.json. Raises UserError when it is absent, or is about another bundle."""
+    """What evaluate.json holds. Raises UserError when it is absent, changed, or about another bundle."""
     remedy = "run `aai evaluate` on this bundle"
     if not storage.exists(uri):
         raise UserError("evaluation", uri, "no such file", remedy)
@@ -213,16 +219,59 @@ def read_evaluation(uri: str, bundle: Bundle) -> dict[str, Any]:
         raise UserError("evaluation", uri, "is not a JSON object", remedy)
     if (about := evaluation.get("bundle")) != bundle.sha:
         raise UserError("evaluation", uri, f"is about bundle {about}, this is bundle {bundle.sha}", remedy)
+    if "sha" not in evaluation:
+        raise UserError("evaluation", uri, "was written by an older release, which did not seal it", remedy + " again")
+    if not evaluations.is_sealed(evaluation):
+        raise UserError("evaluation", uri, "was changed after `aai evaluate` wrote it", remedy + " again")
     return evaluation
 
 
-def _judge(config: PromoteConfig, evaluation: Mapping[str, Any], current: int | None, version: int) -> list[Verdict]:
+def recorded_evaluation(config: PromoteConfig, bundle: Bundle) -> Evaluation:
+    """The evaluation as MLflow has it on record. Raises UserError when no run of `aai evaluate` made it."""
+    tags = evaluations.tags_of(read_evaluation(config.evaluation, bundle))
+    found = evaluations.find(config.tracking, tags)
+    if found is None:
+        rule = f"is on record in no finished run in {config.tracking.uri}"
+        remedy = "run `aai evaluate` again with the same settings and this tracking.uri: it puts on record what is done"
+        raise UserError("evaluation", config.evaluation, rule, remedy)
+    return found
+
+
+def _registered(cfg: TrackingConfig, bundle: Bundle, figures: Mapping[str, Any], tags: Mapping[str, Any]) -> int:
+    """A version from which this bundle can be fetched; registered anew where the one that there was has lost it."""
+    version = tracking.register(cfg, bundle.folder, figures, tags)
+    try:
+        tracking.resolve_bundle(f"models:/{cfg.model_name}/{version}", cfg)
+    except UserError as error:
+        log.warning("promote: version %d cannot be used, the bundle is registered anew (%s)", version, error)
+        version = tracking.register(cfg, bundle.folder, figures, tags, anew=True)
+        tracking.resolve_bundle(f"models:/{cfg.model_name}/{version}", cfg)
+    return version
+
+
+def _judge(config: PromoteConfig, evaluation: Evaluation, current: int | None, version: int) -> list[Verdict]:
     """All gates, and those against the present champion when that is another version."""
-    verdicts = [check_gate(gate, evaluation) for gate in config.gates]
-    if current is not None and current != version and config.not_worse_than_champion:
-        champion = promoted_figures(config.tracking, config.alias, current)
-        verdicts += check_champion(config.not_worse_than_champion, evaluation, champion)
-    return verdicts
+    verdicts = [check_gate(gate, evaluation.figures) for gate in config.gates]
+    if current is None or current == version or not config.not_worse_than_champion:
+        return verdicts
+    champion = _champions(config, evaluation, current)
+    if champion is None:
+        why = f"version {current} has no evaluation on record on these clips with these settings: evaluate it so"
+        return [*verdicts, *check_champion(config.not_worse_than_champion, evaluation.figures, {}, why)]
+    ours, theirs = read_marks(evaluation.marks), read_marks(champion.marks)
+    found = {name: paired(name, ours, theirs) for name in config.not_worse_than_champion}
+    why = "this figure is no mean over clips, or not over the same ones"
+    return [*verdicts, *check_champion(config.not_worse_than_champion, evaluation.figures, found, why)]
+
+
+def _champions(config: PromoteConfig, evaluation: Evaluation, current: int) -> Evaluation | None:
+    """The champion's evaluation with the same settings on the same clips: the one it was promoted by, or the first."""
+    tags = tracking.version_tags(config.tracking, current)
+    wanted = evaluations.tags_of(evaluation.figures) | {"bundle": tags.get(tracking.SHA_TAG, "")}
+    promoted_by = json.loads(tags.get(evaluation_tag(config.alias), "{}")).get("sha", "")
+    first = {name: value for name, value in wanted.items() if name != "evaluation"}
+    found = evaluations.find(config.tracking, {**wanted, "evaluation": promoted_by}) if promoted_by else None
+    return found or evaluations.find(config.tracking, first)
 
 
 def _check_current(config: PromoteConfig) -> int | None:

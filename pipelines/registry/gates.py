@@ -68,17 +68,25 @@ def check_gate(gate: Gate, evaluation: Mapping[str, Any]) -> Verdict:
 
 
 def check_champion(
-    tolerances: Mapping[str, float], evaluation: Mapping[str, Any], champion: Mapping[str, float]
+    tolerances: Mapping[str, float],
+    evaluation: Mapping[str, Any],
+    paired: Mapping[str, Mapping[str, Any] | None],
+    why_not: str,
 ) -> list[Verdict]:
-    """One verdict per figure (higher is better) that may fall at most its tolerance below the champion's.
+    """One verdict per figure (higher is better) that may be at most its tolerance below the champion's.
 
-    champion: the figures the present champion was promoted by, by dotted name; one that it lacks fails.
+    paired: {difference, ci95, pairs} to the champion by dotted name, over the same clips; a figure without fails, for
+    the reason `why_not`. The interval's lower end decides: what may be worse by more than the tolerance is refused.
     """
     verdicts = []
     for name, tolerance in tolerances.items():
-        value, theirs = figure(evaluation, name), champion.get(name)
-        bound = f">= champion's {'(missing)' if theirs is None else f'{theirs:.4g}'} - {tolerance:g}"
-        passed = value is not None and theirs is not None and value >= theirs - tolerance
+        value, found = figure(evaluation, name), paired.get(name)
+        if found is None:
+            bound, passed = f"cannot be compared with the champion: {why_not}", False
+        else:
+            low, high = found["ci95"]
+            seen = f"{found['difference']:+.3f}, 95 % {low:+.3f} to {high:+.3f}, {found['pairs']} pairs"
+            bound, passed = f">= champion's - {tolerance:g} ({seen})", value is not None and low >= -tolerance
         verdicts.append(Verdict(gate=name, value=value, bound=bound, passed=passed))
     return verdicts
 

@@ -66,12 +66,9 @@ def figures_tag(alias: str) -> str:
     return f"metrics-{alias}"
 
 
-def promoted_figures(cfg: TrackingConfig, alias: str, version: int) -> dict[str, float]:
-    """The figures a version was promoted to the alias by, by dotted name."""
-    tags = tracking.version_tags(cfg, version)
-    # An older release kept one set of figures for all aliases.
-    recorded = tags.get(figures_tag(alias), tags.get("metrics", "{}"))
-    return {name: float(value) for name, value in json.loads(recorded).items()}
+def evaluation_tag(alias: str) -> str:
+    """The version's tag with the evaluation, and its run, that it was promoted to this alias by."""
+    return f"evaluation-{alias}"
 
 
 def _finish(cfg: TrackingConfig, alias: str, move: Move) -> None:

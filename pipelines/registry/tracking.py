@@ -63,7 +63,7 @@ def _mlflow() -> ModuleType:
     return mlflow
 
 
-def _client(cfg: StoreConfig) -> "MlflowClient":
+def connect(cfg: StoreConfig) -> "MlflowClient":
     """A client of the tracking server and registry. Raises UserError when it cannot be reached."""
     check(cfg)
     uri: str = cfg.uri
@@ -76,7 +76,7 @@ def _client(cfg: StoreConfig) -> "MlflowClient":
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     with lock:
-        return _attempt(cfg, mlflow.MlflowClient, tracking_uri=uri, registry_uri=uri)
+        return attempt(cfg, mlflow.MlflowClient, tracking_uri=uri, registry_uri=uri)
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def _lock(file: Path) -> Iterator[None]:
         yield
 
 
-def _attempt(cfg: StoreConfig, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def attempt(cfg: StoreConfig, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Calls MLflow; tries once more when sqlite is locked; its refusals become UserErrors."""
     refusal = _mlflow().exceptions.MlflowException
     try:
@@ -141,7 +141,7 @@ class OpenRun:
         now_ms = int(time.time() * 1000)
         rows = [Metric(clean_name(k), v, now_ms, step or 0) for k, v in numbers(metrics).items()]
         for i in range(0, len(rows), 1000):
-            _attempt(self.cfg, self.client.log_batch, self.run_id, metrics=rows[i : i + 1000])
+            attempt(self.cfg, self.client.log_batch, self.run_id, metrics=rows[i : i + 1000])
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Logs nested settings under dotted names, cut at 6,000 characters; a param that is there cannot change."""
@@ -149,7 +149,7 @@ class OpenRun:
 
         rows = [Param(clean_name(key), as_text(value)[:6000]) for key, value in flatten(params).items()]
         for i in range(0, len(rows), 100):
-            _attempt(self.cfg, self.client.log_batch, self.run_id, params=rows[i : i + 100])
+            attempt(self.cfg, self.client.log_batch, self.run_id, params=rows[i : i + 100])
 
     def log_artifact(self, uri: str | Path, folder: str | None = None) -> None:
         """Copies a file (local or s3://) into the run's artifacts."""
@@ -158,7 +158,7 @@ class OpenRun:
             if str(uri).startswith("s3://"):
                 local = Path(scratch) / str(uri).rsplit("/", 1)[-1]
                 local.write_bytes(storage.read_bytes(str(uri)))
-            _attempt(self.cfg, self.client.log_artifact, self.run_id, str(local), folder)
+            attempt(self.cfg, self.client.log_artifact, self.run_id, str(local), folder)
 
     def log_bytes(self, name: str, data: bytes) -> None:
         """Writes an artifact, e.g. a PNG picture, named like `plots/loss.png`."""
@@ -174,12 +174,12 @@ class OpenRun:
     def log_image(self, name: str, png: bytes, step: int) -> None:
         """Logs a picture of a step: MLflow's UI shows those of one name by step."""
         with Image.open(io.BytesIO(png)) as image:
-            _attempt(self.cfg, self.client.log_image, self.run_id, image, key=name, step=step, synchronous=True)
+            attempt(self.cfg, self.client.log_image, self.run_id, image, key=name, step=step, synchronous=True)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Sets tags (texts up to 8,000 characters)."""
         for key, value in tags.items():
-            _attempt(self.cfg, self.client.set_tag, self.run_id, clean_name(key), as_text(value)[:8000])
+            attempt(self.cfg, self.client.set_tag, self.run_id, clean_name(key), as_text(value)[:8000])
 
 
 @contextlib.contextmanager
@@ -196,10 +196,10 @@ def run(
     goes on with the params that it has if the store still knows it. Raises UserError when the tracking server cannot be
     reached, before any work is done.
     """
-    client = _client(cfg)
-    experiment = _attempt(cfg, _experiment, client, cfg)
+    client = connect(cfg)
+    experiment = attempt(cfg, _experiment, client, cfg)
     goes_on = again is not None and _reopened(client, cfg, again)
-    run_id = again if goes_on else _attempt(cfg, client.create_run, experiment, run_name=name).info.run_id
+    run_id = again if goes_on else attempt(cfg, client.create_run, experiment, run_name=name).info.run_id
     opened = OpenRun(client, cfg, str(run_id))
     status = "FAILED"
     try:
@@ -213,39 +213,43 @@ def run(
         raise
     finally:
         try:
-            _attempt(cfg, client.set_terminated, opened.run_id, status)
+            attempt(cfg, client.set_terminated, opened.run_id, status)
         except UserError as error:  # the work is done, or has an error of its own that must be seen
             log.warning("MLflow was not told that the run %s is %s (%s)", opened.run_id, status, error)
 
 
 def _reopened(client: "MlflowClient", cfg: RunsConfig, run_id: str) -> bool:
     """Marks an earlier run as running; False when the store has it no more."""
-    if _attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", client.get_run, run_id) is None:
+    if attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", client.get_run, run_id) is None:
         return False
-    _attempt(cfg, client.update_run, run_id, status="RUNNING")
+    attempt(cfg, client.update_run, run_id, status="RUNNING")
     return True
 
 
 def register(
-    cfg: TrackingConfig, bundle_folder: str | Path, metrics: Mapping[str, Any], tags: Mapping[str, Any]
+    cfg: TrackingConfig,
+    bundle_folder: str | Path,
+    metrics: Mapping[str, Any],
+    tags: Mapping[str, Any],
+    anew: bool = False,
 ) -> int:
-    """Registers a bundle and returns its version; a bundle of the same content keeps the version it has.
+    """Registers a bundle and returns its version; a bundle of the same content keeps the version it has, unless `anew`.
 
     The files are copied into the artifact store. `tags` and the metrics come with a new version; one that exists keeps
     its own. Raises UserError for a broken bundle or an unreachable server.
     """
     bundle = read_bundle(bundle_folder)
-    client = _client(cfg)
-    version = find_version(cfg, bundle.sha)
+    client = connect(cfg)
+    version = None if anew else find_version(cfg, bundle.sha)
     if version is None:
         with run(cfg, "register", {"bundle": str(bundle_folder)}, {SHA_TAG: bundle.sha}) as opened:
             opened.log_metrics(metrics)
             model_id = _log_model(opened, bundle.folder)
             exists = "RESOURCE_ALREADY_EXISTS"
-            _attempt(cfg, _unless, exists, client.create_registered_model, cfg.model_name)
+            attempt(cfg, _unless, exists, client.create_registered_model, cfg.model_name)
             # The tags are part of the creation: a version without them cannot be left behind by a kill.
             described = {**tags, "metrics": numbers(metrics), SHA_TAG: bundle.sha}
-            made = _attempt(
+            made = attempt(
                 cfg,
                 client.create_model_version,
                 cfg.model_name,
@@ -281,12 +285,12 @@ def _log_model(opened: OpenRun, folder: Path) -> str:
 
 def find_version(cfg: TrackingConfig, sha: str) -> int | None:
     """The newest registered version of a bundle by its content, or None."""
-    client = _client(cfg)
+    client = connect(cfg)
     query = f"name = '{cfg.model_name}'"
     found: list[int] = []
     token: str | None = ""
     while token is not None:
-        page = _attempt(cfg, client.search_model_versions, query, 1000, page_token=token or None)
+        page = attempt(cfg, client.search_model_versions, query, 1000, page_token=token or None)
         found += [int(version.version) for version in page if version.tags.get(SHA_TAG) == sha]
         token = page.token or None
     return max(found, default=None)
@@ -294,18 +298,18 @@ def find_version(cfg: TrackingConfig, sha: str) -> int | None:
 
 def set_version_tags(cfg: TrackingConfig, version: int, tags: Mapping[str, Any]) -> None:
     """Writes tags on a registered version; structures become JSON."""
-    client = _client(cfg)
+    client = connect(cfg)
     for key, value in tags.items():
-        _attempt(cfg, client.set_model_version_tag, cfg.model_name, str(version), key, as_text(value)[:100_000])
+        attempt(cfg, client.set_model_version_tag, cfg.model_name, str(version), key, as_text(value)[:100_000])
 
 
 def version_tags(cfg: TrackingConfig, version: int) -> dict[str, str]:
     """The tags of a registered version."""
-    return dict(_version(_client(cfg), cfg, cfg.model_name, str(version)).tags)
+    return dict(_version(connect(cfg), cfg, cfg.model_name, str(version)).tags)
 
 
 def _version(client: "MlflowClient", cfg: StoreConfig, name: str, version: str) -> "ModelVersion":
-    found = _attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", client.get_model_version, name, version)
+    found = attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", client.get_model_version, name, version)
     if found is None:
         uri = f"models:/{name}/{version}"
         raise UserError("bundle", uri, f"no such version in {cfg.uri}", "see the versions in `mlflow ui`")
@@ -313,7 +317,7 @@ def _version(client: "MlflowClient", cfg: StoreConfig, name: str, version: str) 
 
 
 def _model(cfg: StoreConfig, name: str) -> "RegisteredModel | None":
-    return _attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", _client(cfg).get_registered_model, name)
+    return attempt(cfg, _unless, "RESOURCE_DOES_NOT_EXIST", connect(cfg).get_registered_model, name)
 
 
 def model_tags(cfg: TrackingConfig) -> dict[str, str]:
@@ -324,12 +328,12 @@ def model_tags(cfg: TrackingConfig) -> dict[str, str]:
 
 def set_model_tag(cfg: TrackingConfig, key: str, value: str) -> None:
     """Writes a tag on the registered model (up to 100,000 characters)."""
-    _attempt(cfg, _client(cfg).set_registered_model_tag, cfg.model_name, key, value)
+    attempt(cfg, connect(cfg).set_registered_model_tag, cfg.model_name, key, value)
 
 
 def delete_model_tag(cfg: TrackingConfig, key: str) -> None:
     """Removes a tag from the registered model; it may be absent."""
-    _attempt(cfg, _client(cfg).delete_registered_model_tag, cfg.model_name, key)
+    attempt(cfg, connect(cfg).delete_registered_model_tag, cfg.model_name, key)
 
 
 def aliases(cfg: StoreConfig, name: str) -> dict[str, int]:
@@ -345,12 +349,12 @@ def get_alias(cfg: TrackingConfig, alias: str) -> int | None:
 
 def set_alias(cfg: TrackingConfig, alias: str, version: int) -> None:
     """Points an alias at a version, in one step."""
-    _attempt(cfg, _client(cfg).set_registered_model_alias, cfg.model_name, alias, str(version))
+    attempt(cfg, connect(cfg).set_registered_model_alias, cfg.model_name, alias, str(version))
 
 
 def delete_alias(cfg: TrackingConfig, alias: str) -> None:
     """Removes an alias; it may be absent."""
-    _attempt(cfg, _client(cfg).delete_registered_model_alias, cfg.model_name, alias)
+    attempt(cfg, connect(cfg).delete_registered_model_alias, cfg.model_name, alias)
 
 
 def pin_bundle(uri: str, cfg: StoreConfig) -> tuple[str, str, str, str]:
@@ -383,8 +387,8 @@ def resolve_bundle(uri: str, cfg: StoreConfig) -> str:
     pinned, name, number, _ = pin_bundle(uri, cfg)
     if not name:
         return storage.local_folder(uri)
-    version = _version(_client(cfg), cfg, name, number)
-    folder = _attempt(cfg, _mlflow().artifacts.download_artifacts, artifact_uri=pinned)
+    version = _version(connect(cfg), cfg, name, number)
+    folder = attempt(cfg, _mlflow().artifacts.download_artifacts, artifact_uri=pinned)
     found = list(Path(folder).glob("data/*/meta.json"))
     if len(found) != 1:
         raise UserError("bundle", uri, "the registered version holds no bundle", "register it with `aai promote`")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -22,7 +23,9 @@ from aai.sampling import PaintRequest
 from aai.toy.grammar import OBJECTS
 from pipelines import evaluate, featurize
 from pipelines.evaluate import EvaluateConfig
+from pipelines.evaluation.paired import read_marks
 from pipelines.featurize import FeaturizeConfig
+from pipelines.registry import evaluations
 from tests import tiny
 from tests.pipelines.conftest import run_here
 
@@ -102,9 +105,33 @@ def test_a_bundle_against_itself_differs_in_nothing(config: EvaluateConfig, caps
     assert evaluate.run(config.model_copy(update={"against": config.out})) == first
     file = Path(config.out, f"against-{first['bundle']}.json")
     found = json.loads(file.read_text())
-    assert found["generation"]["sound"]["object"]["difference"] == 0
-    assert "a2v_r1" in capsys.readouterr().out
+    assert found["figures"]["generation.sound.object"]["difference"] == 0
+    assert "retrieval.a2v.r1" in capsys.readouterr().out
     file.unlink()
+
+
+def test_an_evaluation_is_put_on_record_once(config: EvaluateConfig) -> None:
+    result = evaluate.run(config)
+    assert evaluations.is_sealed(result)
+    marks = Path(config.out, "marks.parquet").read_bytes()
+    found = evaluations.find(config.tracking, {"bundle": result["bundle"], "settings": result["config"]})
+    assert found is not None
+    assert (found.figures, found.marks) == (result, marks)
+    right = read_marks(marks).filter(pc.field("figure") == "generation.sound.object")["value"].to_pylist()
+    assert np.mean(right) == pytest.approx(result["generation"]["sound"]["object"])
+    evaluate.run(config)
+    again = evaluations.find(config.tracking, evaluations.tags_of(result))
+    assert again is not None
+    assert again.run_id == found.run_id
+    # Another server, and a result of an older release: nothing is painted again.
+    other = config.model_copy(
+        update={"tracking": config.tracking.model_copy(update={"uri": f"{config.tracking.uri}2"})}
+    )
+    old = {name: value for name, value in result.items() if name not in ("sha", "marks")}
+    Path(config.out, "evaluate.json").write_text(json.dumps(old))
+    anew = evaluate.run(other)
+    assert {name: anew[name] for name in old if name != "seconds"} == {n: v for n, v in old.items() if n != "seconds"}
+    assert evaluations.is_recorded(other.tracking, anew)
 
 
 def test_pictures_are_of_the_clips_they_name(config: EvaluateConfig, world: dict[str, str]) -> None:
@@ -141,7 +168,7 @@ def test_only_what_is_missing_is_made_again(config: EvaluateConfig, monkeypatch:
     }
     rewritten = {name for name, time in kept.items() if Path(config.out, name).stat().st_mtime_ns != time}
     beside = {f"{name}/test-00001.parquet" for name in ("inputs", "frames", "disturbed")}
-    assert rewritten <= {"_started.json", *beside}
+    assert rewritten <= {"_started.json", "marks.parquet", *beside}
 
 
 @pytest.mark.parametrize("foreign", ["thesis.tex", "pictures/holiday.png", "inputs/a.csv", "evaluate.json"])

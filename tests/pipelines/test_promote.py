@@ -14,7 +14,8 @@ from aai.version import code_version
 from pipelines.__main__ import CONFIGS, main
 from pipelines.promote import PromoteConfig
 from pipelines.registry import tracking
-from tests.pipelines.workshop import Workshop, changed
+from pipelines.registry.evaluations import sealed
+from tests.pipelines.workshop import Workshop
 
 
 @pytest.fixture
@@ -108,8 +109,9 @@ def test_each_alias_has_its_own_way_back(shop: Workshop) -> None:
     assert shop.aliases() == both | {"champion": 1, "previous": 2, "staging": 3, "previous-staging": 4}
 
 
-RULES = {"not_worse_than_champion": {"generation.sound.object": 0.02}}
+RULES = {"not_worse_than_champion": {"generation.sound.object": 0.03}}
 SOFT = [{"metric": "generation.sound.object", "min": 0}]
+WORSE = r"sound\.object=0\.77: must be >= champion's - 0\.03 \(-0\.030, 95 %"
 
 
 def test_only_a_promotion_changes_the_figures_that_a_champion_is_measured_by(shop: Workshop) -> None:
@@ -122,7 +124,7 @@ def test_only_a_promotion_changes_the_figures_that_a_champion_is_measured_by(sho
     shop.promote(1, gates=SOFT, alias="staging")  # promoted, but to something else
     assert (shop.figure(1), shop.figure(1, "staging")) == (0.8, 0.1)
     assert tracking.version_tags(shop.cfg, 1)["gates_passed"] == "true"
-    with pytest.raises(UserError, match=r"sound\.object=0\.77: must be >= champion's 0\.8 - 0\.02"):
+    with pytest.raises(UserError, match=WORSE):
         shop.promote(2, **RULES)
     assert shop.aliases()["champion"] == 1
     shop.promote(2)
@@ -131,14 +133,29 @@ def test_only_a_promotion_changes_the_figures_that_a_champion_is_measured_by(sho
     assert (shop.figure(1), tracking.version_tags(shop.cfg, 1)["reason"]) == (0.79, "again")
 
 
-def test_a_champion_of_an_older_release_is_measured_by_the_figures_it_has(shop: Workshop) -> None:
-    figures = changed({"generation__sound__object": 0.9})
-    tracking.set_alias(shop.cfg, "champion", tracking.register(shop.cfg, shop.bundle(1).folder, figures, {}))
-    shop.evaluate(1, generation__sound__object=0.1)
-    with pytest.raises(UserError, match="champion stays version 1"):
-        shop.promote(1)
-    shop.bundle(2)
-    with pytest.raises(UserError, match=r"sound\.object=0\.8: must be >= champion's 0\.9 - 0\.02"):
+def test_a_champion_is_compared_by_an_evaluation_of_the_same_settings_and_clips(shop: Workshop) -> None:
+    shop.bundle(1), shop.bundle(2, config="other")
+    shop.promote(1)
+    with pytest.raises(UserError, match="cannot be compared with the champion: version 1 has no evaluation on record"):
+        shop.promote(2, **RULES)
+    shop.evaluate(1, config="other", generation__sound__object=0.9)
+    with pytest.raises(UserError, match=r"must be >= champion's - 0\.03 \(-0\.100"):
+        shop.promote(2, **RULES)
+    shop.evaluate(1, config="other", generation__sound__object=0.1)  # a later one does not count
+    with pytest.raises(UserError, match=r"\(-0\.100"):
+        shop.promote(2, **RULES)
+    shop.evaluate(2, config="other", data_fingerprint="e")
+    with pytest.raises(UserError, match="cannot be compared with the champion"):
+        shop.promote(2, **RULES)
+
+
+def test_a_version_without_an_evaluation_of_its_own_cannot_be_compared(shop: Workshop) -> None:
+    """As an older release promoted them."""
+    first = shop.bundle(1)
+    shop.folder.joinpath("1", "evaluate.json").unlink()
+    tracking.set_alias(shop.cfg, "champion", tracking.register(shop.cfg, first.folder, {}, {"metrics": "{}"}))
+    shop.bundle(2, config="new")
+    with pytest.raises(UserError, match="cannot be compared with the champion: version 1"):
         shop.promote(2, **RULES)
 
 
@@ -170,14 +187,13 @@ def test_command_line_exit_codes(shop: Workshop, capsys: pytest.CaptureFixture[s
 
 def test_not_worse_than_champion(shop: Workshop) -> None:
     shop.bundle(1)
-    rules = {"not_worse_than_champion": {"generation.sound.object": 0.02}}
-    shop.promote(1, **rules)  # there is no champion yet
+    shop.promote(1, **RULES)  # there is no champion yet
     shop.bundle(2, generation__sound__object=0.77)
-    with pytest.raises(UserError, match=r"sound\.object=0\.77: must be >= champion's 0\.8 - 0\.02"):
-        shop.promote(2, **rules)
+    with pytest.raises(UserError, match=WORSE):
+        shop.promote(2, **RULES)
     shop.bundle(3, generation__sound__object=0.79)
-    assert shop.promote(3, **rules)["champion"] == 3
-    with pytest.raises(UserError, match=r"^retrieval\.unheard_of=missing: must be >= champion's \(missing\)"):
+    assert shop.promote(3, **RULES)["champion"] == 3
+    with pytest.raises(UserError, match=r"^retrieval\.unheard_of=missing: must be cannot be compared"):
         shop.promote(2, not_worse_than_champion={"retrieval.unheard_of": 1.0})
 
 
@@ -203,6 +219,53 @@ def test_evaluations_that_do_not_count(shop: Workshop) -> None:
         with pytest.raises(UserError, match=rule):
             shop.promote(1)
     assert shop.aliases() == {}
+
+
+def test_an_evaluation_that_was_changed_or_never_recorded_is_no_evidence(shop: Workshop) -> None:
+    made, other = shop.bundle(1), shop.bundle(2)
+    file = shop.folder / "1" / "evaluate.json"
+    honest = json.loads(file.read_text())
+
+    def refused(result: dict[str, Any], rule: str) -> None:
+        file.write_text(json.dumps(result))
+        with pytest.raises(UserError, match=rule):
+            shop.promote(1)
+
+    theirs = json.loads((shop.folder / "2" / "evaluate.json").read_text())
+    refused({**theirs, "bundle": made.sha}, "was changed after `aai evaluate` wrote it")
+    refused({**honest, "generation": {**honest["generation"], "sound": {"object": 1.0}}}, "was changed")
+    refused({name: value for name, value in honest.items() if name != "sha"}, "by an older release")
+    again = {name: value for name, value in {**theirs, "bundle": made.sha}.items() if name not in ("sha", "marks")}
+    refused(sealed(again, b""), "is on record in no finished run")
+    refused(shop.evaluate(1, record=False, generation__sound__object=0.95), "is on record in no finished run")
+    assert shop.aliases() == {}
+    file.write_text(json.dumps(honest))
+    shop.promote(1)
+    assert json.loads(tracking.version_tags(shop.cfg, 1)["evaluation-champion"])["sha"] == honest["sha"]
+    assert other.sha != made.sha
+
+
+def test_files_of_a_run_that_were_changed_are_no_evidence(shop: Workshop) -> None:
+    shop.bundle(1)
+    (marks,) = shop.folder.glob("mlartifacts/**/marks.parquet")
+    marks.write_bytes(marks.read_bytes() + b"x")
+    with pytest.raises(UserError, match="are not those that `aai evaluate` put on record"):
+        shop.promote(1)
+
+
+def test_a_version_whose_files_are_lost_or_others_is_registered_anew(
+    shop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop.bundle(1), shop.bundle(2)
+    shop.promote(1)
+    (meta,) = shop.folder.glob("mlartifacts/**/data/*/meta.json")
+    meta.unlink()  # the artifact store lost it
+    assert shop.promote(1)["version"] == 2
+    assert "version 1 cannot be used, the bundle is registered anew" in caplog.text
+    second = read_bundle(shop.folder / "2" / "bundle")
+    tracking.set_version_tags(shop.cfg, 2, {tracking.SHA_TAG: second.sha})  # somebody's label on another's files
+    assert shop.promote(2)["version"] == 3
+    assert read_bundle(tracking.resolve_bundle("models:/aai-demo@champion", shop.cfg)).sha == second.sha
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from aai.errors import UserError
 from pipelines.registry import tracking
-from pipelines.registry.moves import Move, move_alias, named, previous_of, promoted_figures, settle
+from pipelines.registry.moves import Move, move_alias, named, previous_of, settle
 from tests.pipelines.workshop import Workshop
 
 
@@ -120,7 +120,7 @@ def test_settling_finishes_a_move_after_the_alias_and_forgets_one_before(shop: W
     settle(cfg, "champion")  # there is nothing to settle
     move_alias(cfg, "champion", Move(version=1, previous=None, tags={"metrics-champion": {"a": 0.5}}))
     assert shop.aliases() == {"champion": 1}
-    assert promoted_figures(cfg, "champion", 1) == {"a": 0.5}
+    assert tracking.version_tags(cfg, 1)["metrics-champion"] == '{"a": 0.5}'
     tracking.set_model_tag(cfg, "move-champion", Move(version=2, previous=1).model_dump_json())
     settle(cfg, "champion")
     assert (shop.aliases(), tracking.model_tags(cfg)) == ({"champion": 1}, {})
