@@ -2,7 +2,8 @@
 
 First every held-out clip is heard, then pictures are painted and read, both by workers on their device; each picture
 has its own seed, so the figures do not depend on how many workers there are. The same command goes on after a kill.
-All that was made stays in OUT: evaluate.json, heard/, inputs/, pictures/.
+All that was made stays in OUT: evaluate.json, marks.parquet, heard/, inputs/, pictures/. The first two are put on
+record in MLflow.
 """
 
 import argparse
@@ -40,9 +41,9 @@ from pipelines.evaluation.judges import JudgeConfig
 from pipelines.evaluation.leaks import near_overlap
 from pipelines.evaluation.listening import HEARD, ListenWorker
 from pipelines.evaluation.marks import marks
-from pipelines.evaluation.paired import MARKS, as_bytes, compare, lines
+from pipelines.evaluation.paired import MARKS, as_bytes, check_finished, compare, lines
 from pipelines.registry import tracking
-from pipelines.registry.evaluations import is_recorded, sealed, tags_of
+from pipelines.registry.evaluations import is_recorded, is_whole, sealed, tags_of
 from pipelines.settings import DType, Plan, RayVerbConfig, RunsConfig
 
 log = logging.getLogger(__name__)
@@ -159,8 +160,8 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates a bundle; returns and writes evaluate.json (see docs/architecture.md)."""
     refuse_foreign(config.out)  # before the lock, which writes: such a folder is not touched at all
-    if config.against and not storage.exists(storage.join(config.against, RESULT)):  # before hours of work
-        raise UserError("against", config.against, "holds no finished evaluation", "give the --out of `aai evaluate`")
+    if config.against:  # before hours of work
+        check_finished(config.against)
     result = _evaluate(config)
     if config.against:
         found = compare(storage.absolute(config.out), result, storage.absolute(config.against))
@@ -182,9 +183,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rate_hz = encoder_config(bundle).sample_rate_hz
     manifest.check_sample_rate("bundle", config.bundle, rate_hz, "give the features that it was aligned on")
     stamp = {"config": config.content_digest(), "bundle": bundle.sha, "data_fingerprint": manifest.fingerprint}
-    if (found := up_to_date(config.out, stamp)) is not None:
+    found = up_to_date(config.out, stamp)
+    if found is not None and is_recorded(config.tracking, found):  # else its figures are taken once more, and recorded
         log.info("evaluate: up to date -> %s", storage.join(config.out, RESULT))
-        _record(config, found)
         return found
     clips = find_clips(config.features, config.clips, config.split, config.max_clips)
     check_conditions(config.pictures, clips.labels, config.judge, bundle.config)
@@ -215,8 +216,13 @@ def up_to_date(out: str, stamp: dict[str, str]) -> dict[str, Any] | None:
     if any(before.get(name) != value for name, value in stamp.items()):
         rule = "holds the evaluation of another bundle, other data or other settings"
         raise UserError("out", out, rule, "give another --out, or delete it")
-    found = dict(storage.read_json(done)) if storage.exists(done) else {}
-    return found if "sha" in found else None  # of an older release: its figures are taken anew from what it painted
+    marks_file = storage.join(out, MARKS)
+    if not storage.exists(done) or not storage.exists(marks_file):
+        return None
+    found = dict(storage.read_json(done))
+    # What is not as it was written, or is of an older release: its figures are taken anew from what was painted.
+    whole = is_whole(found, storage.read_bytes(marks_file)) and stamp.items() <= found.items()
+    return found if whole else None
 
 
 def refuse_foreign(out: str) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from aai import grading, metrics, storage
-from pipelines.evaluation.cases import PICTURES, REPAINTED
+from pipelines.evaluation.cases import FROM_NOISE, PICTURES, REPAINTED
 from pipelines.evaluation.clips import EvaluatedClips
 from pipelines.evaluation.grades import KEPT, Heard, class_features
 from pipelines.evaluation.judges import ATTRIBUTES, UNCAPTIONED
@@ -65,7 +65,14 @@ def _pictures(out: str, clips: EvaluatedClips, attributes: Sequence[str]) -> Ite
             yield f"generation.clip.{name}.aic", [row["row"] for row in labelled], right
         asked = (ATTRIBUTES[REPAINTED[name]],) if name in REPAINTED else ("object", "ambience", *UNCAPTIONED)
         yield from _read(name, seen, truth, "row", [a for a in asked if a in attributes])
-        yield from _read(name, seen, truth, "picture_row", [a for a in KEPT.get(name, ()) if a in attributes])
+        kept = KEPT.get(name, ())
+        yield from _read(name, seen, truth, "picture_row", [a for a in kept if a in attributes])
+        if kept and set(kept) <= set(attributes):
+            given = [truth[row["picture_row"]] for row in seen]
+            all_kept = np.all([grading.hits(seen, given, a) for a in kept], axis=0)
+            yield f"generation.{_where(name)}.kept", [row["row"] for row in seen], all_kept
+        if name == "sketch" and "medium" in attributes:
+            yield "generation.sketch.medium", [row["row"] for row in seen], [r["medium"] == "sketch" for r in seen]
 
 
 def _read(
@@ -73,9 +80,13 @@ def _read(
 ) -> Iterator[Mark]:
     """What the judge read of a condition's pictures, as it should be of the clip that is heard, or of the given one."""
     of = [truth[row[whose]] for row in seen]
-    where = name.replace("_from_noise", ".from_noise")
     for attribute in asked:
         if all(attribute in row for row in truth):
             prefix = "kept_" if whose == "picture_row" else ""
             right = grading.hits(seen, of, attribute)
-            yield f"generation.{where}.{prefix}{attribute}", [row["row"] for row in seen], right
+            yield f"generation.{_where(name)}.{prefix}{attribute}", [row["row"] for row in seen], right
+
+
+def _where(condition: str) -> str:
+    """The place of a condition's figures in evaluate.json."""
+    return condition.replace(FROM_NOISE, ".from_noise")

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from aai import metrics, storage
 from aai.errors import UserError
 
-MARKS = "marks.parquet"
-"""File beside evaluate.json: a row for each clip and each figure of evaluate.json that is a mean over clips."""
+RESULT, MARKS = "evaluate.json", "marks.parquet"
+"""The marks have a row for each clip and each figure of evaluate.json that is a plain mean over clips: recalls, AIC,
+what the judge read and what was kept under every condition."""
 SCHEMA = pa.schema([("figure", pa.string()), ("clip", pa.int32()), ("value", pa.float32())])
 """figure: its dotted name."""
 SAME = ("config", "data_fingerprint")
@@ -30,10 +31,8 @@ def compare(ours: str, ours_result: Mapping[str, Any], theirs: str) -> dict[str,
     ours, theirs: their folders. Raises UserError where there is no finished evaluation, or one of other settings or
     clips.
     """
-    done = storage.join(theirs, "evaluate.json")
-    if not storage.exists(done) or not storage.exists(storage.join(theirs, MARKS)):
-        raise UserError("against", theirs, "holds no finished evaluation", "give the --out of an `aai evaluate`")
-    result = storage.read_json(done)
+    check_finished(theirs)
+    result = storage.read_json(storage.join(theirs, RESULT))
     for name in SAME:
         if result.get(name) != ours_result.get(name):
             rule = f"is an evaluation of other {'settings' if name == 'config' else 'clips'}"
@@ -41,6 +40,15 @@ def compare(ours: str, ours_result: Mapping[str, Any], theirs: str) -> dict[str,
     mine, others = (read_marks(storage.read_bytes(storage.join(out, MARKS))) for out in (ours, theirs))
     figures = {name: paired(name, mine, others) for name in pc.unique(mine["figure"]).to_pylist()}
     return {"bundle": result["bundle"], "figures": {name: found for name, found in figures.items() if found}}
+
+
+def check_finished(folder: str) -> None:
+    """Raises UserError for a folder that holds no evaluation to be compared with."""
+    if not storage.exists(storage.join(folder, RESULT)):
+        raise UserError("against", folder, "holds no finished evaluation", "give the --out of an `aai evaluate`")
+    if not storage.exists(storage.join(folder, MARKS)):
+        rule = f"was written by an older release, without {MARKS}"
+        raise UserError("against", folder, rule, "run its `aai evaluate` once more: nothing is painted again")
 
 
 def as_bytes(marks: pa.Table) -> bytes:

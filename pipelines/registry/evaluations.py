@@ -19,8 +19,8 @@ from pipelines.settings import RunsConfig
 
 RESULT, MARKS = "evaluate.json", "marks.parquet"
 """Artifacts of the run."""
-UNSEALED = ("sha", "seconds")
-"""How long it took is no part of what was found: the same evaluation has the same sha."""
+UNSEALED = ("sha", "seconds", "written_by")
+"""How long it took and which commit ended it is no part of what was found: the same evaluation has the same sha."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ def sealed(result: Mapping[str, Any], marks: bytes) -> dict[str, Any]:
 def is_sealed(result: Mapping[str, Any]) -> bool:
     """Whether nothing in evaluate.json was changed after it was written."""
     return bool(result.get("sha") == _seal(result))
+
+
+def is_whole(result: Mapping[str, Any], marks: bytes) -> bool:
+    """Whether evaluate.json is as it was written, and these are its marks."""
+    return is_sealed(result) and result.get("marks") == _sha(marks)
 
 
 def _seal(result: Mapping[str, Any]) -> str:
@@ -68,21 +73,28 @@ def find(cfg: RunsConfig, tags: Mapping[str, str]) -> Evaluation | None:
     run_id = _run(cfg, tags)
     if run_id is None:
         return None
-    result, marks = json.loads(_artifact(cfg, run_id, RESULT)), _artifact(cfg, run_id, MARKS)
-    if not is_sealed(result) or result["marks"] != _sha(marks) or tags.items() - tags_of(result).items():
+    marks = _artifact(cfg, run_id, MARKS)
+    try:
+        result = json.loads(_artifact(cfg, run_id, RESULT))
+        unchanged = is_whole(result, marks) and not tags.items() - tags_of(result).items()
+    except (ValueError, TypeError, AttributeError, KeyError):
+        unchanged = False
+    if not unchanged:
         rule = f"the files of run {run_id} are not those that `aai evaluate` put on record"
         raise UserError("tracking.uri", cfg.uri, rule, "the artifact store was changed: delete the run, evaluate again")
     return Evaluation(run_id, result, marks)
 
 
 def _run(cfg: RunsConfig, tags: Mapping[str, str]) -> str | None:
-    """The first finished run with these tags, in any experiment."""
+    """The first finished run with these tags in the experiment: who may write there may put on record."""
     client = tracking.connect(cfg)
-    experiments = [found.experiment_id for found in tracking.attempt(cfg, client.search_experiments)]
+    experiment = tracking.attempt(cfg, client.get_experiment_by_name, cfg.experiment)
+    if experiment is None:
+        return None
     wanted = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
     query = " and ".join([*wanted, "attributes.status = 'FINISHED'"])
     first = ["attributes.start_time ASC"]
-    runs = tracking.attempt(cfg, client.search_runs, experiments, query, max_results=1, order_by=first)
+    runs = tracking.attempt(cfg, client.search_runs, [experiment.experiment_id], query, max_results=1, order_by=first)
     return str(runs[0].info.run_id) if runs else None
 
 

@@ -25,7 +25,7 @@ from pipelines import evaluate, featurize
 from pipelines.evaluate import EvaluateConfig
 from pipelines.evaluation.paired import read_marks
 from pipelines.featurize import FeaturizeConfig
-from pipelines.registry import evaluations
+from pipelines.registry import evaluations, tracking
 from tests import tiny
 from tests.pipelines.conftest import run_here
 
@@ -110,9 +110,17 @@ def test_a_bundle_against_itself_differs_in_nothing(config: EvaluateConfig, caps
     file.unlink()
 
 
+def records(config: EvaluateConfig) -> int:
+    """Runs of this folder's evaluation."""
+    client = tracking.connect(config.tracking)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    sha = json.loads(Path(config.out, "evaluate.json").read_text())["sha"]
+    return len(client.search_runs([experiment.experiment_id], f"tags.evaluation = '{sha}'"))
+
+
 def test_an_evaluation_is_put_on_record_once(config: EvaluateConfig) -> None:
     result = evaluate.run(config)
-    assert evaluations.is_sealed(result)
     marks = Path(config.out, "marks.parquet").read_bytes()
     found = evaluations.find(config.tracking, {"bundle": result["bundle"], "settings": result["config"]})
     assert found is not None
@@ -120,18 +128,27 @@ def test_an_evaluation_is_put_on_record_once(config: EvaluateConfig) -> None:
     right = read_marks(marks).filter(pc.field("figure") == "generation.sound.object")["value"].to_pylist()
     assert np.mean(right) == pytest.approx(result["generation"]["sound"]["object"])
     evaluate.run(config)
-    again = evaluations.find(config.tracking, evaluations.tags_of(result))
-    assert again is not None
-    assert again.run_id == found.run_id
-    # Another server, and a result of an older release: nothing is painted again.
-    other = config.model_copy(
-        update={"tracking": config.tracking.model_copy(update={"uri": f"{config.tracking.uri}2"})}
-    )
-    old = {name: value for name, value in result.items() if name not in ("sha", "marks")}
-    Path(config.out, "evaluate.json").write_text(json.dumps(old))
-    anew = evaluate.run(other)
-    assert {name: anew[name] for name in old if name != "seconds"} == {n: v for n, v in old.items() if n != "seconds"}
-    assert evaluations.is_recorded(other.tracking, anew)
+    assert records(config) == 1
+
+
+def test_a_result_that_is_not_as_it_was_written_is_taken_anew_from_the_pictures(config: EvaluateConfig) -> None:
+    honest = evaluate.run(config)
+    file, painted = Path(config.out, "evaluate.json"), content(f"{config.out}/pictures")
+    invented = {**honest, "generation": {**honest["generation"], "sound": {"object": 1.0}}}
+    old = {name: value for name, value in honest.items() if name not in ("sha", "marks")}
+    marks = Path(config.out, "marks.parquet").read_bytes()
+    for result in (invented, evaluations.sealed(invented, marks), old):
+        file.write_text(json.dumps(result))
+        assert {**evaluate.run(config), "seconds": 0} == {**honest, "seconds": 0}
+    Path(config.out, "marks.parquet").unlink()
+    assert evaluate.run(config)["sha"] == honest["sha"]
+    assert records(config) == 1
+    # Another store: it is put on record there too.
+    elsewhere = config.tracking.model_copy(update={"uri": f"{config.tracking.uri}2"})
+    other = config.model_copy(update={"tracking": elsewhere})
+    assert evaluate.run(other)["sha"] == honest["sha"]
+    assert (records(other), records(config)) == (1, 1)
+    assert content(f"{config.out}/pictures") == painted
 
 
 def test_pictures_are_of_the_clips_they_name(config: EvaluateConfig, world: dict[str, str]) -> None:

@@ -14,11 +14,11 @@ from pipelines import promote
 from pipelines.__main__ import CONFIGS
 from pipelines.evaluation.paired import SCHEMA, as_bytes
 from pipelines.promote import PromoteConfig
-from pipelines.registry import tracking
+from pipelines.registry import tracking, versions
 from pipelines.registry.evaluations import sealed, tags_of
 from pipelines.registry.figures import figure
 from pipelines.settings import TrackingConfig
-from tests.pipelines.registry.test_tracking import make_bundle
+from tests.pipelines.registry.test_versions import make_bundle
 
 GOOD: dict[str, Any] = {
     "retrieval": {
@@ -118,12 +118,12 @@ class Workshop:
 
     def figure(self, version: int, alias: str = "champion") -> float:
         """The figure a version was promoted by."""
-        recorded = json.loads(tracking.version_tags(self.cfg, version)[f"metrics-{alias}"])
+        recorded = json.loads(versions.version_tags(self.cfg, version)[f"metrics-{alias}"])
         return float(recorded["generation.sound.object"])
 
     def aliases(self) -> dict[str, int]:
         """All aliases now."""
-        return tracking.aliases(self.cfg, self.cfg.model_name)
+        return versions.aliases(self.cfg, self.cfg.model_name)
 
     def audits(self) -> list[Run]:
         """The audit runs, oldest first."""

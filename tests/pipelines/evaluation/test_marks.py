@@ -40,10 +40,10 @@ def out(tmp_path: Path) -> str:
     classes = [{"text": class_prompt(name), "feature": draw()} for name in sorted({row[0] for row in WORLD})]
     storage.write_table(f"{tmp_path}/{TEXTS}/0.parquet", pa.Table.from_pylist(classes))
     pictures: list[dict[str, Any]] = []
-    for condition in ("sound", "nearest_caption", "edit", "edit_from_noise", "caption"):
+    for condition in ("sound", "nearest_caption", "sketch", "edit", "edit_from_noise", "stylize", "caption"):
         for i in range(4):
             read = {**dict(zip(ATTRIBUTES, WORLD[(i + i // 3) % 4], strict=False)), "size": 0.5 + i}
-            given = (i + 1) % 4 if condition.startswith("edit") else -1
+            given = (i + 1) % 4 if condition.startswith(("edit", "stylize")) else -1
             where = {"case": len(pictures), "condition": condition, "row": i, "audio_row": i, "picture_row": given}
             pictures.append({**read, **where, "seed": i, "gain_db": 0.0, "clip_feature": draw()})
     storage.write_table(f"{tmp_path}/pictures/0.parquet", pa.Table.from_pylist(pictures, schema=PICTURE_TABLE))
@@ -67,6 +67,7 @@ def test_their_means_are_the_figures(out: str) -> None:
     names = {row["figure"] for row in means}
     assert {"retrieval.a2v.r1", "retrieval.t2a.r10", "retrieval.same_object_r1", "generation.sound.object"} <= names
     assert {"generation.edit.kept_ambience", "generation.edit.from_noise.object", "generation.clip.sound.aic"} <= names
+    assert {"generation.stylize.kept", "generation.edit.from_noise.kept", "generation.sketch.medium"} <= names
     assert not any(name.startswith("generation.caption") for name in names)
 
 
