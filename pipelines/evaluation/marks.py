@@ -69,8 +69,7 @@ def _pictures(out: str, clips: EvaluatedClips, attributes: Sequence[str]) -> Ite
         yield from _read(name, seen, truth, "picture_row", [a for a in kept if a in attributes])
         if kept and set(kept) <= set(attributes):
             given = [truth[row["picture_row"]] for row in seen]
-            all_kept = np.all([grading.hits(seen, given, a) for a in kept], axis=0)
-            yield f"generation.{_where(name)}.kept", [row["row"] for row in seen], all_kept
+            yield f"generation.{_where(name)}.kept", [row["row"] for row in seen], grading.all_hits(seen, given, kept)
         if name == "sketch" and "medium" in attributes:
             yield "generation.sketch.medium", [row["row"] for row in seen], [r["medium"] == "sketch" for r in seen]
 
