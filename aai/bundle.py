@@ -22,7 +22,7 @@ from torch import Tensor
 from aai import storage
 from aai.config import Config
 from aai.errors import UserError
-from aai.foundation.identity import FoundationSpec, identity
+from aai.foundation.identity import FoundationSpec, identity, is_identity
 from aai.version import code_version
 
 VERSION = 1
@@ -88,12 +88,11 @@ class Bundle:
 
     def verify_foundation(self) -> None:
         """Raises UserError when other weights than in training lie under the foundation's recorded names."""
-        found = identity(self.config.foundation)
         for key, recorded in self.meta["foundation"].items():
-            if found.get(key) != recorded:
+            if not is_identity(self.config.foundation, key, recorded):
                 raise UserError(
                     f"foundation.{key}",
-                    found.get(key),
+                    identity(self.config.foundation).get(key),
                     f"the bundle was trained on {recorded}",
                     "put the recorded weights there, or train the bundle again",
                 )

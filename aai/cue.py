@@ -21,7 +21,7 @@ from aai.adapt import denoising_loss
 from aai.config import Config
 from aai.errors import UserError
 from aai.features import FeatureManifest, arrays_of, open_table
-from aai.foundation.identity import identity
+from aai.foundation.identity import identity, is_identity
 from aai.painter import Painter
 from aai.sounds import Window
 
@@ -120,7 +120,7 @@ def refine(
     begin = time.perf_counter()
     features = str(cue.features)
     manifest = FeatureManifest.read(features)
-    if manifest.foundation != identity(painter.foundation):
+    if not all(is_identity(painter.foundation, *recorded) for recorded in manifest.foundation.items()):
         rule = f"was made with {manifest.foundation}, the bundle stands on {identity(painter.foundation)}"
         raise UserError("cue.features", features, rule, "featurize with the bundle's foundation")
     found = retrieve(features, painter.listen(audio, window)[0], cue.split, cue.pictures)

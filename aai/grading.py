@@ -29,10 +29,12 @@ def hits(read: Sequence[Reading], truth: Sequence[Reading], attribute: str) -> l
 
 def kept(read: Sequence[Reading], truth: Sequence[Reading], attributes: Sequence[str]) -> float:
     """Share of pictures in which every one of the attributes is as in the given picture."""
-    as_given = []
-    for r, t in zip(read, truth, strict=True):
-        as_given.append(all(r[a] == t[a] for a in attributes))
-    return float(np.mean(as_given))
+    return float(np.mean(all_hits(read, truth, attributes)))
+
+
+def all_hits(read: Sequence[Reading], truth: Sequence[Reading], attributes: Sequence[str]) -> np.ndarray:
+    """Whether every one of the attributes is read as the truth says (see `hits`), bool [N]."""
+    return np.all([hits(read, truth, attribute) for attribute in attributes], axis=0)
 
 
 def similarity_rank(query: Tensor, own: Tensor, others: Tensor) -> float:
@@ -46,7 +48,12 @@ def similarity_rank(query: Tensor, own: Tensor, others: Tensor) -> float:
 
 def zero_shot(images: Tensor, classes: Tensor, labels: Sequence[int]) -> float:
     """AIC: share of picture features [N, D] whose nearest class text feature [C, D] is the sound's label."""
-    return float(((images @ classes.T).argmax(-1) == torch.tensor(labels)).float().mean())
+    return float(zero_shot_hits(images, classes, labels).float().mean())
+
+
+def zero_shot_hits(images: Tensor, classes: Tensor, labels: Sequence[int]) -> Tensor:
+    """Whether each picture's nearest class is the sound's label, bool [N]; see `zero_shot`."""
+    return (images @ classes.T).argmax(-1) == torch.tensor(labels)
 
 
 def clip_mmd(a: Tensor, b: Tensor, sigma: float = 10.0) -> float:

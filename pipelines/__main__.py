@@ -35,6 +35,7 @@ VERBS = {
     "tune": "sweep over the settings of align or adapt -> the best as a config file",
     "evaluate": "retrieval and generation quality on held-out clips, with floors and ceilings",
     "promote": "gate, register and alias a bundle; --rollback moves the alias back",
+    "models": "the registry: versions, aliases, figures, and how the aliases moved",
     "generate": "sound -> pictures",
     "edit": "put a sound's object into a given picture",
     "stylize": "put a sound's ambience onto a given picture",

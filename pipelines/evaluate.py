@@ -2,7 +2,8 @@
 
 First every held-out clip is heard, then pictures are painted and read, both by workers on their device; each picture
 has its own seed, so the figures do not depend on how many workers there are. The same command goes on after a kill.
-All that was made stays in OUT: evaluate.json, heard/, inputs/, pictures/.
+All that was made stays in OUT: evaluate.json, marks.parquet, heard/, inputs/, pictures/. The first two are put on
+record in MLflow.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import pydantic
 
 from aai import grading, storage
-from aai.bundle import Bundle, read_bundle
+from aai.bundle import read_bundle
 from aai.digest import digest
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
@@ -39,8 +40,10 @@ from pipelines.evaluation.clips import EvaluatedClips, find_clips, listen_shards
 from pipelines.evaluation.judges import JudgeConfig
 from pipelines.evaluation.leaks import near_overlap
 from pipelines.evaluation.listening import HEARD, ListenWorker
-from pipelines.evaluation.paired import compare, lines
+from pipelines.evaluation.marks import marks
+from pipelines.evaluation.paired import MARKS, as_bytes, check_finished, compare, lines
 from pipelines.registry import tracking
+from pipelines.registry.evaluations import is_recorded, is_whole, sealed, tags_of
 from pipelines.settings import DType, Plan, RayVerbConfig, RunsConfig
 
 log = logging.getLogger(__name__)
@@ -157,8 +160,8 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates a bundle; returns and writes evaluate.json (see docs/architecture.md)."""
     refuse_foreign(config.out)  # before the lock, which writes: such a folder is not touched at all
-    if config.against and not storage.exists(storage.join(config.against, RESULT)):  # before hours of work
-        raise UserError("against", config.against, "holds no finished evaluation", "give the --out of `aai evaluate`")
+    if config.against:  # before hours of work
+        check_finished(config.against)
     result = _evaluate(config)
     if config.against:
         found = compare(storage.absolute(config.out), result, storage.absolute(config.against))
@@ -180,7 +183,8 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rate_hz = encoder_config(bundle).sample_rate_hz
     manifest.check_sample_rate("bundle", config.bundle, rate_hz, "give the features that it was aligned on")
     stamp = {"config": config.content_digest(), "bundle": bundle.sha, "data_fingerprint": manifest.fingerprint}
-    if (found := up_to_date(config.out, stamp)) is not None:
+    found = up_to_date(config.out, stamp)
+    if found is not None and is_recorded(config.tracking, found):  # else its figures are taken once more, and recorded
         log.info("evaluate: up to date -> %s", storage.join(config.out, RESULT))
         return found
     clips = find_clips(config.features, config.clips, config.split, config.max_clips)
@@ -191,9 +195,10 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     paint(config, cases)
     result = {**stamp, **figures(config, clips), "samples": samples, "dtype": config.dtype}
     result |= {"seconds": time.monotonic() - begin, "written_by": code_version()}
+    result = sealed(result, storage.read_bytes(storage.join(config.out, MARKS)))
     done = storage.join(config.out, RESULT)
     storage.write_json(done, result)
-    _track(config, bundle, result, done)
+    _record(config, result)
     log.info(
         "evaluate: same-object R@1 %.3f of %d clips; %s; %d pictures in %s, %.0f s -> %s",
         result["retrieval"]["same_object_r1"], result["retrieval"]["gallery"], headline(result["generation"]),
@@ -211,7 +216,13 @@ def up_to_date(out: str, stamp: dict[str, str]) -> dict[str, Any] | None:
     if any(before.get(name) != value for name, value in stamp.items()):
         rule = "holds the evaluation of another bundle, other data or other settings"
         raise UserError("out", out, rule, "give another --out, or delete it")
-    return dict(storage.read_json(done)) if storage.exists(done) else None
+    marks_file = storage.join(out, MARKS)
+    if not storage.exists(done) or not storage.exists(marks_file):
+        return None
+    found = dict(storage.read_json(done))
+    # What is not as it was written, or is of an older release: its figures are taken anew from what was painted.
+    whole = is_whole(found, storage.read_bytes(marks_file)) and stamp.items() <= found.items()
+    return found if whole else None
 
 
 def refuse_foreign(out: str) -> None:
@@ -278,8 +289,10 @@ def paint(config: EvaluateConfig, cases: list[Case]) -> None:
 
 
 def figures(config: EvaluateConfig, clips: EvaluatedClips) -> dict[str, Any]:
-    """foundation, retrieval and generation, from the tables in OUT."""
+    """foundation, retrieval and generation, from the tables in OUT; leaves the marks of the single clips there."""
     heard = grades.Heard(config.out)
+    found = as_bytes(marks(config.out, clips, heard, config.judge.attributes))
+    storage.write_bytes(storage.join(config.out, MARKS), found)
     generation = grades.picture_figures(config.out, clips, heard, config.judge.attributes)
     foundation = generation.pop("foundation", {})
     if config.judge.model == "toy":
@@ -301,7 +314,10 @@ def headline(generation: dict[str, Any]) -> str:
     return "CLIP-based: " + ", ".join(f"{k} {v:.3f}" for k, v in generation["clip"].get("sound", {}).items())
 
 
-def _track(config: EvaluateConfig, bundle: Bundle, result: dict[str, Any], file: str) -> None:
-    with tracking.run(config.tracking, "evaluate", config.model_dump(mode="json"), {"bundle": bundle.sha}) as run:
-        run.log_metrics({"retrieval": result["retrieval"], "generation": result["generation"]})
-        run.log_artifact(file)
+def _record(config: EvaluateConfig, result: dict[str, Any]) -> None:
+    """Puts the evaluation on record in MLflow, unless it is there: `aai promote` takes no other."""
+    if not is_recorded(config.tracking, result):
+        with tracking.run(config.tracking, "evaluate", config.model_dump(mode="json"), tags_of(result)) as run:
+            run.log_metrics({"retrieval": result["retrieval"], "generation": result["generation"]})
+            run.log_artifact(storage.join(config.out, MARKS))
+            run.log_artifact(storage.join(config.out, RESULT))

@@ -22,7 +22,7 @@ from aai.inject import textual_inversion
 from aai.painter import Painter
 from pipelines.painting.paint import decode_sounds, read_sounds
 from pipelines.painting.request import ExportConfig
-from pipelines.registry import tracking
+from pipelines.registry import versions
 
 log = logging.getLogger(__name__)
 CONFIG = ExportConfig
@@ -42,7 +42,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     Raises UserError for a file that holds another word: it stays.
     """
     data = read_sounds(config)
-    bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
+    bundle = read_bundle(versions.resolve_bundle(config.bundle, config.tracking))
     sounds = decode_sounds(data, config, bundle)
     painter = Painter.load(bundle)
     made = {}

@@ -7,8 +7,10 @@ has a `previous` of its own, and a move that breaks off half-way is finished, or
 
 import argparse
 import getpass
+import json
 import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,11 +22,14 @@ from aai import storage
 from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
 from aai.version import code_version
-from pipelines.registry import tracking
+from pipelines.evaluation.paired import paired, read_marks
+from pipelines.registry import evaluations, tracking, versions
+from pipelines.registry.evaluations import Evaluation
 from pipelines.registry.figures import numbers
-from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, table
-from pipelines.registry.moves import Move, figures_tag, move_alias, named, previous_of, promoted_figures, settle
-from pipelines.registry.tracking import CANDIDATE, CHAMPION, PREVIOUS
+from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, incomparable, table
+from pipelines.registry.history import PROMOTION
+from pipelines.registry.moves import Move, evaluation_tag, figures_tag, move_alias, named, previous_of, settle
+from pipelines.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 
 log = logging.getLogger(__name__)
@@ -41,7 +46,8 @@ class PromoteConfig(VerbConfig):
     gates: list[Gate] = pydantic.Field(min_length=1)
     """All must pass."""
     not_worse_than_champion: dict[str, pydantic.NonNegativeFloat] = pydantic.Field({})
-    """Figure (higher is better) -> how far it may fall below the present champion's."""
+    """Figure (higher is better) -> how far it may fall below the present champion's, compared clip by clip: the 95 %
+    interval of the difference must not reach further down. The figure must be a mean over clips."""
     expected_current: int | None = pydantic.Field(None, ge=0)
     """Go on only if this version is champion now (0 = there is none); empty = whatever it is."""
     alias: str = pydantic.Field(CHAMPION, max_length=200)
@@ -139,23 +145,27 @@ def promote(config: PromoteConfig) -> Promotion:
     bundle = read_bundle(config.bundle)
     if bundle.config.adapter is None:
         raise UserError("bundle", config.bundle, "has no adapter, it cannot paint", "promote the one of `aai adapt`")
-    evaluation = read_evaluation(config.evaluation, bundle)
+    evaluation = recorded_evaluation(config, bundle)
+    figures = evaluation.figures
     current = _check_current(config)
     signature = _signature(config)
     tags: dict[str, Any] = {**signature, "data_fingerprint": bundle.meta.get("data_fingerprint", "")}
-    with tracking.run(cfg, "promotion", config.model_dump(mode="json"), tags) as audit:
-        audit.log_metrics(evaluation)
-        version = tracking.register(cfg, bundle.folder, evaluation, tags)
-        tracking.set_alias(cfg, CANDIDATE, version)
+    with tracking.run(cfg, PROMOTION, config.model_dump(mode="json"), tags) as audit:
+        audit.log_metrics(figures)
+        version = _registered(cfg, bundle, figures, tags)
+        versions.set_alias(cfg, CANDIDATE, version)
         verdicts = _judge(config, evaluation, current, version)
         passed = all(verdict.passed for verdict in verdicts)
         tags |= {"gates": [asdict(verdict) for verdict in verdicts], "gates_passed": str(passed).lower()}
-        previous = tracking.get_alias(cfg, previous_of(alias))
+        previous = versions.get_alias(cfg, previous_of(alias))
         if not passed:
             _mark_refused(cfg, version, tags)
         elif _check_current(config) != version:  # asked again: registering takes time
-            previous = current or (None if previous == version else previous)
-            tags[figures_tag(alias)] = numbers(evaluation)
+            if current and not _same_bundle(cfg, current, bundle):  # one that lost its files is no way back
+                previous = current
+            previous = None if previous == version else previous
+            tags[figures_tag(alias)] = numbers(figures)
+            tags[evaluation_tag(alias)] = {"sha": figures["sha"], "run": evaluation.run_id}
             move_alias(cfg, alias, Move(version=version, previous=previous, tags=tags))
         result = Promotion(
             name=cfg.model_name,
@@ -177,11 +187,13 @@ def promote(config: PromoteConfig) -> Promotion:
 def rollback(config: PromoteConfig) -> Promotion:
     """Swaps an alias and its previous version; the first is withdrawn. Raises UserError when there is neither."""
     cfg, alias = config.tracking, config.alias
-    current, back = _check_current(config), tracking.get_alias(cfg, previous_of(alias))
+    current, back = _check_current(config), versions.get_alias(cfg, previous_of(alias))
     if current is None and back is None:
         raise UserError("rollback", True, f"{cfg.model_name} has no {alias} yet", "run `aai promote` first")
+    if back is not None:
+        _fetch(cfg, back)
     signature = _signature(config)
-    with tracking.run(cfg, "promotion", config.model_dump(mode="json"), signature) as audit:
+    with tracking.run(cfg, PROMOTION, config.model_dump(mode="json"), signature) as audit:
         move_alias(cfg, alias, Move(version=back, previous=current))
         result = Promotion(
             name=cfg.model_name,
@@ -201,7 +213,7 @@ def rollback(config: PromoteConfig) -> Promotion:
 
 
 def read_evaluation(uri: str, bundle: Bundle) -> dict[str, Any]:
-    """The figures of evaluate.json. Raises UserError when it is absent, or is about another bundle."""
+    """What evaluate.json holds. Raises UserError when it is absent, changed, or about another bundle."""
     remedy = "run `aai evaluate` on this bundle"
     if not storage.exists(uri):
         raise UserError("evaluation", uri, "no such file", remedy)
@@ -213,21 +225,76 @@ def read_evaluation(uri: str, bundle: Bundle) -> dict[str, Any]:
         raise UserError("evaluation", uri, "is not a JSON object", remedy)
     if (about := evaluation.get("bundle")) != bundle.sha:
         raise UserError("evaluation", uri, f"is about bundle {about}, this is bundle {bundle.sha}", remedy)
+    if "sha" not in evaluation:
+        raise UserError("evaluation", uri, "was written by an older release, which did not seal it", remedy + " again")
+    if not evaluations.is_sealed(evaluation):
+        raise UserError("evaluation", uri, "was changed after `aai evaluate` wrote it", remedy + " again")
     return evaluation
 
 
-def _judge(config: PromoteConfig, evaluation: Mapping[str, Any], current: int | None, version: int) -> list[Verdict]:
+def recorded_evaluation(config: PromoteConfig, bundle: Bundle) -> Evaluation:
+    """The evaluation as MLflow has it on record. Raises UserError when no run of `aai evaluate` made it."""
+    tags = evaluations.tags_of(read_evaluation(config.evaluation, bundle))
+    found = evaluations.find(config.tracking, tags)
+    if found is None:
+        rule = f"is on record in no finished run of {config.tracking.experiment} in {config.tracking.uri}"
+        remedy = "run `aai evaluate` again with this tracking.uri and experiment: it puts on record what is done"
+        raise UserError("evaluation", config.evaluation, rule, remedy)
+    return found
+
+
+def _registered(cfg: TrackingConfig, bundle: Bundle, figures: Mapping[str, Any], tags: Mapping[str, Any]) -> int:
+    """A version from which this bundle can be fetched; registered anew where the one that there was has lost it."""
+    version = versions.register(cfg, bundle.folder, figures, tags)
+    try:
+        _fetch(cfg, version)
+    except UserError as error:
+        if error.setting != "bundle":  # the server, not the files
+            raise
+        log.warning("promote: version %d cannot be used, the bundle is registered anew (%s)", version, error)
+        version = versions.register(cfg, bundle.folder, figures, tags, anew=True)
+        _fetch(cfg, version)
+    return version
+
+
+def _fetch(cfg: TrackingConfig, version: int) -> None:
+    """Raises UserError when a version's files are not in the registry as they were registered."""
+    with tempfile.TemporaryDirectory(prefix="aai-") as scratch:
+        versions.resolve_bundle(f"models:/{cfg.model_name}/{version}", cfg, scratch)
+
+
+def _judge(config: PromoteConfig, evaluation: Evaluation, current: int | None, version: int) -> list[Verdict]:
     """All gates, and those against the present champion when that is another version."""
-    verdicts = [check_gate(gate, evaluation) for gate in config.gates]
-    if current is not None and current != version and config.not_worse_than_champion:
-        champion = promoted_figures(config.tracking, config.alias, current)
-        verdicts += check_champion(config.not_worse_than_champion, evaluation, champion)
-    return verdicts
+    verdicts = [check_gate(gate, evaluation.figures) for gate in config.gates]
+    if current is None or current == version or not config.not_worse_than_champion:
+        return verdicts
+    champion = _champions(config, evaluation, current)
+    if champion is None:
+        why = f"version {current} has no evaluation on record with these settings on these clips"
+        remedy = f"evaluate the bundle of version {current} with them, then promote again"
+        return [*verdicts, *incomparable(config.not_worse_than_champion, evaluation.figures, why, remedy)]
+    ours, theirs = read_marks(evaluation.marks), read_marks(champion.marks)
+    found = {name: paired(name, ours, theirs) for name in config.not_worse_than_champion}
+    return [*verdicts, *check_champion(config.not_worse_than_champion, evaluation.figures, found)]
+
+
+def _same_bundle(cfg: TrackingConfig, version: int, bundle: Bundle) -> bool:
+    return versions.version_tags(cfg, version).get(versions.SHA_TAG) == bundle.sha
+
+
+def _champions(config: PromoteConfig, evaluation: Evaluation, current: int) -> Evaluation | None:
+    """The champion's evaluation with the same settings on the same clips: the one it was promoted by, or the first."""
+    tags = versions.version_tags(config.tracking, current)
+    wanted = evaluations.tags_of(evaluation.figures) | {"bundle": tags.get(versions.SHA_TAG, "")}
+    promoted_by = json.loads(tags.get(evaluation_tag(config.alias), "{}")).get("sha", "")
+    first = {name: value for name, value in wanted.items() if name != "evaluation"}
+    found = evaluations.find(config.tracking, {**wanted, "evaluation": promoted_by}) if promoted_by else None
+    return found or evaluations.find(config.tracking, first)
 
 
 def _check_current(config: PromoteConfig) -> int | None:
     """The champion's version now. Raises UserError when another one was expected."""
-    current = tracking.get_alias(config.tracking, config.alias)
+    current = versions.get_alias(config.tracking, config.alias)
     if config.expected_current is not None and (current or 0) != config.expected_current:
         rule = f"{config.alias} is {named(current)} now: somebody else moved it"
         raise UserError("expected_current", config.expected_current, rule, "look at the new one, then try again")
@@ -236,8 +303,8 @@ def _check_current(config: PromoteConfig) -> int | None:
 
 def _mark_refused(cfg: TrackingConfig, version: int, tags: Mapping[str, Any]) -> None:
     """Marks a version with the gates it failed, unless it was promoted before: that record stays."""
-    if tracking.version_tags(cfg, version).get("gates_passed") != "true":
-        tracking.set_version_tags(cfg, version, tags)
+    if versions.version_tags(cfg, version).get("gates_passed") != "true":
+        versions.set_version_tags(cfg, version, tags)
 
 
 def _record(config: PromoteConfig, audit: tracking.OpenRun, result: Promotion, outcome: str) -> None:
@@ -261,7 +328,8 @@ def _announce(config: PromoteConfig, result: Promotion) -> None:
         first = failed[0]
         shown = "missing" if first.value is None else f"{first.value:.6g}"
         rule = f"must be {first.bound}, {count}; {config.alias} stays {named(result.was)}"
-        raise UserError(first.gate, shown, rule, f"improve the bundle; version {result.version} is kept as {CANDIDATE}")
+        remedy = first.remedy or "improve the bundle"
+        raise UserError(first.gate, shown, rule, f"{remedy}; version {result.version} is kept as {CANDIDATE}")
     was = result.was or "unset"
     log.info("promote: %s version %d is %s (was %s); %s", result.name, result.version, result.alias, was, count)
 

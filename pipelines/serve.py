@@ -22,7 +22,7 @@ from aai.bundle import read_bundle
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from pipelines.engine.cluster import connect
-from pipelines.registry import tracking
+from pipelines.registry import versions
 from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
 from pipelines.service.http import Limits, ServedModel
 from pipelines.service.painters import PainterReplica
@@ -89,8 +89,8 @@ def pin(config: ServeConfig) -> tuple[str, ServedModel]:
 
     Raises UserError when there is no such model, version or alias, or no whole bundle with an adapter.
     """
-    uri, name, version, alias = tracking.pin_bundle(config.bundle, config.tracking)
-    bundle = read_bundle(tracking.resolve_bundle(uri, config.tracking))
+    uri, name, version, alias = versions.pin_bundle(config.bundle, config.tracking)
+    bundle = read_bundle(versions.resolve_bundle(uri, config.tracking))
     if bundle.config.adapter is None:
         raise UserError("bundle", config.bundle, "has no adapter", "serve the bundle of `aai adapt`")
     if not name:

@@ -1,5 +1,6 @@
 """Which frozen models a run stands on, without loading them (which takes seconds of imports alone)."""
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -9,6 +10,8 @@ from aai.config import Config
 from aai.errors import UserError
 
 TOY_WEIGHTS = Path(__file__).parents[1] / "toy" / "weights"
+WEIGHTS, LOADED = (".safetensors",), (".safetensors", ".json", ".txt", ".model")
+"""Ends of the files that an older release hashed, and of those that are loaded: weights, settings, tokenizers."""
 
 
 class FoundationSpec(Config):
@@ -40,8 +43,8 @@ def locate(model_id: str, revision: str | None, setting: str) -> tuple[str, dict
     return model_id, {"revision": revision}
 
 
-def identity(spec: FoundationSpec) -> dict[str, str]:
-    """What pins the foundation: for a hub id its revision, for a folder the hash of its safetensors files."""
+def identity(spec: FoundationSpec, ends: tuple[str, ...] = LOADED) -> dict[str, str]:
+    """What pins the foundation: for a hub id its revision, for a folder the hash of the files in it that are loaded."""
     out = {}
     for name, model_id, revision in (
         ("clip", spec.clip, spec.clip_revision),
@@ -49,15 +52,31 @@ def identity(spec: FoundationSpec) -> dict[str, str]:
     ):
         where, _ = locate(model_id, revision, name)
         out[name] = model_id
-        out[f"{name}_revision"] = _folder_hash(Path(where)) if os.path.isdir(where) else str(revision)
+        out[f"{name}_revision"] = _folder_hash(Path(where), ends) if os.path.isdir(where) else str(revision)
     return out
 
 
-def _folder_hash(folder: Path) -> str:
+def is_identity(spec: FoundationSpec, key: str, recorded: str | None) -> bool:
+    """Whether a table or bundle records this foundation under a key of `identity`; those of before hashed less."""
+    return recorded in (identity(spec).get(key), identity(spec, WEIGHTS).get(key))
+
+
+def _folder_hash(folder: Path, ends: tuple[str, ...]) -> str:
+    files = []
+    for file in sorted(folder.rglob("*")):
+        if file.name.endswith(ends) and file.is_file():
+            status = file.stat()
+            files.append((file.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+    return _hash(folder, tuple(files))
+
+
+@functools.lru_cache(maxsize=64)
+def _hash(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """Of names and bytes; files of the same size and time are not read again."""
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        digest.update(file.relative_to(folder).as_posix().encode())
-        with file.open("rb") as opened:
+    for name, _, _ in files:
+        digest.update(name.encode())
+        with (folder / name).open("rb") as opened:
             while part := opened.read(2**22):
                 digest.update(part)
     return digest.hexdigest()[:16]

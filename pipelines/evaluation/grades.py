@@ -273,17 +273,21 @@ def _commonest(truth: Sequence[Mapping[str, str]], attribute: str) -> float:
     return max(shares)
 
 
+def class_features(labels: Sequence[Sequence[str]], out: str) -> tuple[list[str], torch.Tensor]:
+    """The classes and the CLIP features [C, D] of their prompts."""
+    names, features = class_names(labels), {}
+    if names:
+        texts = storage.read_table(storage.join(out, TEXTS)).to_pylist()
+        features = {row["text"]: row["feature"] for row in texts}
+    return names, torch.tensor([features[grading.class_prompt(name)] for name in names])
+
+
 def clip_figures(
     by_condition: Mapping[str, Rows], labels: Sequence[Sequence[str]], heard: Heard, out: str
 ) -> dict[str, Any]:
     """AIC, AIS, IIS and CLIP-MMD of the pictures under every condition that fills one prompt."""
-    names = class_names(labels)
+    names, classes = class_features(labels, out)
     audio, image = torch.from_numpy(heard.audio), torch.from_numpy(heard.image)
-    features: dict[str, Any] = {}
-    if names:
-        texts = storage.read_table(storage.join(out, TEXTS)).to_pylist()
-        features = {row["text"]: row["feature"] for row in texts}
-    classes = torch.tensor([features[grading.class_prompt(name)] for name in names])
     found: dict[str, Any] = {}
     for condition, rows in by_condition.items():
         if condition == "loudness" or condition in REPAINTED:

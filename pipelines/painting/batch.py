@@ -34,7 +34,7 @@ from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.table import read_manifest
 from pipelines.painting.paint import stem_of
 from pipelines.painting.request import GenerateConfig
-from pipelines.registry import tracking
+from pipelines.registry import versions
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class BatchPainter:
         self.config = GenerateConfig.parse(config)
         c = self.config
         storage.be_patient()
-        bundle = read_bundle(tracking.resolve_bundle(c.bundle, c.tracking))
+        bundle = read_bundle(versions.resolve_bundle(c.bundle, c.tracking))
         if bundle.sha != sha:
             raise UserError("bundle", c.bundle, f"holds {bundle.sha}, the job was started for {sha}", "start it again")
         self.sha, self.painter = sha, Painter.load(bundle, c.torch_device, c.dtype, c.addons)
@@ -165,7 +165,7 @@ def paint_manifest(config: GenerateConfig) -> dict[str, object]:
     if heard != {"sound"}:
         rule = "names other sounds than <sound>" if heard else "has no placeholder <sound>"
         raise UserError("prompt", repr(request.prompt), rule, "write <sound> where each sound of the manifest belongs")
-    uri, name, _, _ = tracking.pin_bundle(config.bundle, config.tracking)
+    uri, name, _, _ = versions.pin_bundle(config.bundle, config.tracking)
     places = {
         "out": storage.absolute(config.out),
         "bundle": uri if name else storage.absolute(uri),
@@ -181,7 +181,7 @@ def _paint_all(config: GenerateConfig) -> dict[str, object]:
     begin = time.monotonic()
     rows = read_manifest(storage.absolute(config.manifest or ""))
     sounds = [Wanted(row=i, uri=r.uri, start_s=r.start_s, end_s=r.end_s) for i, r in enumerate(rows)]
-    bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
+    bundle = read_bundle(versions.resolve_bundle(config.bundle, config.tracking))
     bundle.adapter()  # of one that was only aligned the reason is told here
     dtype = worker_dtype(config.dtype, config.torch_device, config.cluster, config.out)
     config = config.model_copy(update={"dtype": dtype})

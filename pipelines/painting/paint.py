@@ -23,7 +23,7 @@ from aai.png import encode_png, same_picture
 from aai.sampling import check_repaint
 from aai.strips import joined, paint_strip
 from pipelines.painting.request import GenerateConfig, PaintConfig, RepaintConfig, SoundsConfig
-from pipelines.registry import tracking
+from pipelines.registry import versions
 from pipelines.settings import InputLimits, SoundLimits
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     if isinstance(config, RepaintConfig) and len(config.sounds()) > 1:
         raise UserError("audio", ", ".join(config.audio), f"{verb} takes one sound", "give one, or use generate")
     data, images = read_sounds(config), _pictures(config)
-    bundle = read_bundle(tracking.resolve_bundle(config.bundle, config.tracking))
+    bundle = read_bundle(versions.resolve_bundle(config.bundle, config.tracking))
     sounds = decode_sounds(data, config, bundle)
     painter = Painter.load(bundle, config.torch_device, config.dtype, config.addons)
     start = time.perf_counter()

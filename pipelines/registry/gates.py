@@ -4,7 +4,7 @@ A figure that is missing or not a finite number is a failed gate, whatever its b
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -44,6 +44,12 @@ class Verdict:
     """None when the figure is missing."""
     bound: str
     passed: bool
+    remedy: str = ""
+    """What to do where a better bundle is no help."""
+
+
+MIN_PAIRS = 100
+"""Fewer clips than this show nothing: an interval of what none of them tells apart has no width."""
 
 
 def check_gate(gate: Gate, evaluation: Mapping[str, Any]) -> Verdict:
@@ -68,19 +74,33 @@ def check_gate(gate: Gate, evaluation: Mapping[str, Any]) -> Verdict:
 
 
 def check_champion(
-    tolerances: Mapping[str, float], evaluation: Mapping[str, Any], champion: Mapping[str, float]
+    tolerances: Mapping[str, float], evaluation: Mapping[str, Any], paired: Mapping[str, Mapping[str, Any] | None]
 ) -> list[Verdict]:
-    """One verdict per figure (higher is better) that may fall at most its tolerance below the champion's.
+    """One verdict per figure (higher is better) that may be at most its tolerance below the champion's.
 
-    champion: the figures the present champion was promoted by, by dotted name; one that it lacks fails.
+    paired: {difference, ci95, pairs} to the champion by dotted name, over the same clips; a figure without fails. The
+    interval's lower end decides: what may be worse by more than the tolerance is refused.
     """
     verdicts = []
     for name, tolerance in tolerances.items():
-        value, theirs = figure(evaluation, name), champion.get(name)
-        bound = f">= champion's {'(missing)' if theirs is None else f'{theirs:.4g}'} - {tolerance:g}"
-        passed = value is not None and theirs is not None and value >= theirs - tolerance
-        verdicts.append(Verdict(gate=name, value=value, bound=bound, passed=passed))
+        value, found = figure(evaluation, name), paired.get(name)
+        if found is None:
+            bound = "comparable with the champion's, but marks.parquet of one or the other has no such figure"
+            verdicts.append(Verdict(name, value, bound, passed=False, remedy="name one of those in marks.parquet"))
+            continue
+        low, high = found["ci95"]
+        seen = f"{found['difference']:+.3f}, 95 % {low:+.3f} to {high:+.3f}, {found['pairs']} pairs"
+        enough = found["pairs"] >= MIN_PAIRS
+        few = "" if enough else f", at least {MIN_PAIRS} needed"
+        passed = value is not None and enough and low >= -tolerance
+        verdicts.append(Verdict(name, value, f">= champion's - {tolerance:g} ({seen}{few})", passed))
     return verdicts
+
+
+def incomparable(figures: Iterable[str], evaluation: Mapping[str, Any], why: str, remedy: str) -> list[Verdict]:
+    """Failed verdicts of figures that the champion's cannot be held against at all."""
+    bound = f"comparable with the champion's, but {why}"
+    return [Verdict(name, figure(evaluation, name), bound, passed=False, remedy=remedy) for name in figures]
 
 
 def table(verdicts: Sequence[Verdict]) -> str:

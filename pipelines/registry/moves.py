@@ -12,8 +12,8 @@ from typing import Any
 import pydantic
 
 from aai.config import Config
-from pipelines.registry import tracking
-from pipelines.registry.tracking import CHAMPION, PREVIOUS
+from pipelines.registry import versions
+from pipelines.registry.versions import CHAMPION, PREVIOUS
 from pipelines.settings import TrackingConfig
 
 log = logging.getLogger(__name__)
@@ -42,23 +42,23 @@ def named(version: int | None) -> str:
 
 def move_alias(cfg: TrackingConfig, alias: str, move: Move) -> None:
     """Moves the alias and all that goes with it. What a crash leaves undone, `settle` does."""
-    tracking.set_model_tag(cfg, _move_tag(alias), move.model_dump_json())
+    versions.set_model_tag(cfg, _move_tag(alias), move.model_dump_json())
     _point(cfg, alias, move.version)
     _finish(cfg, alias, move)
 
 
 def settle(cfg: TrackingConfig, alias: str) -> None:
     """Finishes a move of the alias that broke off after the alias had moved; forgets one that broke off before."""
-    written = tracking.model_tags(cfg).get(_move_tag(alias))
+    written = versions.model_tags(cfg).get(_move_tag(alias))
     if written is None:
         return
     move = Move.parse(json.loads(written), f"tag {_move_tag(alias)} of {cfg.model_name}")
-    if tracking.get_alias(cfg, alias) == move.version:
+    if versions.get_alias(cfg, alias) == move.version:
         log.warning("promote: finishing the move of %s to %s, which broke off", alias, named(move.version))
         _finish(cfg, alias, move)
     else:
         log.warning("promote: the move of %s to %s broke off before it began", alias, named(move.version))
-        tracking.delete_model_tag(cfg, _move_tag(alias))
+        versions.delete_model_tag(cfg, _move_tag(alias))
 
 
 def figures_tag(alias: str) -> str:
@@ -66,28 +66,25 @@ def figures_tag(alias: str) -> str:
     return f"metrics-{alias}"
 
 
-def promoted_figures(cfg: TrackingConfig, alias: str, version: int) -> dict[str, float]:
-    """The figures a version was promoted to the alias by, by dotted name."""
-    tags = tracking.version_tags(cfg, version)
-    # An older release kept one set of figures for all aliases.
-    recorded = tags.get(figures_tag(alias), tags.get("metrics", "{}"))
-    return {name: float(value) for name, value in json.loads(recorded).items()}
+def evaluation_tag(alias: str) -> str:
+    """The version's tag with the evaluation, and its run, that it was promoted to this alias by."""
+    return f"evaluation-{alias}"
 
 
 def _finish(cfg: TrackingConfig, alias: str, move: Move) -> None:
     """The steps after the alias itself; doing them twice is doing them once."""
     _point(cfg, previous_of(alias), move.previous)
     if move.version is not None:
-        tracking.set_version_tags(cfg, move.version, move.tags)
-    tracking.delete_model_tag(cfg, _move_tag(alias))
+        versions.set_version_tags(cfg, move.version, move.tags)
+    versions.delete_model_tag(cfg, _move_tag(alias))
 
 
 def _point(cfg: TrackingConfig, alias: str, version: int | None) -> None:
     """Sets an alias, or removes it."""
     if version is None:
-        tracking.delete_alias(cfg, alias)
+        versions.delete_alias(cfg, alias)
     else:
-        tracking.set_alias(cfg, alias, version)
+        versions.set_alias(cfg, alias, version)
 
 
 def _move_tag(alias: str) -> str:

@@ -16,7 +16,7 @@ from aai.errors import UserError
 from aai.painter import Painter
 from aai.png import encode_png
 from aai.sampling import PaintRequest
-from pipelines.registry import tracking
+from pipelines.registry import versions
 from pipelines.service.http import Verb
 from pipelines.settings import StoreConfig
 
@@ -36,7 +36,7 @@ class PainterReplica:
         addons: dict[str, Any],
         stuck_s: float,
     ) -> None:
-        found = read_bundle(tracking.resolve_bundle(bundle, StoreConfig.parse(registry)))
+        found = read_bundle(versions.resolve_bundle(bundle, StoreConfig.parse(registry)))
         if found.sha != sha:
             raise UserError("bundle", bundle, f"holds {found.sha}, the service was started for {sha}", "deploy again")
         self._painter = Painter.load(found, device, dtype, AddOns.parse(addons))

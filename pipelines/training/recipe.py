@@ -23,7 +23,7 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.features import MANIFEST, FeatureManifest
 from aai.fit import FitConfig, local_batch_size
-from aai.foundation.identity import FoundationSpec, identity
+from aai.foundation.identity import FoundationSpec, identity, is_identity
 from aai.memory import StepCost
 from aai.precision import native_bfloat16
 from pipelines.settings import Plan, RayVerbConfig, RunsConfig, TrainClusterConfig
@@ -268,12 +268,11 @@ def prepare_network(network: nn.Module, fit: FitConfig) -> None:
 
 def check_foundation(spec: FoundationSpec, manifest: FeatureManifest) -> None:
     """Raises UserError when the features were made with another foundation than the bundle would name."""
-    found = identity(spec)
     for key in ("clip_revision", "diffusion_revision"):
-        if found[key] != manifest.foundation[key]:
+        if not is_identity(spec, key, manifest.foundation[key]):
             raise UserError(
                 f"foundation.{key.removesuffix('_revision')}",
-                found[key],
+                identity(spec)[key],
                 f"the features were made with {manifest.foundation[key]}",
                 "set the foundation that `aai featurize` used, or featurize again",
             )

@@ -23,7 +23,7 @@ from aai.painter import Painter
 from aai.sampling import PaintRequest
 from aai.toy.judge import ToyJudge
 from aai.toy.scoring import score_defects
-from pipelines.registry import tracking
+from pipelines.registry import versions
 from pipelines.settings import TrackingConfig
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(3600)]
@@ -125,7 +125,7 @@ def test_a8_promote_rollback_promote_move_the_alias(summary: dict[str, Any]) -> 
     pictures = "{sound: 50, ceiling: 50, random_token: 50}"
 
     def champion() -> int | None:
-        return tracking.get_alias(STORE, "champion")
+        return versions.get_alias(STORE, "champion")
 
     def promote(*args: str) -> None:
         evaluation = second / "evaluate" / "evaluate.json"
@@ -184,7 +184,7 @@ def held_out(count: int) -> list[dict[str, Any]]:
 def test_a11_the_service_paints_the_right_pictures(service: str, verb: str, asked: int, kept: int | None) -> None:
     """Judged: the sound's object or ambience is there in 24 pictures; the first three equal the Python call's."""
     clips = held_out(24)
-    painter = Painter.load(tracking.resolve_bundle("models:/aai-demo@champion", STORE))
+    painter = Painter.load(versions.resolve_bundle("models:/aai-demo@champion", STORE))
     judge, names = ToyJudge.load(), ("object", "ambience")
     right = stays = 0
     for i, clip in enumerate(clips):

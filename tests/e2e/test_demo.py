@@ -21,7 +21,7 @@ from aai.sampling import PaintRequest
 from pipelines import demo
 from pipelines.__main__ import main
 from pipelines.engine import cluster
-from pipelines.registry import tracking
+from pipelines.registry import versions
 from pipelines.settings import TrackingConfig
 
 CODE = r"\d+\.\d+\.\d+ \(commit (?!unknown)\S+\)"
@@ -106,7 +106,7 @@ def test_a8_a_fresh_process_loads_the_champion_and_paints_the_same_picture(
     summary: dict[str, Any], run_dir: Path
 ) -> None:
     sound = sorted((run_dir / "pictures").glob("*.wav"))[0]
-    folder = tracking.resolve_bundle("models:/aai-demo@champion", store(run_dir))
+    folder = versions.resolve_bundle("models:/aai-demo@champion", store(run_dir))
     assert not [f for f in Path(folder).rglob("*") if f.suffix in (".pkl", ".pt", ".bin", ".ckpt", ".pickle")]
     code = (
         "import sys\nfrom pipelines.__main__ import main\n"
@@ -122,9 +122,9 @@ def test_a8_a_fresh_process_loads_the_champion_and_paints_the_same_picture(
 def test_a8_rollback_and_promote_again_move_the_alias(summary: dict[str, Any], run_dir: Path) -> None:
     settings = ["--set", f"run_dir={run_dir}", "--set", QUICK["promote"][0]]
     assert main(["promote", *settings, "--rollback"]) == 0
-    assert tracking.get_alias(store(run_dir), "champion") is None
+    assert versions.get_alias(store(run_dir), "champion") is None
     assert main(["promote", *settings]) == 0
-    assert tracking.get_alias(store(run_dir), "champion") == 1
+    assert versions.get_alias(store(run_dir), "champion") == 1
 
 
 def test_a_picture_tells_how_it_was_made_and_is_never_painted_over(summary: dict[str, Any], run_dir: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -22,7 +23,9 @@ from aai.sampling import PaintRequest
 from aai.toy.grammar import OBJECTS
 from pipelines import evaluate, featurize
 from pipelines.evaluate import EvaluateConfig
+from pipelines.evaluation.paired import read_marks
 from pipelines.featurize import FeaturizeConfig
+from pipelines.registry import evaluations, tracking
 from tests import tiny
 from tests.pipelines.conftest import run_here
 
@@ -102,9 +105,50 @@ def test_a_bundle_against_itself_differs_in_nothing(config: EvaluateConfig, caps
     assert evaluate.run(config.model_copy(update={"against": config.out})) == first
     file = Path(config.out, f"against-{first['bundle']}.json")
     found = json.loads(file.read_text())
-    assert found["generation"]["sound"]["object"]["difference"] == 0
-    assert "a2v_r1" in capsys.readouterr().out
+    assert found["figures"]["generation.sound.object"]["difference"] == 0
+    assert "retrieval.a2v.r1" in capsys.readouterr().out
     file.unlink()
+
+
+def records(config: EvaluateConfig) -> int:
+    """Runs of this folder's evaluation."""
+    client = tracking.connect(config.tracking)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    sha = json.loads(Path(config.out, "evaluate.json").read_text())["sha"]
+    return len(client.search_runs([experiment.experiment_id], f"tags.evaluation = '{sha}'"))
+
+
+def test_an_evaluation_is_put_on_record_once(config: EvaluateConfig) -> None:
+    result = evaluate.run(config)
+    marks = Path(config.out, "marks.parquet").read_bytes()
+    found = evaluations.find(config.tracking, {"bundle": result["bundle"], "settings": result["config"]})
+    assert found is not None
+    assert (found.figures, found.marks) == (result, marks)
+    right = read_marks(marks).filter(pc.field("figure") == "generation.sound.object")["value"].to_pylist()
+    assert np.mean(right) == pytest.approx(result["generation"]["sound"]["object"])
+    evaluate.run(config)
+    assert records(config) == 1
+
+
+def test_a_result_that_is_not_as_it_was_written_is_taken_anew_from_the_pictures(config: EvaluateConfig) -> None:
+    honest = evaluate.run(config)
+    file, painted = Path(config.out, "evaluate.json"), content(f"{config.out}/pictures")
+    invented = {**honest, "generation": {**honest["generation"], "sound": {"object": 1.0}}}
+    old = {name: value for name, value in honest.items() if name not in ("sha", "marks")}
+    marks = Path(config.out, "marks.parquet").read_bytes()
+    for result in (invented, evaluations.sealed(invented, marks), old):
+        file.write_text(json.dumps(result))
+        assert {**evaluate.run(config), "seconds": 0} == {**honest, "seconds": 0}
+    Path(config.out, "marks.parquet").unlink()
+    assert evaluate.run(config)["sha"] == honest["sha"]
+    assert records(config) == 1
+    # Another store: it is put on record there too.
+    elsewhere = config.tracking.model_copy(update={"uri": f"{config.tracking.uri}2"})
+    other = config.model_copy(update={"tracking": elsewhere})
+    assert evaluate.run(other)["sha"] == honest["sha"]
+    assert (records(other), records(config)) == (1, 1)
+    assert content(f"{config.out}/pictures") == painted
 
 
 def test_pictures_are_of_the_clips_they_name(config: EvaluateConfig, world: dict[str, str]) -> None:
@@ -141,7 +185,7 @@ def test_only_what_is_missing_is_made_again(config: EvaluateConfig, monkeypatch:
     }
     rewritten = {name for name, time in kept.items() if Path(config.out, name).stat().st_mtime_ns != time}
     beside = {f"{name}/test-00001.parquet" for name in ("inputs", "frames", "disturbed")}
-    assert rewritten <= {"_started.json", *beside}
+    assert rewritten <= {"_started.json", "marks.parquet", *beside}
 
 
 @pytest.mark.parametrize("foreign", ["thesis.tex", "pictures/holiday.png", "inputs/a.csv", "evaluate.json"])

@@ -31,7 +31,7 @@ from aai.media.decode import decode_audio
 from aai.painter import Painter
 from aai.sampling import PaintRequest
 from pipelines.__main__ import main
-from pipelines.registry import tracking
+from pipelines.registry import versions
 from pipelines.serve import ServeConfig, build_app, check_address
 from pipelines.settings import TrackingConfig
 from tests.hostile import png, wav
@@ -100,7 +100,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("serve")
     bundle = write_tiny_bundle(folder)
     registry = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", model_name="tiny")
-    tracking.set_alias(registry, "champion", tracking.register(registry, bundle, {}, {}))
+    versions.set_alias(registry, "champion", versions.register(registry, bundle, {}, {}))
     (folder / "token").write_text("0123456789abcdef" * 4)
     config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, port=free_port())
     (folder / "serve.yaml").write_text(config.to_yaml())

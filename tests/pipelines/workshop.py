@@ -5,16 +5,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from aai.bundle import Bundle, read_bundle
 from pipelines import promote
 from pipelines.__main__ import CONFIGS
+from pipelines.evaluation.paired import SCHEMA, as_bytes
 from pipelines.promote import PromoteConfig
-from pipelines.registry import tracking
+from pipelines.registry import tracking, versions
+from pipelines.registry.evaluations import sealed, tags_of
+from pipelines.registry.figures import figure
 from pipelines.settings import TrackingConfig
-from tests.pipelines.registry.test_tracking import make_bundle
+from tests.pipelines.registry.test_versions import make_bundle
 
 GOOD: dict[str, Any] = {
     "retrieval": {
@@ -33,7 +37,10 @@ GOOD: dict[str, Any] = {
         "edit": {"given_nearer": 0.9, "from_noise": {"given_nearer": 0.5}},
     },
     "data_fingerprint": "d",
+    "config": "c",
 }
+CLIPS = 200
+"""Held-out clips of every evaluation."""
 
 
 def changed(figures: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +57,16 @@ def changed(figures: dict[str, Any]) -> dict[str, Any]:
     return evaluation
 
 
+def marks_of(evaluation: dict[str, Any]) -> pa.Table:
+    """Marks whose means are an evaluation's shares: the first clips are right."""
+    shares = {name: figure(evaluation, name) for name in ("retrieval.same_object_r1", "generation.sound.object")}
+    rows = []
+    for name, share in shares.items():
+        if share is not None:
+            rows += [{"figure": name, "clip": i, "value": float(i < share * CLIPS)} for i in range(CLIPS)]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
 class Workshop:
     """A run folder with bundles, their evaluations and a registry."""
 
@@ -61,8 +78,7 @@ class Workshop:
     def bundle(self, seed: int, **figures: Any) -> Bundle:
         """A bundle and its evaluation, see `changed`."""
         made = make_bundle(self.folder / str(seed), seed)
-        evaluation = changed(figures) | {"bundle": made.sha}
-        (self.folder / str(seed) / "evaluate.json").write_text(json.dumps(evaluation))
+        self.evaluate(seed, **figures)
         return made
 
     def config(self, seed: int, **settings: Any) -> PromoteConfig:
@@ -87,19 +103,27 @@ class Workshop:
         other.folder = self.folder
         return other
 
-    def evaluate(self, seed: int, **figures: Any) -> None:
-        """Another evaluation of a bundle, see `changed`."""
+    def evaluate(self, seed: int, record: bool = True, **figures: Any) -> dict[str, Any]:
+        """An evaluation of a bundle, see `changed`, on record in MLflow."""
         sha = read_bundle(self.folder / str(seed) / "bundle").sha
-        (self.folder / str(seed) / "evaluate.json").write_text(json.dumps(changed(figures) | {"bundle": sha}))
+        found = as_bytes(marks_of(changed(figures)))
+        result = sealed(changed(figures) | {"bundle": sha}, found)
+        file = self.folder / str(seed) / "evaluate.json"
+        file.write_text(json.dumps(result))
+        if record:
+            with tracking.run(self.cfg, "evaluate", tags=tags_of(result)) as run:
+                run.log_bytes("marks.parquet", found)
+                run.log_artifact(file)
+        return result
 
     def figure(self, version: int, alias: str = "champion") -> float:
         """The figure a version was promoted by."""
-        recorded = json.loads(tracking.version_tags(self.cfg, version)[f"metrics-{alias}"])
+        recorded = json.loads(versions.version_tags(self.cfg, version)[f"metrics-{alias}"])
         return float(recorded["generation.sound.object"])
 
     def aliases(self) -> dict[str, int]:
         """All aliases now."""
-        return tracking.aliases(self.cfg, self.cfg.model_name)
+        return versions.aliases(self.cfg, self.cfg.model_name)
 
     def audits(self) -> list[Run]:
         """The audit runs, oldest first."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from aai.errors import UserError
-from aai.foundation.identity import TOY_WEIGHTS, FoundationSpec, identity, locate
+from aai.foundation.identity import TOY_WEIGHTS, WEIGHTS, FoundationSpec, identity, is_identity, locate
 
 
 def write_weights(folder: Path, weights: bytes = b"w") -> FoundationSpec:
@@ -34,7 +34,7 @@ def test_a_hub_id_must_be_pinned() -> None:
             locate("openai/clip", revision, "clip")
 
 
-def test_a_folder_is_pinned_by_its_weights_and_their_names_alone(tmp_path: Path) -> None:
+def test_a_folder_is_pinned_by_its_files_and_their_names(tmp_path: Path) -> None:
     spec = write_weights(tmp_path / "a")
     first = identity(spec)
     assert (first["clip"], first["diffusion"]) == (spec.clip, spec.diffusion)
@@ -50,3 +50,32 @@ def test_a_folder_is_pinned_by_its_weights_and_their_names_alone(tmp_path: Path)
 def test_a_hub_id_is_pinned_by_its_revision(tmp_path: Path) -> None:
     spec = write_weights(tmp_path).model_copy(update={"clip": "openai/clip", "clip_revision": "abc"})
     assert (identity(spec)["clip"], identity(spec)["clip_revision"]) == ("openai/clip", "abc")
+
+
+@pytest.mark.parametrize("name", ["scheduler/scheduler_config.json", "tokenizer/merges.txt", "model_index.json"])
+def test_other_settings_and_tokenizers_are_another_foundation(tmp_path: Path, name: str) -> None:
+    spec = write_weights(tmp_path)
+    before = identity(spec, WEIGHTS)
+    file = tmp_path / "diffusion" / name
+    file.parent.mkdir(exist_ok=True)
+    found = set()
+    for text in ("{}", '{"beta_end": 0.5}', "absent"):
+        if text == "absent":
+            file.unlink()
+        else:
+            file.write_text(text)
+        found.add(identity(spec)["diffusion_revision"])
+        assert is_identity(spec, "diffusion_revision", before["diffusion_revision"]), "as an older release recorded it"
+    assert len(found) == 3
+    assert not is_identity(spec, "diffusion_revision", "another")
+    assert not is_identity(spec, "unheard_of", "another")
+
+
+def test_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = write_weights(tmp_path)
+    first = identity(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", None)
+        assert identity(spec) == first
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"longer")
+    assert identity(spec) != first

@@ -226,7 +226,7 @@ def test_the_card_goes_to_mlflow(
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     cfg = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="card")
     run_id = card.log_card(cfg, "curate", str(curated[0]), made)
-    client = tracking._client(cfg)
+    client = tracking.connect(cfg)
     metrics = client.get_run(run_id).data.metrics
     assert metrics["accepted"] == curated[1]["accepted"]
     assert metrics["by_code.SILENT"] == curated[1]["by_code"]["SILENT"]

@@ -1,7 +1,6 @@
-"""Two bundles on the same clips, from tables written by hand."""
+"""Two bundles on the same clips, from marks written by hand."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,69 +8,65 @@ import pytest
 
 from aai import storage
 from aai.errors import UserError
-from pipelines.evaluation.cases import PICTURE_TABLE
-from pipelines.evaluation.listening import HEARD_TABLE, INPUT_TABLE
-from pipelines.evaluation.paired import compare, lines
+from pipelines.evaluation.paired import MARKS, SCHEMA, as_bytes, compare, lines, paired, read_marks
 
 CLIPS = 40
-LABELS = [["dog" if i % 2 else "bell", "rain" if i % 4 < 2 else "night", "photo", "big"] for i in range(CLIPS)]
 SETTINGS = {"config": "c", "data_fingerprint": "d"}
 
 
-def write(out: Path, bundle: str, right: float, noise: float, **changes: Any) -> str:
-    """An evaluation whose first share `right` of the pictures show their object; noise: of its audio embeddings."""
-    rng = np.random.default_rng(0)
-    image = rng.standard_normal((CLIPS, 8))
-    audio = image + noise * rng.standard_normal((CLIPS, 8))
-    image, audio = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, audio))
-    heard = [
-        {"row": i, "caption": "", "audio": audio[i], "image": image[i], "text": image[i], "rms_db": 0.0,
-         "alone_max_abs": 0.0}
-        for i in range(CLIPS)
-    ]  # fmt: skip
-    storage.write_table(f"{out}/heard/test-00000.parquet", pa.Table.from_pylist(heard, schema=HEARD_TABLE))
-    inputs = [{"row": i, "labels": row} for i, row in enumerate(LABELS)]
-    storage.write_table(f"{out}/inputs/test-00000.parquet", pa.Table.from_pylist(inputs, schema=INPUT_TABLE))
-    pictures = []
-    for condition in ("sound", "edit"):
-        for i in range(CLIPS):
-            given = (i + 1) % CLIPS if condition == "edit" else -1
-            ambience = LABELS[given][1] if condition == "edit" else LABELS[i][1]
-            seen = {"object": LABELS[i][0] if i < right * CLIPS else "car", "ambience": ambience, "medium": "photo"}
-            own = {"case": len(pictures), "condition": condition, "row": i, "audio_row": i, "picture_row": given}
-            pictures.append({**own, "seed": i, "gain_db": 0.0, "size": 0.5, **seen})
-    rng.shuffle(pictures)
-    storage.write_table(f"{out}/pictures/0.parquet", pa.Table.from_pylist(pictures, schema=PICTURE_TABLE))
+def marks(shares: dict[str, float], clips: int = CLIPS) -> pa.Table:
+    """The first clips are right, in two pictures each; in another order than their numbers'."""
+    rows = []
+    for name, share in shares.items():
+        for clip in np.random.default_rng(0).permutation(np.repeat(np.arange(clips), 2)):
+            rows.append({"figure": name, "clip": clip, "value": float(clip < share * clips)})
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def write(out: Path, bundle: str, shares: dict[str, float], **changes: str) -> str:
+    """A finished evaluation."""
+    storage.write_bytes(f"{out}/{MARKS}", as_bytes(marks(shares)))
     storage.write_json(f"{out}/evaluate.json", {**SETTINGS, "bundle": bundle, **changes})
     return str(out)
 
 
 def test_the_better_bundle_is_better_beyond_chance(tmp_path: Path) -> None:
-    better, worse = write(tmp_path / "a", "aa", 0.9, 0.3), write(tmp_path / "b", "bb", 0.5, 3.0)
+    better = write(tmp_path / "a", "aa", {"generation.sound.object": 0.9, "retrieval.a2v.r1": 0.5, "ours": 1.0})
+    worse = write(tmp_path / "b", "bb", {"generation.sound.object": 0.5, "retrieval.a2v.r1": 0.5})
     found = compare(better, storage.read_json(f"{better}/evaluate.json"), worse)
     assert found["bundle"] == "bb"
-    sound = found["generation"]["sound"]["object"]
+    assert found["figures"].keys() == {"generation.sound.object", "retrieval.a2v.r1"}, "what both have"
+    sound = found["figures"]["generation.sound.object"]
     assert sound["difference"] == pytest.approx(0.4)
     assert 0.2 < sound["ci95"][0] < 0.4 < sound["ci95"][1] < 0.6
-    assert sound["pairs"] == CLIPS
-    assert found["generation"]["sound"]["ambience"] == {"difference": 0, "ci95": [0, 0], "pairs": CLIPS}
-    assert found["generation"]["edit"].keys() == {"object", "ambience", "medium"}
-    assert found["retrieval"]["a2v_r1"]["ci95"][0] > 0
+    assert sound["pairs"] == CLIPS, "pictures of one clip are not drawn independently"
+    assert found["figures"]["retrieval.a2v.r1"] == {"difference": 0, "ci95": [0, 0], "pairs": CLIPS}
     back = compare(worse, storage.read_json(f"{worse}/evaluate.json"), better)
-    assert back["generation"]["sound"]["object"]["difference"] == pytest.approx(-0.4)
+    assert back["figures"]["generation.sound.object"]["difference"] == pytest.approx(-0.4)
     told = "\n".join(lines(found))
-    assert "sound.object         +0.400" in told
+    assert "generation.sound.object                  +0.400" in told
     assert "better" in told
-    assert "sound.ambience       +0.000  [+0.000, +0.000]  40 pairs  may be chance" in told
+    assert "retrieval.a2v.r1                         +0.000  [+0.000, +0.000]  40 pairs  may be chance" in told
     assert "worse" in "\n".join(lines(back))
+
+
+def test_marks_of_other_clips_are_no_pairs() -> None:
+    ours = marks({"a": 0.5})
+    assert paired("a", ours, marks({"a": 0.5}, CLIPS - 1)) is None
+    assert paired("a", ours, marks({"b": 0.5})) is None
+    assert paired("b", ours, marks({"b": 0.5})) is None
+    assert read_marks(as_bytes(ours)).equals(ours)
 
 
 @pytest.mark.parametrize(
     ("changes", "rule"), [({"config": "other"}, "other settings"), ({"data_fingerprint": "other"}, "other clips")]
 )
 def test_other_settings_or_clips_cannot_be_compared(tmp_path: Path, changes: dict[str, str], rule: str) -> None:
-    ours, theirs = write(tmp_path / "a", "aa", 0.9, 0.3), write(tmp_path / "b", "bb", 0.5, 0.3, **changes)
+    ours, theirs = write(tmp_path / "a", "aa", {"a": 0.9}), write(tmp_path / "b", "bb", {"a": 0.5}, **changes)
     with pytest.raises(UserError, match=f"is an evaluation of {rule}"):
         compare(ours, storage.read_json(f"{ours}/evaluate.json"), theirs)
     with pytest.raises(UserError, match="holds no finished evaluation"):
         compare(ours, storage.read_json(f"{ours}/evaluate.json"), str(tmp_path / "absent"))
+    Path(theirs, MARKS).unlink()
+    with pytest.raises(UserError, match=r"by an older release.*once more: nothing is painted again"):
+        compare(ours, storage.read_json(f"{ours}/evaluate.json"), theirs)

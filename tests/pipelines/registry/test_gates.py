@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.__main__ import CONFIGS
 from pipelines.promote import PromoteConfig
-from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, table
+from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, incomparable, table
 from tests.pipelines.workshop import changed
 
 
@@ -71,14 +71,32 @@ def test_a_share_of_nothing_is_no_bound(ceiling: float | None, why: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("value", "champion", "passed"),
-    [(0.7701, 0.8, True), (0.7699, 0.8, False), (None, 0.8, False), (float("nan"), 0.8, False), (0.78, None, False)],
+    ("value", "low", "passed"),
+    [(0.8, -0.0299, True), (0.8, -0.0301, False), (0.8, 0.01, True), (None, 0.01, False), (float("nan"), 0.01, False)],
 )
-def test_a_figure_may_fall_by_its_tolerance(value: float | None, champion: float | None, passed: bool) -> None:
-    recorded = {} if champion is None else {"a.x": champion}
-    (verdict,) = check_champion({"a.x": 0.03}, {"a": {"x": value}}, recorded)
+def test_a_figure_may_fall_by_its_tolerance(value: float | None, low: float, passed: bool) -> None:
+    found = {"difference": low + 0.01, "ci95": [low, low + 0.02], "pairs": 100}
+    (verdict,) = check_champion({"a.x": 0.03}, {"a": {"x": value}}, {"a.x": found})
     assert verdict.passed == passed
-    assert verdict.bound == f">= champion's {champion or '(missing)'} - 0.03"
+    assert verdict.bound.startswith(">= champion's - 0.03 (")
+    assert verdict.bound.endswith(", 100 pairs)")
+
+
+def test_a_few_clips_show_nothing() -> None:
+    found = {"difference": 0.0, "ci95": [0.0, 0.0], "pairs": 99}
+    (verdict,) = check_champion({"a.x": 0.03}, {"a": {"x": 1.0}}, {"a.x": found})
+    assert not verdict.passed
+    assert verdict.bound.endswith("99 pairs, at least 100 needed)")
+
+
+def test_what_cannot_be_compared_fails() -> None:
+    for found in ({}, {"a.x": None}):
+        (verdict,) = check_champion({"a.x": 0.03}, {"a": {"x": 1.0}}, found)
+        assert not verdict.passed
+        assert verdict.bound.startswith("comparable with the champion's, but marks.parquet")
+    (verdict,) = incomparable(["a.x"], {"a": {"x": 1.0}}, "there is none", "evaluate it")
+    told = (verdict.value, verdict.bound, verdict.passed, verdict.remedy)
+    assert told == (1.0, "comparable with the champion's, but there is none", False, "evaluate it")
 
 
 def test_the_table_is_aligned() -> None:

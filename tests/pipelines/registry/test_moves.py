@@ -8,8 +8,8 @@ import pytest
 from mlflow import MlflowClient
 
 from aai.errors import UserError
-from pipelines.registry import tracking
-from pipelines.registry.moves import Move, move_alias, named, previous_of, promoted_figures, settle
+from pipelines.registry import versions
+from pipelines.registry.moves import Move, move_alias, named, previous_of, settle
 from tests.pipelines.workshop import Workshop
 
 
@@ -79,8 +79,8 @@ def test_a_promotion_broken_off_anywhere_keeps_the_way_back(three: Workshop) -> 
             shop.promote(3)
         assert shop.aliases() == {"candidate": 3, "champion": 3, "previous": 2}
         assert shop.figure(3) == 0.8
-        assert tracking.version_tags(shop.cfg, 3)["gates_passed"] == "true"
-        assert tracking.model_tags(shop.cfg) == {}
+        assert versions.version_tags(shop.cfg, 3)["gates_passed"] == "true"
+        assert versions.model_tags(shop.cfg) == {}
     assert len(ends) > 8
     assert {moved for died, moved in ends if died} == {True, False}
 
@@ -95,12 +95,12 @@ def test_a_rollback_broken_off_anywhere_can_be_taken_back(three: Workshop) -> No
         shop.promote(1, rollback=True)
         swapped = {"champion": 2, "previous": 1} if moved else {"champion": 1, "previous": 2}
         assert shop.aliases() == {"candidate": 3} | swapped
-        assert tracking.model_tags(shop.cfg) == {}
+        assert versions.model_tags(shop.cfg) == {}
     assert {moved for died, moved in ends if died} == {True, False}
 
 
 def test_a_first_promotion_broken_off_is_finished_or_forgotten(shop: Workshop) -> None:
-    tracking.register(shop.cfg, shop.bundle(3).folder, {}, {})
+    versions.register(shop.cfg, shop.bundle(3).folder, {}, {})
     number, died = 0, True
     while died:
         number += 1
@@ -116,18 +116,18 @@ def test_a_first_promotion_broken_off_is_finished_or_forgotten(shop: Workshop) -
 def test_settling_finishes_a_move_after_the_alias_and_forgets_one_before(shop: Workshop) -> None:
     cfg = shop.cfg
     for seed in (1, 2):
-        tracking.register(cfg, shop.bundle(seed).folder, {}, {})
+        versions.register(cfg, shop.bundle(seed).folder, {}, {})
     settle(cfg, "champion")  # there is nothing to settle
     move_alias(cfg, "champion", Move(version=1, previous=None, tags={"metrics-champion": {"a": 0.5}}))
     assert shop.aliases() == {"champion": 1}
-    assert promoted_figures(cfg, "champion", 1) == {"a": 0.5}
-    tracking.set_model_tag(cfg, "move-champion", Move(version=2, previous=1).model_dump_json())
+    assert versions.version_tags(cfg, 1)["metrics-champion"] == '{"a": 0.5}'
+    versions.set_model_tag(cfg, "move-champion", Move(version=2, previous=1).model_dump_json())
     settle(cfg, "champion")
-    assert (shop.aliases(), tracking.model_tags(cfg)) == ({"champion": 1}, {})
-    tracking.set_model_tag(cfg, "move-champion", Move(version=2, previous=1).model_dump_json())
-    tracking.set_alias(cfg, "champion", 2)
+    assert (shop.aliases(), versions.model_tags(cfg)) == ({"champion": 1}, {})
+    versions.set_model_tag(cfg, "move-champion", Move(version=2, previous=1).model_dump_json())
+    versions.set_alias(cfg, "champion", 2)
     settle(cfg, "champion")
-    assert (shop.aliases(), tracking.model_tags(cfg)) == ({"champion": 2, "previous": 1}, {})
+    assert (shop.aliases(), versions.model_tags(cfg)) == ({"champion": 2, "previous": 1}, {})
 
 
 def test_names() -> None:

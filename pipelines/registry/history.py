@@ -1,0 +1,38 @@
+"""What was tried with a model's aliases: the runs that every promotion, refusal and rollback leaves in MLflow."""
+
+from typing import Any
+
+from pipelines.registry.tracking import attempt, connect
+from pipelines.settings import TrackingConfig
+
+PROMOTION = "promotion"
+"""Name of such a run."""
+
+
+def attempts(cfg: TrackingConfig, newest: int) -> list[dict[str, Any]]:
+    """The newest attempts on a model, the newest first: at, outcome, alias, version, was, by, reason.
+
+    version 0 and was 0 stand for none. A run that broke off has the outcome `broke off`.
+    """
+    client = connect(cfg)
+    experiment = attempt(cfg, client.get_experiment_by_name, cfg.experiment)
+    if experiment is None:
+        return []
+    query = f"tags.`mlflow.runName` = '{PROMOTION}' and params.`tracking.model_name` = '{cfg.model_name}'"
+    order = ["attributes.start_time DESC"]
+    runs = attempt(cfg, client.search_runs, [experiment.experiment_id], query, max_results=newest, order_by=order)
+    found = []
+    for run in runs:
+        tags, params = run.data.tags, run.data.params
+        found.append(
+            {
+                "at": tags.get("at", "")[:16].replace("T", " "),
+                "outcome": tags.get("outcome", "broke off"),
+                "alias": params.get("alias", ""),
+                "version": int(tags.get("version", 0)),
+                "was": int(tags.get("was", 0)),
+                "by": tags.get("by", ""),
+                "reason": tags.get("reason", ""),
+            }
+        )
+    return found
