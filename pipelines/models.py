@@ -119,6 +119,7 @@ def _row(config: ModelsConfig, version: Version) -> list[str]:
     recorded: Any = version.tags.get(figures_tag(config.alias), version.tags.get("metrics", "{}"))
     figures: Mapping[str, float] = json.loads(recorded)
     passed = {"true": "passed", "false": "refused"}.get(version.tags.get("gates_passed", ""), "")
+    passed = "forced" if version.tags.get("forced") == "true" else passed
     shown = [f"{figures[name]:.3f}" if name in figures else "" for name in config.figures]
     names = ", ".join(version.aliases)
     return [str(version.version), names, _date(version.created_ms), version.tags.get(SHA_TAG, ""), passed, *shown]
