@@ -11,7 +11,8 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Self, TypedDict
@@ -29,6 +30,7 @@ from pipelines.registry.figures import numbers
 from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, incomparable, table
 from pipelines.registry.history import PROMOTION
 from pipelines.registry.moves import Move, evaluation_tag, figures_tag, move_alias, named, previous_of, settle
+from pipelines.registry.turns import Check, turn
 from pipelines.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 
@@ -147,8 +149,21 @@ class Promotion:
 
 def run(config: PromoteConfig) -> dict[str, Any]:
     """Promotes or rolls back; returns what promote.json holds. Raises UserError when a gate fails."""
-    settle(config.tracking, config.alias)
     return _plain(rollback(config) if config.rollback else promote(config))
+
+
+@contextmanager
+def _my_turn(config: PromoteConfig, tags: Mapping[str, Any]) -> Iterator[tuple[tracking.OpenRun, Check]]:
+    """The run of an attempt, and what tells whether it is still its turn; what another left half done is settled."""
+    cfg, params = config.tracking, config.model_dump(mode="json")
+    with tracking.run(cfg, PROMOTION, params, tags) as audit:
+        try:
+            with turn(cfg, audit, f"{tags['by']} (run {audit.run_id})") as check:
+                settle(cfg, config.alias)
+                yield audit, check
+        except UserError as error:
+            audit.set_tags({"outcome": "error", "error": str(error)})
+            raise
 
 
 def promote(config: PromoteConfig) -> Promotion:
@@ -159,10 +174,10 @@ def promote(config: PromoteConfig) -> Promotion:
         raise UserError("bundle", config.bundle, "has no adapter, it cannot paint", "promote the one of `aai adapt`")
     evaluation = recorded_evaluation(config, bundle)
     figures = evaluation.figures
-    current = _check_current(config)
     signature = _signature(config)
     tags: dict[str, Any] = {**signature, "data_fingerprint": bundle.meta.get("data_fingerprint", "")}
-    with tracking.run(cfg, PROMOTION, config.model_dump(mode="json"), tags) as audit:
+    with _my_turn(config, tags) as (audit, check_turn):
+        current = _check_current(config)
         audit.log_metrics(figures)
         version = _registered(cfg, bundle, figures, tags)
         versions.set_alias(cfg, CANDIDATE, version)
@@ -174,7 +189,8 @@ def promote(config: PromoteConfig) -> Promotion:
         previous = versions.get_alias(cfg, previous_of(alias))
         if not passed and not forced:
             _mark_refused(cfg, version, tags)
-        elif _check_current(config) != version:  # asked again: registering takes time
+        elif current != version:
+            check_turn()
             if current and not _same_bundle(cfg, current, bundle):  # one that lost its files is no way back
                 previous = current
             previous = None if previous == version else previous
@@ -202,13 +218,14 @@ def promote(config: PromoteConfig) -> Promotion:
 def rollback(config: PromoteConfig) -> Promotion:
     """Swaps an alias and its previous version; the first is withdrawn. Raises UserError when there is neither."""
     cfg, alias = config.tracking, config.alias
-    current, back = _check_current(config), versions.get_alias(cfg, previous_of(alias))
-    if current is None and back is None:
-        raise UserError("rollback", True, f"{cfg.model_name} has no {alias} yet", "run `aai promote` first")
-    if back is not None:
-        _fetch(cfg, back)
     signature = _signature(config)
-    with tracking.run(cfg, PROMOTION, config.model_dump(mode="json"), signature) as audit:
+    with _my_turn(config, {**signature}) as (audit, check_turn):
+        current, back = _check_current(config), versions.get_alias(cfg, previous_of(alias))
+        if current is None and back is None:
+            raise UserError("rollback", True, f"{cfg.model_name} has no {alias} yet", "run `aai promote` first")
+        if back is not None:
+            _fetch(cfg, back)
+        check_turn()
         move_alias(cfg, alias, Move(version=back, previous=current))
         result = Promotion(
             name=cfg.model_name,
