@@ -68,7 +68,7 @@ def run(config: ModelsConfig) -> dict[str, Any]:
     if len(found) > len(shown):
         print(f"{len(found) - len(shown)} older versions: --newest {len(found)}")
     if moved:
-        columns = ["at", "outcome", "alias", "version", "was", "by", "reason"]
+        columns = ["turn", "at", "outcome", "alias", "version", "was", "by", "reason"]
         print("\n" + table(columns, [[str(move[name]) for name in columns] for move in moved]))
     aliases = {alias: version.version for version in found for alias in version.aliases}
     log.info(

@@ -30,7 +30,7 @@ from pipelines.registry.figures import numbers
 from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, incomparable, table
 from pipelines.registry.history import PROMOTION
 from pipelines.registry.moves import Move, evaluation_tag, figures_tag, move_alias, named, previous_of, settle
-from pipelines.registry.turns import Check, turn
+from pipelines.registry.turns import Turn, turn
 from pipelines.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 
@@ -153,14 +153,15 @@ def run(config: PromoteConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _my_turn(config: PromoteConfig, tags: Mapping[str, Any]) -> Iterator[tuple[tracking.OpenRun, Check]]:
-    """The run of an attempt, and what tells whether it is still its turn; what another left half done is settled."""
+def _my_turn(config: PromoteConfig, tags: Mapping[str, Any]) -> Iterator[tuple[tracking.OpenRun, Turn]]:
+    """The run of an attempt, and its turn; what another one left half done is settled."""
     cfg, params = config.tracking, config.model_dump(mode="json")
     with tracking.run(cfg, PROMOTION, params, tags) as audit:
         try:
-            with turn(cfg, audit, f"{tags['by']} (run {audit.run_id})") as check:
+            with turn(cfg, audit, f"{tags['by']} (run {audit.run_id})") as mine:
+                audit.set_tags({"turn": mine.number})
                 settle(cfg, config.alias)
-                yield audit, check
+                yield audit, mine
         except UserError as error:
             audit.set_tags({"outcome": "error", "error": str(error)})
             raise
@@ -176,7 +177,7 @@ def promote(config: PromoteConfig) -> Promotion:
     figures = evaluation.figures
     signature = _signature(config)
     tags: dict[str, Any] = {**signature, "data_fingerprint": bundle.meta.get("data_fingerprint", "")}
-    with _my_turn(config, tags) as (audit, check_turn):
+    with _my_turn(config, tags) as (audit, mine):
         current = _check_current(config)
         audit.log_metrics(figures)
         version = _registered(cfg, bundle, figures, tags)
@@ -190,7 +191,7 @@ def promote(config: PromoteConfig) -> Promotion:
         if not passed and not forced:
             _mark_refused(cfg, version, tags)
         elif current != version:
-            check_turn()
+            mine.check()
             if current and not _same_bundle(cfg, current, bundle):  # one that lost its files is no way back
                 previous = current
             previous = None if previous == version else previous
@@ -219,13 +220,13 @@ def rollback(config: PromoteConfig) -> Promotion:
     """Swaps an alias and its previous version; the first is withdrawn. Raises UserError when there is neither."""
     cfg, alias = config.tracking, config.alias
     signature = _signature(config)
-    with _my_turn(config, {**signature}) as (audit, check_turn):
+    with _my_turn(config, {**signature}) as (audit, mine):
         current, back = _check_current(config), versions.get_alias(cfg, previous_of(alias))
         if current is None and back is None:
             raise UserError("rollback", True, f"{cfg.model_name} has no {alias} yet", "run `aai promote` first")
         if back is not None:
             _fetch(cfg, back)
-        check_turn()
+        mine.check()
         move_alias(cfg, alias, Move(version=back, previous=current))
         result = Promotion(
             name=cfg.model_name,

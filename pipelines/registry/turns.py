@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,28 @@ LOOK_S = 0.25
 LEASE_S, BEAT_S = 30.0, 5.0
 """A holder is taken for dead when its ticket has not changed for so long; how often it changes."""
 STATE, BEAT = "state", "beat"
-Check = Callable[[], None]
-"""Raises UserError when the turn has been taken away: called right before what must not happen twice."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the body of `turn` is told."""
+
+    number: int
+    """Higher than those of all turns before."""
+    check: Callable[[], None]
+    """Raises UserError when the turn has been taken away: called right before what must not happen twice."""
 
 
 @contextmanager
-def turn(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Check]:
+def turn(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Turn]:
     """The body runs while no other turn of this model does. run: of the attempt. Raises UserError after PATIENCE_S."""
     if cfg.uri.startswith("sqlite:///"):
         file = database(cfg)
-        with _locked(cfg, file.with_name(f".{file.name}.{cfg.model_name}.turn")):
-            yield lambda: None
+        with _locked(cfg, file.with_name(f".{file.name}.{cfg.model_name}.turn")) as number:
+            yield Turn(number, lambda: None)
     else:
-        with _ticket(cfg, run, who) as check:
-            yield check
+        with _ticket(cfg, run, who) as mine:
+            yield mine
 
 
 def _busy(cfg: TrackingConfig, who: str) -> UserError:
@@ -48,9 +57,10 @@ def _busy(cfg: TrackingConfig, who: str) -> UserError:
 
 
 @contextmanager
-def _locked(cfg: TrackingConfig, file: Path) -> Iterator[None]:
+def _locked(cfg: TrackingConfig, file: Path) -> Iterator[int]:
+    """Yields the number of the turn, which the file counts."""
     until_s = time.monotonic() + PATIENCE_S
-    with file.open("w") as holder:
+    with file.open("a+") as holder:
         while True:
             try:
                 fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,21 +69,26 @@ def _locked(cfg: TrackingConfig, file: Path) -> Iterator[None]:
                 if time.monotonic() > until_s:
                     raise _busy(cfg, "another process") from None
                 time.sleep(LOOK_S)
-        yield
+        holder.seek(0)
+        number = 1 + int(holder.read() or 0)
+        holder.truncate(0)
+        holder.write(str(number))
+        holder.flush()
+        yield number
 
 
 # ---------------------------------------------------------------- on a server
 
 
 @contextmanager
-def _ticket(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Check]:
+def _ticket(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Turn]:
     tickets = Tickets(cfg, run)
     number, ended = tickets.draw(who), threading.Event()
     beat = threading.Thread(target=tickets.beat, args=(number, ended), name="promotion-turn", daemon=True)
     beat.start()
     try:
         tickets.wait(number)
-        yield lambda: tickets.check(number)
+        yield Turn(number, lambda: tickets.check(number))
     finally:
         ended.set()
         beat.join()

@@ -31,17 +31,17 @@ def test_on_sqlite_one_waits_for_the_other(tmp_path: Path, run: OpenRun, monkeyp
     order: list[str] = []
 
     def second() -> None:
-        with turn(cfg, run, "second"):
-            order.append("second")
+        with turn(cfg, run, "second") as mine:
+            order.append(f"second {mine.number}")
 
-    with turn(cfg, run, "first") as check:
+    with turn(cfg, run, "first") as mine:
         other = threading.Thread(target=second)
         other.start()
         time.sleep(1)
-        check()
-        order.append("first")
+        mine.check()
+        order.append(f"first {mine.number}")
     other.join(60)
-    assert order == ["first", "second"]
+    assert order == ["first 1", "second 2"]
     monkeypatch.setattr(turns, "PATIENCE_S", 0.5)
     with (
         turn(cfg, run, "first"),
