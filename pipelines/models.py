@@ -68,7 +68,7 @@ def run(config: ModelsConfig) -> dict[str, Any]:
     if len(found) > len(shown):
         print(f"{len(found) - len(shown)} older versions: --newest {len(found)}")
     if moved:
-        columns = ["at", "outcome", "alias", "version", "was", "by", "reason"]
+        columns = ["turn", "at", "outcome", "alias", "version", "was", "by", "reason"]
         print("\n" + table(columns, [[str(move[name]) for name in columns] for move in moved]))
     aliases = {alias: version.version for version in found for alias in version.aliases}
     log.info(
@@ -119,6 +119,7 @@ def _row(config: ModelsConfig, version: Version) -> list[str]:
     recorded: Any = version.tags.get(figures_tag(config.alias), version.tags.get("metrics", "{}"))
     figures: Mapping[str, float] = json.loads(recorded)
     passed = {"true": "passed", "false": "refused"}.get(version.tags.get("gates_passed", ""), "")
+    passed = "forced" if version.tags.get("forced") == "true" else passed
     shown = [f"{figures[name]:.3f}" if name in figures else "" for name in config.figures]
     names = ", ".join(version.aliases)
     return [str(version.version), names, _date(version.created_ms), version.tags.get(SHA_TAG, ""), passed, *shown]

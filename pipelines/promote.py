@@ -11,10 +11,11 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import pydantic
 
@@ -29,6 +30,7 @@ from pipelines.registry.figures import numbers
 from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, incomparable, table
 from pipelines.registry.history import PROMOTION
 from pipelines.registry.moves import Move, evaluation_tag, figures_tag, move_alias, named, previous_of, settle
+from pipelines.registry.turns import Turn, turn
 from pipelines.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 
@@ -55,10 +57,18 @@ class PromoteConfig(VerbConfig):
     tracking: TrackingConfig = TrackingConfig()
     rollback: bool = False
     """Swap the alias and its previous version instead of promoting; a second time swaps them back."""
+    force: bool = False
+    """Promote although gates fail; needs a reason, and stands with the version and in the audit run."""
     reason: str = ""
     """Why: kept with the version and in the audit run."""
     out: str
     """Folder of promote.json."""
+
+    @pydantic.model_validator(mode="after")
+    def _says_why(self) -> Self:
+        if self.force and (self.rollback or not self.reason.strip()):
+            raise ValueError("force goes with a reason, and with no rollback, which needs no gate")
+        return self
 
     @pydantic.field_validator("alias")
     @classmethod
@@ -92,8 +102,9 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Short flags and the settings they stand for."""
     parser.add_argument("--bundle", metavar="DIR", help="bundle folder")
     parser.add_argument("--rollback", action="store_true", help="put the previous champion back")
+    parser.add_argument("--force", action="store_true", help="promote although gates fail; with --reason")
     parser.add_argument("--reason", metavar="TEXT", help="why; kept in the audit run")
-    return {"bundle": "bundle", "rollback": "rollback", "reason": "reason"}
+    return {"bundle": "bundle", "rollback": "rollback", "force": "force", "reason": "reason"}
 
 
 class Signature(TypedDict):
@@ -124,6 +135,9 @@ class Promotion:
     previous: int | None
     """What its `previous` names now."""
     passed: bool
+    """Whether all gates passed."""
+    forced: bool = False
+    """Promoted although they did not."""
     bundle: str | None = None
     """Content identity of the bundle; a rollback reads none."""
     gates: tuple[Verdict, ...] = ()
@@ -135,8 +149,22 @@ class Promotion:
 
 def run(config: PromoteConfig) -> dict[str, Any]:
     """Promotes or rolls back; returns what promote.json holds. Raises UserError when a gate fails."""
-    settle(config.tracking, config.alias)
     return _plain(rollback(config) if config.rollback else promote(config))
+
+
+@contextmanager
+def _my_turn(config: PromoteConfig, tags: Mapping[str, Any]) -> Iterator[tuple[tracking.OpenRun, Turn]]:
+    """The run of an attempt, and its turn; what another one left half done is settled."""
+    cfg, params = config.tracking, config.model_dump(mode="json")
+    with tracking.run(cfg, PROMOTION, params, tags) as audit:
+        try:
+            with turn(cfg, audit, f"{tags['by']} (run {audit.run_id})") as mine:
+                audit.set_tags({"turn": mine.number})
+                settle(cfg, config.alias)
+                yield audit, mine
+        except UserError as error:
+            audit.set_tags({"outcome": "error", "error": str(error)})
+            raise
 
 
 def promote(config: PromoteConfig) -> Promotion:
@@ -147,20 +175,23 @@ def promote(config: PromoteConfig) -> Promotion:
         raise UserError("bundle", config.bundle, "has no adapter, it cannot paint", "promote the one of `aai adapt`")
     evaluation = recorded_evaluation(config, bundle)
     figures = evaluation.figures
-    current = _check_current(config)
     signature = _signature(config)
     tags: dict[str, Any] = {**signature, "data_fingerprint": bundle.meta.get("data_fingerprint", "")}
-    with tracking.run(cfg, PROMOTION, config.model_dump(mode="json"), tags) as audit:
+    with _my_turn(config, tags) as (audit, mine):
+        current = _check_current(config)
         audit.log_metrics(figures)
         version = _registered(cfg, bundle, figures, tags)
         versions.set_alias(cfg, CANDIDATE, version)
         verdicts = _judge(config, evaluation, current, version)
         passed = all(verdict.passed for verdict in verdicts)
+        forced = config.force and not passed
         tags |= {"gates": [asdict(verdict) for verdict in verdicts], "gates_passed": str(passed).lower()}
+        tags |= {"forced": str(forced).lower()}
         previous = versions.get_alias(cfg, previous_of(alias))
-        if not passed:
+        if not passed and not forced:
             _mark_refused(cfg, version, tags)
-        elif _check_current(config) != version:  # asked again: registering takes time
+        elif current != version:
+            mine.check()
             if current and not _same_bundle(cfg, current, bundle):  # one that lost its files is no way back
                 previous = current
             previous = None if previous == version else previous
@@ -170,16 +201,17 @@ def promote(config: PromoteConfig) -> Promotion:
         result = Promotion(
             name=cfg.model_name,
             version=version,
-            alias=alias if passed else CANDIDATE,
-            champion=version if passed else current,
+            alias=alias if passed or forced else CANDIDATE,
+            champion=version if passed or forced else current,
             was=current,
             previous=previous,
             passed=passed,
+            forced=forced,
             bundle=bundle.sha,
             gates=tuple(verdicts),
             **signature,
         )
-        _record(config, audit, result, "promoted" if passed else "refused")
+        _record(config, audit, result, "promoted" if passed else "forced" if forced else "refused")
     _announce(config, result)
     return result
 
@@ -187,13 +219,14 @@ def promote(config: PromoteConfig) -> Promotion:
 def rollback(config: PromoteConfig) -> Promotion:
     """Swaps an alias and its previous version; the first is withdrawn. Raises UserError when there is neither."""
     cfg, alias = config.tracking, config.alias
-    current, back = _check_current(config), versions.get_alias(cfg, previous_of(alias))
-    if current is None and back is None:
-        raise UserError("rollback", True, f"{cfg.model_name} has no {alias} yet", "run `aai promote` first")
-    if back is not None:
-        _fetch(cfg, back)
     signature = _signature(config)
-    with tracking.run(cfg, PROMOTION, config.model_dump(mode="json"), signature) as audit:
+    with _my_turn(config, {**signature}) as (audit, mine):
+        current, back = _check_current(config), versions.get_alias(cfg, previous_of(alias))
+        if current is None and back is None:
+            raise UserError("rollback", True, f"{cfg.model_name} has no {alias} yet", "run `aai promote` first")
+        if back is not None:
+            _fetch(cfg, back)
+        mine.check()
         move_alias(cfg, alias, Move(version=back, previous=current))
         result = Promotion(
             name=cfg.model_name,
@@ -303,7 +336,8 @@ def _check_current(config: PromoteConfig) -> int | None:
 
 def _mark_refused(cfg: TrackingConfig, version: int, tags: Mapping[str, Any]) -> None:
     """Marks a version with the gates it failed, unless it was promoted before: that record stays."""
-    if versions.version_tags(cfg, version).get("gates_passed") != "true":
+    before = versions.version_tags(cfg, version)
+    if "true" not in (before.get("gates_passed"), before.get("forced")):
         versions.set_version_tags(cfg, version, tags)
 
 
@@ -324,13 +358,16 @@ def _announce(config: PromoteConfig, result: Promotion) -> None:
     log.info("%s", table(result.gates))
     failed = [verdict for verdict in result.gates if not verdict.passed]
     count = f"{len(result.gates) - len(failed)} of {len(result.gates)} gates passed"
-    if failed:
+    if failed and not result.forced:
         first = failed[0]
         shown = "missing" if first.value is None else f"{first.value:.6g}"
         rule = f"must be {first.bound}, {count}; {config.alias} stays {named(result.was)}"
         remedy = first.remedy or "improve the bundle"
         raise UserError(first.gate, shown, rule, f"{remedy}; version {result.version} is kept as {CANDIDATE}")
     was = result.was or "unset"
+    if failed:
+        names = ", ".join(verdict.gate for verdict in failed)
+        log.warning("promote: forced by %s (%s) although these gates failed: %s", result.by, result.reason, names)
     log.info("promote: %s version %d is %s (was %s); %s", result.name, result.version, result.alias, was, count)
 
 

@@ -10,9 +10,10 @@ PROMOTION = "promotion"
 
 
 def attempts(cfg: TrackingConfig, newest: int) -> list[dict[str, Any]]:
-    """The newest attempts on a model, the newest first: at, outcome, alias, version, was, by, reason.
+    """The newest attempts on a model, the newest first: turn, at, outcome, alias, version, was, by, reason.
 
-    version 0 and was 0 stand for none. A run that broke off has the outcome `broke off`.
+    turn: the order in which they took place; 0 = it had none yet, or is of an older release. version 0 and was 0 stand
+    for none. A run that broke off has the outcome `broke off`.
     """
     client = connect(cfg)
     experiment = attempt(cfg, client.get_experiment_by_name, cfg.experiment)
@@ -26,6 +27,7 @@ def attempts(cfg: TrackingConfig, newest: int) -> list[dict[str, Any]]:
         tags, params = run.data.tags, run.data.params
         found.append(
             {
+                "turn": int(tags.get("turn", 0)),
                 "at": tags.get("at", "")[:16].replace("T", " "),
                 "outcome": tags.get("outcome", "broke off"),
                 "alias": params.get("alias", ""),

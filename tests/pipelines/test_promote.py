@@ -176,6 +176,25 @@ def test_a_failed_gate_keeps_the_champion(shop: Workshop) -> None:
     assert versions.version_tags(shop.cfg, 2)["gates_passed"] == "false"
 
 
+def test_force_promotes_what_gates_refuse_and_says_so(shop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
+    shop.bundle(1), shop.bundle(2, retrieval__overlap=3)
+    shop.promote(1)
+    for settings in ({}, {"reason": " "}, {"reason": "x", "rollback": True}):
+        with pytest.raises(UserError, match="force goes with a reason"):
+            shop.promote(2, force=True, **settings)
+    result = shop.promote(2, force=True, reason="the service is down")
+    assert (result["passed"], result["forced"], result["champion"], result["previous"]) == (False, True, 2, 1)
+    assert "although these gates failed: retrieval.overlap" in caplog.text
+    tags = versions.version_tags(shop.cfg, 2)
+    assert (tags["gates_passed"], tags["forced"], tags["reason"]) == ("false", "true", "the service is down")
+    assert [audit.data.tags["outcome"] for audit in shop.audits()] == ["promoted", "forced"]
+    with pytest.raises(UserError, match="overlap=3"):
+        shop.promote(2)
+    assert versions.version_tags(shop.cfg, 2)["forced"] == "true", "its record stays"
+    assert shop.promote(1, force=True, reason="all well")["forced"] is False, "nothing had to be forced"
+    assert shop.promote(2, rollback=True)["champion"] == 2
+
+
 def test_command_line_exit_codes(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     shop.bundle(1)
     shop.bundle(2, retrieval__overlap=3)

@@ -73,7 +73,12 @@ class Workshop:
     def __init__(self, folder: Path, store: Path) -> None:
         self.folder = folder
         shutil.copy(store, folder / "mlflow.db")
-        self.cfg = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="promotions", model_name="aai-demo")
+        self.cfg = self.config_of(folder)
+
+    @staticmethod
+    def config_of(folder: Path) -> TrackingConfig:
+        """The registry in a folder."""
+        return TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="promotions", model_name="aai-demo")
 
     def bundle(self, seed: int, **figures: Any) -> Bundle:
         """A bundle and its evaluation, see `changed`."""

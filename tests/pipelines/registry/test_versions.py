@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -128,42 +131,39 @@ def test_champion_paints_in_a_fresh_process_without_pickle(cfg: TrackingConfig, 
     assert out.split() == [b"\x89PNG\r\n\x1a\n".hex(), "True"] * 2, err
 
 
-def test_a_tracking_server_stores_and_returns_bundles(cfg: TrackingConfig, tmp_path: Path) -> None:
+@contextmanager
+def serving(folder: Path, store: str) -> Iterator[str]:
+    """The address of an `mlflow server` over a store; what is uploaded lies in folder/served."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        cfg.uri,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--artifacts-destination",
-        str(tmp_path / "served"),
-    ]
-    remote = TrackingConfig(uri=f"http://127.0.0.1:{port}", experiment="remote", model_name="toy")
-    with (tmp_path / "server.log").open("wb") as sink:
-        server = subprocess.Popen(command, cwd=tmp_path, stdout=sink, stderr=sink, start_new_session=True)
+    options = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", *options, "--artifacts-destination", str(folder / "served")]
+    address = f"http://127.0.0.1:{port}"
+    with (folder / "server.log").open("wb") as sink:
+        server = subprocess.Popen(command, cwd=folder, stdout=sink, stderr=sink, start_new_session=True)
         try:
-            wait_for(remote, tmp_path / "server.log")
-            made = make_bundle(tmp_path / "1", 1)
-            versions.set_alias(remote, "champion", versions.register(remote, made.folder, {"r1": 1}, {"a": "b"}))
-            assert versions.register(remote, made.folder, {}, {}) == 1
-            folder = versions.resolve_bundle("models:/toy@champion", remote)
-            assert read_bundle(folder).sha == made.sha
-            assert not folder.startswith(str(tmp_path))
-            with pytest.raises(UserError, match=r"no alias 'x' .* champion \(version 1\)"):
-                versions.resolve_bundle("models:/toy@x", remote)
+            wait_for(TrackingConfig(uri=address), folder / "server.log")
+            yield address
         finally:
-            os.killpg(server.pid, 15)
+            os.killpg(server.pid, signal.SIGKILL)  # on SIGTERM it waits for open connections
             server.wait(timeout=20)
+
+
+def test_a_tracking_server_stores_and_returns_bundles(cfg: TrackingConfig, tmp_path: Path) -> None:
+    with serving(tmp_path, cfg.uri) as address:
+        remote = TrackingConfig(uri=address, experiment="remote", model_name="toy")
+        made = make_bundle(tmp_path / "1", 1)
+        versions.set_alias(remote, "champion", versions.register(remote, made.folder, {"r1": 1}, {"a": "b"}))
+        assert versions.register(remote, made.folder, {}, {}) == 1
+        folder = versions.resolve_bundle("models:/toy@champion", remote)
+        assert read_bundle(folder).sha == made.sha
+        assert not folder.startswith(str(tmp_path))
+        with pytest.raises(UserError, match=r"no alias 'x' .* champion \(version 1\)"):
+            versions.resolve_bundle("models:/toy@x", remote)
+        shutil.rmtree(tmp_path / "served")
+        with pytest.raises(UserError, match=r"^bundle=models:/toy/1: the registered version holds no bundle"):
+            versions.resolve_bundle("models:/toy/1", remote, str(tmp_path / "into"))
 
 
 def wait_for(cfg: TrackingConfig, log: Path) -> None:
