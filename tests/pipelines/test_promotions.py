@@ -3,8 +3,10 @@
 The accept runs print how many there were and what came of them.
 """
 
+import json
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,64 @@ def test_m1_a_hundred_races(shop: Workshop, tmp_path: Path, where: str) -> None:
     with serving(tmp_path, shop.cfg.uri) as address:
         shop.cfg = shop.cfg.model_copy(update={"uri": address, "experiment": "served"})
         all_races()
+
+
+BAD: dict[str, Callable[[random.Random], dict[str, Any]]] = {
+    "an object is heard less often": lambda draw: {"generation__sound__object": 0.8 - draw.uniform(0.08, 0.5)},
+    "the same object comes first less often": lambda draw: {"retrieval__same_object_r1": 0.9 - draw.uniform(0.08, 0.5)},
+    "a figure is missing": lambda draw: {draw.choice(("retrieval__overlap", "generation__ceiling__object")): None},
+    "a figure is no number": lambda draw: {"generation__sound__ambience": draw.choice(("0.9", True, float("nan")))},
+    "a ceiling of nothing": lambda draw: {"generation__ceiling__object": draw.choice((0, -1.0))},
+    "it knows clips of the test": lambda draw: {"retrieval__overlap": draw.randint(1, 50)},
+    "an embedding looks at its batch": lambda draw: {"retrieval__batch_invariance_max_abs": draw.uniform(1e-3, 1)},
+    "no better than a lookup": lambda draw: {
+        "generation__uncaptioned__above_nearest_caption__low": draw.uniform(-1, 0.04)
+    },
+    "the judge says what was asked": lambda draw: {"generation__random_token__object": draw.uniform(0.3, 1)},
+    "other clips than the champion's": lambda draw: {"data_fingerprint": f"other{draw.random()}"},
+    "other settings than the champion's": lambda draw: {"config": f"other{draw.random()}"},
+}
+"""Ways to be no better, or to be incomparable."""
+TAMPERED = ("changed", "another's", "unrecorded", "unsealed")
+
+
+def tampered(shop: Workshop, number: int, how: str) -> None:
+    """Makes of an honest evaluation one that is no evidence."""
+    file = shop.folder / str(number) / "evaluate.json"
+    result = json.loads(file.read_text())
+    if how == "changed":
+        result["generation"]["sound"]["object"] = 1.0
+    elif how == "another's":
+        result = json.loads((shop.folder / "0" / "evaluate.json").read_text()) | {"bundle": result["bundle"]}
+    elif how == "unrecorded":
+        result = shop.evaluate(number, record=False, generation__sound__object=0.99)
+    else:
+        del result["sha"]
+    file.write_text(json.dumps(result))
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(3600)
+def test_m1_bad_candidates_are_refused_and_honest_ones_promoted(shop: Workshop) -> None:
+    draw = random.Random(0)
+    rules = {"not_worse_than_champion": {"generation.sound.object": 0.03, "retrieval.same_object_r1": 0.03}}
+    shop.bundle(0)
+    shop.promote(0, **rules)
+    reasons: list[str] = []
+    for number in range(1, 51):
+        how = draw.choice([*BAD, *TAMPERED])
+        shop.bundle(number, **(BAD[how](draw) if how in BAD else {}))
+        if how in TAMPERED:
+            tampered(shop, number, how)
+        with pytest.raises(UserError) as error:
+            shop.promote(number, **rules)
+        reasons.append(f"{how}: {error.value}")
+    assert shop.aliases()["champion"] == 1
+    print("\n".join(reasons))
+    champion, best = 0, 0.8
+    for number in range(51, 71):
+        best += 0.005
+        shop.bundle(number, generation__sound__object=best)
+        champion = shop.promote(number, **rules)["champion"]
+        assert shop.aliases()["champion"] == champion
+    check_history(shop.cfg, shop)
