@@ -40,6 +40,7 @@ def race(shop: Workshop, bundles: list[int], rollback: bool) -> None:
         thread.start()
     for thread in threads:
         thread.join(300)
+        assert not thread.is_alive()
     assert errors == []
 
 
@@ -47,7 +48,8 @@ def check_history(cfg: TrackingConfig, shop: Workshop) -> int:
     """Each attempt found what the one before it left; the aliases are what the last one left. Returns how many."""
     champion = 0
     found = [row for row in reversed(attempts(cfg, 1000)) if row["outcome"] in ("promoted", "rolled back")]
-    for row in sorted(found, key=lambda row: row["turn"]):
+    assert [row["turn"] for row in found] == sorted({row["turn"] for row in found} - {0}), "each its own, in order"
+    for row in found:
         assert row["was"] == champion, row
         champion = row["version"]
     assert shop.aliases().get("champion", 0) == champion
@@ -90,23 +92,48 @@ def test_m1_a_hundred_races(shop: Workshop, tmp_path: Path, where: str) -> None:
         all_races()
 
 
-BAD: dict[str, Callable[[random.Random], dict[str, Any]]] = {
-    "an object is heard less often": lambda draw: {"generation__sound__object": 0.8 - draw.uniform(0.08, 0.5)},
-    "the same object comes first less often": lambda draw: {"retrieval__same_object_r1": 0.9 - draw.uniform(0.08, 0.5)},
-    "a figure is missing": lambda draw: {draw.choice(("retrieval__overlap", "generation__ceiling__object")): None},
-    "a figure is no number": lambda draw: {"generation__sound__ambience": draw.choice(("0.9", True, float("nan")))},
-    "a ceiling of nothing": lambda draw: {"generation__ceiling__object": draw.choice((0, -1.0))},
-    "it knows clips of the test": lambda draw: {"retrieval__overlap": draw.randint(1, 50)},
-    "an embedding looks at its batch": lambda draw: {"retrieval__batch_invariance_max_abs": draw.uniform(1e-3, 1)},
-    "no better than a lookup": lambda draw: {
-        "generation__uncaptioned__above_nearest_caption__low": draw.uniform(-1, 0.04)
-    },
-    "the judge says what was asked": lambda draw: {"generation__random_token__object": draw.uniform(0.3, 1)},
-    "other clips than the champion's": lambda draw: {"data_fingerprint": f"other{draw.random()}"},
-    "other settings than the champion's": lambda draw: {"config": f"other{draw.random()}"},
+Figures = Callable[[random.Random], dict[str, Any]]
+BAD: dict[str, tuple[Figures, str]] = {
+    "hears less": (
+        lambda draw: {"generation__sound__object": 0.8 - draw.uniform(0.08, 0.5)},
+        r"sound\.object=0\.\d+: must be >=",
+    ),
+    "finds less": (
+        lambda draw: {"retrieval__same_object_r1": 0.9 - draw.uniform(0.08, 0.5)},
+        r"same_object_r1=0\.\d+: must be >=",
+    ),
+    "no figure": (
+        lambda draw: {draw.choice(("retrieval__overlap", "retrieval__near_overlap")): None},
+        "=missing: must be <= 0",
+    ),
+    "no number": (
+        lambda draw: {"generation__sound__ambience": draw.choice(("0.9", True, float("nan")))},
+        "ambience=missing",
+    ),
+    "a ceiling of nothing": (
+        lambda draw: {"generation__ceiling__object": draw.choice((0, -1.0))},
+        "but it must be above 0",
+    ),
+    "knows the test": (lambda draw: {"retrieval__overlap": draw.randint(1, 50)}, r"overlap=\d+: must be <= 0"),
+    "looks at its batch": (
+        lambda draw: {"retrieval__batch_invariance_max_abs": draw.uniform(1e-3, 1)},
+        "must be <= 0.0001",
+    ),
+    "a lookup": (
+        lambda draw: {"generation__uncaptioned__above_nearest_caption__low": draw.uniform(-1, 0.04)},
+        "must be >= 0.05",
+    ),
+    "a kind judge": (lambda draw: {"generation__random_token__object": draw.uniform(0.3, 1)}, "must be <= 0.2"),
+    "other clips": (lambda draw: {"data_fingerprint": f"other{draw.random()}"}, "no evaluation on record"),
+    "other settings": (lambda draw: {"config": f"other{draw.random()}"}, "no evaluation on record"),
 }
-"""Ways to be no better, or to be incomparable."""
-TAMPERED = ("changed", "another's", "unrecorded", "unsealed")
+"""Ways to be no better, or to be incomparable, and what the refusal says."""
+TAMPERED = {
+    "changed": "was changed after",
+    "another's": "was changed after",
+    "unrecorded": "on record in no finished run",
+    "unsealed": "by an older release",
+}
 
 
 def tampered(shop: Workshop, number: int, how: str) -> None:
@@ -134,10 +161,11 @@ def test_m1_bad_candidates_are_refused_and_honest_ones_promoted(shop: Workshop) 
     reasons: list[str] = []
     for number in range(1, 51):
         how = draw.choice([*BAD, *TAMPERED])
-        shop.bundle(number, **(BAD[how](draw) if how in BAD else {}))
+        figures, rule = BAD[how] if how in BAD else (lambda _: {}, TAMPERED[how])
+        shop.bundle(number, **figures(draw))
         if how in TAMPERED:
             tampered(shop, number, how)
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError, match=rule) as error:
             shop.promote(number, **rules)
         reasons.append(f"{how}: {error.value}")
     assert shop.aliases()["champion"] == 1
