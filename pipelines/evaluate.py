@@ -42,7 +42,7 @@ from pipelines.evaluation.leaks import near_overlap
 from pipelines.evaluation.listening import HEARD, ListenWorker
 from pipelines.evaluation.marks import marks
 from pipelines.evaluation.paired import MARKS, as_bytes, check_finished, compare, lines
-from pipelines.registry import tracking
+from pipelines.registry import store, tracking
 from pipelines.registry.evaluations import is_recorded, is_whole, sealed, tags_of
 from pipelines.settings import DType, Plan, RayVerbConfig, RunsConfig
 
@@ -160,7 +160,8 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates a bundle; returns and writes evaluate.json (see docs/architecture.md)."""
     refuse_foreign(config.out)  # before the lock, which writes: such a folder is not touched at all
-    if config.against:  # before hours of work
+    store.check(config.tracking)  # both before hours of work
+    if config.against:
         check_finished(config.against)
     result = _evaluate(config)
     if config.against:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -56,6 +57,9 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def run(config: ModelsConfig) -> dict[str, Any]:
     """Prints and returns what the registry holds. Raises UserError where there is no such model or version."""
+    uri = config.tracking.uri
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").split("?")[0]).exists():
+        raise UserError("tracking.uri", uri, "no such file", "give the store that `aai promote` used")
     found = versions.listing(config.tracking)
     if not found:
         rule = f"no model {config.tracking.model_name!r} is registered in {config.tracking.uri}"

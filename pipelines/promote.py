@@ -12,7 +12,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Self, TypedDict
@@ -28,7 +28,7 @@ from pipelines.registry import evaluations, tracking, versions
 from pipelines.registry.evaluations import Evaluation
 from pipelines.registry.figures import numbers
 from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, incomparable, table
-from pipelines.registry.history import PROMOTION
+from pipelines.registry.history import MOVING, PROMOTION
 from pipelines.registry.moves import Move, evaluation_tag, figures_tag, move_alias, named, previous_of, settle
 from pipelines.registry.turns import Turn, turn
 from pipelines.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
@@ -163,7 +163,9 @@ def _my_turn(config: PromoteConfig, tags: Mapping[str, Any]) -> Iterator[tuple[t
                 settle(cfg, config.alias)
                 yield audit, mine
         except UserError as error:
-            audit.set_tags({"outcome": "error", "error": str(error)})
+            with suppress(UserError):  # what went wrong is more than that it could not be noted
+                if audit.tag("outcome") is None:
+                    audit.set_tags({"outcome": "error", "error": str(error)})
             raise
 
 
@@ -192,6 +194,7 @@ def promote(config: PromoteConfig) -> Promotion:
             _mark_refused(cfg, version, tags)
         elif current != version:
             mine.check()
+            _note_move(audit, version, current)
             if current and not _same_bundle(cfg, current, bundle):  # one that lost its files is no way back
                 previous = current
             previous = None if previous == version else previous
@@ -227,6 +230,7 @@ def rollback(config: PromoteConfig) -> Promotion:
         if back is not None:
             _fetch(cfg, back)
         mine.check()
+        _note_move(audit, back, current)
         move_alias(cfg, alias, Move(version=back, previous=current))
         result = Promotion(
             name=cfg.model_name,
@@ -339,6 +343,11 @@ def _mark_refused(cfg: TrackingConfig, version: int, tags: Mapping[str, Any]) ->
     before = versions.version_tags(cfg, version)
     if "true" not in (before.get("gates_passed"), before.get("forced")):
         versions.set_version_tags(cfg, version, tags)
+
+
+def _note_move(audit: tracking.OpenRun, version: int | None, was: int | None) -> None:
+    """Says what is about to happen: a run that is killed now may have moved the alias."""
+    audit.set_tags({"outcome": MOVING, "version": version or 0, "was": was or 0})
 
 
 def _record(config: PromoteConfig, audit: tracking.OpenRun, result: Promotion, outcome: str) -> None:

@@ -58,7 +58,7 @@ def identity(spec: FoundationSpec, ends: tuple[str, ...] = LOADED) -> dict[str, 
 
 def is_identity(spec: FoundationSpec, key: str, recorded: str | None) -> bool:
     """Whether a table or bundle records this foundation under a key of `identity`; those of before hashed less."""
-    return recorded in (identity(spec).get(key), identity(spec, WEIGHTS).get(key))
+    return recorded == identity(spec).get(key) or recorded == identity(spec, WEIGHTS).get(key)
 
 
 def _folder_hash(folder: Path, ends: tuple[str, ...]) -> str:

@@ -1,5 +1,6 @@
 """What was tried with a model's aliases: the runs that every promotion, refusal and rollback leaves in MLflow."""
 
+import math
 from typing import Any
 
 from pipelines.registry.tracking import attempt, connect
@@ -7,6 +8,9 @@ from pipelines.settings import TrackingConfig
 
 PROMOTION = "promotion"
 """Name of such a run."""
+MOVING = "moving"
+"""Its outcome from before the alias moves until all is done: a run that ended so was killed on the way, and the next
+turn has finished what it began, or forgot it."""
 
 
 def attempts(cfg: TrackingConfig, newest: int) -> list[dict[str, Any]]:
@@ -37,4 +41,5 @@ def attempts(cfg: TrackingConfig, newest: int) -> list[dict[str, Any]]:
                 "reason": tags.get("reason", ""),
             }
         )
-    return found
+    # A run that waited may have begun before one that had its turn earlier; one without a turn stays at the top.
+    return sorted(found, key=lambda row: row["turn"] or math.inf, reverse=True)

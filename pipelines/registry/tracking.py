@@ -70,7 +70,12 @@ def connect(cfg: StoreConfig) -> "MlflowClient":
 @contextlib.contextmanager
 def _lock(file: Path) -> Iterator[None]:
     """One process at a time: MLflow makes its tables step by step, and two at once fail half-way."""
-    with file.with_name(f".{file.name}.lock").open("w") as holder:
+    try:
+        holder = file.with_name(f".{file.name}.lock").open("w")
+    except OSError:  # who cannot write here makes no tables
+        yield
+        return
+    with holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         yield
 
@@ -78,6 +83,8 @@ def _lock(file: Path) -> Iterator[None]:
 def attempt(cfg: StoreConfig, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Calls MLflow; tries once more when sqlite is locked; its refusals become UserErrors."""
     refusal = mlflow().exceptions.MlflowException
+    from requests import RequestException
+
     try:
         try:
             return call(*args, **kwargs)
@@ -86,7 +93,7 @@ def attempt(cfg: StoreConfig, call: Callable[..., T], *args: Any, **kwargs: Any)
                 raise
             time.sleep(1)
             return call(*args, **kwargs)
-    except refusal as error:
+    except (refusal, RequestException) as error:  # uploads to a server raise the second
         reason = str(error).split("\n")[0][:300]
         remedy = "check the tracking server, the names and your credentials"
         raise UserError("tracking.uri", cfg.uri, f"MLflow refuses: {reason}", remedy) from error
@@ -163,6 +170,11 @@ class OpenRun:
         """Logs a picture of a step: MLflow's UI shows those of one name by step."""
         with Image.open(io.BytesIO(png)) as image:
             attempt(self.cfg, self.client.log_image, self.run_id, image, key=name, step=step, synchronous=True)
+
+    def tag(self, key: str) -> str | None:
+        """A tag as the store has it."""
+        found: str | None = attempt(self.cfg, self.client.get_run, self.run_id).data.tags.get(key)
+        return found
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Sets tags (texts up to 8,000 characters)."""

@@ -7,6 +7,7 @@ ticket is open. A ticket whose holder was not heard of for LEASE_S is closed by 
 
 import fcntl
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aai.digest import digest
 from aai.errors import UserError
 from pipelines.registry.store import database
 from pipelines.registry.tracking import OpenRun, attempt, unless
@@ -43,8 +45,8 @@ class Turn:
 def turn(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Turn]:
     """The body runs while no other turn of this model does. run: of the attempt. Raises UserError after PATIENCE_S."""
     if cfg.uri.startswith("sqlite:///"):
-        file = database(cfg)
-        with _locked(cfg, file.with_name(f".{file.name}.{cfg.model_name}.turn")) as number:
+        file = database(cfg).resolve()
+        with _locked(cfg, file.with_name(f".{file.name}.{digest(cfg.model_name)}.turn")) as number:
             yield Turn(number, lambda: None)
     else:
         with _ticket(cfg, run, who) as mine:
@@ -60,7 +62,7 @@ def _busy(cfg: TrackingConfig, who: str) -> UserError:
 def _locked(cfg: TrackingConfig, file: Path) -> Iterator[int]:
     """Yields the number of the turn, which the file counts."""
     until_s = time.monotonic() + PATIENCE_S
-    with file.open("a+") as holder:
+    with _opened(cfg, file) as holder:
         while True:
             try:
                 fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,12 +71,22 @@ def _locked(cfg: TrackingConfig, file: Path) -> Iterator[int]:
                 if time.monotonic() > until_s:
                     raise _busy(cfg, "another process") from None
                 time.sleep(LOOK_S)
-        holder.seek(0)
-        number = 1 + int(holder.read() or 0)
-        holder.truncate(0)
-        holder.write(str(number))
-        holder.flush()
+        number = 1 + int(os.pread(holder, 64, 0) or 0)
+        os.pwrite(holder, str(number).encode(), 0)  # a number never gets shorter: at no time is the file empty
         yield number
+
+
+@contextmanager
+def _opened(cfg: TrackingConfig, file: Path) -> Iterator[int]:
+    try:
+        holder = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        rule = f"{file} cannot be written ({error.strerror})"
+        raise UserError("tracking.uri", cfg.uri, rule, "promote as a user who may write there") from error
+    try:
+        yield holder
+    finally:
+        os.close(holder)
 
 
 # ---------------------------------------------------------------- on a server
@@ -88,6 +100,7 @@ def _ticket(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Turn]:
     beat.start()
     try:
         tickets.wait(number)
+        tickets.check(number)  # one that was silent while it waited has lost its ticket
         yield Turn(number, lambda: tickets.check(number))
     finally:
         ended.set()
@@ -116,8 +129,12 @@ class Tickets:
         until_s = time.monotonic() + PATIENCE_S
         last: dict[int, tuple[str, float]] = {}
         """Of each open ticket its beat, and since when that has been so, on this process's clock."""
+        looked_s = time.monotonic()
         while waiting := self._open_below(number):
             now_s = time.monotonic()
+            if now_s - looked_s > BEAT_S:
+                last.clear()  # the server was slow, or this machine asleep: others could not be heard of either
+            looked_s = now_s
             for ticket in waiting:
                 lower, beat = int(ticket.version), str(ticket.tags.get(BEAT))
                 if last.get(lower, ("", 0.0))[0] != beat:
@@ -140,7 +157,8 @@ class Tickets:
                 log.warning("promote: the registry was not told that this turn goes on (%s)", error)
 
     def check(self, number: int) -> None:
-        """Raises UserError when somebody closed the ticket."""
+        """Raises UserError when somebody closed the ticket; a new beat gives the time to do what follows."""
+        self._tag(number, BEAT, f"checked {time.time():.3f}")
         found = attempt(self.cfg, self.client.get_model_version, self.model, str(number))
         if found.tags.get(STATE) != "open":
             raise _busy(self.cfg, "another process, since nothing was heard of this one,")
@@ -154,11 +172,11 @@ class Tickets:
 
     def _open_below(self, number: int) -> list[Any]:
         """Open tickets below a number, the lowest first."""
-        query, found = f"name = '{self.model}'", []
+        query, found = f"name = '{self.model}' and tags.{STATE} = 'open'", []
         token: str | None = ""
         while token is not None:
             page = attempt(self.cfg, self.client.search_model_versions, query, 1000, page_token=token or None)
-            found += [ticket for ticket in page if int(ticket.version) < number and ticket.tags.get(STATE) == "open"]
+            found += [ticket for ticket in page if int(ticket.version) < number]
             token = page.token or None
         return sorted(found, key=lambda ticket: int(ticket.version))
 

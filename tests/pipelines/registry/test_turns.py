@@ -70,9 +70,9 @@ def test_a_ticket_waits_for_all_lower_ones(tickets: Tickets, monkeypatch: pytest
 def test_a_holder_that_is_heard_of_keeps_its_turn_and_a_dead_one_loses_it(
     tickets: Tickets, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(turns, "LEASE_S", 1.5)
-    monkeypatch.setattr(turns, "BEAT_S", 0.3)
-    monkeypatch.setattr(turns, "PATIENCE_S", 4.0)
+    monkeypatch.setattr(turns, "LEASE_S", 6.0)
+    monkeypatch.setattr(turns, "BEAT_S", 0.5)
+    monkeypatch.setattr(turns, "PATIENCE_S", 12.0)
     alive, ended = tickets.draw("ann"), threading.Event()
     beat = threading.Thread(target=tickets.beat, args=(alive, ended))
     beat.start()
@@ -88,3 +88,13 @@ def test_a_holder_that_is_heard_of_keeps_its_turn_and_a_dead_one_loses_it(
     with pytest.raises(UserError, match="since nothing was heard of this one"):
         tickets.check(alive)
     tickets.close(waiting)
+
+
+def test_who_was_silent_while_it_waited_does_not_begin(
+    tickets: Tickets, run: OpenRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tickets, "wait", lambda self, number: self._tag(number, "state", "given up"))
+    cfg = tickets.cfg.model_copy(update={"uri": "http://elsewhere"})
+    monkeypatch.setattr(turns, "Tickets", lambda *_: tickets)
+    with pytest.raises(UserError, match="since nothing was heard of this one"), turn(cfg, run, "ann"):
+        pytest.fail("it must not begin")
