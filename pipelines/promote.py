@@ -30,7 +30,7 @@ from pipelines.registry.figures import numbers
 from pipelines.registry.gates import Gate, Verdict, check_champion, check_gate, incomparable, table
 from pipelines.registry.history import MOVING, PROMOTION
 from pipelines.registry.moves import Move, evaluation_tag, figures_tag, move_alias, named, previous_of, settle
-from pipelines.registry.turns import Turn, turn
+from pipelines.registry.tickets import Claim, turn
 from pipelines.registry.versions import CANDIDATE, CHAMPION, PREVIOUS
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
 
@@ -153,7 +153,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _my_turn(config: PromoteConfig, tags: Mapping[str, Any]) -> Iterator[tuple[tracking.OpenRun, Turn]]:
+def _my_turn(config: PromoteConfig, tags: Mapping[str, Any]) -> Iterator[tuple[tracking.OpenRun, Claim]]:
     """The run of an attempt, and its turn; what another one left half done is settled."""
     cfg, params = config.tracking, config.model_dump(mode="json")
     with tracking.run(cfg, PROMOTION, params, tags) as audit:

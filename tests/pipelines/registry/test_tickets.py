@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from aai.errors import UserError
-from pipelines.registry import tracking, turns
+from pipelines.registry import tickets as registry_tickets
+from pipelines.registry import tracking
+from pipelines.registry.tickets import Tickets, turn
 from pipelines.registry.tracking import OpenRun
-from pipelines.registry.turns import Tickets, turn
 from tests.pipelines.workshop import Workshop
 
 
@@ -42,7 +43,7 @@ def test_on_sqlite_one_waits_for_the_other(tmp_path: Path, run: OpenRun, monkeyp
         order.append(f"first {mine.number}")
     other.join(60)
     assert order == ["first 1", "second 2"]
-    monkeypatch.setattr(turns, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(registry_tickets, "PATIENCE_S", 0.5)
     with (
         turn(cfg, run, "first"),
         pytest.raises(UserError, match="another process is promoting or rolling back"),
@@ -58,10 +59,10 @@ def test_a_ticket_waits_for_all_lower_ones(tickets: Tickets, monkeypatch: pytest
     assert (first, second, third) == (1, 2, 3)
     tickets.wait(first)
     tickets.close(second)  # it gave up waiting
-    monkeypatch.setattr(turns, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(registry_tickets, "PATIENCE_S", 0.5)
     with pytest.raises(UserError, match="ann is promoting or rolling back aai-demo"):
         tickets.wait(third)
-    monkeypatch.setattr(turns, "PATIENCE_S", 60)
+    monkeypatch.setattr(registry_tickets, "PATIENCE_S", 60)
     threading.Timer(1, tickets.close, [first]).start()
     tickets.wait(third)
     tickets.check(third)
@@ -70,9 +71,9 @@ def test_a_ticket_waits_for_all_lower_ones(tickets: Tickets, monkeypatch: pytest
 def test_a_holder_that_is_heard_of_keeps_its_turn_and_a_dead_one_loses_it(
     tickets: Tickets, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(turns, "LEASE_S", 6.0)
-    monkeypatch.setattr(turns, "BEAT_S", 0.5)
-    monkeypatch.setattr(turns, "PATIENCE_S", 12.0)
+    monkeypatch.setattr(registry_tickets, "LEASE_S", 6.0)
+    monkeypatch.setattr(registry_tickets, "BEAT_S", 0.5)
+    monkeypatch.setattr(registry_tickets, "PATIENCE_S", 12.0)
     alive, ended = tickets.draw("ann"), threading.Event()
     beat = threading.Thread(target=tickets.beat, args=(alive, ended))
     beat.start()
@@ -82,7 +83,7 @@ def test_a_holder_that_is_heard_of_keeps_its_turn_and_a_dead_one_loses_it(
     tickets.check(alive)
     ended.set()
     beat.join()
-    monkeypatch.setattr(turns, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(registry_tickets, "PATIENCE_S", 60.0)
     tickets.wait(waiting)
     assert "turn 1 of ann is over, nothing was heard of it" in caplog.text
     with pytest.raises(UserError, match="since nothing was heard of this one"):
@@ -95,6 +96,6 @@ def test_who_was_silent_while_it_waited_does_not_begin(
 ) -> None:
     monkeypatch.setattr(Tickets, "wait", lambda self, number: self._tag(number, "state", "given up"))
     cfg = tickets.cfg.model_copy(update={"uri": "http://elsewhere"})
-    monkeypatch.setattr(turns, "Tickets", lambda *_: tickets)
+    monkeypatch.setattr(registry_tickets, "Tickets", lambda *_: tickets)
     with pytest.raises(UserError, match="since nothing was heard of this one"), turn(cfg, run, "ann"):
         pytest.fail("it must not begin")

@@ -15,6 +15,7 @@ import pytest
 from aai.errors import UserError
 from pipelines.registry.history import attempts
 from pipelines.settings import TrackingConfig
+from tests.pipelines.conftest import empty_store  # noqa: F401
 from tests.pipelines.registry.test_versions import serving
 from tests.pipelines.workshop import Workshop
 
@@ -57,7 +58,7 @@ def check_history(cfg: TrackingConfig, shop: Workshop) -> int:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, empty_store: Path) -> Workshop:
+def shop(tmp_path: Path, empty_store: Path) -> Workshop:  # noqa: F811
     return Workshop(tmp_path, empty_store)
 
 

@@ -32,7 +32,7 @@ STATE, BEAT = "state", "beat"
 
 
 @dataclass(frozen=True)
-class Turn:
+class Claim:
     """What the body of `turn` is told."""
 
     number: int
@@ -42,12 +42,12 @@ class Turn:
 
 
 @contextmanager
-def turn(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Turn]:
+def turn(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Claim]:
     """The body runs while no other turn of this model does. run: of the attempt. Raises UserError after PATIENCE_S."""
     if cfg.uri.startswith("sqlite:///"):
         file = database(cfg).resolve()
         with _locked(cfg, file.with_name(f".{file.name}.{digest(cfg.model_name)}.turn")) as number:
-            yield Turn(number, lambda: None)
+            yield Claim(number, lambda: None)
     else:
         with _ticket(cfg, run, who) as mine:
             yield mine
@@ -93,7 +93,7 @@ def _opened(cfg: TrackingConfig, file: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _ticket(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Turn]:
+def _ticket(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Claim]:
     tickets = Tickets(cfg, run)
     number, ended = tickets.draw(who), threading.Event()
     beat = threading.Thread(target=tickets.beat, args=(number, ended), name="promotion-turn", daemon=True)
@@ -101,7 +101,7 @@ def _ticket(cfg: TrackingConfig, run: OpenRun, who: str) -> Iterator[Turn]:
     try:
         tickets.wait(number)
         tickets.check(number)  # one that was silent while it waited has lost its ticket
-        yield Turn(number, lambda: tickets.check(number))
+        yield Claim(number, lambda: tickets.check(number))
     finally:
         ended.set()
         beat.join()
