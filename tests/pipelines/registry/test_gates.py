@@ -32,7 +32,7 @@ from tests.pipelines.workshop import changed
         ({"generation__ceiling__object": 0}, {"generation.sound.object": 0.8}),
         ({"generation__ceiling__object": float("nan")}, {"generation.sound.object": 0.8}),
         ({"generation__sound": {}}, {"generation.sound.object": None, "generation.sound.ambience": None}),
-        ({"generation__sound__object": 0.75}, {"generation.sound.object": 0.75}),
+        ({"generation__sound__object": 0.7}, {"generation.sound.object": 0.7}),
         ({"generation__random_token__object": 0.21}, {"generation.random_token.object": 0.21}),
     ],
 )
