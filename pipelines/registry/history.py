@@ -1,6 +1,5 @@
 """What was tried with a model's aliases: the runs that every promotion, refusal and rollback leaves in MLflow."""
 
-import math
 from typing import Any
 
 from pipelines.registry.tracking import attempt, connect
@@ -41,5 +40,10 @@ def attempts(cfg: TrackingConfig, newest: int) -> list[dict[str, Any]]:
                 "reason": tags.get("reason", ""),
             }
         )
-    # A run that waited may have begun before one that had its turn earlier; one without a turn stays at the top.
-    return sorted(found, key=lambda row: row["turn"] or math.inf, reverse=True)
+    # A run that waited may have begun before one that had its turn earlier; one without a turn stays where it began.
+    latest, places = 0.0, {}
+    for place, row in enumerate(reversed(found)):
+        latest = max(latest, row["turn"])
+        places[len(found) - 1 - place] = row["turn"] or latest + 0.5
+    in_turn = sorted(range(len(found)), key=lambda place: (-places[place], place))
+    return [found[place] for place in in_turn]

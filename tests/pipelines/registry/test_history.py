@@ -22,4 +22,8 @@ def test_attempts_on_this_model_alone_and_those_that_broke_off(tmp_path: Path, e
     assert (found[1]["alias"], found[1]["reason"]) == ("champion", "why not")
     assert found[1]["at"].startswith("20")
     assert attempts(shop.cfg, 1) == found[:1]
+    for turn in (7, 0, 3):  # the one of turn 3 began last: it had waited less long; the second never had a turn
+        with tracking.run(shop.cfg, "promotion", {"tracking": {"model_name": "aai-demo"}}, {"turn": turn}):
+            pass
+    assert [row["turn"] for row in attempts(shop.cfg, 5)] == [0, 7, 3, 0, 1]
     assert attempts(shop.cfg.model_copy(update={"experiment": "another"}), 5) == []
