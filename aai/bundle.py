@@ -1,8 +1,9 @@
 """The bundle: the folder that is trained, registered, promoted and served. Text and safetensors, no pickle.
 
-    config.yaml  aligner.safetensors  [adapter.safetensors]  meta.json
+    config.yaml  aligner.safetensors  [adapter.safetensors]  meta.json  [model.sig]
 
-`meta.json` is the seal: it names every other file with its SHA-256, and the foundation that was trained on.
+`meta.json` is the seal: it names every other file with its SHA-256, and the foundation that was trained on. `model.sig`
+says who made it (`aai.signatures`).
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec, identity, is_identity
+from aai.signatures import SIGNATURE, SigningConfig, sign
 from aai.version import code_version
 
 VERSION = 1
@@ -37,7 +39,7 @@ REQUIRED = (CONFIG_FILE, ALIGNER_FILE, META_FILE)
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
 MLFLOW_FILES = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
 """What MLflow may lay beside a bundle; nothing of it is read."""
-KNOWN = (*REQUIRED, ADAPTER_FILE, *MLFLOW_FILES)
+KNOWN = (*REQUIRED, ADAPTER_FILE, SIGNATURE, *MLFLOW_FILES)
 META_TYPES = {"created_at": str, "files": dict, "foundation": dict, "metrics": dict, "parents": list}
 
 
@@ -156,6 +158,18 @@ def read_bundle(uri: str | Path) -> Bundle:
         rule = f"{CONFIG_FILE} and {ADAPTER_FILE} disagree on whether there is an adapter"
         raise UserError("bundle", uri, rule, "write the bundle again")
     return Bundle(folder, config, meta)
+
+
+def sign_bundle(uri: str, config: SigningConfig) -> str:
+    """Signs a bundle where it lies (local or s3://); returns who did (`aai.signatures.signer_of`).
+
+    Raises UserError for a broken bundle, or a key that cannot sign; what was signed before stays so.
+    """
+    bundle = read_bundle(uri)
+    by = sign(bundle.folder, config)
+    if uri.startswith("s3://"):  # what was signed is a copy
+        storage.write_bytes(storage.join(uri, SIGNATURE), (bundle.folder / SIGNATURE).read_bytes())
+    return by
 
 
 def _write_files(

@@ -34,6 +34,7 @@ VERBS = {
     "adapt": "train the audio adapter through the frozen diffusion model -> bundle",
     "tune": "sweep over the settings of align or adapt -> the best as a config file",
     "evaluate": "retrieval and generation quality on held-out clips, with floors and ceilings",
+    "sign": "sign a bundle with a key, so that promote and serve can tell whose it is",
     "promote": "gate, register and alias a bundle; --rollback moves the alias back",
     "models": "the registry: versions, aliases, figures, and how the aliases moved",
     "generate": "sound -> pictures",

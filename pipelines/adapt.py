@@ -15,10 +15,10 @@ import torch
 from diffusers.utils import make_image_grid
 from torch import Tensor, nn
 
-from aai import aligned
+from aai import aligned, storage
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter, prompt_of
 from aai.aligned import AlignedCache
-from aai.bundle import read_bundle, write_bundle
+from aai.bundle import read_bundle, sign_bundle, write_bundle
 from aai.concepts import Vocabulary
 from aai.config import Config
 from aai.encoders.aligner import encoder_config
@@ -31,10 +31,19 @@ from aai.painter import paint
 from aai.png import encode_png
 from aai.sampling import SamplingConfig
 from aai.sdxl import injector_of
+from aai.signatures import SIGNATURE, SigningConfig, rehearse
 from pipelines.settings import Plan
 from pipelines.training.embedding import embed_table
 from pipelines.training.lengths import check_cut, clip_lengths_s
-from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, prepare_network, refuse_given
+from pipelines.training.recipe import (
+    StageConfig,
+    Trained,
+    TrainRecipe,
+    bundle_dir,
+    check_foundation,
+    prepare_network,
+    refuse_given,
+)
 from pipelines.training.stage import run_stage
 
 log = logging.getLogger(__name__)
@@ -45,7 +54,7 @@ class AdaptConfig(StageConfig):
 
     stage: ClassVar[str] = "adapt"
     places: ClassVar[tuple[str, ...]] = ("features", "bundle", "aligned", "out")
-    looked_at: ClassVar[tuple[str, ...]] = (*StageConfig.looked_at, "sample_clips", "sample_steps")
+    looked_at: ClassVar[tuple[str, ...]] = (*StageConfig.looked_at, "sample_clips", "sample_steps", "signing")
 
     bundle: str
     """The bundle of `aai align`; it names the foundation."""
@@ -65,6 +74,8 @@ class AdaptConfig(StageConfig):
     OUT/samples and MLflow; 0 = none."""
     sample_steps: int = pydantic.Field(20, ge=1, le=100)
     """Denoising steps of these pictures."""
+    signing: SigningConfig = SigningConfig()
+    """With what the bundle is signed."""
 
     @pydantic.model_validator(mode="after")
     def _beside_the_features(self) -> "AdaptConfig":
@@ -123,8 +134,11 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def run(config: AdaptConfig) -> dict[str, Any]:
-    """Trains and writes the bundle; returns what adapt.json holds."""
-    return run_stage(AdaptRecipe, config)
+    """Trains, writes the bundle and signs it if there is a key; returns what adapt.json holds."""
+    result, bundle = run_stage(AdaptRecipe, config), bundle_dir(config.out)
+    if config.signing.private_key and not storage.exists(storage.join(bundle, SIGNATURE)):
+        log.info("adapt: signed by %s", sign_bundle(bundle, config.signing))
+    return result
 
 
 class AdaptRecipe(TrainRecipe[AdaptConfig]):
@@ -153,6 +167,7 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         if denoised % workers:
             rule = f"is not a multiple of the {workers} workers"
             raise UserError("loss.denoise_rows", denoised, rule, "choose a multiple of cluster.num_workers, or 0")
+        rehearse(self.config.signing)
         lengths_s = clip_lengths_s(self.config.features)
         check_cut("adapt", lengths_s, self.encoder.clip_s, self.config.max_cut_share)
         return self.config

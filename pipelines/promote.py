@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Self, TypedDict
 
 import pydantic
@@ -22,6 +23,7 @@ import pydantic
 from aai import storage
 from aai.bundle import Bundle, read_bundle
 from aai.errors import UserError
+from aai.signatures import TrustConfig, check
 from aai.version import code_version
 from pipelines.evaluation.paired import paired, read_marks
 from pipelines.registry import evaluations, tracking, versions
@@ -55,6 +57,8 @@ class PromoteConfig(VerbConfig):
     alias: str = pydantic.Field(CHAMPION, max_length=200)
     """Alias that marks the version in use."""
     tracking: TrackingConfig = TrackingConfig()
+    trust: TrustConfig = TrustConfig()
+    """Whose signature the bundle must have; a version that a rollback brings back too."""
     rollback: bool = False
     """Swap the alias and its previous version instead of promoting; a second time swaps them back."""
     force: bool = False
@@ -175,14 +179,16 @@ def promote(config: PromoteConfig) -> Promotion:
     bundle = read_bundle(config.bundle)
     if bundle.config.adapter is None:
         raise UserError("bundle", config.bundle, "has no adapter, it cannot paint", "promote the one of `aai adapt`")
+    signed_by = check(bundle.folder, config.trust, config.bundle)
     evaluation = recorded_evaluation(config, bundle)
     figures = evaluation.figures
     signature = _signature(config)
-    tags: dict[str, Any] = {**signature, "data_fingerprint": bundle.meta.get("data_fingerprint", "")}
+    about = {"data_fingerprint": bundle.meta.get("data_fingerprint", ""), "signed_by": signed_by}
+    tags: dict[str, Any] = {**signature, **about}
     with _my_turn(config, tags) as (audit, mine):
         current = _check_current(config)
         audit.log_metrics(figures)
-        version = _registered(cfg, bundle, figures, tags)
+        version = _registered(config, bundle, figures, tags)
         versions.set_alias(cfg, CANDIDATE, version)
         verdicts = _judge(config, evaluation, current, version)
         passed = all(verdict.passed for verdict in verdicts)
@@ -228,7 +234,7 @@ def rollback(config: PromoteConfig) -> Promotion:
         if current is None and back is None:
             raise UserError("rollback", True, f"{cfg.model_name} has no {alias} yet", "run `aai promote` first")
         if back is not None:
-            _fetch(cfg, back)
+            _fetch(config, back)
         mine.check()
         _note_move(audit, back, current)
         move_alias(cfg, alias, Move(version=back, previous=current))
@@ -280,24 +286,26 @@ def recorded_evaluation(config: PromoteConfig, bundle: Bundle) -> Evaluation:
     return found
 
 
-def _registered(cfg: TrackingConfig, bundle: Bundle, figures: Mapping[str, Any], tags: Mapping[str, Any]) -> int:
+def _registered(config: PromoteConfig, bundle: Bundle, figures: Mapping[str, Any], tags: Mapping[str, Any]) -> int:
     """A version from which this bundle can be fetched; registered anew where the one that there was has lost it."""
+    cfg = config.tracking
     version = versions.register(cfg, bundle.folder, figures, tags)
     try:
-        _fetch(cfg, version)
+        _fetch(config, version)
     except UserError as error:
         if error.setting != "bundle":  # the server, not the files
             raise
         log.warning("promote: version %d cannot be used, the bundle is registered anew (%s)", version, error)
         version = versions.register(cfg, bundle.folder, figures, tags, anew=True)
-        _fetch(cfg, version)
+        _fetch(config, version)
     return version
 
 
-def _fetch(cfg: TrackingConfig, version: int) -> None:
-    """Raises UserError when a version's files are not in the registry as they were registered."""
+def _fetch(config: PromoteConfig, version: int) -> None:
+    """Raises UserError when a version's files are not in the registry as they were registered, and signed."""
+    uri = f"models:/{config.tracking.model_name}/{version}"
     with tempfile.TemporaryDirectory(prefix="aai-") as scratch:
-        versions.resolve_bundle(f"models:/{cfg.model_name}/{version}", cfg, scratch)
+        check(Path(versions.resolve_bundle(uri, config.tracking, scratch)), config.trust, uri)
 
 
 def _judge(config: PromoteConfig, evaluation: Evaluation, current: int | None, version: int) -> list[Verdict]:

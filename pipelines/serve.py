@@ -21,6 +21,7 @@ from aai.addons import AddOns, absolute
 from aai.bundle import read_bundle
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
+from aai.signatures import TrustConfig, check
 from pipelines.engine.cluster import connect
 from pipelines.registry import versions
 from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
@@ -41,6 +42,8 @@ class ServeConfig(RayVerbConfig):
     bundle: str = "models:/aai@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder. An alias is read once, at the start."""
     tracking: StoreConfig = StoreConfig()
+    trust: TrustConfig = TrustConfig()
+    """Whose signature the bundle must have."""
     host: str = "127.0.0.1"
     """Address to listen on; any other than loopback needs the environment variable AAI_API_KEY."""
     port: int = pydantic.Field(8000, ge=1, le=65535)
@@ -93,6 +96,7 @@ def pin(config: ServeConfig) -> tuple[str, ServedModel]:
     bundle = read_bundle(versions.resolve_bundle(uri, config.tracking))
     if bundle.config.adapter is None:
         raise UserError("bundle", config.bundle, "has no adapter", "serve the bundle of `aai adapt`")
+    check(bundle.folder, config.trust, config.bundle)
     if not name:
         uri = storage.absolute(uri)
         name, version = uri.rstrip("/").rsplit("/", 1)[-1], bundle.sha

@@ -9,7 +9,8 @@ import pyarrow as pa
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from aai.bundle import Bundle, read_bundle
+from aai.bundle import Bundle, read_bundle, sign_bundle
+from aai.signatures import SigningConfig
 from pipelines import promote
 from pipelines.__main__ import CONFIGS
 from pipelines.evaluation.paired import SCHEMA, as_bytes
@@ -83,8 +84,14 @@ class Workshop:
     def bundle(self, seed: int, **figures: Any) -> Bundle:
         """A bundle and its evaluation, see `changed`."""
         made = make_bundle(self.folder / str(seed), seed)
+        self.sign(seed)
         self.evaluate(seed, **figures)
         return made
+
+    def sign(self, seed: int, key: str = "keys/signing.pem") -> None:
+        """Signs a bundle, by default with the key that the demo's settings trust."""
+        signing = SigningConfig(private_key=str(self.folder / key), make_key=True)
+        sign_bundle(str(self.folder / str(seed) / "bundle"), signing)
 
     def config(self, seed: int, **settings: Any) -> PromoteConfig:
         """The demo's gates on one of the bundles."""
