@@ -55,8 +55,10 @@ class FeatureManifest(Config):
     """Which of the K pictures the latents are of."""
     rows: dict[str, int]
     """Rows by split."""
+    input: str = ""
+    """Folder or s3:// prefix of the clips the table was made from; older tables do not tell."""
     input_fingerprint: str
-    """Of the clips the table was made from."""
+    """Of these clips."""
     fingerprint: str
     """Of the table: settings and clips."""
     seconds: float

@@ -1,5 +1,6 @@
 """Painted pictures as PNG files that say which code painted them."""
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -25,6 +26,19 @@ def encode_png(image: Image.Image, made: Mapping[str, Any] | None = None) -> byt
     sink = io.BytesIO()
     image.save(sink, "PNG", pnginfo=text)
     return sink.getvalue()
+
+
+def hashes(sounds: Mapping[str, bytes], pictures: Mapping[str, bytes] | None = None) -> dict[str, Any]:
+    """For `made`: the SHA-256 of the files of the sounds by name, and of the given pictures (image, mask, control)."""
+    told: dict[str, Any] = {"sounds": {name: sha256(data) for name, data in sounds.items()}}
+    for name, data in (pictures or {}).items():
+        told[f"{name}_sha256"] = sha256(data)
+    return told
+
+
+def sha256(data: bytes) -> str:
+    """What a file is known by in `made`: 64 hex digits, as the command sha256sum prints them."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def same_picture(ours: bytes, theirs: bytes) -> bool:

@@ -363,6 +363,7 @@ def _manifest(
         prompts=config.prompts,
         rows=dict(rows),
         enlarged=dict(enlarged),
+        input=storage.absolute(config.input),
         input_fingerprint=input_fingerprint,
         fingerprint=_hash([digest, input_fingerprint]),
         seconds=round(seconds, 1),

@@ -21,6 +21,7 @@ from aai.addons import AddOns, absolute
 from aai.bundle import read_bundle
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
+from aai.proof import ProofConfig, Prover
 from aai.signatures import TrustConfig, check
 from pipelines.engine.cluster import connect
 from pipelines.registry import versions
@@ -55,6 +56,8 @@ class ServeConfig(RayVerbConfig):
 
     addons: AddOns = AddOns()
     """What is loaded on top of the diffusion model."""
+    proof: ProofConfig = ProofConfig()
+    """With what the pictures are signed (C2PA); needs `aai[proof]`. The files must be where the painters run."""
 
     @pydantic.model_validator(mode="after")
     def _unguided(self) -> "ServeConfig":
@@ -97,6 +100,8 @@ def pin(config: ServeConfig) -> tuple[str, ServedModel]:
     if bundle.config.adapter is None:
         raise UserError("bundle", config.bundle, "has no adapter", "serve the bundle of `aai adapt`")
     check(bundle.folder, config.trust, config.bundle)
+    if not config.cluster.address:  # on a cluster the painters have the files, not we
+        Prover(config.proof)
     if not name:
         uri = storage.absolute(uri)
         name, version = uri.rstrip("/").rsplit("/", 1)[-1], bundle.sha
@@ -136,6 +141,8 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         device,
         config.dtype,
         absolute(config.addons).model_dump(),
+        config.proof.anywhere().model_dump(),
+        model.label(),
         2 * limits.request_timeout_s,
     )
     capacity = cluster.num_workers + config.max_queued_requests

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "service": {"registry", "settings"},
     "training": CLUSTER | {"registry"},
     "tuning": {"engine", "pages", "training"},
+    "tracing": {"curation", "registry", "settings"},
     "curation": CLUSTER | {"manifests", "pages", "registry"},
     "benches": CLUSTER | {"manifests", "training", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
 }

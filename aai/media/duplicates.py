@@ -12,7 +12,9 @@ from aai.config import Config
 BANDS = 16
 """Parts of a video hash by which near duplicates are looked for, each on its own."""
 _BAND_BITS = 16
-SPLIT_RANK = {"test": 0, "val": 1}
+EXCLUDED = "excluded"
+"""Split of clips that are left out: whatever is like them is dropped, however it ranks."""
+SPLIT_RANK = {EXCLUDED: -1, "test": 0, "val": 1}
 """Held-out data wins: a clip of test is never dropped for one of train. Any other split ranks as train."""
 
 
@@ -108,9 +110,9 @@ def find_duplicates(
     """Which clips to drop: {index: (code, message naming the kept clip)}.
 
     clips: those that passed the filters. Codes: EXACT_DUPLICATE (same clip_id, that is same bytes and window),
-    NEAR_DUPLICATE, CROSS_SPLIT_DUPLICATE (the kept one is of another split). Test is kept before val before train;
-    within a split the first by clip_id, then by index. Only clips that resemble a *kept* clip are dropped: chains of
-    resemblance do not eat a whole data set.
+    NEAR_DUPLICATE, CROSS_SPLIT_DUPLICATE (the kept one is of another split), EXCLUDED (it is one to leave out). Test
+    is kept before val before train; within a split the first by clip_id, then by index. Only clips that resemble a
+    *kept* clip are dropped: chains of resemblance do not eat a whole data set.
     """
     if not cfg.enabled or len(clips) < 2:
         return {}
@@ -135,7 +137,7 @@ def find_duplicates(
         other = clips[alike[0]]
         code = "EXACT_DUPLICATE" if same is not None else "NEAR_DUPLICATE"
         if other.split != clip.split:
-            code = "CROSS_SPLIT_DUPLICATE"
+            code = "EXCLUDED" if other.split == EXCLUDED else "CROSS_SPLIT_DUPLICATE"
         dropped[index] = (code, f"same clip as {other.uri} ({other.clip_id}) of split {other.split}")
     return dropped
 

@@ -14,6 +14,7 @@ from aai.media.filters import FilterConfig
 from aai.media.limits import DecodeConfig
 from aai.schema import VERSION
 from pipelines.curation.layout import ACCEPTED, REJECTED
+from pipelines.manifests.listed import read_list
 from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import named_splits, read_manifest, with_val_share
 from pipelines.settings import Choice, DType, Plan, RayVerbConfig, RunsConfig
@@ -125,6 +126,9 @@ class CurateConfig(RayVerbConfig):
     filters: FittedFilterConfig = FittedFilterConfig()
     duplicates: DuplicateConfig = DuplicateConfig()
     scores: ScoreConfig = ScoreConfig()
+    exclude: str | None = None
+    """Text file of clips that are left out (EXCLUDED), and all that look and sound like them: a clip id, content hash
+    or URI a line, such as `aai takedown` writes. It is read anew in each run."""
     flag_only: bool = False
     """Keep clips that filters speak against, and put the codes into the column `flags`."""
     max_reject_ratio: float = pydantic.Field(0.5, ge=0, le=1)
@@ -210,10 +214,16 @@ class CurateConfig(RayVerbConfig):
         why = f"{moved:,} of train's {train:,} rows become the split val, by a hash of where their files lie"
         return rows, {"val_share": Choice(value=self.val_share, why=why)}
 
+    def excluded(self) -> frozenset[str]:
+        """The entries of `exclude`. Raises UserError for a file that is absent or says nothing."""
+        return read_list("exclude", self.exclude) if self.exclude is not None else frozenset()
+
     def digests(self) -> dict[str, int | str]:
         """Of the (fitted) settings that decide what is measured, and how that is judged."""
         measured = {"version": VERSION, "decode": self.decode.model_dump(mode="json", exclude=SPEED)}
         judged = self.model_dump(mode="json", include={"filters", "duplicates", "flag_only"})
+        if self.exclude is not None:
+            judged["exclude"] = sorted(self.excluded())
         judged["scores"] = None
         if self.scores.enabled:
             judged["scores"] = [self.scores.content_digest(), self.scores.false_accept_rate]

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from aai import storage
 from aai.digest import stored_digest
-from aai.media.duplicates import HashedClip, find_duplicates
+from aai.media.duplicates import EXCLUDED, HashedClip, find_duplicates
 from aai.media.filters import FilterConfig, broken_rules
 from aai.media.measure import MeasuredRow
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIMILARITIES
@@ -23,6 +23,8 @@ from pipelines.manifests.row import ManifestRow
 
 DIGEST = b"aai.judged"
 """Where the tables carry the digest of what they were made of."""
+EXCLUDE = "exclude"
+"""Stage of the reasons against clips that must not be kept, not even flagged or as a thumbnail."""
 Reason = tuple[str, str, str]
 """stage, code, message."""
 Measured = Mapping[str, pa.Table]
@@ -71,14 +73,29 @@ def judge(
     needs.
     """
     verdicts, null = Verdicts(), None
+    excluded = _exclude(verdicts, measured, rows, config.excluded())
     _judge_signals(verdicts, measured, config.filters)
     if config.scores.bundle:
         good = set(_undisputed(measured, verdicts))
         null = Null.measure(out, list(measured), rows, good, config.scores.false_accept_rate)
     if null:
         _judge_correspondence(verdicts, measured, null)
-    _judge_duplicates(verdicts, measured, rows, config, out)
+    _judge_duplicates(verdicts, measured, rows, config, out, excluded)
     return verdicts, null
+
+
+def _exclude(
+    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], excluded: frozenset[str]
+) -> set[str]:
+    """Speaks against the clips that are named by id, content or URI; returns the keys of those that were decoded."""
+    found = set()
+    for table in measured.values() if excluded else ():
+        columns = [table[name].to_pylist() for name in ("key", "clip_id", "content_hash", "code")]
+        for key, clip_id, content_hash, code in zip(*columns, strict=True):
+            if not excluded.isdisjoint((clip_id, content_hash, rows[key].uri)):
+                verdicts.add(key, EXCLUDE, "EXCLUDED", "is named in the list of clips to leave out")
+                found |= {key} if code is None else set()
+    return found
 
 
 def _judge_signals(verdicts: Verdicts, measured: Measured, filters: FilterConfig) -> None:
@@ -96,20 +113,27 @@ def _judge_correspondence(verdicts: Verdicts, measured: Measured, null: Null) ->
 
 
 def _judge_duplicates(
-    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
+    verdicts: Verdicts,
+    measured: Measured,
+    rows: Mapping[str, ManifestRow],
+    config: CurateConfig,
+    out: str,
+    excluded: set[str],
 ) -> None:
-    good = set(_undisputed(measured, verdicts))
+    """What is alike; of what is like an excluded clip none stays, where else the first would."""
+    good = set(_undisputed(measured, verdicts)) | excluded
     keys, clips = [], []
     for table in measured.values():
         columns = [table[name].to_pylist() for name in ("key", "clip_id", "video_hash", "audio_hash")]
         for key, clip_id, video, audio in zip(*columns, strict=True):
             if key in good:
                 keys.append(key)
-                uri, split = rows[key].uri, rows[key].split
+                uri, split = rows[key].uri, EXCLUDED if key in excluded else rows[key].split
                 clips.append(HashedClip(clip_id=clip_id, uri=uri, split=split, video_hash=video, audio_hash=audio))
     search = partial(spread_near_pairs, out=out, cluster=config.cluster)
     for index, (code, message) in find_duplicates(clips, config.duplicates, search).items():
-        verdicts.add(keys[index], "duplicate", code, message)
+        if keys[index] not in excluded:
+            verdicts.add(keys[index], EXCLUDE if code == "EXCLUDED" else "duplicate", code, message)
 
 
 def _undisputed(measured: Measured, verdicts: Verdicts) -> Iterator[str]:
@@ -179,11 +203,12 @@ class JudgeWorker:
     def _judged(self, measured: MeasuredRow, clip: JudgedClip) -> MeasuredRow:
         """The row of either table: `code` tells which."""
         row = measured | clip.content()
-        if row["code"] is None and clip.reasons and not self.flag_only:
+        is_excluded = any(stage == EXCLUDE for stage, _, _ in clip.reasons)
+        if row["code"] is None and clip.reasons and (is_excluded or not self.flag_only):
             stage, code, message = clip.reasons[0]
             row |= {"stage": stage, "code": code, "message": message, "transient": False}
         if row["code"]:
-            return row | {"thumbnail": (row["frames"] or [None])[0]}
+            return row | {"thumbnail": None if is_excluded else (row["frames"] or [None])[0]}
         return row | {"flags": [code for _, code, _ in clip.reasons]}
 
 

@@ -25,7 +25,7 @@ from aai.errors import UserError
 from aai.inject import names_in, parse
 from aai.media.decode import ClipError, decode_audio
 from aai.painter import Painter
-from aai.png import encode_png
+from aai.proof import Prover
 from pipelines.engine.cluster import worker_dtype
 from pipelines.engine.lock import output_lock
 from pipelines.engine.reading import read_file
@@ -92,6 +92,7 @@ class BatchPainter:
         if bundle.sha != sha:
             raise UserError("bundle", c.bundle, f"holds {bundle.sha}, the job was started for {sha}", "start it again")
         self.sha, self.painter = sha, Painter.load(bundle, c.torch_device, c.dtype, c.addons)
+        self.prover = Prover(c.proof)
 
     def __call__(self, shard: SoundShard) -> Painted:
         """Paints the shard's sounds -> pictures, and its part of the index."""
@@ -142,7 +143,9 @@ class BatchPainter:
                 name = f"{row['row']:07d}_{stem}_seed{seed}.png"
                 made = {"verb": "generate", "audio": stem, "bundle": self.sha, **request.model_dump(), "seed": seed}
                 made["sound_sha256"] = row["sound_sha256"]
-                storage.write_bytes(storage.join(self.config.out, PICTURES, name), encode_png(picture, made))
+                if self.config.bundle.startswith("models:/"):
+                    made["model"] = self.config.bundle.removeprefix("models:/")
+                storage.write_bytes(storage.join(self.config.out, PICTURES, name), self.prover.encode(picture, made))
                 out.append({**row, "seed": seed, "picture": f"{PICTURES}/{name}"})
         return out
 
@@ -171,6 +174,7 @@ def paint_manifest(config: GenerateConfig) -> dict[str, object]:
         "bundle": uri if name else storage.absolute(uri),
         "tracking": config.tracking.anywhere(),
         "addons": absolute(config.addons),
+        "proof": config.proof.anywhere(),
     }
     config = config.model_copy(update=places)
     with output_lock(config.out):
@@ -194,6 +198,8 @@ def _paint_all(config: GenerateConfig) -> dict[str, object]:
         "dtype": config.dtype,
         "batch_size": config.batch_size,
     }
+    if config.proof.certificate:
+        settings["proof"] = config.proof.certificate
     if (found := finished(config.out, "generate", settings)) is not None:
         log.info("generate: up to date -> %s", storage.join(config.out, INDEX))
         return dict(found)

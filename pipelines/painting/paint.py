@@ -19,7 +19,8 @@ from aai.inject import Sound
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import STILL_FORMATS, decode_still
 from aai.painter import Painter
-from aai.png import encode_png, same_picture
+from aai.png import encode_png, hashes, same_picture
+from aai.proof import Prover, has_manifest
 from aai.sampling import check_repaint
 from aai.strips import joined, paint_strip
 from pipelines.painting.request import GenerateConfig, PaintConfig, RepaintConfig, SoundsConfig
@@ -68,7 +69,11 @@ def decode_sounds(data: dict[str, bytes], config: SoundsConfig, bundle: Bundle) 
 
 def load_picture(uri: str | None, limits: InputLimits, setting: str = "image") -> Image.Image:
     """A user's picture as upright RGB; UserError when it is unreadable or too large."""
-    data = _read(setting, uri, limits.max_bytes)
+    return decode_picture(_read(setting, uri, limits.max_bytes), uri, limits, setting)
+
+
+def decode_picture(data: bytes, uri: str | None, limits: InputLimits, setting: str) -> Image.Image:
+    """As `load_picture`, of the file's content."""
     try:
         backdrop = "black" if setting == "mask" else None
         return decode_still(data, limits.max_pixels, (*STILL_FORMATS, "BMP", "GIF"), backdrop)
@@ -95,8 +100,12 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
         check_repaint(verb, config.request)  # before anything is loaded
     if isinstance(config, RepaintConfig) and len(config.sounds()) > 1:
         raise UserError("audio", ", ".join(config.audio), f"{verb} takes one sound", "give one, or use generate")
-    data, images = read_sounds(config), _pictures(config)
-    bundle = read_bundle(versions.resolve_bundle(config.bundle, config.tracking))
+    data, given, prover = read_sounds(config), _read_pictures(config), Prover(config.proof)
+    images = []
+    for name, (uri, file) in given.items():
+        images.append(None if file is None else decode_picture(file, uri, config.limits, name))
+    pinned, name, version, _ = versions.pin_bundle(config.bundle, config.tracking)
+    bundle = read_bundle(versions.resolve_bundle(pinned, config.tracking))
     sounds = decode_sounds(data, config, bundle)
     painter = Painter.load(bundle, config.torch_device, config.dtype, config.addons)
     start = time.perf_counter()
@@ -105,19 +114,25 @@ def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     stem = stem_of(*config.sounds().values())
     addons = {"addons": config.addons.model_dump(exclude_unset=True)} if config.addons != AddOns() else {}
     made = {"verb": verb, "audio": stem, "bundle": bundle.sha, **config.request.model_dump(), **addons}
-    files = [write_picture(config.out, f"{verb}_{stem}_{name}", image, {**made, **how}) for name, image, how in painted]
+    made |= hashes(data, {name: file for name, (_, file) in given.items() if file})
+    if name:
+        made["model"] = f"{name}/{version}"
+    files = []
+    for end, image, how in painted:
+        files.append(write_picture(config.out, f"{verb}_{stem}_{end}", image, {**made, **how}, prover))
     made_in = f"{painter.dtype}, {seconds:.1f} s"
     told, shown = ", ".join(config.audio), ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
     log.info("%s: %d picture(s) of %s in %s -> %s", verb, len(files), told, made_in, shown)
     return {"files": files, "seconds": seconds, "dtype": painter.dtype}
 
 
-def _pictures(config: PaintConfig) -> list[Image.Image | None]:
-    """The given picture and the mask of edit and stylize, or what guides a ControlNet."""
+def _read_pictures(config: PaintConfig) -> dict[str, tuple[str | None, bytes | None]]:
+    """URI and content of the given picture and the mask of edit and stylize, or of what guides a ControlNet."""
     given: dict[str, str | None] = {"control": config.control if isinstance(config, GenerateConfig) else None}
     if isinstance(config, RepaintConfig):
         given = {"image": config.image or "", "mask": config.mask}
-    return [None if uri is None else load_picture(uri, config.limits, name) for name, uri in given.items()]
+    limit = config.limits.max_bytes
+    return {name: (uri, None if uri is None else _read(name, uri, limit)) for name, uri in given.items()}
 
 
 Painted = tuple[str, Image.Image, dict[str, Any]]
@@ -168,15 +183,20 @@ def stem_of(*uris: str) -> str:
     return stem.encode("utf-8", "replace")[:120].decode("utf-8", "ignore")
 
 
-def write_picture(folder: str, name: str, image: Image.Image, made: dict[str, Any]) -> str:
+def write_picture(
+    folder: str, name: str, image: Image.Image, made: dict[str, Any], prover: Prover | None = None
+) -> str:
     """Writes FOLDER/NAME.png (local or s3://) with `made`, how it was made, as JSON in the PNG text `aai`.
 
-    A picture that was made otherwise is kept: the new one is then NAME_2.png, and so on. Returns where it is.
+    A picture that was made otherwise is kept: the new one is then NAME_2.png, and so on. One that is there without the
+    proof that it now gets is replaced. Returns where it is.
     """
-    data, number = encode_png(image, made), 1
+    data, number = (prover.encode(image, made) if prover else encode_png(image, made)), 1
     uri = storage.join(folder, f"{name}.png")
     while storage.exists(uri):
-        if same_picture(storage.read_bytes(uri), data):
+        if same_picture(found := storage.read_bytes(uri), data):
+            if has_manifest(data) and not has_manifest(found):
+                break
             return uri
         number += 1
         uri = storage.join(folder, f"{name}_{number}.png")

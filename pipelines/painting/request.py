@@ -8,6 +8,7 @@ from aai.addons import AddOns
 from aai.cue import CueConfig
 from aai.errors import UserError
 from aai.inject import names_in
+from aai.proof import ProofConfig
 from aai.sampling import PaintRequest
 from aai.sounds import Window, name_of
 from aai.strips import Strip
@@ -79,6 +80,8 @@ class PaintConfig(SoundsConfig):
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the CPU, but for a manifest the GPU when cluster.gpus_per_worker is not 0."""
     dtype: DType = "float32"
+    proof: ProofConfig = ProofConfig()
+    """With what the pictures are signed (C2PA); needs `aai[proof]`."""
 
     def plan(self) -> Plan:
         """See VerbConfig."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class Gateway:
         image: Image.Image | None,
         request: PaintRequest,
         mask: Image.Image | None = None,
+        given: Mapping[str, Any] | None = None,
     ) -> list[bytes]:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
         retry_s = self._limits.retry_after_s
@@ -62,7 +64,7 @@ class Gateway:
         if self._in_flight >= self._capacity:
             raise full
         pixels = [None if picture is None else np.asarray(picture) for picture in (image, mask)]
-        response = self._painters.paint.remote(verb, sounds, pixels, request)
+        response = self._painters.paint.remote(verb, sounds, pixels, request, dict(given or {}))
         self._in_flight += 1
         try:
             return list(await response)

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import hmac
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -23,6 +23,7 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.media.decode import ClipError, decode_audio
 from aai.media.still import decode_still
+from aai.png import sha256
 from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
 from pipelines.settings import InputLimits
@@ -103,8 +104,12 @@ class Backend(Protocol):
         image: Image.Image | None,
         request: PaintRequest,
         mask: Image.Image | None = None,
+        given: Mapping[str, Any] | None = None,
     ) -> list[bytes]:
-        """PNG files of sounds by name. Raises ApiError 429 when the queue is full, UserError for a bad request."""
+        """PNG files of sounds by name. given: hashes of what was handed in, which the pictures tell.
+
+        Raises ApiError 429 when the queue is full, UserError for a bad request.
+        """
 
     async def health(self) -> Health:
         """Fresh figures; never waits for a picture."""
@@ -318,8 +323,10 @@ def _add_pages(app: FastAPI, backend: Backend) -> None:
 def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
     decoding = asyncio.Semaphore(2)  # decoded pictures and sounds are large; waiting uploads are not
 
-    async def decoded(read: Callable[..., Any], file: UploadFile, *args: Any) -> Any:
-        return await asyncio.to_thread(read, await file.read(), *args)
+    async def decoded(read: Callable[..., Any], file: UploadFile, *args: Any) -> tuple[Any, str]:
+        """What a file holds, and the SHA-256 of its bytes."""
+        data = await file.read()
+        return await asyncio.to_thread(lambda: (read(data, *args), sha256(data)))
 
     async def answer(verb: Verb, form: GenerateForm | RepaintForm) -> Response:
         if verb != "generate":
@@ -328,18 +335,22 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
                 raise ApiError(422, "invalid_field", "mask: img2img changes the whole picture; send repaint=invert")
         files, rate_hz = form.files(), backend.model.sample_rate_hz
         sounds: dict[str, np.ndarray] = {}
+        hashed: dict[str, str] = {}
+        given: dict[str, Any] = {"sounds": hashed}
         image = mask = None
         async with decoding:  # a whole request's: else each of many waiting ones would hold most of its sounds
             for name, file in files.items():
-                sounds[name] = await decoded(read_audio, file, limits, rate_hz)
+                sounds[name], hashed[name] = await decoded(read_audio, file, limits, rate_hz)
                 total_s = sum(map(len, sounds.values())) / rate_hz
                 if total_s > limits.max_audio_s + 0.1:
                     rule = f"audio: the sounds are {total_s:.1f} s together, the limit is {limits.max_audio_s:g} s"
                     raise ApiError(422, "too_long", rule)
             if isinstance(form, RepaintForm):
-                image = await decoded(read_image, form.image, limits)
-                mask = await decoded(read_image, form.mask, limits, "mask") if form.mask else None
-        return _pictures(await backend.paint(verb, sounds, image, form.request(), mask), form.seed, backend.model)
+                image, given["image_sha256"] = await decoded(read_image, form.image, limits)
+            if isinstance(form, RepaintForm) and form.mask:
+                mask, given["mask_sha256"] = await decoded(read_image, form.mask, limits, "mask")
+        painted = await backend.paint(verb, sounds, image, form.request(), mask, given)
+        return _pictures(painted, form.seed, backend.model)
 
     options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}
 

@@ -18,7 +18,7 @@ from aai.features import FeatureManifest, load_split
 from aai.fit import FitConfig, local_batch_size
 from aai.reader import Batch, FeatureReader, joined, ranks_of, read_ahead
 from pipelines.engine.lock import output_lock
-from pipelines.registry import live, tracking
+from pipelines.registry import live, origins, tracking
 from pipelines.training import following, ray_train
 from pipelines.training.following import OnLog
 from pipelines.training.recipe import C, StageConfig, Trained, TrainRecipe, bundle_dir
@@ -71,10 +71,14 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C, on_log: OnLog, tags: Map
                 on_log(step, figures)
 
             trained = ray_train.train(config.stage, *work, config.fit, heard, send.picture)
-        metrics = kept_figures(following.history(config.out), trained)
-        folder = bundle_dir(config.out)
-        meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": list(recipe.parents)}
-        sha = recipe.write(folder, trained, meta)
+            metrics = kept_figures(following.history(config.out), trained)
+            folder = bundle_dir(config.out)
+            meta = {"data_fingerprint": manifest.fingerprint, "metrics": metrics, "parents": list(recipe.parents)}
+            sha = recipe.write(folder, trained, meta)
+            try:
+                run.set_tags({origins.MADE: sha, origins.PARENTS: " ".join(recipe.parents)})
+            except UserError as error:  # a server that is away takes nothing from what is trained
+                log.warning("%s: MLflow was not told that this run made the bundle %s (%s)", config.stage, sha, error)
         result = {
             "digest": run_digest,
             "seconds": round(time.monotonic() - begin, 1),

@@ -1,14 +1,12 @@
 """Signatures: whose bundle it is, and that nothing of it was changed since."""
 
-import datetime
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from aai.bundle import Bundle, read_bundle, sign_bundle, write_bundle
@@ -25,8 +23,7 @@ from aai.signatures import (
     sign,
 )
 from tests.aai.test_bundle import ADAPTER, ALIGNER, META, make_config, reseal
-
-PEM = serialization.Encoding.PEM
+from tests.certificates import PEM, certified
 
 
 @pytest.fixture
@@ -135,35 +132,14 @@ def test_the_command_of_the_library_verifies_it(bundle: Bundle, signing: Signing
     assert done.returncode == 0, done.stderr
 
 
-def certified(
-    folder: Path, name: str, issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None
-) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """NAME.pem (the key) and NAME.crt in a folder: an authority, or with an issuer a certificate for signing."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    by = issuer[0].subject if issuer else subject
-    now = datetime.datetime.now(datetime.UTC)
-    usage = x509.KeyUsage(issuer is not None, False, False, False, False, issuer is None, issuer is None, False, False)
-    made = (
-        x509.CertificateBuilder(by, subject, key.public_key(), x509.random_serial_number(), now, now.replace(year=2099))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
-        .sign(issuer[1] if issuer else key, hashes.SHA256())
-    )
-    form = serialization.PrivateFormat.PKCS8
-    (folder / f"{name}.pem").write_bytes(key.private_bytes(PEM, form, serialization.NoEncryption()))
-    (folder / f"{name}.crt").write_bytes(made.public_bytes(PEM))
-    return made, key
-
-
 def test_signed_by_a_certificate(bundle: Bundle, tmp_path: Path) -> None:
     root = certified(tmp_path, "root")
     certified(tmp_path, "team", root)
     certified(tmp_path, "stranger")
     signing = SigningConfig(private_key=str(tmp_path / "team.pem"), certificate=str(tmp_path / "team.crt"))
-    assert sign(bundle.folder, signing) == "certificate CN=team"
+    assert sign(bundle.folder, signing) == "certificate CN=team,O=Tests"
     trusted = TrustConfig(authorities=(str(tmp_path / "stranger.crt"), str(tmp_path / "root.crt")))
-    assert check(bundle.folder, trusted, "") == "certificate CN=team"
+    assert check(bundle.folder, trusted, "") == "certificate CN=team,O=Tests"
     assert "certificate" in refusal(bundle.folder, TrustConfig(authorities=(str(tmp_path / "stranger.crt"),)))
     make_key(str(tmp_path / "key"))
     assert refusal(bundle.folder, trust(str(tmp_path / "key")))

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ import pytest
 
 if TYPE_CHECKING:
     from aai.foundation.identity import FoundationSpec
+    from tests.pipelines.tracing.archive import Archive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -118,3 +120,15 @@ def no_models_here() -> Iterator[None]:
         for name in ("aai.encoders.audio.AudioEncoder", "aai.adapt.AudioAdapter"):
             patch.setattr(f"{name}.__init__", refuse)
         yield
+
+
+@pytest.fixture
+def archive(tmp_path: Path, empty_store: Path) -> "Archive":
+    """See tests.pipelines.tracing.archive."""
+    from pipelines.settings import TrackingConfig
+    from tests.pipelines.registry.test_versions import make_bundle
+    from tests.pipelines.tracing.archive import write_archive
+
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    cfg = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", model_name="aai-demo")
+    return write_archive(tmp_path, cfg, Path(make_bundle(tmp_path / "b", 1).folder))

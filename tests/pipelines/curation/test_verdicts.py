@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from aai import storage
+from aai.errors import UserError
 from aai.schema import CLIP_TABLE, REJECT_TABLE
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.layout import MEASURED, shard_file
@@ -89,6 +90,37 @@ def test_a_clip_that_a_filter_refuses_takes_no_twin_with_it(out: str) -> None:
     found, _ = judge(read_measured(out, {"shard-00000": ["good", "gone"]}, False), {**ROWS, "gone": ROWS["good"]},
                      CurateConfig(manifest="m.csv", out="out").fitted()[0], out)  # fmt: skip
     assert [reason[1] for reasons in found.reasons.values() for reason in reasons] == ["NEAR_DUPLICATE"]
+
+
+@pytest.mark.parametrize("named", ["id-good", "hash-good", "/good.mp4"])
+@pytest.mark.parametrize("flag_only", [False, True])
+def test_an_excluded_clip_is_kept_in_no_form_and_no_twin_takes_its_place(
+    named: str, flag_only: bool, out: str, tmp_path: Path
+) -> None:
+    (tmp_path / "exclude.txt").write_text(named)
+    config = CurateConfig(manifest="m.csv", out="out", exclude=str(tmp_path / "exclude.txt")).fitted()[0]
+    accepted, rejected = judged(out, flag_only=flag_only, config=config)
+    assert [row["uri"] for row in accepted] == (["/short.mp4"] if flag_only else [])
+    good = next(row for row in rejected if row["uri"] == "/good.mp4")
+    assert (good["stage"], good["code"], good["thumbnail"]) == ("exclude", "EXCLUDED", None)
+    rows = {**ROWS, "gone": ROWS["good"].__class__(uri="/gone.mp4", split="test")}
+    found, _ = judge(read_measured(out, {"shard-00000": ["good", "gone"]}, False), rows, config, out)
+    assert {key: [reason[:2] for reason in reasons] for key, reasons in found.reasons.items()} == {
+        "good": [("exclude", "EXCLUDED")],
+        "gone": [("exclude", "EXCLUDED")],  # the same hashes, and of a split that else wins
+    }
+
+
+def test_the_list_is_part_of_how_clips_are_judged(tmp_path: Path) -> None:
+    config = CurateConfig(manifest="m.csv", out="out", exclude=str(tmp_path / "a")).fitted()[0]
+    digests = [CONFIG.model_copy(update={"duplicates": config.duplicates}).digests()["judge"]]
+    for text in ("c1\n", "c1\nc2\n", "c2\n\nc1\n"):
+        (tmp_path / "a").write_text(text)
+        digests.append(config.digests()["judge"])
+    assert digests[2] == digests[3]
+    assert len(set(digests)) == 3
+    with pytest.raises(UserError, match="no such file"):
+        config.model_copy(update={"exclude": "/none"}).digests()
 
 
 def test_the_digest_is_of_all_that_the_tables_hold(out: str) -> None:

@@ -21,12 +21,14 @@ TONE = {"sound": np.zeros(8, np.float32)}
 class Echo:
     """Tells what it was asked, after a while; refuses one prompt."""
 
-    async def paint(self, verb: str, sounds: dict[str, np.ndarray], pixels: Any, request: PaintRequest) -> list[bytes]:
+    async def paint(
+        self, verb: str, sounds: dict[str, np.ndarray], pixels: Any, request: PaintRequest, given: dict[str, Any]
+    ) -> list[bytes]:
         await asyncio.sleep(0.05)
         if request.prompt == "wrong":
             raise UserError("prompt", "wrong", "is wrong", "mend it")
         shape = None if pixels[0] is None else pixels[0].shape
-        return [f"{verb} {sounds['sound'].shape} {shape} {request.seed}".encode()]
+        return [f"{verb} {sounds['sound'].shape} {shape} {request.seed}{given or ''}".encode()]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,8 @@ def test_requests_reach_the_painters_with_their_picture_as_pixels(painters: Any)
     picture = Image.new("RGB", (6, 4))
     assert asyncio.run(here.paint("edit", TONE, picture, PaintRequest(seed=3))) == [b"edit (8,) (4, 6, 3) 3"]
     assert asyncio.run(here.paint("generate", TONE, None, PaintRequest())) == [b"generate (8,) None 0"]
+    told = here.paint("generate", TONE, None, PaintRequest(), given={"sounds": {"sound": "ab"}})
+    assert asyncio.run(told) == [b"generate (8,) None 0{'sounds': {'sound': 'ab'}}"]
 
 
 def test_what_is_more_than_the_capacity_is_told_to_come_again(painters: Any) -> None:

@@ -1,5 +1,7 @@
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -33,7 +35,9 @@ class Echo:
         image: Image.Image | None,
         request: PaintRequest,
         mask: Image.Image | None = None,
+        given: dict[str, Any] | None = None,
     ) -> list[bytes]:
+        self.given = given
         self.calls.append((verb, sounds, image, request))
         self.masks.append(mask)
         try:
@@ -116,6 +120,8 @@ def test_a_mask_goes_with_the_picture() -> None:
     assert ask("POST", "/v1/edit", backend, files=files, data={"repaint": "invert"}).status_code == 200
     assert backend.masks[0] is not None
     assert backend.masks[0].size == (40, 20)
+    sums = {f"{name}_sha256": hashlib.sha256(files[name]).hexdigest() for name in ("image", "mask")}
+    assert backend.given == {"sounds": {"sound": hashlib.sha256(files["audio"]).hexdigest()}, **sums}
     assert backend.calls[0][3].repaint == "invert"
     assert code(ask("POST", "/v1/edit", backend, files=files)) == (422, "invalid_field")  # img2img heeds no mask
     for mask, expected in ((b"nothing", "image_unreadable"), (png(200, 100), "image_too_large")):

@@ -13,19 +13,25 @@ from PIL import Image
 
 from aai.bundle import read_bundle
 from aai.errors import UserError
+from aai.proof import read_proof
 from aai.sampling import PaintRequest
 from pipelines.service.painters import PainterReplica
 from pipelines.settings import StoreConfig
 from tests.aai.test_addons import write_checker
+from tests.certificates import certified
 
 TONE = {"sound": (np.sin(np.arange(8000) / 5) / 2).astype(np.float32)}
 REQUEST = PaintRequest(steps=2, denoise_strength=1)
 RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)
 
 
+ALIKE: dict[str, Any] = {"proof": {}, "label": "tiny/3@champion", "stuck_s": 60}
+GIVEN = {"sounds": {"sound": "0" * 64}, "image_sha256": "1" * 64}
+
+
 def replica(bundle: str, **changes: Any) -> PainterReplica:
     given = {"bundle": bundle, "registry": StoreConfig().model_dump(), "sha": read_bundle(bundle).sha}
-    return PainterReplica(**{**given, "device": "cpu", "dtype": "float32", "addons": {}, "stuck_s": 60, **changes})
+    return PainterReplica(**{**given, "device": "cpu", "dtype": "float32", "addons": {}, **ALIKE, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +42,31 @@ def painter(tiny_bundle: str) -> PainterReplica:
 def test_each_verb_paints_its_own_picture(painter: PainterReplica) -> None:
     made = {}
     for verb, pixels in (("generate", [None, None]), ("edit", [RED, None]), ("stylize", [RED, None])):
-        pictures = asyncio.run(painter.paint(verb, TONE, pixels, REQUEST))  # type: ignore[arg-type]
+        pictures = asyncio.run(painter.paint(verb, TONE, pixels, REQUEST, GIVEN))  # type: ignore[arg-type]
         assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(64, 64)]
         made[verb] = pictures[0]
     assert len(set(made.values())) == 3
-    assert asyncio.run(painter.paint("edit", TONE, [RED, None], REQUEST)) == [made["edit"]]
+    assert asyncio.run(painter.paint("edit", TONE, [RED, None], REQUEST, GIVEN)) == [made["edit"]]
     inverted = REQUEST.model_copy(update={"repaint": "invert"})
-    kept = asyncio.run(painter.paint("edit", TONE, [RED, np.zeros_like(RED)], inverted))
+    kept = asyncio.run(painter.paint("edit", TONE, [RED, np.zeros_like(RED)], inverted, GIVEN))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept[0]))), RED)
+
+
+def test_pictures_tell_how_they_were_made_and_prove_it(tiny_bundle: str, tmp_path: Path) -> None:
+    certified(tmp_path, "painter", certified(tmp_path, "root"))
+    proof = {"certificate": f"{tmp_path}/painter.chain", "private_key": f"{tmp_path}/painter.pem"}
+    proving, request = replica(tiny_bundle, proof=proof), REQUEST.model_copy(update={"seed": 5, "num_images": 2})
+    for i, png in enumerate(asyncio.run(proving.paint("edit", TONE, [RED, None], request, GIVEN))):
+        proof_of = read_proof(png, f"{tmp_path}/root.crt")
+        assert proof_of.state == "trusted"
+        wanted = {"verb": "edit", "model": "tiny/3@champion", "bundle": read_bundle(tiny_bundle).sha, "seed": 5 + i}
+        assert {**proof_of.made, **wanted, **GIVEN} == proof_of.made
 
 
 def test_add_ons_reach_the_painter(tiny_bundle: str, tmp_path: Path) -> None:
     write_checker(tmp_path, tmp_path)
     checked = replica(tiny_bundle, addons={"safety_checker": str(tmp_path)})
-    (picture,) = asyncio.run(checked.paint("generate", TONE, [None, None], REQUEST))
+    (picture,) = asyncio.run(checked.paint("generate", TONE, [None, None], REQUEST, GIVEN))
     assert not np.asarray(Image.open(io.BytesIO(picture))).any()
 
 

@@ -1,0 +1,1 @@
+"""From clips to what was made of them, and back."""

@@ -1,0 +1,25 @@
+"""Lists of clips in text files."""
+
+from pathlib import Path
+
+import pytest
+
+from aai.errors import UserError
+from pipelines.manifests.listed import read_list
+
+
+def test_lines_are_entries(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("# why\r\nc1\n\n  /a b.mp4 \nc1\n")
+    assert read_list("exclude", str(tmp_path / "a.txt")) == {"c1", "/a b.mp4"}
+
+
+@pytest.mark.parametrize(("data", "told"), [(b"", "no clip"), (b"# a\n", "no clip"), (b"\xff\x00", "no text")])
+def test_what_says_nothing_is_refused(data: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match=told) as error:
+        read_list("exclude", str(tmp_path / "a.txt"))
+    assert error.value.setting == "exclude"
+    with pytest.raises(UserError, match="no such file"):
+        read_list("exclude", str(tmp_path / "none"))
+    with pytest.raises(UserError):
+        read_list("exclude", str(tmp_path))
