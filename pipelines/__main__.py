@@ -61,6 +61,16 @@ def module_of(verb: str) -> ModuleType:
     return importlib.import_module(f"pipelines.{verb}")
 
 
+def run_verb(verb: str, config: VerbConfig) -> dict[str, object]:
+    """Runs a verb, and tells OpenLineage of it where the environment names a collector; returns its figures."""
+    module = module_of(verb)
+    from pipelines.engine.events import told  # only now: `aai --help` loads no more than it needs
+
+    with told(verb, config):
+        result: dict[str, object] = module.run(config)
+    return result
+
+
 def settings_help(cls: type[pydantic.BaseModel], prefix: str = "", defaults: object = None) -> list[str]:
     """One line per setting: dotted name, default, what it may be, meaning.
 
@@ -185,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             print_plan(verb, config)
         else:
-            module_of(verb).run(config)
+            run_verb(verb, config)
     except UserError as error:
         print(f"aai {verb}: error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from aai import storage
 from aai.media.waveform import read_sound, sound_rate_hz, write_wav
 from aai.schema import VERSION
 from aai.toy.scoring import score_defects
-from pipelines.__main__ import load_config, module_of
+from pipelines.__main__ import load_config, module_of, run_verb
 from pipelines.engine import cluster
 from pipelines.engine.machine import peak_memory
 from pipelines.pages import report
@@ -66,7 +66,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
             log.info("\n[%d/%d] %s", number, len(STAGES) + 1, verb)
             start = time.monotonic()
             settings, _ = load_config(verb, stage_settings(config, verb))
-            results[verb] = module_of(verb).run(settings)
+            results[verb] = run_verb(verb, settings)
             seconds[verb] = round(time.monotonic() - start, 1)
         log.info("\n[%d/%d] generate", len(STAGES) + 1, len(STAGES) + 1)
         start = time.monotonic()

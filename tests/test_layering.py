@@ -20,7 +20,7 @@ CLUSTER = {"engine", "settings"}
 MAY_IMPORT = {
     "settings": set(),
     "pyfunc_model": {"settings"},
-    "__main__": {"settings"},  # a verb's module is loaded by its name
+    "__main__": {"engine", "settings"},  # a verb's module is loaded by its name
     "engine": {"settings"},
     "manifests": set(),
     "pages": set(),
