@@ -104,11 +104,17 @@ class Painter:
 
     @classmethod
     def load(
-        cls, bundle: Bundle | str | Path, device: str = "cpu", dtype: str = "float32", addons: AddOns | None = None
+        cls,
+        bundle: Bundle | str | Path,
+        device: str = "cpu",
+        dtype: str = "float32",
+        addons: AddOns | None = None,
+        beside: "Painter | None" = None,
     ) -> Self:
         """Loads a bundle (with adapter) and the foundation it names; refuses other foundation weights.
 
-        dtype: of the diffusion model; auto: see aai.precision. addons: what comes on top of it.
+        dtype: of the diffusion model; auto: see aai.precision. addons: what comes on top of it. beside: a painter on
+        the same foundation, whose diffusion model, add-ons among it, is shared instead of loaded.
 
         Raises UserError for a bundle without an adapter.
         """
@@ -120,8 +126,9 @@ class Painter:
         bundle.verify_foundation()
         addons = addons or AddOns()
         spec = bundle.config.foundation
-        pipe = load_diffusion(spec, device, dtype_of(dtype, device))
-        add_to(pipe, addons, spec)
+        pipe = beside.pipe if beside else load_diffusion(spec, device, dtype_of(dtype, device))
+        if not beside:
+            add_to(pipe, addons, spec)
         aligner = load_aligner(bundle)
         adapter = AudioAdapter(AdapterConfig.parse(bundle.config.adapter, "bundle"))
         adapter.load_state_dict(adapter_state)

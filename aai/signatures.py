@@ -62,6 +62,11 @@ class TrustConfig(Config):
     authorities: tuple[str, ...] = ()
     """PEM files of certificates; whoever has a certificate for signing from one of them may sign."""
 
+    def anywhere(self) -> "TrustConfig":
+        """The same as it holds in any folder of this machine."""
+        keys, above = ([storage.absolute(uri) for uri in uris] for uris in (self.public_keys, self.authorities))
+        return TrustConfig(public_keys=tuple(keys), authorities=tuple(above))
+
     @property
     def demands(self) -> bool:
         """Whether a bundle must be signed."""

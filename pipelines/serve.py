@@ -27,13 +27,15 @@ from pipelines.engine.cluster import connect
 from pipelines.registry import versions
 from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
 from pipelines.service.http import Limits, ServedModel
-from pipelines.service.painters import PainterReplica
+from pipelines.service.painters import PainterConfig, PainterReplica
 from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 
 logger = logging.getLogger(__name__)
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 APP = "aai"
+BOARD = "aai-painters"
+"""Name of the actor that painters tell what they serve."""
 
 
 class ServeConfig(RayVerbConfig):
@@ -41,7 +43,9 @@ class ServeConfig(RayVerbConfig):
 
     cluster: ClusterConfig = ClusterConfig(num_workers=1)
     bundle: str = "models:/aai@champion"
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder. An alias is read once, at the start."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder. An alias is followed (`follow_s`)."""
+    follow_s: float = pydantic.Field(5, ge=0)
+    """How often each painter looks whether the alias names another version, which it then takes up; 0 = never."""
     tracking: StoreConfig = StoreConfig()
     trust: TrustConfig = TrustConfig()
     """Whose signature the bundle must have."""
@@ -134,19 +138,25 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         max_constructor_retry_count=3,
     )(serve.ingress()(Gateway))
     device = "cuda" if cluster.gpus_per_worker else "cpu"
-    painters = painter.bind(
-        uri,
-        config.tracking.anywhere().model_dump(),
-        model.sha,
-        device,
-        config.dtype,
-        absolute(config.addons).model_dump(),
-        config.proof.anywhere().model_dump(),
-        model.label(),
-        2 * limits.request_timeout_s,
+    follow = config.bundle if model.alias and config.follow_s else ""
+    told = PainterConfig(
+        bundle=uri,
+        model=model,
+        registry=config.tracking.anywhere(),
+        device=device,
+        dtype=config.dtype,
+        addons=absolute(config.addons),
+        proof=config.proof.anywhere(),
+        trust=config.trust.anywhere(),
+        stuck_s=2 * limits.request_timeout_s,
+        follow=follow,
+        follow_s=config.follow_s or 1,
+        board=BOARD,
     )
+    painters = painter.bind(told.model_dump())
     capacity = cluster.num_workers + config.max_queued_requests
-    return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, need_key)
+    board = BOARD if follow else ""
+    return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, need_key, board)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

@@ -4,10 +4,12 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import ray
 from PIL import Image
 from ray import serve
 from ray.exceptions import RayActorError
@@ -17,7 +19,8 @@ from starlette.types import ASGIApp
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
-from pipelines.service.http import Health, Limits, ServedModel, Verb, build_http, busy
+from pipelines.service.http import Health, Limits, Painted, ServedModel, Verb, build_http, busy
+from pipelines.service.watching import Board
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +36,24 @@ class Gateway:
     """The HTTP side. It takes no model and no GPU, and keeps answering while painters are busy or away.
 
     capacity: requests that may be painted or wait, together. Serve's own bound is checked only later, in the router.
+    board: name of the actor that painters which follow the registry tell what they serve; empty = they do not.
     """
 
     def __init__(
-        self, painters: DeploymentHandle, model: dict[str, Any], limits: dict[str, Any], capacity: int, need_key: bool
+        self,
+        painters: DeploymentHandle,
+        model: dict[str, Any],
+        limits: dict[str, Any],
+        capacity: int,
+        need_key: bool,
+        board: str = "",
     ) -> None:
         self._painters, self._capacity = painters, capacity
         self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
         self._in_flight, self._replicas, self._asked_s = 0, 0, -1.0
+        self._told: list[dict[str, Any]] = []
+        options = {"name": board, "num_cpus": 0, "get_if_exists": True}
+        self._board = ray.remote(Board).options(**options).remote() if board else None
         if need_key and not api_key():
             remedy = "set it in the environment of the cluster's processes, e.g. from a secret"
             raise UserError(KEY_VARIABLE, "(missing)", "the service needs an API key", remedy)
@@ -57,7 +70,7 @@ class Gateway:
         request: PaintRequest,
         mask: Image.Image | None = None,
         given: Mapping[str, Any] | None = None,
-    ) -> list[bytes]:
+    ) -> Painted:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
         retry_s = self._limits.retry_after_s
         full = busy(429, "queue_full", "all painters are busy and the queue is full", retry_s)
@@ -67,7 +80,9 @@ class Gateway:
         response = self._painters.paint.remote(verb, sounds, pixels, request, dict(given or {}))
         self._in_flight += 1
         try:
-            return list(await response)
+            files, model = await response
+            self.model = ServedModel.parse(model)
+            return Painted(files, self.model)
         except asyncio.CancelledError:
             response.cancel()
             raise
@@ -85,9 +100,23 @@ class Gateway:
         """See Backend. The controller is asked at most once a second."""
         if time.monotonic() - self._asked_s > 1:
             self._replicas = await asyncio.to_thread(_running_painters)
+            self._told = await self._board.read.remote() if self._board else []
             self._asked_s = time.monotonic()
         painting = min(self._in_flight, self._replicas)
-        return Health(replicas=self._replicas, queue_depth=self._in_flight - painting, painting=painting)
+        refused: dict[str, str] = {}
+        for row in self._told:
+            refused |= row["refused"]
+        models = [ServedModel.parse(row["model"]) for row in self._told]
+        if len({model.sha for model in models}) == 1:  # while some change over, the last picture's
+            self.model = models[0]
+        return Health(
+            replicas=self._replicas,
+            queue_depth=self._in_flight - painting,
+            painting=painting,
+            serving=dict(Counter(model.label() for model in models)),
+            refused=refused,
+            registry=next((row["trouble"] for row in self._told if row["trouble"]), ""),
+        )
 
 
 def _running_painters() -> int:

@@ -6,7 +6,7 @@ import hmac
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pydantic
@@ -81,6 +81,13 @@ class ServedModel(Config):
         return f"{self.name}/{self.version}" + (f"@{self.alias}" if self.alias else "")
 
 
+class Painted(NamedTuple):
+    """PNG files, and the model that painted them: after a promotion another one than a moment before."""
+
+    files: list[bytes]
+    model: ServedModel
+
+
 class Health(Config):
     """State of the painters."""
 
@@ -90,6 +97,12 @@ class Health(Config):
     """Requests that wait for a painter."""
     painting: int
     """Requests that are being painted."""
+    serving: dict[str, int] = pydantic.Field(default_factory=dict)
+    """Painters by the version that they paint with; empty where no alias is followed."""
+    refused: dict[str, str] = pydantic.Field(default_factory=dict)
+    """Versions that the alias names and that no painter takes up, and why."""
+    registry: str = ""
+    """Why the registry cannot be followed now."""
 
 
 class Backend(Protocol):
@@ -105,7 +118,7 @@ class Backend(Protocol):
         request: PaintRequest,
         mask: Image.Image | None = None,
         given: Mapping[str, Any] | None = None,
-    ) -> list[bytes]:
+    ) -> Painted:
         """PNG files of sounds by name. given: hashes of what was handed in, which the pictures tell.
 
         Raises ApiError 429 when the queue is full, UserError for a bad request.
@@ -350,7 +363,7 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
             if isinstance(form, RepaintForm) and form.mask:
                 mask, given["mask_sha256"] = await decoded(read_image, form.mask, limits, "mask")
         painted = await backend.paint(verb, sounds, image, form.request(), mask, given)
-        return _pictures(painted, form.seed, backend.model)
+        return _pictures(painted.files, form.seed, painted.model)
 
     options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}
 

@@ -11,7 +11,7 @@ from ray import serve
 from aai.errors import UserError
 from aai.sampling import PaintRequest
 from pipelines.service.gateway import KEY_VARIABLE, Gateway
-from pipelines.service.http import ApiError
+from pipelines.service.http import ApiError, ServedModel
 
 MODEL = {"name": "toy", "version": "1", "sha": "s", "sample_rate_hz": 16_000}
 TONE = {"sound": np.zeros(8, np.float32)}
@@ -23,12 +23,12 @@ class Echo:
 
     async def paint(
         self, verb: str, sounds: dict[str, np.ndarray], pixels: Any, request: PaintRequest, given: dict[str, Any]
-    ) -> list[bytes]:
+    ) -> tuple[list[bytes], dict[str, Any]]:
         await asyncio.sleep(0.05)
         if request.prompt == "wrong":
             raise UserError("prompt", "wrong", "is wrong", "mend it")
         shape = None if pixels[0] is None else pixels[0].shape
-        return [f"{verb} {sounds['sound'].shape} {shape} {request.seed}{given or ''}".encode()]
+        return [f"{verb} {sounds['sound'].shape} {shape} {request.seed}{given or ''}".encode()], MODEL
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,11 @@ def gateway(painters: Any, capacity: int = 2, need_key: bool = False) -> Gateway
 def test_requests_reach_the_painters_with_their_picture_as_pixels(painters: Any) -> None:
     here = gateway(painters)
     picture = Image.new("RGB", (6, 4))
-    assert asyncio.run(here.paint("edit", TONE, picture, PaintRequest(seed=3))) == [b"edit (8,) (4, 6, 3) 3"]
-    assert asyncio.run(here.paint("generate", TONE, None, PaintRequest())) == [b"generate (8,) None 0"]
+    painted = asyncio.run(here.paint("edit", TONE, picture, PaintRequest(seed=3)))
+    assert painted == ([b"edit (8,) (4, 6, 3) 3"], ServedModel.parse(MODEL))
+    assert asyncio.run(here.paint("generate", TONE, None, PaintRequest())).files == [b"generate (8,) None 0"]
     told = here.paint("generate", TONE, None, PaintRequest(), given={"sounds": {"sound": "ab"}})
-    assert asyncio.run(told) == [b"generate (8,) None 0{'sounds': {'sound': 'ab'}}"]
+    assert asyncio.run(told).files == [b"generate (8,) None 0{'sounds': {'sound': 'ab'}}"]
 
 
 def test_what_is_more_than_the_capacity_is_told_to_come_again(painters: Any) -> None:
@@ -57,7 +58,7 @@ def test_what_is_more_than_the_capacity_is_told_to_come_again(painters: Any) -> 
         return await asyncio.gather(*asked, return_exceptions=True)
 
     first, second, third = asyncio.run(ask())
-    assert (first, second) == ([b"generate (8,) None 0"], [b"generate (8,) None 1"])
+    assert (first.files, second.files) == ([b"generate (8,) None 0"], [b"generate (8,) None 1"])
     assert isinstance(third, ApiError)
     assert (third.status_code, third.code, third.headers) == (429, "queue_full", {"Retry-After": "7"})
     assert len(asyncio.run(ask())) == 3  # the places are free again

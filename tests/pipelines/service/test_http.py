@@ -10,7 +10,7 @@ from PIL import Image
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
-from pipelines.service.http import STATIC, Health, Limits, ServedModel, build_http
+from pipelines.service.http import STATIC, Health, Limits, Painted, ServedModel, build_http
 from tests import hostile
 from tests.clips import latin1_title, make_moving
 from tests.hostile import png, wav
@@ -25,6 +25,7 @@ class Echo:
 
     def __init__(self, wait_s: float = 0, replicas: int = 1) -> None:
         self.wait_s, self.replicas, self.cancelled = wait_s, replicas, 0
+        self.painted_by = self.model
         self.calls: list[tuple[str, dict[str, np.ndarray], Image.Image | None, PaintRequest]] = []
         self.masks: list[Image.Image | None] = []
 
@@ -36,7 +37,7 @@ class Echo:
         request: PaintRequest,
         mask: Image.Image | None = None,
         given: dict[str, Any] | None = None,
-    ) -> list[bytes]:
+    ) -> Painted:
         self.given = given
         self.calls.append((verb, sounds, image, request))
         self.masks.append(mask)
@@ -47,7 +48,7 @@ class Echo:
             raise
         if "<nosuch>" in (request.prompt or ""):
             raise UserError("prompt", request.prompt, "names an unknown sound", "use <sound>")
-        return [png()] * request.num_images
+        return Painted([png()] * request.num_images, self.painted_by)
 
     async def health(self) -> Health:
         return Health(replicas=self.replicas, queue_depth=0, painting=0)
@@ -112,6 +113,15 @@ def test_repaint_hands_over_the_picture(verb: str, kind: str) -> None:
     assert (given.mode, given.size) == ("RGB", (80, 40))
     assert backend.calls[0][3].denoise_strength == 0.4
     assert backend.masks == [None]
+
+
+def test_an_answer_names_the_version_that_painted_it() -> None:
+    backend = Echo()
+    backend.painted_by = backend.model.model_copy(update={"version": "4", "sha": "def456"})
+    response = ask("POST", "/v1/generate", backend, files={"audio": wav()})
+    assert (response.headers["x-aai-model"], response.headers["x-aai-bundle"]) == ("toy/4@champion", "def456")
+    several = ask("POST", "/v1/generate", backend, files={"audio": wav()}, data={"num_images": "2"}).json()
+    assert (several["model"], several["bundle"]) == ("toy/4@champion", "def456")
 
 
 def test_a_mask_goes_with_the_picture() -> None:

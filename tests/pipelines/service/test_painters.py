@@ -15,8 +15,8 @@ from aai.bundle import read_bundle
 from aai.errors import UserError
 from aai.proof import read_proof
 from aai.sampling import PaintRequest
+from pipelines.service.http import Verb
 from pipelines.service.painters import PainterReplica
-from pipelines.settings import StoreConfig
 from tests.aai.test_addons import write_checker
 from tests.certificates import certified
 
@@ -25,13 +25,25 @@ REQUEST = PaintRequest(steps=2, denoise_strength=1)
 RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)
 
 
-ALIKE: dict[str, Any] = {"proof": {}, "label": "tiny/3@champion", "stuck_s": 60}
 GIVEN = {"sounds": {"sound": "0" * 64}, "image_sha256": "1" * 64}
 
 
 def replica(bundle: str, **changes: Any) -> PainterReplica:
-    given = {"bundle": bundle, "registry": StoreConfig().model_dump(), "sha": read_bundle(bundle).sha}
-    return PainterReplica(**{**given, "device": "cpu", "dtype": "float32", "addons": {}, **ALIKE, **changes})
+    model = {
+        "name": "tiny",
+        "version": "3",
+        "alias": "champion",
+        "sha": read_bundle(bundle).sha,
+        "sample_rate_hz": 16_000,
+    }
+    given = {"bundle": bundle, "model": model, "registry": {}, "device": "cpu", "dtype": "float32", "stuck_s": 60}
+    return PainterReplica({**given, "addons": {}, "proof": {}, "trust": {}, **changes})
+
+
+def paint(painter: PainterReplica, verb: Verb, pixels: list[Any], request: PaintRequest = REQUEST) -> list[bytes]:
+    files, model = asyncio.run(painter.paint(verb, TONE, pixels, request, GIVEN))
+    assert model["name"] == "tiny"
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +54,13 @@ def painter(tiny_bundle: str) -> PainterReplica:
 def test_each_verb_paints_its_own_picture(painter: PainterReplica) -> None:
     made = {}
     for verb, pixels in (("generate", [None, None]), ("edit", [RED, None]), ("stylize", [RED, None])):
-        pictures = asyncio.run(painter.paint(verb, TONE, pixels, REQUEST, GIVEN))  # type: ignore[arg-type]
+        pictures = paint(painter, verb, pixels)  # type: ignore[arg-type]
         assert [Image.open(io.BytesIO(data)).size for data in pictures] == [(64, 64)]
         made[verb] = pictures[0]
     assert len(set(made.values())) == 3
-    assert asyncio.run(painter.paint("edit", TONE, [RED, None], REQUEST, GIVEN)) == [made["edit"]]
+    assert paint(painter, "edit", [RED, None]) == [made["edit"]]
     inverted = REQUEST.model_copy(update={"repaint": "invert"})
-    kept = asyncio.run(painter.paint("edit", TONE, [RED, np.zeros_like(RED)], inverted, GIVEN))
+    kept = paint(painter, "edit", [RED, np.zeros_like(RED)], inverted)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(kept[0]))), RED)
 
 
@@ -56,7 +68,7 @@ def test_pictures_tell_how_they_were_made_and_prove_it(tiny_bundle: str, tmp_pat
     certified(tmp_path, "painter", certified(tmp_path, "root"))
     proof = {"certificate": f"{tmp_path}/painter.chain", "private_key": f"{tmp_path}/painter.pem"}
     proving, request = replica(tiny_bundle, proof=proof), REQUEST.model_copy(update={"seed": 5, "num_images": 2})
-    for i, png in enumerate(asyncio.run(proving.paint("edit", TONE, [RED, None], request, GIVEN))):
+    for i, png in enumerate(paint(proving, "edit", [RED, None], request)):
         proof_of = read_proof(png, f"{tmp_path}/root.crt")
         assert proof_of.state == "trusted"
         wanted = {"verb": "edit", "model": "tiny/3@champion", "bundle": read_bundle(tiny_bundle).sha, "seed": 5 + i}
@@ -66,13 +78,13 @@ def test_pictures_tell_how_they_were_made_and_prove_it(tiny_bundle: str, tmp_pat
 def test_add_ons_reach_the_painter(tiny_bundle: str, tmp_path: Path) -> None:
     write_checker(tmp_path, tmp_path)
     checked = replica(tiny_bundle, addons={"safety_checker": str(tmp_path)})
-    (picture,) = asyncio.run(checked.paint("generate", TONE, [None, None], REQUEST, GIVEN))
+    (picture,) = paint(checked, "generate", [None, None])
     assert not np.asarray(Image.open(io.BytesIO(picture))).any()
 
 
 def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle: str) -> None:
     with pytest.raises(UserError, match="the service was started for 0000; deploy again"):
-        replica(tiny_bundle, sha="0000")
+        replica(tiny_bundle, model={"name": "a", "version": "1", "sha": "0000", "sample_rate_hz": 16_000})
 
 
 def test_a_painter_is_ill_when_it_is_stuck_or_its_device_failed(
@@ -94,7 +106,7 @@ def test_only_a_failed_device_makes_it_ill(
 
     with monkeypatch.context() as patch:
         patch.setattr(painter, "_broken", "")
-        patch.setattr(painter._painter, "generate", fail)
+        patch.setattr(painter._serving.painter, "generate", fail)
         with pytest.raises(error):
             painter._paint("generate", TONE, [None, None], REQUEST)
         assert painter._started_s == 0
