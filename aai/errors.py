@@ -1,4 +1,4 @@
-"""The one error type for mistakes a user can mend."""
+"""The one error type for mistakes a user can mend, and how others' words are shown."""
 
 
 class UserError(ValueError):
@@ -14,3 +14,8 @@ class UserError(ValueError):
     def __str__(self) -> str:
         text = f"{self.setting}={self.value}: {self.rule}; {self.remedy}"
         return " ".join(text.split())
+
+
+def printable(text: object) -> str:
+    """Up to 200 characters of what somebody else wrote, without any that would move a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text)[:200])

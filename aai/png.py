@@ -42,11 +42,17 @@ def sha256(data: bytes) -> str:
 
 
 def same_picture(ours: bytes, theirs: bytes) -> bool:
-    """Whether two PNG files hold the same pixels, made the same way, whichever code painted them."""
+    """Whether two PNG files hold the same pixels, made the same way, whichever release painted them.
+
+    What only one of them tells says nothing against it: earlier releases told less. A model's name and number may have
+    changed; its content is `bundle`.
+    """
     if ours == theirs:
         return True
     try:
         a, b = (Image.open(io.BytesIO(data), formats=("PNG",)) for data in (ours, theirs))
-        return (a.info.get(MADE), a.mode, a.size) == (b.info.get(MADE), b.mode, b.size) and a.tobytes() == b.tobytes()
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # no PNG, or a damaged one
+        told = [json.loads(picture.info.get(MADE, "{}")) for picture in (a, b)]
+        differ = any(told[0][name] != told[1][name] for name in (told[0].keys() & told[1].keys()) - {"model"})
+        return not differ and (a.mode, a.size) == (b.mode, b.size) and a.tobytes() == b.tobytes()
+    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError):  # no PNG, or a damaged one
         return False

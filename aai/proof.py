@@ -16,7 +16,7 @@ from PIL import Image
 
 from aai import storage
 from aai.config import Config
-from aai.errors import UserError
+from aai.errors import UserError, printable
 from aai.png import MADE, encode_png
 from aai.version import code_version
 
@@ -78,9 +78,9 @@ class Prover:
 
         try:
             proof = read_proof(self.sign(encode_png(Image.new("RGB", (1, 1))), {}))
-            reason = "the key is another's" if proof.state == "broken" else ""
+            reason = f"{', '.join(proof.reasons)}: is the key the certificate's?" if proof.state == "broken" else ""
         except c2pa.C2paError as error:
-            reason = str(error).strip()[:200]
+            reason = printable(error).strip()
         if reason:
             remedy = "give a certificate chain and its P-256 key, see docs/serving.md"
             raise UserError("proof.certificate", self.config.certificate, f"cannot sign pictures ({reason})", remedy)
@@ -122,6 +122,11 @@ class Prover:
         return sink.getvalue()
 
 
+def read_made(png: bytes) -> dict[str, Any]:
+    """What a PNG file says of its making, which anybody can have written. Raises UserError for no PNG."""
+    return _text(png)[0]
+
+
 def has_manifest(png: bytes) -> bool:
     """Whether a PNG file carries one, true or not."""
     return CHUNK in png
@@ -149,9 +154,9 @@ def read_proof(png: bytes, authorities: str | None = None) -> Proof:
     except c2pa.C2paError.ManifestNotFound:
         return Proof("broken" if damage else "missing", made=told, reasons=damage)
     except (c2pa.C2paError, KeyError, ValueError) as error:  # the last two: a manifest store in ruins
-        return Proof("broken", made=told, reasons=(*damage, str(error)[:200]))
+        return Proof("broken", made=told, reasons=(*damage, printable(error)))
     signature = manifest.get("signature_info", {})
-    signer = " / ".join(str(signature[name]) for name in ("issuer", "common_name") if signature.get(name))
+    signer = " / ".join(printable(signature[name]) for name in ("issuer", "common_name") if signature.get(name))
     failures = tuple(failure["code"] for failure in results.get("failure", []))
     if damage or state not in ("Trusted", "Valid"):
         return Proof("broken", signer, told, (*failures, *damage))
@@ -167,7 +172,7 @@ def _text(png: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
             image.load()  # text may stand behind the pixels
             told = json.loads(image.info.get(MADE, "{}"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return {}, (f"the file is damaged ({error})",)
+        return {}, (f"the file is damaged ({printable(error)})",)
     return (told if isinstance(told, dict) else {}), ()
 
 

@@ -6,12 +6,12 @@
 
 import base64
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pydantic
 
 from aai import storage
 from aai.config import Config
-from aai.errors import UserError
+from aai.errors import UserError, printable
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +83,15 @@ def make_key(uri: str) -> bool:
     key = ec.generate_private_key(ec.SECP256R1())
     form = serialization.PrivateFormat.PKCS8
     private = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    before = os.umask(0o077)  # nobody else reads the key, not for a moment
     try:
-        if uri.startswith("s3://"):
-            storage.write_bytes(uri, private, new=True)
-        else:
-            Path(storage.absolute(uri)).parent.mkdir(parents=True, exist_ok=True)
-            with open(storage.absolute(uri), "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                file.write(private)
+        storage.write_bytes(uri, private, new=True)
     except FileExistsError:  # another command made one meanwhile
         return False
-    storage.write_bytes(uri + ".pub", _public_pem(key.public_key()))
+    finally:
+        os.umask(before)
+    storage.write_bytes(uri + ".pub", public)
     log.info("signing: a new key %s; who checks bundles needs %s.pub", uri, uri)
     return True
 
@@ -103,7 +102,7 @@ def sign(folder: Path, config: SigningConfig) -> str:
         raise UserError("signing.private_key", "(missing)", "there is nothing to sign with", "name a PEM file")
     if config.make_key:
         make_key(config.private_key)
-    fresh = folder / f".{SIGNATURE}"
+    fresh = folder.parent / f".{uuid.uuid4().hex}.sig"  # not within: the bundle is readable meanwhile
     with _local("signing.private_key", config.private_key) as key, contextlib.ExitStack() as stack:
         certificates = []
         for uri in (config.certificate, *config.chain):
@@ -131,12 +130,18 @@ def _signer(key: Path, certificates: list[Path]) -> Any:
     )
 
 
-def rehearse(config: SigningConfig) -> None:
-    """Raises UserError when nothing could be signed with these settings: told before hours of training, not after."""
-    if config.private_key:
-        with tempfile.TemporaryDirectory(prefix="aai-") as scratch:
-            (Path(scratch) / "file").touch()
-            sign(Path(scratch), config)
+def rehearse(config: SigningConfig) -> str:
+    """Who would sign with these settings, "" without a key. Raises UserError when nothing could be signed.
+
+    For before hours of training, and not after.
+    """
+    if not config.private_key:
+        return ""
+    with tempfile.TemporaryDirectory(prefix="aai-") as scratch:
+        folder = Path(scratch) / "bundle"
+        folder.mkdir()
+        (folder / "file").touch()
+        return sign(folder, config)
 
 
 def check(folder: Path, trust: TrustConfig, bundle: object) -> str:
@@ -149,7 +154,10 @@ def check(folder: Path, trust: TrustConfig, bundle: object) -> str:
         return ""
     if not (folder / SIGNATURE).is_file():
         rule = f"is not signed: it has no {SIGNATURE}, and only signed bundles are taken"
-        raise UserError("bundle", bundle, rule, "sign it with `aai sign`, by a key that is trusted")
+        remedy = "sign it with `aai sign`, by a key that is trusted"
+        if str(bundle).startswith("models:"):
+            remedy = "sign that bundle's folder with `aai sign` and promote it: a registered version is not changed"
+        raise UserError("bundle", bundle, rule, remedy)
     reasons = []
     for setting, uris in (("public_keys", trust.public_keys), ("authorities", trust.authorities)):
         for uri in uris:
@@ -169,19 +177,11 @@ def signer_of(folder: Path) -> str:
     try:
         material = json.loads((folder / SIGNATURE).read_bytes())["verificationMaterial"]
         if "publicKey" in material:
-            return f"key {material['publicKey']['hint'][:16]}"
+            return f"key {printable(material['publicKey']['hint'][:16])}"
         first = base64.b64decode(material["x509CertificateChain"]["certificates"][0]["rawBytes"])
-        return f"certificate {x509.load_der_x509_certificate(first).subject.rfc4514_string()}"
+        return f"certificate {printable(x509.load_der_x509_certificate(first).subject.rfc4514_string())}"
     except (ValueError, KeyError, IndexError, TypeError):
         return "unknown"
-
-
-def fingerprint(public_key: bytes) -> str:
-    """What `signer_of` says of the holder of this key (PEM)."""
-    from cryptography.hazmat.primitives import serialization
-
-    pem = _public_pem(serialization.load_pem_public_key(public_key))
-    return f"key {hashlib.sha256(pem).hexdigest()[:16]}"
 
 
 def _refusal(folder: Path, trusted: Path, is_authority: bool) -> str | None:
@@ -197,8 +197,8 @@ def _refusal(folder: Path, trusted: Path, is_authority: bool) -> str | None:
         config.verify(folder, folder / SIGNATURE)
     except Exception as error:  # the library raises many kinds, of three packages: whatever it says, it is no yes
         if changed := _MISMATCH.findall(str(error)):
-            return f"{', '.join(changed)} changed since it was signed"
-        return str(error).strip().split("\n")[0][:200] or type(error).__name__
+            return f"{', '.join(map(printable, changed))} changed since it was signed"
+        return printable(str(error).strip().split("\n")[0]) or type(error).__name__
     return None
 
 
@@ -206,13 +206,6 @@ def _hashing(folder: Path) -> Any:
     from model_signing import hashing
 
     return hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
-
-
-def _public_pem(key: Any) -> bytes:
-    from cryptography.hazmat.primitives import serialization
-
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    return bytes(key.public_bytes(serialization.Encoding.PEM, form))
 
 
 @contextlib.contextmanager

@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         package = (error.name or "aai").split(".")[0]
         if package in ("aai", "pipelines"):
             raise
-        remedy = "pip install 'aai[ray,serve]' brings what the commands need (add shots for cut.mode=shots)"
+        remedy = "pip install 'aai[ray,serve]' brings what most commands need (others: shots, lora, proof, openlineage)"
         print(f"aai {verb}: error: package={package}: is not installed; {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

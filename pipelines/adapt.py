@@ -15,7 +15,7 @@ import torch
 from diffusers.utils import make_image_grid
 from torch import Tensor, nn
 
-from aai import aligned, storage
+from aai import aligned
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter, prompt_of
 from aai.aligned import AlignedCache
 from aai.bundle import read_bundle, sign_bundle, write_bundle
@@ -31,7 +31,7 @@ from aai.painter import paint
 from aai.png import encode_png
 from aai.sampling import SamplingConfig
 from aai.sdxl import injector_of
-from aai.signatures import SIGNATURE, SigningConfig, rehearse
+from aai.signatures import SigningConfig, rehearse
 from pipelines.settings import Plan
 from pipelines.training.embedding import embed_table
 from pipelines.training.lengths import check_cut, clip_lengths_s
@@ -135,9 +135,10 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def run(config: AdaptConfig) -> dict[str, Any]:
     """Trains, writes the bundle and signs it if there is a key; returns what adapt.json holds."""
-    result, bundle = run_stage(AdaptRecipe, config), bundle_dir(config.out)
-    if config.signing.private_key and not storage.exists(storage.join(bundle, SIGNATURE)):
-        log.info("adapt: signed by %s", sign_bundle(bundle, config.signing))
+    rehearse(config.signing)  # before hours of training
+    result = run_stage(AdaptRecipe, config)
+    if config.signing.private_key:
+        log.info("adapt: the bundle is signed by %s", sign_bundle(bundle_dir(config.out), config.signing))
     return result
 
 
@@ -167,7 +168,6 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         if denoised % workers:
             rule = f"is not a multiple of the {workers} workers"
             raise UserError("loss.denoise_rows", denoised, rule, "choose a multiple of cluster.num_workers, or 0")
-        rehearse(self.config.signing)
         lengths_s = clip_lengths_s(self.config.features)
         check_cut("adapt", lengths_s, self.encoder.clip_s, self.config.max_cut_share)
         return self.config

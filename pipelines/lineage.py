@@ -19,7 +19,7 @@ import pydantic
 
 from aai import storage
 from aai.errors import UserError
-from aai.proof import read_proof
+from aai.proof import read_made
 from pipelines.registry import versions
 from pipelines.registry.versions import SHA_TAG, Version
 from pipelines.settings import Plan, TrackingConfig, VerbConfig
@@ -107,13 +107,13 @@ def _of_version(config: LineageConfig, version: Version) -> dict[str, Any]:
 def _of_image(config: LineageConfig, image: str) -> dict[str, Any]:
     if not storage.exists(image):
         raise UserError("image", image, "no such file", "check the path")
-    proof = read_proof(storage.read_bytes(image, MAX_BYTES))
-    if not proof.made.get("bundle"):
+    made = read_made(storage.read_bytes(image, MAX_BYTES))
+    if not made.get("bundle"):
         raise UserError("image", image, "does not say which model painted it", "give a PNG file as it was painted")
-    print(f"{image}: {words_of(proof.made)}")
-    origin, found = origin_of_picture(config.tracking, proof.made)
+    print(f"{image}: {words_of(made)}")
+    origin, found = origin_of_picture(config.tracking, made)
     print_origin(origin, found)
-    return {"made": dict(proof.made), **_result(config, origin, found)}
+    return {"made": made, **_result(config, origin, found)}
 
 
 def _result(config: LineageConfig, origin: Origin, found: list[Version]) -> dict[str, Any]:

@@ -11,13 +11,12 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from aai.errors import UserError
-from pipelines.registry import versions
+from pipelines.registry import store, versions
 from pipelines.registry.history import attempts
 from pipelines.registry.moves import figures_tag
 from pipelines.registry.versions import CHAMPION, SHA_TAG, Version
@@ -57,9 +56,7 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def run(config: ModelsConfig) -> dict[str, Any]:
     """Prints and returns what the registry holds. Raises UserError where there is no such model or version."""
-    uri = config.tracking.uri
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").split("?")[0]).exists():
-        raise UserError("tracking.uri", uri, "no such file", "give the store that `aai promote` used")
+    store.must_exist(config.tracking)
     found = versions.listing(config.tracking)
     if not found:
         rule = f"no model {config.tracking.model_name!r} is registered in {config.tracking.uri}"

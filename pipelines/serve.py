@@ -104,8 +104,6 @@ def pin(config: ServeConfig) -> tuple[str, ServedModel]:
     if bundle.config.adapter is None:
         raise UserError("bundle", config.bundle, "has no adapter", "serve the bundle of `aai adapt`")
     check(bundle.folder, config.trust, config.bundle)
-    if not config.cluster.address:  # on a cluster the painters have the files, not we
-        Prover(config.proof)
     if not name:
         uri = storage.absolute(uri)
         name, version = uri.rstrip("/").rsplit("/", 1)[-1], bundle.sha
@@ -200,6 +198,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     """Serves until Ctrl-C or SIGTERM, then lets running requests end and shuts down."""
     if not config.cluster.address:
         check_address(config)
+        Prover(config.proof)  # on a cluster the painters have the files, not we
     uri, model = pin(config)
     stopped = threading.Event()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

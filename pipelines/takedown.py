@@ -67,7 +67,7 @@ def run(config: TakedownConfig) -> dict[str, Any]:
     storage.write_bytes(exclude, "".join(f"{line}\n" for line in lines).encode())
     result = {"clips": sorted(wanted), **spread.told(), "nowhere": absent, "exclude": exclude}
     storage.write_json(storage.join(config.out, RESULT), result)
-    in_use = ", ".join(f"{version.version}{named(version)}" for version in spread.versions) or "none"
+    in_use = ", ".join(f"{version.version} of {version.model}{named(version)}" for version in spread.versions) or "none"
     log.info(
         "takedown: %d of %d clips found, in %d tables; %d trainings, versions %s, %d trainings unknown -> %s",
         len(wanted) - len(absent), len(wanted), len(spread.holdings), len(spread.trainings), in_use,

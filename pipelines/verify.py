@@ -65,10 +65,14 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"state": proof.state, "signer": proof.signer, "made": dict(made)}
     if made.get("bundle"):
         print(words_of(made))
-        origin, found = origin_of_picture(config.tracking, made)
-        print_origin(origin, found)
-        runs = [training.run_id for training in origin.trainings]
-        result |= {"versions": [version.version for version in found], "runs": runs, "clips": origin.by_split()}
+        try:
+            origin, found = origin_of_picture(config.tracking, made)
+        except UserError as error:  # what a picture proves needs no registry
+            print(f"unknown: {error}")
+        else:
+            print_origin(origin, found)
+            runs = [training.run_id for training in origin.trainings]
+            result |= {"versions": [version.version for version in found], "runs": runs, "clips": origin.by_split()}
     _refuse(config, proof)
     log.info("verify: %s is %s", config.picture, proof.state)
     return result

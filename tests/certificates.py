@@ -1,6 +1,7 @@
 """Certificates of our own, for signatures."""
 
 import datetime
+import hashlib
 from pathlib import Path
 
 from cryptography import x509
@@ -12,7 +13,7 @@ PEM = serialization.Encoding.PEM
 Authority = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
 
 
-def certified(folder: Path, name: str, issuer: Authority | None = None) -> Authority:
+def certified(folder: Path, name: str, issuer: Authority | None = None, valid_s: float = 9e8) -> Authority:
     """NAME.pem (the key) and NAME.crt in a folder: an authority, or with an issuer a certificate for signing.
 
     NAME.chain is the certificate and the issuer's.
@@ -40,3 +41,8 @@ def certified(folder: Path, name: str, issuer: Authority | None = None) -> Autho
     chain = [certificate, *([issuer[0]] if issuer else [])]
     (folder / f"{name}.chain").write_bytes(b"".join(each.public_bytes(PEM) for each in chain))
     return certificate, key
+
+
+def fingerprint(public_key: Path) -> str:
+    """How signatures name the holder of a public key: by the SHA-256 of its PEM."""
+    return f"key {hashlib.sha256(public_key.read_bytes()).hexdigest()[:16]}"

@@ -12,9 +12,9 @@ from aai.config import Config
 BANDS = 16
 """Parts of a video hash by which near duplicates are looked for, each on its own."""
 _BAND_BITS = 16
-EXCLUDED = "excluded"
-"""Split of clips that are left out: whatever is like them is dropped, however it ranks."""
-SPLIT_RANK = {EXCLUDED: -1, "test": 0, "val": 1}
+EXCLUDED, EXCLUDED_SPLIT = "EXCLUDED", "excluded"
+"""Code of clips that are like one to leave out, and the split of that one: it is never dropped itself."""
+SPLIT_RANK = {EXCLUDED_SPLIT: -1, "test": 0, "val": 1}
 """Held-out data wins: a clip of test is never dropped for one of train. Any other split ranks as train."""
 
 
@@ -130,14 +130,14 @@ def find_duplicates(
         clip = clips[index]
         same = kept_ids.get(clip.clip_id)
         alike = [same] if same is not None else sorted(kept.intersection(near[clip.clip_id]), key=rank)
-        if not alike:
+        if not alike or clip.split == EXCLUDED_SPLIT:
             kept.add(index)
-            kept_ids[clip.clip_id] = index
+            kept_ids.setdefault(clip.clip_id, index)
             continue
         other = clips[alike[0]]
         code = "EXACT_DUPLICATE" if same is not None else "NEAR_DUPLICATE"
         if other.split != clip.split:
-            code = "EXCLUDED" if other.split == EXCLUDED else "CROSS_SPLIT_DUPLICATE"
+            code = EXCLUDED if other.split == EXCLUDED_SPLIT else "CROSS_SPLIT_DUPLICATE"
         dropped[index] = (code, f"same clip as {other.uri} ({other.clip_id}) of split {other.split}")
     return dropped
 

@@ -1,6 +1,7 @@
 """Judging: which measured clips are taken. Thresholds, correspondence and duplicates, from small columns only."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +10,7 @@ import pyarrow.compute as pc
 
 from aai import storage
 from aai.digest import stored_digest
-from aai.media.duplicates import EXCLUDED, HashedClip, find_duplicates
+from aai.media.duplicates import EXCLUDED, EXCLUDED_SPLIT, HashedClip, find_duplicates
 from aai.media.filters import FilterConfig, broken_rules
 from aai.media.measure import MeasuredRow
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIMILARITIES
@@ -20,6 +21,8 @@ from pipelines.curation.near import spread_near_pairs
 from pipelines.curation.similarity import Null, read_scores
 from pipelines.engine.shards import Result, Shard
 from pipelines.manifests.row import ManifestRow
+
+log = logging.getLogger(__name__)
 
 DIGEST = b"aai.judged"
 """Where the tables carry the digest of what they were made of."""
@@ -73,29 +76,57 @@ def judge(
     needs.
     """
     verdicts, null = Verdicts(), None
-    excluded = _exclude(verdicts, measured, rows, config.excluded())
+    _exclude(verdicts, measured, rows, config, out)
     _judge_signals(verdicts, measured, config.filters)
     if config.scores.bundle:
         good = set(_undisputed(measured, verdicts))
         null = Null.measure(out, list(measured), rows, good, config.scores.false_accept_rate)
     if null:
         _judge_correspondence(verdicts, measured, null)
-    _judge_duplicates(verdicts, measured, rows, config, out, excluded)
+    _judge_duplicates(verdicts, measured, rows, config, out)
     return verdicts, null
 
 
 def _exclude(
-    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], excluded: frozenset[str]
-) -> set[str]:
-    """Speaks against the clips that are named by id, content or URI; returns the keys of those that were decoded."""
-    found = set()
-    for table in measured.values() if excluded else ():
-        columns = [table[name].to_pylist() for name in ("key", "clip_id", "content_hash", "code")]
-        for key, clip_id, content_hash, code in zip(*columns, strict=True):
-            if not excluded.isdisjoint((clip_id, content_hash, rows[key].uri)):
-                verdicts.add(key, EXCLUDE, "EXCLUDED", "is named in the list of clips to leave out")
-                found |= {key} if code is None else set()
-    return found
+    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
+) -> None:
+    """Speaks against the clips that are named by id, content or URI, and against all that look and sound like them."""
+    listed = config.excluded()
+    if not listed:
+        return
+    named: set[str] = set()
+    matched: set[str] = set()
+    for table in measured.values():
+        columns = [table[name].to_pylist() for name in ("key", "clip_id", "content_hash")]
+        for key, clip_id, content_hash in zip(*columns, strict=True):
+            if hits := listed.intersection((clip_id, content_hash, rows[key].uri)):
+                matched |= hits
+                named.add(key)
+                verdicts.add(key, EXCLUDE, EXCLUDED, "is named in the list of clips to leave out")
+    log.info("curate: %d clips are left out by %s, of whose %d entries %d name none here",
+             len(named), config.exclude, len(listed), len(listed) - len(matched))  # fmt: skip
+    decoded = [key for table in measured.values() for key in table["key"].filter(table["code"].is_null()).to_pylist()]
+    keys, clips = _hashed(measured, rows, set(decoded), named)
+    alike = config.duplicates.model_copy(update={"enabled": True})
+    search = partial(spread_near_pairs, out=out, cluster=config.cluster)
+    for index, (code, message) in find_duplicates(clips, alike, search).items():
+        if code == EXCLUDED and keys[index] not in named:
+            verdicts.add(keys[index], EXCLUDE, code, message)
+
+
+def _hashed(
+    measured: Measured, rows: Mapping[str, ManifestRow], wanted: set[str], excluded: Collection[str] = ()
+) -> tuple[list[str], list[HashedClip]]:
+    """The wanted clips, by key, as duplicates are looked for; excluded ones are of a split that wins."""
+    keys, clips = [], []
+    for table in measured.values():
+        columns = [table[name].to_pylist() for name in ("key", "clip_id", "video_hash", "audio_hash")]
+        for key, clip_id, video, audio in zip(*columns, strict=True):
+            if key in wanted:
+                keys.append(key)
+                uri, split = rows[key].uri, EXCLUDED_SPLIT if key in excluded else rows[key].split
+                clips.append(HashedClip(clip_id=clip_id, uri=uri, split=split, video_hash=video, audio_hash=audio))
+    return keys, clips
 
 
 def _judge_signals(verdicts: Verdicts, measured: Measured, filters: FilterConfig) -> None:
@@ -113,27 +144,12 @@ def _judge_correspondence(verdicts: Verdicts, measured: Measured, null: Null) ->
 
 
 def _judge_duplicates(
-    verdicts: Verdicts,
-    measured: Measured,
-    rows: Mapping[str, ManifestRow],
-    config: CurateConfig,
-    out: str,
-    excluded: set[str],
+    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
 ) -> None:
-    """What is alike; of what is like an excluded clip none stays, where else the first would."""
-    good = set(_undisputed(measured, verdicts)) | excluded
-    keys, clips = [], []
-    for table in measured.values():
-        columns = [table[name].to_pylist() for name in ("key", "clip_id", "video_hash", "audio_hash")]
-        for key, clip_id, video, audio in zip(*columns, strict=True):
-            if key in good:
-                keys.append(key)
-                uri, split = rows[key].uri, EXCLUDED if key in excluded else rows[key].split
-                clips.append(HashedClip(clip_id=clip_id, uri=uri, split=split, video_hash=video, audio_hash=audio))
+    keys, clips = _hashed(measured, rows, set(_undisputed(measured, verdicts)))
     search = partial(spread_near_pairs, out=out, cluster=config.cluster)
     for index, (code, message) in find_duplicates(clips, config.duplicates, search).items():
-        if keys[index] not in excluded:
-            verdicts.add(keys[index], EXCLUDE if code == "EXCLUDED" else "duplicate", code, message)
+        verdicts.add(keys[index], "duplicate", code, message)
 
 
 def _undisputed(measured: Measured, verdicts: Verdicts) -> Iterator[str]:

@@ -4,7 +4,6 @@ OUT/pictures/NUMBER_STEM_seedN.png, and OUT/index.parquet with a row for each pi
 and why. A shard's part of the index is written last, so that a run that was killed goes on with the next shard.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -25,6 +24,7 @@ from aai.errors import UserError
 from aai.inject import names_in, parse
 from aai.media.decode import ClipError, decode_audio
 from aai.painter import Painter
+from aai.png import sha256
 from aai.proof import Prover
 from pipelines.engine.cluster import worker_dtype
 from pipelines.engine.lock import output_lock
@@ -102,11 +102,12 @@ class BatchPainter:
         for sound in shard.sounds:
             row = {**asdict(sound), "uri": _plain(sound.uri), "prompt": prompt, "bundle": self.sha}
             try:
-                audio = self._decoded(sound)
+                audio, file_sha256 = self._decoded(sound)
             except ClipError as error:
                 rows.append({**row, "error_code": error.code, "error": error.message})
             else:
-                heard.append(({**row, "sound_sha256": hashlib.sha256(audio.tobytes()).hexdigest()}, audio))
+                sums = {"sound_sha256": sha256(audio.tobytes()), "file_sha256": file_sha256}
+                heard.append(({**row, **sums}, audio))
         rows += self._painted(heard)
         rows.sort(key=lambda row: (row["row"], row.get("seed", 0)))
         table = pa.Table.from_pylist(rows, schema=INDEX_TABLE)
@@ -115,8 +116,11 @@ class BatchPainter:
         made = len(rows) - errors.total()
         return Painted(rows=len(shard.sounds), rejected=errors.total(), pictures=made, errors=dict(errors))
 
-    def _decoded(self, sound: Wanted) -> np.ndarray:
-        """The sound's part of its file. Raises ClipError with the reason, OSError when it may be had another time."""
+    def _decoded(self, sound: Wanted) -> tuple[np.ndarray, str]:
+        """The sound's part of its file, and the file's SHA-256.
+
+        Raises ClipError with the reason, OSError when it may be had another time.
+        """
         limits, rate_hz = self.config.limits, self.painter.sample_rate_hz
         data = read_file(sound.uri, limits.max_bytes)
         if isinstance(data, ClipError) and data.transient:
@@ -124,7 +128,7 @@ class BatchPainter:
         if isinstance(data, ClipError):
             raise data
         part_s = sound.start_s, sound.end_s
-        return decode_audio(data, limits.max_audio_s, limits.max_bytes, rate_hz, part_s=part_s)
+        return decode_audio(data, limits.max_audio_s, limits.max_bytes, rate_hz, part_s=part_s), sha256(data)
 
     def _painted(self, heard: Sequence[tuple[dict[str, Any], np.ndarray]]) -> list[dict[str, Any]]:
         """Paints all pictures of these sounds in batches and writes them; a row of the index for each."""
@@ -142,7 +146,7 @@ class BatchPainter:
                 stem = stem_of(storage.file_of(row["uri"]))
                 name = f"{row['row']:07d}_{stem}_seed{seed}.png"
                 made = {"verb": "generate", "audio": stem, "bundle": self.sha, **request.model_dump(), "seed": seed}
-                made["sound_sha256"] = row["sound_sha256"]
+                made |= {"sound_sha256": row["sound_sha256"], "sounds": {"sound": row["file_sha256"]}}
                 if self.config.bundle.startswith("models:/"):
                     made["model"] = self.config.bundle.removeprefix("models:/")
                 storage.write_bytes(storage.join(self.config.out, PICTURES, name), self.prover.encode(picture, made))

@@ -67,13 +67,8 @@ def decode_sounds(data: dict[str, bytes], config: SoundsConfig, bundle: Bundle) 
     return {name: decode_sound(sources[name], data[name], config.limits, rate_hz) for name in sources}
 
 
-def load_picture(uri: str | None, limits: InputLimits, setting: str = "image") -> Image.Image:
+def decode_picture(data: bytes, uri: str | None, limits: InputLimits, setting: str = "image") -> Image.Image:
     """A user's picture as upright RGB; UserError when it is unreadable or too large."""
-    return decode_picture(_read(setting, uri, limits.max_bytes), uri, limits, setting)
-
-
-def decode_picture(data: bytes, uri: str | None, limits: InputLimits, setting: str) -> Image.Image:
-    """As `load_picture`, of the file's content."""
     try:
         backdrop = "black" if setting == "mask" else None
         return decode_still(data, limits.max_pixels, (*STILL_FORMATS, "BMP", "GIF"), backdrop)

@@ -1,16 +1,16 @@
 """Which trainings made a bundle, and from what: read off the runs that align and adapt leave in MLflow."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pipelines.registry import versions
-from pipelines.registry.tracking import attempt, connect
+from pipelines.registry.store import must_exist
+from pipelines.registry.tracking import attempt, connect, mlflow
 from pipelines.registry.versions import SHA_TAG, Version
 from pipelines.settings import StoreConfig, TrackingConfig
 
 MADE, PARENTS = "made", "parents"
 """Tags of a training's run: the bundle that it wrote, and those that it began from, with spaces."""
-STAGES = ("align", "adapt")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class TrainingRun:
     run_id: str
     experiment: str
     stage: str
+    """align or adapt, or what somebody renamed the run to."""
     status: str
     """FINISHED, or what became of it; one that broke off has read the clips too."""
     started_ms: int
@@ -36,23 +37,25 @@ class TrainingRun:
 
 
 def trainings(cfg: StoreConfig) -> list[TrainingRun]:
-    """All trainings that the store knows, the newest first."""
-    client, found = connect(cfg), []
-    names = {each.experiment_id: each.name for each in attempt(cfg, client.search_experiments)}
-    for stage in STAGES:
-        query, token = f"tags.`mlflow.runName` = '{stage}'", None
-        while True:
-            page = attempt(cfg, client.search_runs, list(names), query, max_results=1000, page_token=token)
-            for run in page:
-                params, tags = run.data.params, run.data.tags
-                if "features" in params and "fingerprint" in params:  # else it is somebody's own of the same name
-                    told = params["features"], params["fingerprint"], tags.get(MADE, "")
-                    of = run.info.run_id, names[run.info.experiment_id], stage, run.info.status, run.info.start_time
-                    parents = tuple(tags.get(PARENTS, "").split())
-                    found.append(TrainingRun(*of, *told, parents, params.get("aligned", "")))
-            token = page.token
-            if not token:
-                break
+    """All trainings that the store knows, the newest first; deleted ones too, since what they made may be in use."""
+    must_exist(cfg)
+    client, found, everything = connect(cfg), [], mlflow().entities.ViewType.ALL
+    experiments = attempt(cfg, client.search_experiments, view_type=everything)
+    names = {each.experiment_id: each.name for each in experiments}
+    token = None
+    while True:
+        asked = {"run_view_type": everything, "max_results": 1000, "page_token": token}
+        page = attempt(cfg, client.search_runs, list(names), "params.fingerprint LIKE '%'", **asked)
+        for run in page:
+            params, tags = run.data.params, run.data.tags
+            if "features" in params:  # else it is somebody's own
+                parents = tuple(tags.get(PARENTS, "").split())
+                of = run.info.run_id, names[run.info.experiment_id], run.info.run_name, run.info.status
+                told = params["features"], params["fingerprint"], tags.get(MADE, ""), parents
+                found.append(TrainingRun(*of, run.info.start_time, *told, params.get("aligned", "")))
+        token = page.token
+        if not token:
+            break
     return sorted(found, key=lambda training: -training.started_ms)
 
 
@@ -62,7 +65,7 @@ def made_by(sha: str, fingerprint: str, known: Sequence[TrainingRun]) -> list[Tr
     Of a bundle whose training did not tell what it made: all finished ones on a table of this fingerprint.
     """
     found: list[TrainingRun] = []
-    wanted = [sha]
+    wanted = [sha] if sha else []
     while wanted:
         of = wanted.pop(0)
         for training in known:
@@ -75,6 +78,18 @@ def made_by(sha: str, fingerprint: str, known: Sequence[TrainingRun]) -> list[Tr
     return found
 
 
+def orphans(of: Sequence[TrainingRun], known: Sequence[TrainingRun]) -> list[str]:
+    """Why it is not known what some of these trainings began from."""
+    made = {training.made for training in known}
+    told = []
+    for training in of:
+        for parent in training.parents:
+            if parent not in made:
+                began = f"{training.stage} {training.run_id} began from the bundle {parent}"
+                told.append(f"{began}, which no training that is on record here says it made")
+    return told
+
+
 def descended(of: Sequence[TrainingRun], known: Sequence[TrainingRun]) -> list[TrainingRun]:
     """These trainings, and all that began from what they made, and so on."""
     found = list(of)
@@ -85,10 +100,29 @@ def descended(of: Sequence[TrainingRun], known: Sequence[TrainingRun]) -> list[T
     return found
 
 
-def versions_of(cfg: TrackingConfig, shas: Sequence[str], fingerprints: Sequence[str] = ()) -> list[Version]:
-    """The registered versions of these bundles, and those trained on tables of these fingerprints."""
+def versions_of(cfg: StoreConfig, shas: Collection[str], fingerprints: Collection[str] = ()) -> list[Version]:
+    """The registered versions, of all models, of these bundles, and those trained on tables of these fingerprints."""
     found = []
-    for version in versions.listing(cfg):
+    for version in all_listed(cfg):
         if version.tags.get(SHA_TAG) in shas or version.tags.get("data_fingerprint") in fingerprints:
             found.append(version)
+    return found
+
+
+def unexplained(cfg: StoreConfig, known: Sequence[TrainingRun]) -> list[str]:
+    """Versions that none of these trainings can have made."""
+    made, tables = {each.made for each in known}, {each.fingerprint for each in known}
+    told = []
+    for version in all_listed(cfg):
+        if version.tags.get(SHA_TAG) not in made and version.tags.get("data_fingerprint") not in tables:
+            told.append(f"version {version.version} of {version.model}: no training that is on record here made it")
+    return told
+
+
+def all_listed(cfg: StoreConfig) -> list[Version]:
+    """The versions of all registered models, by model, the newest first."""
+    shared = {"uri": cfg.uri}
+    found = []
+    for name in versions.models(cfg):
+        found += versions.listing(TrackingConfig(**shared, model_name=name))
     return found

@@ -42,6 +42,13 @@ def database(cfg: StoreConfig) -> Path:
     return file
 
 
+def must_exist(cfg: StoreConfig) -> None:
+    """For commands that only read. Raises UserError for a sqlite file that is not there, which MLflow would make."""
+    path = cfg.uri.removeprefix("sqlite:///").split("?")[0]
+    if cfg.uri.startswith("sqlite:///") and not Path(path).exists():
+        raise UserError("tracking.uri", cfg.uri, "no such file", "give the store that trainings and promotions used")
+
+
 @functools.cache
 def _server(uri: str) -> None:
     """Asks a server for a sign of life, once: MLflow's own retries would take minutes."""

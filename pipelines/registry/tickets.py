@@ -20,6 +20,7 @@ from aai.digest import digest
 from aai.errors import UserError
 from pipelines.registry.store import database
 from pipelines.registry.tracking import OpenRun, attempt, unless
+from pipelines.registry.versions import TURNS
 from pipelines.settings import TrackingConfig
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class Tickets:
 
     def __init__(self, cfg: TrackingConfig, run: OpenRun) -> None:
         self.cfg, self.run, self.client = cfg, run, run.client
-        self.model = f"{cfg.model_name}-turns"
+        self.model = f"{cfg.model_name}{TURNS}"
 
     def draw(self, who: str) -> int:
         """A new ticket, higher than all there are."""

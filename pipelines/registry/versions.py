@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 SHA_TAG = "bundle_sha"
+TURNS = "-turns"
+"""End of the name of the registered model in which a server keeps the turns of another."""
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -94,6 +96,7 @@ def find_version(cfg: TrackingConfig, sha: str) -> int | None:
 class Version:
     """A registered version."""
 
+    model: str
     version: int
     created_ms: int
     """Since 1970."""
@@ -109,8 +112,21 @@ def listing(cfg: TrackingConfig) -> list[Version]:
     found = []
     for each in _all_versions(cfg):
         number = int(each.version)
-        found.append(Version(number, each.creation_timestamp, tuple(named.get(number, ())), dict(each.tags)))
+        found.append(
+            Version(cfg.model_name, number, each.creation_timestamp, tuple(named.get(number, ())), dict(each.tags))
+        )
     return sorted(found, key=lambda version: -version.version)
+
+
+def models(cfg: StoreConfig) -> list[str]:
+    """The names of all registered models, without those that only keep turns."""
+    client, names, token = connect(cfg), [], None
+    while True:
+        page = attempt(cfg, client.search_registered_models, max_results=100, page_token=token)
+        names += [model.name for model in page if not model.name.endswith(TURNS)]
+        token = page.token
+        if not token:
+            return sorted(names)
 
 
 def _all_versions(cfg: TrackingConfig) -> "Iterator[ModelVersion]":

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
-from pipelines.service.http import Health, Limits, Painted, ServedModel, Verb, build_http, busy
-from pipelines.service.watching import Board
+from pipelines.service.http import Answer, Health, Limits, ServedModel, Verb, build_http, busy
+from pipelines.service.watching import Noticeboard
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Gateway:
         self._in_flight, self._replicas, self._asked_s = 0, 0, -1.0
         self._told: list[dict[str, Any]] = []
         options = {"name": board, "num_cpus": 0, "get_if_exists": True}
-        self._board = ray.remote(Board).options(**options).remote() if board else None
+        self._board = ray.remote(Noticeboard).options(**options).remote() if board else None
         if need_key and not api_key():
             remedy = "set it in the environment of the cluster's processes, e.g. from a secret"
             raise UserError(KEY_VARIABLE, "(missing)", "the service needs an API key", remedy)
@@ -70,7 +70,7 @@ class Gateway:
         request: PaintRequest,
         mask: Image.Image | None = None,
         given: Mapping[str, Any] | None = None,
-    ) -> Painted:
+    ) -> Answer:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
         retry_s = self._limits.retry_after_s
         full = busy(429, "queue_full", "all painters are busy and the queue is full", retry_s)
@@ -82,7 +82,7 @@ class Gateway:
         try:
             files, model = await response
             self.model = ServedModel.parse(model)
-            return Painted(files, self.model)
+            return Answer(files, self.model)
         except asyncio.CancelledError:
             response.cancel()
             raise

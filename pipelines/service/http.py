@@ -81,7 +81,7 @@ class ServedModel(Config):
         return f"{self.name}/{self.version}" + (f"@{self.alias}" if self.alias else "")
 
 
-class Painted(NamedTuple):
+class Answer(NamedTuple):
     """PNG files, and the model that painted them: after a promotion another one than a moment before."""
 
     files: list[bytes]
@@ -118,7 +118,7 @@ class Backend(Protocol):
         request: PaintRequest,
         mask: Image.Image | None = None,
         given: Mapping[str, Any] | None = None,
-    ) -> Painted:
+    ) -> Answer:
         """PNG files of sounds by name. given: hashes of what was handed in, which the pictures tell.
 
         Raises ApiError 429 when the queue is full, UserError for a bad request.

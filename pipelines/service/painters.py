@@ -120,7 +120,13 @@ class PainterReplica:
         """
         loop = asyncio.get_running_loop()
         images, model = await loop.run_in_executor(self._thread, self._paint, verb, sounds, pixels, request)
-        made = {"verb": verb, "model": model.label(), "bundle": model.sha, **given, **request.model_dump()}
+        made = {
+            "verb": verb,
+            "model": f"{model.name}/{model.version}",
+            "bundle": model.sha,
+            **given,
+            **request.model_dump(),
+        }
         return await asyncio.to_thread(self._encoded, images, made), model.model_dump()
 
     def _paint(

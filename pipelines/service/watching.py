@@ -84,7 +84,7 @@ class Watcher:
         threading.Thread(target=watch, name="watcher").start()
 
 
-class Board:
+class Noticeboard:
     """What each painter serves: they tell it, the gateway reads it. An actor, since Serve asks only one of many."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ class Holding:
     """A table and the clips in it that were asked for."""
 
     kind: str
-    """features, embeddings, accepted, rejected or measured."""
+    """features, embeddings, accepted, rejected, measured, or clips (another table that features were made from)."""
     uri: str
     clips: tuple[tuple[str, str], ...] = ()
     """(clip_id, split) of each; empty where the table knows none."""
@@ -75,31 +75,58 @@ def changed(training: TrainingRun) -> str:
 
 
 def search(features: Iterable[str], aligned: Iterable[str], wanted: frozenset[str]) -> list[Holding]:
-    """All tables that hold clips named in `wanted` (clip ids, content hashes, URIs).
+    """All tables that hold clips of the files that `wanted` names (by clip id, content hash or URI).
 
+    A file is meant wherever it lies: what is found names contents, and these are looked for until there is no new one.
     features: FeatureTables, or folders that `aai curate` wrote; what they were made from is looked at too. aligned:
     folders of embeddings, which know clips by their ids alone. Tables that are not there are left out.
     """
-    found: list[Holding] = []
-    folders = _unique(features)
-    curations = _unique(_curations(folders))
-    for uri in folders:
-        holding = Holding("features", uri) if uri in curations else _holding(uri, wanted)
-        found += [holding] if holding.clips else []
-    for curated in curations:
-        for kind in (ACCEPTED, REJECTED):
-            holding = _holding(storage.join(curated, kind), wanted, kind)
-            found += [holding] if holding.clips else []
-        names = wanted | _ids(found)
-        holding = _holding(storage.join(curated, MEASURED), names, "measured")
-        found += [holding] if holding.clips else []
-    for uri in _unique(aligned):
-        holding = _holding(uri, wanted | _ids(found), "embeddings")
-        found += [holding] if holding.clips else []
-    return found
+    folders, embeddings, names = _unique(features), _unique(aligned), wanted
+    places = [(kind, uri) for folder in folders for kind, uri in _tables_of(folder)]
+    places = list(dict.fromkeys([*places, *(("embeddings", uri) for uri in embeddings)]))
+    while True:
+        found = [holding for kind, uri in places if (holding := _holding(uri, names, kind)).clips]
+        more = names.union(*(holding.hashes for holding in found), _ids(found))
+        if more == names:
+            return found
+        names = more
 
 
-def _holding(uri: str, wanted: frozenset[str], kind: str = "features") -> Holding:
+def _tables_of(folder: str) -> Iterator[tuple[str, str]]:
+    """(kind, folder) of a FeatureTable and the clips that it was made from, or of a folder of `aai curate`."""
+    if storage.exists(storage.join(folder, ACCEPTED)):
+        yield from _curated(folder)
+        return
+    yield "features", folder
+    try:
+        source = FeatureManifest.read(folder).input.rstrip("/")
+    except (UserError, OSError):
+        return
+    if source.endswith(f"/{ACCEPTED}"):
+        yield from _curated(os.path.dirname(source))
+    elif source:
+        yield "clips", source
+
+
+def _curated(folder: str) -> Iterator[tuple[str, str]]:
+    for kind, name in (("accepted", ACCEPTED), ("rejected", REJECTED), ("measured", MEASURED)):
+        yield kind, storage.join(folder, name)
+
+
+def silent(features: Iterable[str]) -> list[str]:
+    """FeatureTables of older releases, which do not tell what they were made from."""
+    told = []
+    for folder in _unique(features):
+        try:
+            known = FeatureManifest.read(folder).input
+        except (UserError, OSError):  # told elsewhere, or no FeatureTable
+            continue
+        if not known:
+            told.append(f"{folder} does not tell which curation it was made from: name that in `tables`")
+    return told
+
+
+def _holding(uri: str, wanted: frozenset[str], kind: str) -> Holding:
     rows = rows_of(uri, wanted)
     pairs = zip(rows["clip_id"].to_pylist(), rows["split"].to_pylist(), strict=True)
     clips = [(clip or "", split or "") for clip, split in pairs]
@@ -110,20 +137,6 @@ def _holding(uri: str, wanted: frozenset[str], kind: str = "features") -> Holdin
 
 def _ids(holdings: Iterable[Holding]) -> frozenset[str]:
     return frozenset(clip for holding in holdings for clip, _ in holding.clips if clip)
-
-
-def _curations(folders: Iterable[str]) -> Iterator[str]:
-    """Folders of `aai curate`: those among the given ones, and those that FeatureTables were made from."""
-    for folder in folders:
-        if storage.exists(storage.join(folder, ACCEPTED)):
-            yield folder
-            continue
-        try:
-            source = FeatureManifest.read(folder).input
-        except (UserError, OSError):
-            continue
-        if source.rstrip("/").endswith(f"/{ACCEPTED}"):
-            yield os.path.dirname(source.rstrip("/"))
 
 
 def _unique(uris: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from pipelines.tracing.walks import Origin, Spread
 def print_origin(origin: Origin, found: list[Version]) -> None:
     """Prints the way back from a bundle."""
     for version in found:
-        print(f"version {version.version}{named(version)}  bundle {origin.bundle}")
+        print(f"version {version.version} of {version.model}{named(version)}  bundle {origin.bundle}")
     for training in origin.trainings:
         print(
             f"  {training.stage:<6} run {training.run_id} ({training.experiment}) made {training.made or 'this data'}"
@@ -31,7 +31,9 @@ def print_spread(spread: Spread) -> None:
         made = f"made {training.made}" if training.made else training.status
         print(f"{training.stage:<10} run {training.run_id} ({training.experiment}), {made}")
     for version in spread.versions:
-        print(f"version    {version.version}{named(version)}  bundle {version.tags.get(SHA_TAG, '')}")
+        print(
+            f"version    {version.version} of {version.model}{named(version)}  bundle {version.tags.get(SHA_TAG, '')}"
+        )
     for reason in spread.unknown:
         print(f"unknown    {reason}")
 

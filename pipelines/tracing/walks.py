@@ -7,10 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.registry.origins import TrainingRun, descended, made_by, trainings, versions_of
+from pipelines.registry.origins import TrainingRun, descended, made_by, orphans, trainings, unexplained, versions_of
+from pipelines.registry.store import must_exist
 from pipelines.registry.versions import Version
 from pipelines.settings import TrackingConfig
-from pipelines.tracing.holdings import CLIPS, COLUMNS, LEARNED_FROM, Holding, changed, rows_of, search
+from pipelines.tracing.holdings import CLIPS, COLUMNS, LEARNED_FROM, Holding, changed, rows_of, search, silent
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,16 @@ class Origin:
 
 def origin_of(cfg: TrackingConfig, sha: str, fingerprint: str = "") -> Origin:
     """Walks from a bundle to its trainings, their tables, and the clips in them."""
-    found = made_by(sha, fingerprint, trainings(cfg))
-    unknown: list[str] = [] if found else ["no training in this store made it"]
+    known = trainings(cfg)
+    found = made_by(sha, fingerprint, known)
+    unknown: list[str] = [] if found else ["no training that is on record here made it"]
+    unknown += orphans(found, known)
     rows: dict[tuple[str, ...], None] = {}
-    for uri, training in {each.features: each for each in reversed(found)}.items():
+    for training in {(each.features, each.fingerprint): each for each in found}.values():
         if reason := changed(training):
             unknown.append(reason)
             continue
-        table = rows_of(uri)
+        table = rows_of(training.features)
         for row in zip(*(table[name].to_pylist() for name in COLUMNS), strict=True):
             if row[-1] in LEARNED_FROM:
                 rows[row] = None
@@ -49,6 +52,7 @@ def origin_of(cfg: TrackingConfig, sha: str, fingerprint: str = "") -> Origin:
 
 def origin_of_picture(cfg: TrackingConfig, made: Mapping[str, Any]) -> tuple[Origin, list[Version]]:
     """What the model of a picture was made of, and the versions it is registered as. made: the picture's own words."""
+    must_exist(cfg)
     sha = str(made["bundle"])
     found = versions_of(cfg, [sha])
     fingerprint = found[0].tags.get("data_fingerprint", "") if found else ""
@@ -64,7 +68,7 @@ class Spread:
     """Runs whose weights have seen them, also through what they began from."""
     versions: list[Version]
     unknown: tuple[str, ...]
-    """Trainings that nobody can tell of: their tables are gone or hold other clips by now."""
+    """What nobody can tell of: trainings whose tables are gone or hold other clips by now, versions without one."""
 
     def told(self) -> dict[str, Any]:
         """As JSON."""
@@ -79,7 +83,7 @@ class Spread:
             }
             for each in self.trainings
         ]
-        versions = [{"version": each.version, "aliases": list(each.aliases)} for each in self.versions]
+        versions = [{"model": v.model, "version": v.version, "aliases": list(v.aliases)} for v in self.versions]
         return {"tables": tables, "runs": runs, "versions": versions, "unknown": list(self.unknown)}
 
 
@@ -89,7 +93,8 @@ def spread_of(cfg: TrackingConfig, wanted: frozenset[str], tables: Sequence[str]
     tables: FeatureTables and folders of `aai curate` beside those that trainings name.
     """
     known = trainings(cfg)
-    holdings = search([*(each.features for each in known), *tables], [each.aligned for each in known], wanted)
+    features = [*(each.features for each in known), *tables]
+    holdings = search(features, [each.aligned for each in known], wanted)
     learned = {each.uri for each in holdings if each.kind == "features" and set(each.by_split()) & set(LEARNED_FROM)}
     unknown, direct = [], []
     for training in known:
@@ -98,6 +103,7 @@ def spread_of(cfg: TrackingConfig, wanted: frozenset[str], tables: Sequence[str]
         elif training.features.rstrip("/") in learned:
             direct.append(training)
     reached = descended(direct, known)
-    shas = [each.made for each in reached if each.made]
-    silent = [each.fingerprint for each in reached if not each.made and each.status == "FINISHED"]
-    return Spread(holdings, reached, versions_of(cfg, shas, silent), tuple(unknown))
+    shas = {each.made for each in reached if each.made}
+    found = versions_of(cfg, shas, {each.fingerprint for each in direct})
+    unknown += [*silent(features), *orphans(known, known), *unexplained(cfg, known)]
+    return Spread(holdings, reached, found, tuple(unknown))

@@ -31,3 +31,11 @@ def test_same_picture_looks_at_pixels_and_settings_not_at_the_code(monkeypatch: 
     assert not same_picture(ours, encode_png(PICTURE.resize((2, 8)), {"seed": 3}))
     assert not same_picture(ours, b"no picture")
     assert not same_picture(ours, ours[:60])
+
+
+def test_what_only_one_release_told_makes_no_other_picture() -> None:
+    old, new = {"seed": 3, "bundle": "b"}, {"seed": 3, "bundle": "b", "model": "toy/2", "sounds": {"sound": "a"}}
+    assert same_picture(encode_png(PICTURE, new), encode_png(PICTURE, old))
+    assert same_picture(encode_png(PICTURE, new), encode_png(PICTURE, {**new, "model": "toy/3"}))
+    assert not same_picture(encode_png(PICTURE, new), encode_png(PICTURE, {**new, "sounds": {"sound": "b"}}))
+    assert not same_picture(encode_png(PICTURE, new), encode_png(PICTURE, {**old, "bundle": "c"}))

@@ -5,6 +5,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_certificates_that_cannot_sign_are_refused_before_anything_is_painted(ke
     (tmp_path / "text").write_text("no key")
     wrong = {
         "self-signed": ("root.crt", "root.pem"),
-        "the key is another's": ("painter.chain", "forger.pem"),
+        "is the key the certificate's": ("painter.chain", "forger.pem"),
         "no such file": ("none", "painter.pem"),
         "cannot sign": (str(tmp_path / "text"), "painter.pem"),
         "cannot sign pictures": ("painter.chain", str(tmp_path / "text")),
@@ -137,6 +138,23 @@ def test_certificates_that_cannot_sign_are_refused_before_anything_is_painted(ke
         ProofConfig.parse({"certificate": "x"})
     with pytest.raises(UserError, match="no such file"):
         read_proof(encode_png(picture(0)), str(keys / "none"))
+
+
+def test_a_picture_outlives_its_certificate(tmp_path: Path) -> None:
+    """As docs/origins.md says: nothing tells when it was signed."""
+    certified(tmp_path, "painter", certified(tmp_path, "root"), valid_s=2)
+    png = prover_of(tmp_path).encode(picture(0), MADE)
+    time.sleep(3)
+    assert read_proof(png, str(tmp_path / "root.crt")).state == "trusted"
+
+
+def test_what_others_wrote_moves_no_cursor(tmp_path: Path) -> None:
+    certified(tmp_path, "x\n\x1b[2Jtrusted, signed by Our team", certified(tmp_path, "root"))
+    (chain,), (key,) = (list(tmp_path.glob(f"x*.{end}")) for end in ("chain", "pem"))
+    signer = read_proof(
+        Prover(ProofConfig(certificate=str(chain), private_key=str(key))).encode(picture(0), MADE)
+    ).signer
+    assert signer == "Tests / x??[2Jtrusted, signed by Our team"
 
 
 def test_without_a_certificate_it_is_the_plain_file() -> None:

@@ -17,13 +17,12 @@ from aai.signatures import (
     SigningConfig,
     TrustConfig,
     check,
-    fingerprint,
     make_key,
     rehearse,
     sign,
 )
 from tests.aai.test_bundle import ADAPTER, ALIGNER, META, make_config, reseal
-from tests.certificates import PEM, certified
+from tests.certificates import PEM, certified, fingerprint
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def refusal(folder: Path, config: TrustConfig) -> str:
 def test_signed_by_a_key_that_is_made(bundle: Bundle, signing: SigningConfig, tmp_path: Path) -> None:
     by = sign_bundle(str(bundle.folder), signing)
     private, public = tmp_path / "keys" / "team.pem", tmp_path / "keys" / "team.pem.pub"
-    assert by == fingerprint(public.read_bytes())
+    assert by == fingerprint(public)
     assert private.stat().st_mode & 0o077 == 0
     assert check(bundle.folder, trust(signing.private_key), "") == by
     assert read_bundle(bundle.folder).sha == bundle.sha  # a signature changes nothing of what a bundle is

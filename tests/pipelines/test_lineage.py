@@ -18,8 +18,8 @@ def ask(where: Archive, *words: str) -> int:
 def test_both_ways(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(archive, "--clip", "c30") == 0
     told = capsys.readouterr().out
-    assert "version    1 (champion)" in told
-    assert "version    2  bundle second" in told
+    assert "version    1 of aai-demo (champion)" in told
+    assert "version    2 of aai-demo  bundle second" in told
     assert ask(archive, "--version", "2") == 0
     assert "clips  20 of train, 10 of val" in capsys.readouterr().out
 

@@ -8,10 +8,11 @@ import pytest
 
 from aai.bundle import sign_bundle
 from aai.errors import UserError
-from aai.signatures import SIGNATURE, SigningConfig, TrustConfig, fingerprint
+from aai.signatures import SIGNATURE, SigningConfig, TrustConfig
 from pipelines.__main__ import main
 from pipelines.registry import versions
 from pipelines.serve import ServeConfig, pin
+from tests.certificates import fingerprint
 from tests.pipelines.registry.test_versions import make_bundle
 from tests.pipelines.test_serve import write_tiny_bundle
 from tests.pipelines.workshop import Workshop
@@ -33,7 +34,7 @@ def test_signs_as_a_user_would(
     assert "no such file" in capsys.readouterr().err
     with caplog.at_level(logging.INFO):
         assert main([*words, "--new-key"]) == 0
-    assert fingerprint((tmp_path / "k.pem.pub").read_bytes()) in caplog.text
+    assert fingerprint(tmp_path / "k.pem.pub") in caplog.text
     assert (tmp_path / "bundle" / SIGNATURE).exists()
     assert main(["sign", "--bundle", "models:/aai/1", "--key", f"{tmp_path}/k.pem"]) == 2
     assert "registered version" in capsys.readouterr().err
@@ -42,7 +43,7 @@ def test_signs_as_a_user_would(
 def test_promotes_what_is_signed_and_says_by_whom(shop: Workshop) -> None:
     shop.bundle(1)
     assert shop.promote(1)["version"] == 1
-    by = fingerprint((shop.folder / "keys" / "signing.pem.pub").read_bytes())
+    by = fingerprint(shop.folder / "keys" / "signing.pem.pub")
     assert versions.version_tags(shop.cfg, 1)["signed_by"] == by
 
 

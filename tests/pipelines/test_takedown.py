@@ -21,7 +21,7 @@ def test_lists_what_has_the_clips(archive: Archive, tmp_path: Path, capsys: pyte
         ("features", {"train": 2}), ("accepted", {"train": 2}), ("measured", {"": 2}), ("embeddings", {"": 2}),
     ]  # fmt: skip
     assert {run["bundle"] for run in told["runs"]} == {"both", ""}
-    assert told["versions"] == [{"version": 1, "aliases": ["champion"]}]
+    assert told["versions"] == [{"model": "aai-demo", "version": 1, "aliases": ["champion"]}]
     assert told["nowhere"] == ["nobody"]
     config = CurateConfig(manifest="m.csv", out="o", exclude=told["exclude"])
     assert config.excluded() == {"c1", "4.mp4", "nobody", "h1", "h4"}  # other copies of the files too
@@ -30,3 +30,7 @@ def test_lists_what_has_the_clips(archive: Archive, tmp_path: Path, capsys: pyte
 def test_a_list_is_needed(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["takedown", "--set", f"run_dir={archive.folder}"]) == 2
     assert "give --clips FILE" in capsys.readouterr().err
+    (archive.folder / "gone.txt").write_text("c1\n")
+    elsewhere = ["--set", f"run_dir={archive.folder}/elsewhere"]
+    assert main(["takedown", "--clips", f"{archive.folder}/gone.txt", *elsewhere]) == 2
+    assert "no such file; give the store" in capsys.readouterr().err

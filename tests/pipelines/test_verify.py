@@ -54,7 +54,7 @@ def test_a_picture_is_walked_back_to_its_clips(painted: Path, capsys: pytest.Cap
         told = capsys.readouterr().out
         assert "trusted, signed by Tests / painter" in told
         assert "model 'aai-demo/1'" in told
-        assert "version 1 (champion)" in told
+        assert "version 1 of aai-demo (champion)" in told
         assert "clips  20 of train, 10 of val" in told
     assert verify(painted, "edit_tone_seed0.png", "--image", f"{painted}/red.png") == 0
     proof = read_proof((painted / "pictures" / "edit_tone_seed0.png").read_bytes())
@@ -96,6 +96,13 @@ def test_changed_and_unsigned_pictures_are_refused_and_still_walked_back(
         assert ("clips  20 of train" in out) == (picture == "plain.png")
     assert main(["verify"]) == 2
     assert main(["verify", "a.png", "--dry-run"]) == 0
+
+
+def test_what_it_proves_needs_no_registry(painted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--authorities", f"{painted}/root.crt", "--set", f"tracking.uri=sqlite:///{painted}/none.db"]
+    assert verify(painted, "generate_tone_seed0.png", *words) == 0
+    assert "unknown: tracking.uri" in capsys.readouterr().out
+    assert not (painted / "none.db").exists()
 
 
 def test_a_picture_that_had_no_proof_gets_one(painted: Path) -> None:

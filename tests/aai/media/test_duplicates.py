@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aai.errors import UserError
-from aai.media.duplicates import DuplicateConfig, HashedClip, find_duplicates
+from aai.media.duplicates import EXCLUDED, EXCLUDED_SPLIT, DuplicateConfig, HashedClip, find_duplicates
 
 RNG = np.random.default_rng(0)
 CFG = DuplicateConfig()
@@ -78,3 +78,12 @@ def test_settings() -> None:
     assert find_duplicates([], CFG) == {}
     with pytest.raises(UserError, match="max_video_bits"):
         DuplicateConfig.parse({"max_video_bits": 32})
+
+
+def test_all_that_is_like_an_excluded_clip_goes_whatever_it_is_like_besides() -> None:
+    first = row("b", EXCLUDED_SPLIT)
+    second = copy(first, "c", 12, 0, EXCLUDED_SPLIT)
+    like_second = row("a", "test", flip(second.video_hash, 20), second.audio_hash)
+    same_as_first = replace(first, split="test", uri="/other.mp4")
+    dropped = find_duplicates([like_second, second, first, same_as_first], CFG)
+    assert {index: code for index, (code, _) in dropped.items()} == {0: EXCLUDED, 3: EXCLUDED}

@@ -1,5 +1,6 @@
 """Lists of clips in text files."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from pipelines.manifests.listed import read_list
 
 
 def test_lines_are_entries(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("# why\r\nc1\n\n  /a b.mp4 \nc1\n")
-    assert read_list("exclude", str(tmp_path / "a.txt")) == {"c1", "/a b.mp4"}
+    (tmp_path / "a.txt").write_text(
+        "\ufeffc1\r\n# why\n\n  /a b.mp4 \nc1\n" + "AB" * 32 + "\nfile:///c.mp4\ndata/d.mp4\n"
+    )
+    here = os.path.abspath("data/d.mp4")
+    assert read_list("exclude", str(tmp_path / "a.txt")) == {"c1", "/a b.mp4", "ab" * 32, "/c.mp4", here}
 
 
 @pytest.mark.parametrize(("data", "told"), [(b"", "no clip"), (b"# a\n", "no clip"), (b"\xff\x00", "no text")])

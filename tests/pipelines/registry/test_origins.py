@@ -27,7 +27,7 @@ def test_trainings_of_all_experiments_are_known_and_nothing_else(cfg: TrackingCo
     other = cfg.model_copy(update={"experiment": "another"})
     with tracking.run(other, "adapt", params) as second:
         second.set_tags({origins.MADE: "b2", origins.PARENTS: "b1 b0"})
-    with tracking.run(cfg, "align", {"lr": 1}), tracking.run(cfg, "evaluate", params):
+    with tracking.run(cfg, "align", {"lr": 1}), tracking.run(cfg, "evaluate", {"features": "/a"}):
         pass
     found = trainings(cfg)
     assert [training.run_id for training in found] == [second.run_id, first.run_id]

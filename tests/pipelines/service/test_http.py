@@ -10,7 +10,7 @@ from PIL import Image
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
-from pipelines.service.http import STATIC, Health, Limits, Painted, ServedModel, build_http
+from pipelines.service.http import STATIC, Answer, Health, Limits, ServedModel, build_http
 from tests import hostile
 from tests.clips import latin1_title, make_moving
 from tests.hostile import png, wav
@@ -37,7 +37,7 @@ class Echo:
         request: PaintRequest,
         mask: Image.Image | None = None,
         given: dict[str, Any] | None = None,
-    ) -> Painted:
+    ) -> Answer:
         self.given = given
         self.calls.append((verb, sounds, image, request))
         self.masks.append(mask)
@@ -48,7 +48,7 @@ class Echo:
             raise
         if "<nosuch>" in (request.prompt or ""):
             raise UserError("prompt", request.prompt, "names an unknown sound", "use <sound>")
-        return Painted([png()] * request.num_images, self.painted_by)
+        return Answer([png()] * request.num_images, self.painted_by)
 
     async def health(self) -> Health:
         return Health(replicas=self.replicas, queue_depth=0, painting=0)

@@ -71,7 +71,7 @@ def test_pictures_tell_how_they_were_made_and_prove_it(tiny_bundle: str, tmp_pat
     for i, png in enumerate(paint(proving, "edit", [RED, None], request)):
         proof_of = read_proof(png, f"{tmp_path}/root.crt")
         assert proof_of.state == "trusted"
-        wanted = {"verb": "edit", "model": "tiny/3@champion", "bundle": read_bundle(tiny_bundle).sha, "seed": 5 + i}
+        wanted = {"verb": "edit", "model": "tiny/3", "bundle": read_bundle(tiny_bundle).sha, "seed": 5 + i}
         assert {**proof_of.made, **wanted, **GIVEN} == proof_of.made
 
 

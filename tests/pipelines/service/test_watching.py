@@ -11,7 +11,7 @@ import pytest
 from aai.errors import UserError
 from pipelines.registry import versions
 from pipelines.service.http import ServedModel
-from pipelines.service.watching import STALE_S, Board, Watcher, refuse_other
+from pipelines.service.watching import STALE_S, Noticeboard, Watcher, refuse_other
 from pipelines.settings import TrackingConfig
 from tests.pipelines.registry.test_versions import make_bundle
 
@@ -116,7 +116,7 @@ def test_it_looks_again_and_again_and_ends_with_the_process(follower: Follower) 
 
 
 def test_the_board_forgets_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = Board()
+    board = Noticeboard()
     board.tell("a", {"n": 1})
     board.tell("b", {"n": 2})
     board.tell("a", {"n": 3})

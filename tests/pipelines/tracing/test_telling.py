@@ -10,7 +10,7 @@ from tests.pipelines.tracing.archive import Archive
 def test_the_way_back(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
     print_origin(*origin_of_picture(archive.cfg, {"bundle": "both"}))
     told = capsys.readouterr().out
-    assert told.startswith("version 1 (champion)  bundle both\n  adapt  run " + archive.runs["both"])
+    assert told.startswith("version 1 of aai-demo (champion)  bundle both\n  adapt  run " + archive.runs["both"])
     assert "clips  40 of train, 20 of val" in told
 
 
@@ -20,6 +20,7 @@ def test_the_way_on(archive: Archive, capsys: pytest.CaptureFixture[str]) -> Non
     assert told[0] == f"features   {archive.features(1)}: 1 of train"
     assert [line.split()[0] for line in told[-3:]] == ["align", "adapt", "version"]
     assert "KILLED" in told[-3]
+    assert told[-1] == "version    1 of aai-demo (champion)  bundle both"
 
 
 def test_what_a_picture_says_of_itself_is_shown_as_text() -> None:
