@@ -26,7 +26,8 @@ from aai.signatures import TrustConfig, check
 from pipelines.engine.cluster import connect
 from pipelines.registry import versions
 from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
-from pipelines.service.http import Limits, ServedModel
+from pipelines.service.guard import Limits
+from pipelines.service.http import ServedModel
 from pipelines.service.painters import PainterConfig, PainterReplica
 from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 

@@ -19,7 +19,8 @@ from starlette.types import ASGIApp
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
-from pipelines.service.http import Answer, Health, Limits, ServedModel, Verb, build_http, busy
+from pipelines.service.guard import Limits, busy, queue_full
+from pipelines.service.http import Answer, Health, ServedModel, Verb, build_http
 from pipelines.service.watching import Noticeboard
 
 logger = logging.getLogger(__name__)
@@ -73,9 +74,8 @@ class Gateway:
     ) -> Answer:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
         retry_s = self._limits.retry_after_s
-        full = busy(429, "queue_full", "all painters are busy and the queue is full", retry_s)
-        if self._in_flight >= self._capacity:
-            raise full
+        if self.full():
+            raise queue_full(retry_s)
         pixels = [None if picture is None else np.asarray(picture) for picture in (image, mask)]
         response = self._painters.paint.remote(verb, sounds, pixels, request, dict(given or {}))
         self._in_flight += 1
@@ -87,7 +87,7 @@ class Gateway:
             response.cancel()
             raise
         except BackPressureError as error:
-            raise full from error
+            raise queue_full(retry_s) from error
         except (DeploymentUnavailableError, RayActorError) as error:
             logger.warning("painter lost: %s", error)
             raise busy(503, "no_painter", "the painter went away; try again", retry_s) from error
@@ -95,6 +95,10 @@ class Gateway:
             raise getattr(error, "cause", error) from None  # Ray wraps what another process raised
         finally:
             self._in_flight -= 1
+
+    def full(self) -> bool:
+        """See Backend."""
+        return self._in_flight >= self._capacity
 
     async def health(self) -> Health:
         """See Backend. The controller is asked at most once a second."""

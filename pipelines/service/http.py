@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import hmac
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from aai.config import Config
 from aai.errors import UserError
@@ -26,22 +24,13 @@ from aai.media.still import decode_still
 from aai.png import sha256
 from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
-from pipelines.settings import InputLimits
+from pipelines.service.guard import ApiError, Guard, Limits
 
 logger = logging.getLogger(__name__)
 
 Verb = Literal["generate", "edit", "stylize"]
 STATIC = Path(__file__).parent / "static"
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 MULTIPART = Form(media_type="multipart/form-data")
-SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
-    "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
-
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "image/png for one picture, for more JSON {seed, model, bundle, images: [base64]}. "
@@ -49,20 +38,12 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
         "content": {"image/png": {}, "application/json": {}},
     },
     401: {"description": "Key missing or wrong"},
+    408: {"description": "The upload is too slow"},
     413: {"description": "Request body over the limit"},
     422: {"description": "A field, the sound or the picture is not usable; the message says why"},
     429: {"description": "Queue full; Retry-After says when to come back"},
     503: {"description": "No painter, or no picture in time; Retry-After says when to come back"},
 }
-
-
-class Limits(InputLimits):
-    """What one request may cost."""
-
-    request_timeout_s: float = pydantic.Field(120, gt=0)
-    """Longest time from the first byte to the answer: upload, queue and painting together."""
-    retry_after_s: int = pydantic.Field(2, ge=1)
-    """What the Retry-After header of a 429 or 503 answer says."""
 
 
 class ServedModel(Config):
@@ -124,26 +105,11 @@ class Backend(Protocol):
         Raises ApiError 429 when the queue is full, UserError for a bad request.
         """
 
+    def full(self) -> bool:
+        """Whether a request that came now would be refused."""
+
     async def health(self) -> Health:
         """Fresh figures; never waits for a picture."""
-
-
-class ApiError(HTTPException):
-    """An answer that is not a picture: status, stable code, and a sentence that says what to do."""
-
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, message, headers)
-        self.code = code
-
-    def response(self) -> JSONResponse:
-        """The JSON body {"error": {"code", "message"}}."""
-        body = {"error": {"code": self.code, "message": self.detail}}
-        return JSONResponse(body, self.status_code, dict(self.headers or {}))
-
-
-def busy(status: int, code: str, message: str, retry_after_s: int) -> ApiError:
-    """An error that a later try may not meet."""
-    return ApiError(status, code, message, {"Retry-After": str(retry_after_s)})
 
 
 class _PaintForm(PaintRequest):
@@ -186,82 +152,6 @@ class RepaintForm(_PaintForm):
         return {name_of(0): self.audio}
 
 
-class Guard:
-    """ASGI middleware around everything: key, Host, body size, one deadline per request, security headers.
-
-    key: what `X-API-Key` or `Authorization: Bearer` must hold for /v1; None leaves /v1 open, but then only to
-    requests that name this machine as loopback, so that no web page can reach it by DNS rebinding.
-    """
-
-    def __init__(self, app: ASGIApp, limits: Limits, key: str | None) -> None:
-        self._app, self._limits, self._key = app, limits, key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one ASGI connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def answer(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
-                    headers[name] = value
-            await send(message)
-
-        deadline = asyncio.timeout(self._limits.request_timeout_s)
-        try:
-            self._admit(scope)
-            async with deadline:
-                await self._app(scope, self._counted(receive), answer)
-        except (ApiError, TimeoutError) as error:
-            if started or not (isinstance(error, ApiError) or deadline.expired()):
-                raise
-            refusal = error if isinstance(error, ApiError) else self._too_late()
-            await refusal.response()(scope, receive, answer)
-
-    def _too_late(self) -> ApiError:
-        limit_s = self._limits.request_timeout_s
-        return busy(503, "timeout", f"no picture within {limit_s:g} s; try again", self._limits.retry_after_s)
-
-    def _admit(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
-        if self._key is None:
-            host = headers.get("host", "")
-            name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-            if name not in LOOPBACK:
-                raise ApiError(403, "forbidden_host", "without an API key only localhost is served")
-        elif scope["path"].startswith("/v1/"):
-            scheme, _, token = headers.get("authorization", "").partition(" ")
-            given = headers.get("x-api-key") or (token if scheme.lower() == "bearer" else "")
-            if not hmac.compare_digest(given.encode(), self._key.encode()):
-                rule = "give the service's key in the header X-API-Key or Authorization: Bearer"
-                raise ApiError(401, "unauthorized", rule, {"WWW-Authenticate": "Bearer"})
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._limits.max_bytes:
-            raise self._too_large()
-
-    def _too_large(self) -> ApiError:
-        rule = f"the request is over the limit of {self._limits.max_bytes} bytes"
-        return ApiError(413, "upload_too_large", rule, {"Connection": "close"})
-
-    def _counted(self, receive: Receive) -> Receive:
-        total = 0
-
-        async def counted() -> Message:
-            nonlocal total
-            message = await receive()
-            total += len(message.get("body", b""))
-            if total > self._limits.max_bytes:
-                raise self._too_large()
-            return message
-
-        return counted
-
-
 def read_audio(data: bytes, limits: Limits, sample_rate_hz: int) -> np.ndarray:
     """An uploaded sound file -> mono float32 [S]. Raises ApiError 422 with the decoder's reason."""
     try:
@@ -284,7 +174,7 @@ def build_http(backend: Backend, limits: Limits, key: str | None) -> ASGIApp:
     _add_errors(app)
     _add_pages(app, backend)
     _add_verbs(app, backend, limits)
-    return Guard(app, limits, key)
+    return Guard(app, limits, key, backend.full)
 
 
 def _add_errors(app: FastAPI) -> None:

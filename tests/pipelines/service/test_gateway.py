@@ -11,7 +11,8 @@ from ray import serve
 from aai.errors import UserError
 from aai.sampling import PaintRequest
 from pipelines.service.gateway import KEY_VARIABLE, Gateway
-from pipelines.service.http import ApiError, ServedModel
+from pipelines.service.guard import ApiError
+from pipelines.service.http import ServedModel
 
 MODEL = {"name": "toy", "version": "1", "sha": "s", "sample_rate_hz": 16_000}
 TONE = {"sound": np.zeros(8, np.float32)}

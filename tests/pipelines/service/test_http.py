@@ -10,7 +10,8 @@ from PIL import Image
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
-from pipelines.service.http import STATIC, Answer, Health, Limits, ServedModel, build_http
+from pipelines.service.guard import Limits
+from pipelines.service.http import STATIC, Answer, Health, ServedModel, build_http
 from tests import hostile
 from tests.clips import latin1_title, make_moving
 from tests.hostile import png, wav
@@ -25,7 +26,7 @@ class Echo:
 
     def __init__(self, wait_s: float = 0, replicas: int = 1) -> None:
         self.wait_s, self.replicas, self.cancelled = wait_s, replicas, 0
-        self.painted_by = self.model
+        self.painted_by, self.is_full = self.model, False
         self.calls: list[tuple[str, dict[str, np.ndarray], Image.Image | None, PaintRequest]] = []
         self.masks: list[Image.Image | None] = []
 
@@ -49,6 +50,9 @@ class Echo:
         if "<nosuch>" in (request.prompt or ""):
             raise UserError("prompt", request.prompt, "names an unknown sound", "use <sound>")
         return Answer([png()] * request.num_images, self.painted_by)
+
+    def full(self) -> bool:
+        return self.is_full
 
     async def health(self) -> Health:
         return Health(replicas=self.replicas, queue_depth=0, painting=0)

@@ -1,0 +1,203 @@
+"""What stands in front of the HTTP application: key, host, sizes, rates and time of every request."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Callable
+
+import pydantic
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipelines.settings import InputLimits
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+YOUNG_S = 0.1
+"""An upload of this age may still be slow without making room for others."""
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+    "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class Limits(InputLimits):
+    """What one request may cost."""
+
+    request_timeout_s: float = pydantic.Field(120, gt=0)
+    """Longest time from the first byte to the answer: upload, queue and painting together."""
+    max_uploads: int = pydantic.Field(64, ge=1)
+    """Request bodies that are received at once. For one more the slowest makes room, if it is too slow; else the new
+    one is refused with 429, and none of it is read."""
+    upload_grace_s: float = pydantic.Field(5, gt=0)
+    """How long a body may be slower than min_upload_bytes_per_s; then it is refused with 408."""
+    min_upload_bytes_per_s: int = pydantic.Field(16_384, ge=1)
+    """Slowest upload, on the average."""
+    retry_after_s: int = pydantic.Field(2, ge=1)
+    """What the Retry-After header of a 429 or 503 answer says."""
+
+
+class ApiError(HTTPException):
+    """An answer that is not a picture: status, stable code, and a sentence that says what to do."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(status, message, headers)
+        self.code = code
+
+    def response(self) -> JSONResponse:
+        """The JSON body {"error": {"code", "message"}}."""
+        body = {"error": {"code": self.code, "message": self.detail}}
+        return JSONResponse(body, self.status_code, dict(self.headers or {}))
+
+
+def busy(status: int, code: str, message: str, retry_after_s: int) -> ApiError:
+    """An error that a later try may not meet."""
+    return ApiError(status, code, message, {"Retry-After": str(retry_after_s)})
+
+
+def queue_full(retry_after_s: int) -> ApiError:
+    """The refusal of a request that no painter has room for."""
+    return busy(429, "queue_full", "all painters are busy and the queue is full", retry_after_s)
+
+
+class Guard:
+    """ASGI middleware around everything: key, Host, body size and rate, one deadline per request, security headers.
+
+    full: whether no more requests are taken now; then the body is not even read. key: what `X-API-Key` or
+    `Authorization: Bearer` must hold for /v1; None leaves /v1 open, but then only to requests that name this machine as
+    loopback, so that no web page can reach it by DNS rebinding.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, key: str | None, full: Callable[[], bool] = lambda: False) -> None:
+        self._app, self._limits, self._key, self._full = app, limits, key, full
+        self._uploads: list[Upload] = []
+        """Those whose bodies are being received."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def answer(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        deadline = asyncio.timeout(self._limits.request_timeout_s)
+        upload = Upload(self._limits, time.monotonic())
+        try:
+            self._admit(scope, upload)
+            async with deadline:
+                await self._app(scope, self._counted(upload, receive), answer)
+        except (ApiError, TimeoutError) as error:
+            if started or not (isinstance(error, ApiError) or deadline.expired()):
+                raise
+            refusal = error if isinstance(error, ApiError) else self._too_late()
+            await refusal.response()(scope, receive, answer)
+        finally:
+            self._ended(upload)
+
+    def _too_late(self) -> ApiError:
+        limit_s = self._limits.request_timeout_s
+        return busy(503, "timeout", f"no picture within {limit_s:g} s; try again", self._limits.retry_after_s)
+
+    def _ended(self, upload: "Upload") -> None:
+        if upload in self._uploads:
+            self._uploads.remove(upload)
+
+    def _admit(self, scope: Scope, upload: "Upload") -> None:
+        headers = Headers(scope=scope)
+        if self._key is None:
+            host = headers.get("host", "")
+            name = host if host.endswith("]") else host.rsplit(":", 1)[0]
+            if name not in LOOPBACK:
+                raise ApiError(403, "forbidden_host", "without an API key only localhost is served")
+        elif scope["path"].startswith("/v1/"):
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            given = headers.get("x-api-key") or (token if scheme.lower() == "bearer" else "")
+            if not hmac.compare_digest(given.encode(), self._key.encode()):
+                rule = "give the service's key in the header X-API-Key or Authorization: Bearer"
+                raise ApiError(401, "unauthorized", rule, {"WWW-Authenticate": "Bearer"})
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._limits.max_bytes:
+            raise self._too_large()
+        if scope["path"].startswith("/v1/"):
+            if self._full():
+                raise queue_full(self._limits.retry_after_s)
+            if len(self._uploads) >= self._limits.max_uploads:
+                self._make_room()
+            self._uploads.append(upload)
+
+    def _make_room(self) -> None:
+        """Sends the slowest upload away, if it is too slow. Raises ApiError 429 when none is."""
+        slowest = min(self._uploads, key=lambda upload: upload.total / upload.age_s())
+        if slowest.age_s() < YOUNG_S or slowest.total > self._limits.min_upload_bytes_per_s * slowest.age_s():
+            rule = f"{self._limits.max_uploads} uploads are being received"
+            raise busy(429, "too_many_uploads", rule, self._limits.retry_after_s)
+        slowest.send_away()
+        self._ended(slowest)
+
+    def _too_large(self) -> ApiError:
+        rule = f"the request is over the limit of {self._limits.max_bytes} bytes"
+        return ApiError(413, "upload_too_large", rule, {"Connection": "close"})
+
+    def _counted(self, upload: "Upload", receive: Receive) -> Receive:
+        """The body's size and rate are looked at while it comes in; what comes after it may take its time."""
+
+        async def counted() -> Message:
+            if upload.done:
+                return await receive()
+            message = await upload.received(receive)
+            if upload.total > self._limits.max_bytes:
+                raise self._too_large()
+            if upload.done:
+                self._ended(upload)
+            return message
+
+        return counted
+
+
+class Upload:
+    """A body that is being received."""
+
+    def __init__(self, limits: Limits, begin_s: float) -> None:
+        self._limits, self._begin_s = limits, begin_s
+        self.total, self.done = 0, False
+        self._sent_away = False
+        self._timer: asyncio.Timeout | None = None
+
+    def age_s(self) -> float:
+        """Since its first byte could come; never 0."""
+        return max(1e-3, time.monotonic() - self._begin_s)
+
+    def send_away(self) -> None:
+        """Ends it where it waits."""
+        self._sent_away = True
+        if self._timer is not None:
+            self._timer.reschedule(asyncio.get_running_loop().time())
+
+    async def received(self, receive: Receive) -> Message:
+        """The next piece. Raises ApiError 408 for one that does not come in time."""
+        limits = self._limits
+        allowed_s = limits.upload_grace_s + self.total / limits.min_upload_bytes_per_s
+        self._timer = asyncio.timeout(0 if self._sent_away else max(0.0, allowed_s - self.age_s()))
+        try:
+            async with self._timer:
+                message = await receive()
+        except TimeoutError as error:
+            rule = f"the upload is slower than {limits.min_upload_bytes_per_s} bytes a second"
+            raise ApiError(408, "slow_upload", rule, {"Connection": "close"}) from error
+        finally:
+            self._timer = None
+        self.total += len(message.get("body", b""))
+        self.done = not message.get("more_body", False)
+        return message

@@ -1,0 +1,126 @@
+"""The service under attack and overload (make accept): slow connections, and ten times more requests than it can paint.
+
+AAI_CONNECTIONS says how many slow connections (500).
+"""
+
+import os
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+
+import httpx
+import psutil
+import pytest
+
+from tests.hostile import wav
+from tests.pipelines.test_serve import HEADERS, KEY, Service, service  # noqa: F401
+
+CONNECTIONS = int(os.environ.get("AAI_CONNECTIONS", "500"))
+pytestmark = [pytest.mark.accept, pytest.mark.timeout(1200)]
+
+
+def trickle(address: tuple[str, int], stop: threading.Event, seen: "Counter[str]") -> None:
+    """One connection after another that sends a byte a second of a body it says is large."""
+    head = (
+        f"POST /v1/generate HTTP/1.1\r\nHost: {address[0]}\r\nX-API-Key: {KEY}\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000\r\n\r\n"
+    )
+    while not stop.is_set():
+        try:
+            with socket.create_connection(address, timeout=30) as link:
+                link.sendall(head.encode())
+                link.settimeout(1)
+                while not stop.is_set():
+                    try:
+                        if answer := link.recv(200):
+                            seen[answer.split(b" ")[1].decode()] += 1
+                        break
+                    except TimeoutError:
+                        link.sendall(b"x")
+        except OSError:
+            seen["closed"] += 1
+        stop.wait(1)
+
+
+def test_m4_slow_connections_stop_nothing(service: Service) -> None:  # noqa: F811
+    url = httpx.URL(service.url)
+    stop, seen = threading.Event(), Counter[str]()
+    address = (url.host, int(url.port or 80))
+    threads = [threading.Thread(target=trickle, args=(address, stop, seen)) for _ in range(CONNECTIONS)]
+    for thread in threads:
+        thread.start()
+    time.sleep(8)
+    health_s, paint, painted_s = [], Counter[int](), []
+    end_s = time.monotonic() + 30
+    while time.monotonic() < end_s:
+        start = time.monotonic()
+        service.health()
+        health_s.append(time.monotonic() - start)
+        start = time.monotonic()
+        paint[service.post("generate", {"steps": "1"}).status_code] += 1
+        painted_s.append(time.monotonic() - start)
+        time.sleep(0.2)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    print(
+        f"{CONNECTIONS} connections of a byte a second, {dict(seen)}; health p50 {statistics.median(health_s):.3f} s, "
+        f"at most {max(health_s):.3f} s; a picture of one step {dict(paint)}, p50 {statistics.median(painted_s):.2f} s"
+    )
+    assert paint[200] > 0.5 * paint.total()
+
+
+def test_m4_ten_times_more_than_it_paints(service: Service) -> None:  # noqa: F811
+    taken_s: list[float] = []
+    refused_s: list[float] = []
+    others = Counter[int]()
+    stop = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(headers=HEADERS, timeout=130) as client:
+            while not stop.is_set():
+                start = time.monotonic()
+                answer = client.post(f"{service.url}/v1/generate", files={"audio": wav()}, data={"steps": "20"})
+                seconds = time.monotonic() - start
+                if answer.status_code == 200:
+                    taken_s.append(seconds)
+                elif answer.status_code == 429:
+                    refused_s.append(seconds)
+                    stop.wait(0.5)
+                else:
+                    others[answer.status_code] += 1
+
+    clients = [threading.Thread(target=ask) for _ in range(90)]
+    memory = [held_bytes()]
+    for client in clients:
+        client.start()
+    for _ in range(6):
+        time.sleep(10)
+        memory.append(held_bytes())
+    stop.set()
+    for client in clients:
+        client.join(140)
+    start = time.monotonic()
+    assert service.post("generate", {"steps": "1"}).status_code == 200
+    after_s = time.monotonic() - start
+    taken_s.sort()
+    p99_s, refused_ms = taken_s[len(taken_s) * 99 // 100], 1000 * statistics.median(refused_s)
+    print(
+        f"{len(taken_s)} painted, p50 {statistics.median(taken_s):.2f} s, p99 {p99_s:.2f} s; "
+        f"{len(refused_s)} refused with 429, p50 {refused_ms:.0f} ms; others {dict(others)}; "
+        f"memory {[round(each / 1e9, 2) for each in memory]} GB; a picture right after {after_s:.2f} s"
+    )
+    assert not others
+    assert memory[-1] < memory[1] + 0.3e9
+
+
+def held_bytes() -> int:
+    """Memory of all processes of the service."""
+    held = 0
+    for process in psutil.process_iter(["name", "cmdline", "memory_info"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if "ServeReplica" in words or "ProxyActor" in words:
+            held += process.info["memory_info"].rss
+    return held
