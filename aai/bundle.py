@@ -24,7 +24,7 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec, identity, is_identity
-from aai.signatures import SIGNATURE, SigningConfig, rehearse, sign, signer_of
+from aai.signatures import SIGNATURE, SigningConfig, sign
 from aai.version import code_version
 
 VERSION = 1
@@ -163,12 +163,9 @@ def read_bundle(uri: str | Path) -> Bundle:
 def sign_bundle(uri: str, config: SigningConfig) -> str:
     """Signs a bundle where it lies (local or s3://); returns who did (`aai.signatures.signer_of`).
 
-    One that they have signed already stays as it is. Raises UserError for a broken bundle, or a key that cannot sign;
-    what was signed before stays so.
+    Raises UserError for a broken bundle, or a key that cannot sign; what was signed before stays so.
     """
-    bundle, signer = read_bundle(uri), rehearse(config)
-    if (bundle.folder / SIGNATURE).is_file() and signer_of(bundle.folder) == signer:
-        return signer
+    bundle = read_bundle(uri)
     by = sign(bundle.folder, config)
     if uri.startswith("s3://"):  # what was signed is a copy
         storage.write_bytes(storage.join(uri, SIGNATURE), (bundle.folder / SIGNATURE).read_bytes())

@@ -40,9 +40,14 @@ def trainings(cfg: StoreConfig) -> list[TrainingRun]:
     """All trainings that the store knows, the newest first; deleted ones too, since what they made may be in use."""
     must_exist(cfg)
     client, found, everything = connect(cfg), [], mlflow().entities.ViewType.ALL
-    experiments = attempt(cfg, client.search_experiments, view_type=everything)
-    names = {each.experiment_id: each.name for each in experiments}
+    names: dict[str, str] = {}
     token = None
+    while True:
+        experiments = attempt(cfg, client.search_experiments, view_type=everything, page_token=token)
+        names |= {each.experiment_id: each.name for each in experiments}
+        token = experiments.token
+        if not token:
+            break
     while True:
         asked = {"run_view_type": everything, "max_results": 1000, "page_token": token}
         page = attempt(cfg, client.search_runs, list(names), "params.fingerprint LIKE '%'", **asked)
@@ -62,7 +67,7 @@ def trainings(cfg: StoreConfig) -> list[TrainingRun]:
 def made_by(sha: str, fingerprint: str, known: Sequence[TrainingRun]) -> list[TrainingRun]:
     """The trainings that a bundle came of, its own first, then those of the bundles that they began from.
 
-    Of a bundle whose training did not tell what it made: all finished ones on a table of this fingerprint.
+    Of a bundle whose training did not tell what it made: all on a table of this fingerprint that told nothing.
     """
     found: list[TrainingRun] = []
     wanted = [sha] if sha else []
@@ -73,8 +78,7 @@ def made_by(sha: str, fingerprint: str, known: Sequence[TrainingRun]) -> list[Tr
                 found.append(training)
                 wanted += training.parents
     if not found and fingerprint:
-        done = [each for each in known if each.status == "FINISHED" and not each.made]
-        found = [each for each in done if each.fingerprint == fingerprint]
+        found = [each for each in known if each.fingerprint == fingerprint and not each.made]
     return found
 
 
@@ -109,12 +113,11 @@ def versions_of(cfg: StoreConfig, shas: Collection[str], fingerprints: Collectio
     return found
 
 
-def unexplained(cfg: StoreConfig, known: Sequence[TrainingRun]) -> list[str]:
-    """Versions that none of these trainings can have made."""
-    made, tables = {each.made for each in known}, {each.fingerprint for each in known}
-    told = []
+def unexplained(cfg: StoreConfig, known: Sequence[TrainingRun], found: Sequence[Version]) -> list[str]:
+    """Versions besides those found of which no training says that it made them: nobody can tell what they learned."""
+    made, there, told = {each.made for each in known}, {(each.model, each.version) for each in found}, []
     for version in all_listed(cfg):
-        if version.tags.get(SHA_TAG) not in made and version.tags.get("data_fingerprint") not in tables:
+        if version.tags.get(SHA_TAG) not in made and (version.model, version.version) not in there:
             told.append(f"version {version.version} of {version.model}: no training that is on record here made it")
     return told
 

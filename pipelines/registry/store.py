@@ -49,9 +49,22 @@ def must_exist(cfg: StoreConfig) -> None:
         raise UserError("tracking.uri", cfg.uri, "no such file", "give the store that trainings and promotions used")
 
 
+def alive(cfg: StoreConfig) -> None:
+    """As `check`, asking a server anew: for who goes on asking. Raises UserError within SERVER_TIMEOUT_S."""
+    if cfg.uri.startswith(("http://", "https://")):
+        _ask(cfg.uri)
+    else:
+        must_exist(cfg)
+
+
 @functools.cache
 def _server(uri: str) -> None:
-    """Asks a server for a sign of life, once: MLflow's own retries would take minutes."""
+    """Asks a server once: MLflow's own retries would take minutes."""
+    _ask(uri)
+
+
+def _ask(uri: str) -> None:
+    """Asks a server for a sign of life."""
     if "@" in urlsplit(uri).netloc:
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
         raise UserError("tracking.uri", "(hidden)", "holds a password, which logs would show", remedy)

@@ -246,8 +246,10 @@ def _fetched(uri: str, cfg: StoreConfig, into: str | None) -> Path:
     download, gone = mlflow().artifacts.download_artifacts, "RESOURCE_DOES_NOT_EXIST"
     try:
         folder = attempt(cfg, unless, gone, download, artifact_uri=uri, dst_path=into)
-    except OSError:  # a store that is a folder
+    except FileNotFoundError:  # a store that is a folder
         folder = None
+    except OSError as error:
+        raise UserError("bundle", uri, f"its files cannot be fetched ({error})", "try again") from error
     if folder is None:
         raise UserError("bundle", uri, "its files are gone from the artifact store", "promote the bundle again")
     return Path(folder)

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 from PIL import Image
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -21,7 +21,7 @@ from aai.errors import UserError
 from aai.sampling import PaintRequest
 from pipelines.service.guard import Limits, busy, queue_full
 from pipelines.service.http import Answer, Health, ServedModel, Verb, build_http
-from pipelines.service.watching import Noticeboard
+from pipelines.service.watching import Noticeboard, board_name
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class Gateway:
         self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
         self._in_flight, self._replicas, self._asked_s = 0, 0, -1.0
         self._told: list[dict[str, Any]] = []
-        options = {"name": board, "num_cpus": 0, "get_if_exists": True}
-        self._board = ray.remote(Noticeboard).options(**options).remote() if board else None
+        self._board_name = board_name(board) if board else ""
+        self._board: Any = self._new_board() if board else None  # it lives as long as somebody holds it
         if need_key and not api_key():
             remedy = "set it in the environment of the cluster's processes, e.g. from a secret"
             raise UserError(KEY_VARIABLE, "(missing)", "the service needs an API key", remedy)
@@ -96,6 +96,19 @@ class Gateway:
         finally:
             self._in_flight -= 1
 
+    def _new_board(self) -> Any:
+        options = {"name": self._board_name, "num_cpus": 0, "get_if_exists": True}
+        return ray.remote(Noticeboard).options(**options).remote()
+
+    async def _rows(self) -> list[dict[str, Any]]:
+        """What painters told; the board is made anew where it is gone, with another gateway or a node."""
+        try:
+            return list(await asyncio.wait_for(self._board.read.remote(), 2))
+        except (RayError, TimeoutError, ValueError) as error:  # health is told all the same
+            logger.warning("gateway: nobody tells what painters serve (%s)", error or type(error).__name__)
+            self._board = self._new_board()
+            return []
+
     def full(self) -> bool:
         """See Backend."""
         return self._in_flight >= self._capacity
@@ -104,7 +117,7 @@ class Gateway:
         """See Backend. The controller is asked at most once a second."""
         if time.monotonic() - self._asked_s > 1:
             self._replicas = await asyncio.to_thread(_running_painters)
-            self._told = await self._board.read.remote() if self._board else []
+            self._told = await self._rows() if self._board_name else []
             self._asked_s = time.monotonic()
         painting = min(self._in_flight, self._replicas)
         refused: dict[str, str] = {}

@@ -4,10 +4,11 @@ import asyncio
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -18,16 +19,18 @@ from aai.addons import AddOns
 from aai.bundle import read_bundle
 from aai.config import Config
 from aai.errors import UserError
+from aai.foundation.identity import identity
 from aai.painter import Painter
 from aai.proof import ProofConfig, Prover
 from aai.sampling import PaintRequest
 from aai.signatures import TrustConfig, check
 from pipelines.registry import versions
 from pipelines.service.http import ServedModel, Verb
-from pipelines.service.watching import Watcher, refuse_other
+from pipelines.service.watching import Watcher, board_name, refuse_other
 from pipelines.settings import StoreConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas
+T = TypeVar("T")
 
 
 class PainterConfig(Config):
@@ -53,10 +56,11 @@ class PainterConfig(Config):
 
 @dataclass(frozen=True)
 class Serving:
-    """A painter, and what it is called."""
+    """A painter, what it is called, and the foundation that it was loaded with."""
 
     painter: Painter
     model: ServedModel
+    foundation: dict[str, str]
 
 
 class PainterReplica:
@@ -64,47 +68,61 @@ class PainterReplica:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = c = PainterConfig.parse(config)
-        found = read_bundle(versions.resolve_bundle(c.bundle, c.registry))
-        if found.sha != c.model.sha:
-            rule = f"holds {found.sha}, the service was started for {c.model.sha}"
-            raise UserError("bundle", c.bundle, rule, "deploy again")
-        self._serving = Serving(Painter.load(found, c.device, c.dtype, c.addons), c.model)
-        self._prover = Prover(c.proof)
-        logger.info("painter: %s on %s", self._serving.painter.dtype, c.device)
         # One thread: diffusers' schedulers hold state. A request cancelled while it waits here never starts.
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._started_s, self._broken = 0.0, ""
-        self.watcher = Watcher(c.follow, c.registry, c.model, self.take)
+        self._prover = Prover(c.proof)
+        self._serving = self._first()
+        logger.info("painter: %s in %s on %s", self._serving.model.label(), self._serving.painter.dtype, c.device)
+        self.watcher = Watcher(c.follow, c.registry, self._serving.model, self.take)
         if c.follow:
-            self.watcher.look()  # one that is started late begins with what the alias names now
+            self._board = board_name(c.board)
             self._tell()
             self.watcher.start(c.follow_s, self._tell)
+
+    def _first(self) -> Serving:
+        """What the alias names now; where that cannot be had, what it named when the service was started."""
+        c = self._config
+        if c.follow:
+            try:
+                pinned, _, version, _ = versions.pin_bundle(c.follow, c.registry)
+                return self._loaded(pinned, c.model.model_copy(update={"version": version}))
+            except Exception as error:
+                logger.warning("painter: begins with %s, since %s cannot be had (%s)", c.model.label(), c.follow, error)
+        found = self._loaded(c.bundle, c.model)
+        if found.model.sha != c.model.sha:
+            rule = f"holds {found.model.sha}, the service was started for {c.model.sha}"
+            raise UserError("bundle", c.bundle, rule, "deploy again")
+        return found
+
+    def _loaded(self, uri: str, model: ServedModel, beside: Serving | None = None) -> Serving:
+        """A bundle, checked and loaded. Raises UserError for one that cannot take the place of what is served."""
+        c = self._config
+        with tempfile.TemporaryDirectory(prefix="aai-") as scratch:
+            bundle = read_bundle(versions.resolve_bundle(uri, c.registry, scratch))
+            check(bundle.folder, c.trust, uri)
+            foundation = identity(bundle.config.foundation)
+            if beside:
+                refuse_other("foundation", beside.foundation, foundation)
+            painter = Painter.load(bundle, c.device, c.dtype, c.addons, beside.painter if beside else None)
+        refuse_other("encoder.sample_rate_hz", c.model.sample_rate_hz, painter.sample_rate_hz)
+        return Serving(painter, model.model_copy(update={"sha": bundle.sha}), foundation)
 
     def take(self, pinned: str, model: ServedModel) -> None:
         """Loads a version beside the one that is served, paints with it, and then serves it: from the next request on.
 
         Raises UserError, or what else it failed with, for one that cannot be served; the old one stays.
         """
-        c, now = self._config, self._serving
-        with tempfile.TemporaryDirectory(prefix="aai-") as scratch:
-            bundle = read_bundle(versions.resolve_bundle(pinned, c.registry, scratch))
-            check(bundle.folder, c.trust, pinned)
-            refuse_other("foundation", now.painter.foundation, bundle.config.foundation)
-            painter = Painter.load(bundle, c.device, c.dtype, c.addons, now.painter)
-        if painter.vocabulary is not None:
-            painter.concepts  # noqa: B018 (loads the CLIP that edit and stylize need)
-        refuse_other("encoder.sample_rate_hz", now.painter.sample_rate_hz, painter.sample_rate_hz)
-        self._thread.submit(try_out, painter).result()  # between two requests
-        self._serving = Serving(painter, model.model_copy(update={"sha": bundle.sha}))
-        self.watcher.served = self._serving.model
+        found = self._loaded(pinned, model, self._serving)
+        self._thread.submit(self._on_device, try_out, found.painter).result()  # between two requests
+        self._serving, self.watcher.served = found, found.model
 
     def _tell(self) -> None:
         """Tells the board what is served; it may be gone for a moment, with the gateway."""
         watcher = self.watcher
         row = {"model": watcher.served.model_dump(), "refused": watcher.refused, "trouble": watcher.trouble}
         with suppress(Exception):
-            board = ray.get_actor(self._config.board)
-            board.tell.remote(ray.get_runtime_context().get_actor_id(), row)
+            ray.get_actor(self._board).tell.remote(ray.get_runtime_context().get_actor_id(), row)
 
     async def paint(
         self,
@@ -132,13 +150,17 @@ class PainterReplica:
     def _paint(
         self, verb: Verb, sounds: dict[str, np.ndarray], pixels: list[np.ndarray | None], request: PaintRequest
     ) -> tuple[list[Image.Image], ServedModel]:
-        self._started_s, serving = time.monotonic(), self._serving
+        serving = self._serving
+        if verb == "generate":
+            return self._on_device(serving.painter.generate, sounds, request), serving.model
+        (audio,), (image, mask) = sounds.values(), (None if x is None else Image.fromarray(x) for x in pixels)
+        return self._on_device(getattr(serving.painter, verb), audio, image, request, mask), serving.model
+
+    def _on_device(self, work: Callable[..., T], *args: Any) -> T:
+        """Runs work of the device; what becomes of it is seen by check_health."""
+        self._started_s = time.monotonic()
         try:
-            if verb == "generate":
-                return serving.painter.generate(sounds, request), serving.model
-            (audio,), (image, mask) = sounds.values(), (None if x is None else Image.fromarray(x) for x in pixels)
-            painted: list[Image.Image] = getattr(serving.painter, verb)(audio, image, request, mask)
-            return painted, serving.model
+            return work(*args)
         except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
             self._broken = str(error)
             raise
@@ -158,8 +180,10 @@ class PainterReplica:
 
 
 def try_out(painter: Painter) -> None:
-    """Paints a tone, so that the first request does not wait. Raises UserError for a picture of one colour."""
+    """Paints a tone, so that the first request does not wait. Raises UserError where all pictures are of one colour."""
     tone = np.sin(np.arange(painter.sample_rate_hz) * 0.2).astype(np.float32) / 2
-    pixels = np.asarray(painter.generate(tone, PaintRequest(steps=2))[0])
-    if pixels.min() == pixels.max():
-        raise UserError("bundle", "its first picture", "is of one colour", "look at `aai generate` with this version")
+    for seed in range(3):  # a safety checker may black one out
+        pixels = np.asarray(painter.generate(tone, PaintRequest(steps=2, seed=seed))[0])
+        if pixels.min() < pixels.max():
+            return
+    raise UserError("bundle", "its first pictures", "are of one colour", "look at `aai generate` with this version")

@@ -6,45 +6,51 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ray import serve
+
 from aai.errors import UserError
-from pipelines.registry import versions
+from pipelines.registry import store, versions
 from pipelines.service.http import ServedModel
 from pipelines.settings import StoreConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas
 
-STALE_S = 60.0
+STALE_S = 180.0
 """After which a painter that told nothing is gone."""
+AGAIN_S, AT_MOST_S = 60.0, 900.0
+"""How long after a refusal a version is tried again, twice as long after each; what failed may have been a disk."""
 
 
 class Watcher:
     """Looks at an alias from time to time and hands on the version that it names, when that is another one.
 
-    take: loads, tries and takes up a version, or raises; then the old one stays and the reason is in `refused`. It is
-    tried again when the alias has named another one meanwhile, or at the next look when the registry was away.
+    take: loads, tries and takes up a version, or raises; then the old one stays. It is tried again after AGAIN_S, when
+    the alias has named another one meanwhile, or at the next look when it was the registry that was away.
     """
 
     def __init__(
-        self, uri: str, store: StoreConfig, served: ServedModel, take: Callable[[str, ServedModel], None]
+        self, uri: str, registry: StoreConfig, served: ServedModel, take: Callable[[str, ServedModel], None]
     ) -> None:
-        self.uri, self.store, self.served = uri, store, served
+        self.uri, self.store, self.served = uri, registry, served
         self._take = take
         self.refused: dict[str, str] = {}
-        """{version: why}"""
+        """{version: kind of error}; the log has all of it"""
         self.trouble = ""
-        """Why the registry cannot be asked, or that the alias names nothing."""
+        """Kind of error for which the alias cannot be followed; the log has all of it."""
+        self._again_s, self._wait_s = 0.0, AGAIN_S
 
     def look(self) -> None:
         """Looks once. Never raises: whatever happens, what is served goes on."""
         try:
+            store.alive(self.store)  # MLflow itself would try for minutes
             pinned, _, version, _ = versions.pin_bundle(self.uri, self.store)
         except Exception as error:
-            self._note(f"{error}")
+            self._note(error)
             return
-        self._note("")
         if version == self.served.version:
             self.refused = {}
-        elif version not in self.refused:
+            self._note(None)
+        elif version not in self.refused or time.monotonic() > self._again_s:
             self._try(pinned, version)
 
     def _try(self, pinned: str, version: str) -> None:
@@ -54,19 +60,23 @@ class Watcher:
             self._take(pinned, found)
         except Exception as error:
             if getattr(error, "setting", "") == "tracking.uri":  # the server, not the version: another time
-                self._note(f"{error}")
+                self._note(error)
                 return
-            self.refused = {version: f"{type(error).__name__}: {error}"[:500]}
-            logger.warning("painter: version %s is refused, %s stays (%s)", version, self.served.label(), error)
+            self._wait_s = min(2 * self._wait_s, AT_MOST_S) if version in self.refused else AGAIN_S
+            self._again_s = time.monotonic() + self._wait_s
+            self.refused = {version: _kind(error)}
+            said = "painter: version %s is refused, %s stays; next try in %.0f s (%s)"
+            logger.warning(said, version, self.served.label(), self._wait_s, error)
         else:
             self.refused = {}
             logger.info("painter: %s after %.1f s", self.served.label(), time.monotonic() - begin)
+        self._note(None)
 
-    def _note(self, trouble: str) -> None:
-        if trouble and not self.trouble:
+    def _note(self, error: Exception | None) -> None:
+        if error is not None and not self.trouble:
             said = "painter: %s goes on being served, but %s cannot be followed (%s)"
-            logger.warning(said, self.served.label(), self.uri, trouble)
-        self.trouble = trouble
+            logger.warning(said, self.served.label(), self.uri, error)
+        self.trouble = "" if error is None else _kind(error)
 
     def start(self, every_s: float, told: Callable[[], None]) -> None:
         """Looks every so many seconds, in a thread that ends with the process; `told` is called after each look."""
@@ -77,11 +87,18 @@ class Watcher:
                 if time.monotonic() < due:
                     time.sleep(0.2)
                     continue
+                told()  # a look may take long
                 self.look()
                 told()
                 due = time.monotonic() + every_s
 
         threading.Thread(target=watch, name="watcher").start()
+
+
+def _kind(error: Exception) -> str:
+    """What everybody may know of an error: /healthz needs no key."""
+    setting = getattr(error, "setting", "")
+    return f"{type(error).__name__}: {setting}" if setting else type(error).__name__
 
 
 class Noticeboard:
@@ -99,6 +116,11 @@ class Noticeboard:
         fresh = time.monotonic() - STALE_S
         self._rows = {painter: row for painter, row in self._rows.items() if row[0] > fresh}
         return [row for _, row in self._rows.values()]
+
+
+def board_name(name: str) -> str:
+    """The board of this application: others on the cluster have their own. For replicas alone."""
+    return f"{name}-{serve.get_replica_context().app_name}"
 
 
 def refuse_other(setting: str, ours: object, theirs: object) -> None:

@@ -37,6 +37,10 @@ def origin_of(cfg: TrackingConfig, sha: str, fingerprint: str = "") -> Origin:
     found = made_by(sha, fingerprint, known)
     unknown: list[str] = [] if found else ["no training that is on record here made it"]
     unknown += orphans(found, known)
+    if found and not any(training.made for training in found):
+        unknown.append(
+            "no training says that it made this bundle: these read its data, what it began from is not known"
+        )
     rows: dict[tuple[str, ...], None] = {}
     for training in {(each.features, each.fingerprint): each for each in found}.values():
         if reason := changed(training):
@@ -104,6 +108,7 @@ def spread_of(cfg: TrackingConfig, wanted: frozenset[str], tables: Sequence[str]
             direct.append(training)
     reached = descended(direct, known)
     shas = {each.made for each in reached if each.made}
-    found = versions_of(cfg, shas, {each.fingerprint for each in direct})
-    unknown += [*silent(features), *orphans(known, known), *unexplained(cfg, known)]
+    data = {each.fingerprint for each in direct} | {each.fingerprint for each in reached if not each.made}
+    found = versions_of(cfg, shas, data)
+    unknown += [*silent(features), *orphans(known, known), *unexplained(cfg, known, found)]
     return Spread(holdings, reached, found, tuple(unknown))

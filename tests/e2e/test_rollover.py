@@ -1,15 +1,22 @@
 """A service that follows its registry: promotions and rollbacks without a restart or a failed request."""
 
+import io
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from aai.bundle import BundleConfig, read_bundle, write_bundle
+from aai.media.decode import decode_audio
+from aai.painter import Painter
+from aai.proof import read_made
+from aai.sampling import PaintRequest
 from pipelines.registry import versions
 from pipelines.settings import TrackingConfig
 from tests.hostile import wav
@@ -34,18 +41,22 @@ class Clients:
     def __init__(self, running: Service, count: int) -> None:
         self.running, self.stopped = running, threading.Event()
         self.answers: list[tuple[float, int, str]] = []
+        self.pictures: dict[str, bytes] = {}
         self.threads = [threading.Thread(target=self._ask) for _ in range(count)]
 
     def _ask(self) -> None:
         with httpx.Client(headers=HEADERS, timeout=120) as client:
             while not self.stopped.is_set():
                 data = {"steps": "2"}
-                answer = client.post(f"{self.running.url}/v1/generate", files={"audio": wav()}, data=data)
-                if answer.status_code == 429:
-                    time.sleep(0.2)
+                try:
+                    answer = client.post(f"{self.running.url}/v1/generate", files={"audio": wav()}, data=data)
+                except httpx.HTTPError as error:
+                    self.answers.append((time.monotonic(), 0, repr(error)))
                     continue
                 model = answer.headers.get("x-aai-model", answer.text)
                 self.answers.append((time.monotonic(), answer.status_code, model))
+                if answer.status_code == 200:
+                    self.pictures[model] = answer.content
 
     def __enter__(self) -> "Clients":
         for thread in self.threads:
@@ -86,6 +97,13 @@ def test_m2_versions_change_under_load_without_a_failed_request(service: Service
     print(dict(counts), [f"{second:.1f} s from the move to the last answer of the old version" for second in seconds])
     assert {status for status, _ in counts} == {200}
     assert {model for _, model in counts} == {"tiny/1@champion", "tiny/2@champion"}
+    sound = decode_audio(wav(), 30, 10**6, 16_000)
+    for version, folder in ((1, service.bundle), (2, tmp_path / "second")):
+        png = clients.pictures[f"tiny/{version}@champion"]
+        ours = Painter.load(folder).generate(sound, PaintRequest(steps=2))[0]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(ours)), version
+        assert read_made(png)["bundle"] == read_bundle(folder).sha
+        assert read_made(png)["model"] == f"tiny/{version}"
 
 
 @pytest.mark.timeout(300)
@@ -111,3 +129,4 @@ def test_a_version_that_cannot_be_served_is_refused_and_told(service: Service, t
     while (health := service.health())["registry"] or health["refused"]:
         assert time.monotonic() < end_s
         time.sleep(0.2)
+    assert health["serving"] == {"tiny/1@champion": 1}

@@ -1,5 +1,6 @@
 """Following an alias: what is taken up, what is refused, and what a registry that is away changes (nothing)."""
 
+import logging
 import shutil
 import threading
 import time
@@ -59,11 +60,17 @@ def test_another_version_is_taken_up_once_and_a_rollback_too(follower: Follower)
     assert follower.look()[0] == "toy/1@champion"
 
 
+@pytest.fixture(autouse=True)
+def _serve_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)  # Serve's own setup takes it from pytest
+
+
 def test_a_bad_version_is_refused_and_the_old_one_stays(follower: Follower, caplog: pytest.LogCaptureFixture) -> None:
     follower.errors["2"] = ValueError("a shape")
     follower.point(2)
     label, refused, _ = follower.look()
-    assert (label, refused) == ("toy/1@champion", {"2": "ValueError: a shape"})
+    assert (label, refused) == ("toy/1@champion", {"2": "ValueError"})  # /healthz is open: the reason is in the log
+    assert "(a shape)" in caplog.text
     follower.look()
     assert follower.taken == ["models:/toy/2"]  # it is not tried at every look
     assert "version 2 is refused, toy/1@champion stays" in caplog.text
@@ -86,33 +93,57 @@ def test_a_registry_that_is_away_changes_nothing(follower: Follower, caplog: pyt
     follower.point(2)
     away = UserError("tracking.uri", "u", "cannot be reached", "wait")
     follower.errors["2"] = away
-    assert follower.look() == ("toy/1@champion", {}, str(away))
+    for _ in range(3):
+        assert follower.look() == ("toy/1@champion", {}, "UserError: tracking.uri")
+    assert caplog.text.count("cannot be followed") == 1
     del follower.errors["2"]
     assert follower.look() == ("toy/2@champion", {}, "")  # tried again
     versions.delete_alias(follower.cfg, "champion")
     label, _, trouble = follower.look()
     assert label == "toy/2@champion"
-    assert "no alias 'champion'" in trouble
+    assert trouble == "UserError: bundle"
+    assert "no alias 'champion'" in caplog.text
     assert caplog.text.count("cannot be followed") == 2
 
 
-def test_it_looks_again_and_again_and_ends_with_the_process(follower: Follower) -> None:
-    told = threading.Event()
+def test_a_refused_version_is_tried_again_after_a_while(follower: Follower, monkeypatch: pytest.MonkeyPatch) -> None:
+    follower.errors["2"] = OSError("the disk is full")
     follower.point(2)
-    before = set(threading.enumerate())
-    follower.watcher.start(0.1, told.set)
-    (thread,) = set(threading.enumerate()) - before
-    assert not thread.daemon
-    assert told.wait(10)
-    assert follower.watcher.served.version == "2"
+    now = time.monotonic()
+    for later_s, tries in ((0, 1), (59, 1), (61, 2), (170, 2), (190, 3)):  # after one minute, after two more
+        monkeypatch.setattr(time, "monotonic", lambda later_s=later_s: now + later_s)
+        follower.look()
+        assert len(follower.taken) == tries, later_s
+    del follower.errors["2"]
+    monkeypatch.setattr(time, "monotonic", lambda: now + 900)
+    assert follower.look() == ("toy/2@champion", {}, "")
+
+
+def test_a_store_that_vanished_is_not_made_anew(follower: Follower, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").unlink()
+    assert follower.look() == ("toy/1@champion", {}, "UserError: tracking.uri")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_it_looks_again_and_again_and_ends_with_the_process(follower: Follower) -> None:
+    follower.point(2)
+    before, told = set(threading.enumerate()), []
     main = threading.main_thread()
-    ended: Any = type(main).is_alive
+    is_alive: Any = type(main).is_alive.__get__(main)
     try:
-        main.is_alive = lambda: False  # type: ignore[method-assign]
-        thread.join(10)
-        assert not thread.is_alive()
+        follower.watcher.start(0.1, lambda: told.append(follower.watcher.served.version))
+        (thread,) = set(threading.enumerate()) - before
+        assert not thread.daemon
+        end_s = time.monotonic() + 30
+        while len(told) < 4:
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
+        assert told[:3] == ["1", "2", "2"]  # before and after each look
     finally:
-        main.is_alive = ended.__get__(main)  # type: ignore[method-assign]
+        main.is_alive = lambda: False  # type: ignore[method-assign]
+        thread.join(30)
+        main.is_alive = is_alive  # type: ignore[method-assign]
+    assert not thread.is_alive()
 
 
 def test_the_board_forgets_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,9 @@ def test_the_way_on(archive: Archive, capsys: pytest.CaptureFixture[str]) -> Non
     print_spread(spread_of(archive.cfg, frozenset(["c1"])))
     told = capsys.readouterr().out.splitlines()
     assert told[0] == f"features   {archive.features(1)}: 1 of train"
-    assert [line.split()[0] for line in told[-3:]] == ["align", "adapt", "version"]
-    assert "KILLED" in told[-3]
-    assert told[-1] == "version    1 of aai-demo (champion)  bundle both"
+    assert [line.split()[0] for line in told[-4:]] == ["align", "adapt", "version", "unknown"]
+    assert "KILLED" in told[-4]
+    assert told[-2] == "version    1 of aai-demo (champion)  bundle both"
 
 
 def test_what_a_picture_says_of_itself_is_shown_as_text() -> None:

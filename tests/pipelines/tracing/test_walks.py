@@ -55,7 +55,7 @@ def test_clips_lead_to_trainings_and_what_began_from_them(archive: Archive) -> N
     spread = spread_of(archive.cfg, frozenset(["30.mp4"]))
     assert {training.made for training in spread.trainings} == {"aligner2", "both", "second"}
     assert [version.version for version in spread.versions] == [3, 2, 1]  # 3 by its table alone
-    assert spread.unknown == ()
+    assert spread.unknown == ()  # all three are listed
     assert spread.told()["versions"][2] == {"model": "aai-demo", "version": 1, "aliases": ["champion"]}
 
 
@@ -63,9 +63,10 @@ def test_a_run_that_could_not_tell_what_it_made_hides_no_version(archive: Archiv
     client = connect(archive.cfg)
     client.delete_tag(archive.runs["both"], "made")
     client.set_terminated(archive.runs["both"], "FAILED")  # as where the server was away at the end
-    spread = spread_of(archive.cfg, frozenset(["c0"]))
-    assert [version.version for version in spread.versions] == [1]
-    assert spread.unknown == ()
+    for clip in ("c0", "c45"):  # of its own table, and of the one that its parent learned from
+        assert 1 in [version.version for version in spread_of(archive.cfg, frozenset([clip])).versions]
+    origin = origin_of(archive.cfg, "both", "f1")
+    assert "what it began from is not known" in origin.unknown[0]
 
 
 def test_deleted_and_renamed_runs_are_followed_still(archive: Archive) -> None:
@@ -89,6 +90,7 @@ def test_a_version_that_nobody_made_is_told(archive: Archive) -> None:
     other = archive.cfg.model_copy(update={"model_name": "another"})
     register(other, bundle, "from elsewhere", "f9")
     assert spread_of(archive.cfg, frozenset(["c0"])).unknown == (
+        f"version 3 of {archive.cfg.model_name}: no training that is on record here made it",
         "version 1 of another: no training that is on record here made it",
     )
     register(other, bundle, "both", "f1")
@@ -117,7 +119,7 @@ def test_clips_held_out_reach_no_weights(archive: Archive) -> None:
     storage.write_table(f"{archive.features(1)}/shard-00000.parquet", table.from_pylist(rows, schema=table.schema))
     spread = spread_of(archive.cfg, frozenset(["c1"]))
     assert [holding.by_split() for holding in spread.holdings][:1] == [{"test": 1}]
-    assert (spread.trainings, spread.versions, spread.unknown) == ([], [], ())
+    assert (spread.trainings, spread.versions) == ([], [])
 
 
 def test_what_cannot_be_told_is_told(archive: Archive) -> None:
@@ -125,6 +127,6 @@ def test_what_cannot_be_told_is_told(archive: Archive) -> None:
     spread = spread_of(archive.cfg, frozenset(["c30"]))
     assert [holding.kind for holding in spread.holdings] == ["embeddings"]
     assert spread.versions == []
-    assert len(spread.unknown) == 2  # align and adapt on that table
+    assert len(spread.unknown) == 3  # align and adapt on that table, and the version whose training told nothing
     named = spread_of(archive.cfg, frozenset(["c30"]), [f"{archive.folder}/2/curated"])
     assert [holding.kind for holding in named.holdings] == ["accepted", "measured", "embeddings"]
