@@ -184,8 +184,9 @@ def judge_figures(
     figures |= beyond_captions(by_condition, labels, truth, attributes)
     if "sound" in figures and "size" in attributes:
         sound = by_condition["sound"]
-        loudness_db = rms_db[[row["row"] for row in sound]]
-        figures["loudness_size_spearman"] = metrics.spearman(loudness_db, np.array([row["size"] for row in sound]))
+        loudness_db, sizes = rms_db[[row["row"] for row in sound]], np.array([row["size"] for row in sound])
+        if len(sound) > 2 and np.ptp(sizes) > 0 and np.ptp(loudness_db) > 0:  # else no figure: a gate on it fails
+            figures["loudness_size_spearman"] = metrics.spearman(loudness_db, sizes)
     return figures
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,10 @@ class PainterConfig(Config):
     """Name of the actor that is told what is served."""
 
 
+class StoppedError(Exception):
+    """Nobody waits for this picture any more."""
+
+
 @dataclass(frozen=True)
 class Serving:
     """A painter, what it is called, and the foundation that it was loaded with."""
@@ -72,7 +77,10 @@ class PainterReplica:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._started_s, self._broken = 0.0, ""
         self._prover = Prover(c.proof)
+        self._stop = threading.Event()
+        """Of the request that is painted: set when nobody waits for it."""
         self._serving = self._first()
+        self._serving.painter.pipe.unet.register_forward_pre_hook(self._go_on)
         logger.info("painter: %s in %s on %s", self._serving.model.label(), self._serving.painter.dtype, c.device)
         self.watcher = Watcher(c.follow, c.registry, self._serving.model, self.take)
         if c.follow:
@@ -136,8 +144,12 @@ class PainterReplica:
 
         given: hashes of what was handed in, which the pictures tell.
         """
-        loop = asyncio.get_running_loop()
-        images, model = await loop.run_in_executor(self._thread, self._paint, verb, sounds, pixels, request)
+        loop, stop = asyncio.get_running_loop(), threading.Event()
+        try:
+            images, model = await loop.run_in_executor(self._thread, self._paint, verb, sounds, pixels, request, stop)
+        except asyncio.CancelledError:  # the client left, or its time is over
+            stop.set()
+            raise
         made = {
             "verb": verb,
             "model": f"{model.name}/{model.version}",
@@ -148,13 +160,23 @@ class PainterReplica:
         return await asyncio.to_thread(self._encoded, images, made), model.model_dump()
 
     def _paint(
-        self, verb: Verb, sounds: dict[str, np.ndarray], pixels: list[np.ndarray | None], request: PaintRequest
+        self,
+        verb: Verb,
+        sounds: dict[str, np.ndarray],
+        pixels: list[np.ndarray | None],
+        request: PaintRequest,
+        stop: threading.Event,
     ) -> tuple[list[Image.Image], ServedModel]:
-        serving = self._serving
+        serving, self._stop = self._serving, stop
         if verb == "generate":
             return self._on_device(serving.painter.generate, sounds, request), serving.model
         (audio,), (image, mask) = sounds.values(), (None if x is None else Image.fromarray(x) for x in pixels)
         return self._on_device(getattr(serving.painter, verb), audio, image, request, mask), serving.model
+
+    def _go_on(self, *_: object) -> None:
+        """Before each denoising step, of whatever pipeline: raises StoppedError when nobody waits for the picture."""
+        if self._stop.is_set():
+            raise StoppedError
 
     def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         """Runs work of the device; what becomes of it is seen by check_health."""
@@ -165,7 +187,7 @@ class PainterReplica:
             self._broken = str(error)
             raise
         finally:
-            self._started_s = 0.0
+            self._started_s, self._stop = 0.0, threading.Event()
 
     def _encoded(self, images: list[Image.Image], made: dict[str, Any]) -> list[bytes]:
         """PNG files; picture i has the request's seed + i."""

@@ -116,6 +116,39 @@ def test_m4_ten_times_more_than_it_paints(service: Service) -> None:  # noqa: F8
     assert memory[-1] < memory[1] + 0.3e9
 
 
+def test_m4_clients_that_leave_hold_nobody_up(service: Service) -> None:  # noqa: F811
+    start = time.monotonic()
+    assert service.post("generate", {"steps": "100"}).status_code == 200
+    step_s = (time.monotonic() - start) / 100
+    form = {"steps": "100", "num_images": "8"}
+    left = Counter[str]()
+
+    def leave() -> None:
+        try:
+            answer = httpx.post(
+                f"{service.url}/v1/generate", files={"audio": wav()}, data=form, headers=HEADERS, timeout=0.5
+            )
+            left[str(answer.status_code)] += 1
+        except httpx.TimeoutException:
+            left["left"] += 1
+
+    for _ in range(25):
+        clients = [threading.Thread(target=leave) for _ in range(8)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(60)
+    start = time.monotonic()
+    assert service.post("generate", {"steps": "1"}).status_code == 200
+    seconds = time.monotonic() - start
+    print(
+        f"200 clients that leave pictures of 8 x 100 steps after 0.5 s: {dict(left)}; "
+        f"the next picture of one step after {seconds:.2f} s; one step of one picture takes {step_s:.3f} s"
+    )
+    assert left["left"] > 50
+    assert seconds < 100 * step_s
+
+
 def held_bytes() -> int:
     """Memory of all processes of the service."""
     held = 0

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 from aai.align import validate
 from aai.encoders.audio import AudioEncoder
-from aai.features import load_split
+from aai.features import FeatureManifest, load_split
 from aai.metrics import retrieval
+from pipelines.align import AlignRecipe
 from tests.e2e.plain_align import Clock, settings_of, trained
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(4 * 3600)]
@@ -47,7 +48,9 @@ def test_seconds_until_objects_are_heard() -> None:
     clips: dict[str, Any] = {}
     for name, settings in RECORDS.items():
         config = settings_of(RUN, **{"fit__eval_every": 15, **settings})
-        clips = clips or load_split(str(RUN / "features"), "test", config.encoder.clip_samples)
+        if not clips:
+            fitted = AlignRecipe(config).prepare(FeatureManifest.read(config.features))
+            clips = load_split(config.features, "test", fitted.encoder.clip_samples)
         bound = SHARE * by_caption(clips)
 
         clock = Clock(partial(objects_heard, clips))

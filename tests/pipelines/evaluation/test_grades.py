@@ -125,6 +125,13 @@ BY_CONDITION = {
 }
 
 
+def test_a_judge_to_whom_all_are_of_one_size_ends_no_evaluation() -> None:
+    same = {**BY_CONDITION, "sound": [{**row, "size": 0.5} for row in BY_CONDITION["sound"]]}
+    found = grades.judge_figures(same, LABELS, RMS_DB, ATTRIBUTES)
+    assert "loudness_size_spearman" not in found
+    assert found["sound"] == grades.judge_figures(BY_CONDITION, LABELS, RMS_DB, ATTRIBUTES)["sound"]
+
+
 def test_what_the_judge_read_against_the_labels() -> None:
     found = grades.judge_figures(BY_CONDITION, LABELS, RMS_DB, ATTRIBUTES)
     assert found == {

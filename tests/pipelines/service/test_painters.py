@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,35 @@ def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle:
         replica(tiny_bundle, model={"name": "a", "version": "1", "sha": "0000", "sample_rate_hz": 16_000})
 
 
+@pytest.mark.parametrize("changes", [{}, {"verb": "edit"}, {"verb": "edit", "repaint": "invert"}])
+def test_a_picture_that_nobody_waits_for_ends_at_the_next_step(
+    changes: dict[str, Any], painter: PainterReplica
+) -> None:
+    verb, repaint = changes.get("verb", "generate"), changes.get("repaint", "img2img")
+    pixels = [None, None] if verb == "generate" else [RED, None]
+    long = PaintRequest(steps=100, num_images=8, denoise_strength=1, repaint=repaint)
+    calls: list[float] = []
+    hook = painter._serving.painter.pipe.unet.register_forward_pre_hook(lambda *_: calls.append(time.monotonic()))
+
+    async def leave() -> tuple[int, list[bytes]]:
+        task = asyncio.create_task(painter.paint(verb, TONE, pixels, long, GIVEN))
+        while len(calls) < 3:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        before = len(calls)
+        files, _ = await painter.paint("generate", TONE, [None, None], REQUEST, GIVEN)
+        return before, files
+
+    try:
+        before, files = asyncio.run(asyncio.wait_for(leave(), 120))
+    finally:
+        hook.remove()
+    assert len(calls) - before <= 2 + 1 + REQUEST.steps  # at most one step more, and those of the next picture
+    assert files == paint(painter, "generate", [None, None])  # which is what it would have been
+
+
 def test_a_painter_is_ill_when_it_is_stuck_or_its_device_failed(
     painter: PainterReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +138,7 @@ def test_only_a_failed_device_makes_it_ill(
         patch.setattr(painter, "_broken", "")
         patch.setattr(painter._serving.painter, "generate", fail)
         with pytest.raises(error):
-            painter._paint("generate", TONE, [None, None], REQUEST)
+            painter._paint("generate", TONE, [None, None], REQUEST, threading.Event())
         assert painter._started_s == 0
         assert bool(painter._broken) == ill
         if ill:
