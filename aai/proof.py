@@ -82,7 +82,7 @@ class Prover:
         except c2pa.C2paError as error:
             reason = printable(error).strip()
         if reason:
-            remedy = "give a certificate chain and its P-256 key, see docs/serving.md"
+            remedy = "give a certificate chain and its P-256 key, see docs/origins.md"
             raise UserError("proof.certificate", self.config.certificate, f"cannot sign pictures ({reason})", remedy)
 
     def __getstate__(self) -> dict[str, Any]:
