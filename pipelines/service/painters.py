@@ -1,14 +1,16 @@
-"""The painters of the service: each holds the model and paints one request at a time."""
+"""The painters of the service: each holds the model and paints several requests together."""
 
 import asyncio
+import io
 import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,11 +19,13 @@ import torch
 from PIL import Image
 
 from aai.addons import AddOns
+from aai.batching import Together, view_of
 from aai.bundle import read_bundle
 from aai.config import Config
 from aai.errors import UserError
 from aai.foundation.identity import identity
 from aai.painter import Painter
+from aai.progress import Progress, Stage
 from aai.proof import ProofConfig, Prover
 from aai.sampling import PaintRequest
 from aai.signatures import TrustConfig, check
@@ -48,15 +52,13 @@ class PainterConfig(Config):
     trust: TrustConfig
     stuck_s: float
     """Painting for longer than this is a fault."""
+    batch_pictures: int = 8
+    """Most pictures that are painted together."""
     follow: str = ""
     """Alias that is followed, as models:/NAME@ALIAS; empty = none."""
     follow_s: float = 5
     board: str = ""
     """Name of the actor that is told what is served."""
-
-
-class StoppedError(Exception):
-    """Nobody waits for this picture any more."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,18 @@ class Serving:
 
 
 class PainterReplica:
-    """One model on one device. Paints in a thread of its own: health checks are answered meanwhile."""
+    """One model on one device. Paints in threads, for each request one: health checks are answered meanwhile."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = c = PainterConfig.parse(config)
-        # One thread: diffusers' schedulers hold state. A request cancelled while it waits here never starts.
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._started_s, self._broken = 0.0, ""
+        self._threads = ThreadPoolExecutor(max_workers=c.batch_pictures + 1)  # one for a new version's first picture
+        self._places, self._door = asyncio.Semaphore(c.batch_pictures), asyncio.Lock()
+        self._started_s: dict[int, float] = {}
+        """When each request that is painted began, by its thread."""
+        self._broken = ""
         self._prover = Prover(c.proof)
-        self._stop = threading.Event()
-        """Of the request that is painted: set when nobody waits for it."""
         self._serving = self._first()
-        self._serving.painter.pipe.unet.register_forward_pre_hook(self._go_on)
+        self._together = Together(self._serving.painter.pipe.unet)  # every version has the same one
         logger.info("painter: %s in %s on %s", self._serving.model.label(), self._serving.painter.dtype, c.device)
         self.watcher = Watcher(c.follow, c.registry, self._serving.model, self.take)
         if c.follow:
@@ -122,7 +124,7 @@ class PainterReplica:
         Raises UserError, or what else it failed with, for one that cannot be served; the old one stays.
         """
         found = self._loaded(pinned, model, self._serving)
-        self._thread.submit(self._on_device, try_out, found.painter).result()  # between two requests
+        self._threads.submit(self._on_device, lambda: try_out(view_of(found.painter)), threading.Event()).result()
         self._serving, self.watcher.served = found, found.model
 
     def _tell(self) -> None:
@@ -139,17 +141,23 @@ class PainterReplica:
         pixels: list[np.ndarray | None],
         request: PaintRequest,
         given: dict[str, Any],
+        tell: Callable[[Stage], None] | None = None,
     ) -> tuple[list[bytes], dict[str, Any]]:
         """Sounds float32 [S] by name, maybe a picture and a mask (RGB, uint8 [H, W, 3]) -> PNG files, and the model.
 
-        given: hashes of what was handed in, which the pictures tell.
+        given: hashes of what was handed in, which the pictures tell. tell: hears how far it is, from another thread.
         """
         loop, stop = asyncio.get_running_loop(), threading.Event()
-        try:
-            images, model = await loop.run_in_executor(self._thread, self._paint, verb, sounds, pixels, request, stop)
-        except asyncio.CancelledError:  # the client left, or its time is over
-            stop.set()
-            raise
+        paint = partial(self._paint, verb, sounds, pixels, request, stop, tell)
+        async with AsyncExitStack() as held:
+            async with self._door:  # one after the other: who needs many places is not overtaken for ever
+                for _ in range(min(request.num_images, self._config.batch_pictures)):
+                    await held.enter_async_context(self._places)
+            try:
+                images, model = await loop.run_in_executor(self._threads, paint)
+            except asyncio.CancelledError:  # the client left, or its time is over
+                stop.set()
+                raise
         made = {
             "verb": verb,
             "model": f"{model.name}/{model.version}",
@@ -159,6 +167,35 @@ class PainterReplica:
         }
         return await asyncio.to_thread(self._encoded, images, made), model.model_dump()
 
+    async def paint_live(
+        self,
+        verb: Verb,
+        sounds: dict[str, np.ndarray],
+        pixels: list[np.ndarray | None],
+        request: PaintRequest,
+        given: dict[str, Any],
+    ) -> AsyncIterator[dict[str, Any]]:
+        """As `paint`, and meanwhile how far it is: {step, steps, preview}, with `preview` as PNG or None.
+
+        The last one is {files, model}.
+        """
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[Stage | None] = asyncio.Queue()
+
+        def tell(stage: Stage | None) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, stage)
+
+        painting = asyncio.create_task(self.paint(verb, sounds, pixels, request, given, tell))
+        painting.add_done_callback(lambda _: told.put_nowait(None))
+        try:
+            while (stage := await told.get()) is not None:
+                preview = stage.preview and _small_png(stage.preview)
+                yield {"step": stage.step, "steps": stage.steps, "preview": preview}
+            files, model = await painting
+            yield {"files": files, "model": model}
+        finally:
+            painting.cancel()
+
     def _paint(
         self,
         verb: Verb,
@@ -166,28 +203,34 @@ class PainterReplica:
         pixels: list[np.ndarray | None],
         request: PaintRequest,
         stop: threading.Event,
+        tell: Callable[[Stage], None] | None,
     ) -> tuple[list[Image.Image], ServedModel]:
-        serving, self._stop = self._serving, stop
-        if verb == "generate":
-            return self._on_device(serving.painter.generate, sounds, request), serving.model
-        (audio,), (image, mask) = sounds.values(), (None if x is None else Image.fromarray(x) for x in pixels)
-        return self._on_device(getattr(serving.painter, verb), audio, image, request, mask), serving.model
+        serving = self._serving
+        image, mask = (None if x is None else Image.fromarray(x) for x in pixels)
+        pipe = serving.painter.pipe
+        seen = None if tell is None else Progress(pipe, verb, request, mask is not None, tell)
 
-    def _go_on(self, *_: object) -> None:
-        """Before each denoising step, of whatever pipeline: raises StoppedError when nobody waits for the picture."""
-        if self._stop.is_set():
-            raise StoppedError
+        def work() -> list[Image.Image]:
+            if verb == "generate":
+                return view_of(serving.painter).generate(sounds, request)
+            _ = serving.painter.concepts  # loaded once, and not for each view
+            (audio,) = sounds.values()
+            repaint = getattr(view_of(serving.painter), verb)
+            return repaint(audio, image, request, mask)
 
-    def _on_device(self, work: Callable[..., T], *args: Any) -> T:
-        """Runs work of the device; what becomes of it is seen by check_health."""
-        self._started_s = time.monotonic()
+        return self._on_device(work, stop, seen, request.reuse_steps > 1), serving.model
+
+    def _on_device(self, work: Callable[[], T], stop: threading.Event, *args: Any) -> T:
+        """Runs work of the device beside that of others; what becomes of it is seen by check_health."""
+        thread = threading.get_ident()
+        self._started_s[thread] = time.monotonic()
         try:
-            return work(*args)
+            return self._together.run(work, stop, *args)
         except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
             self._broken = str(error)
             raise
         finally:
-            self._started_s, self._stop = 0.0, threading.Event()
+            del self._started_s[thread]
 
     def _encoded(self, images: list[Image.Image], made: dict[str, Any]) -> list[bytes]:
         """PNG files; picture i has the request's seed + i."""
@@ -197,7 +240,7 @@ class PainterReplica:
         """Serve replaces the replica when this raises: after a CUDA error, or when a painting never ends."""
         if self._broken:
             raise RuntimeError(f"the device failed: {self._broken}")
-        if self._started_s and time.monotonic() - self._started_s > self._config.stuck_s:
+        if time.monotonic() - min(self._started_s.values(), default=time.monotonic()) > self._config.stuck_s:
             raise RuntimeError(f"one request has been painting for more than {self._config.stuck_s:g} s")
 
 
@@ -209,3 +252,11 @@ def try_out(painter: Painter) -> None:
         if pixels.min() < pixels.max():
             return
     raise UserError("bundle", "its first pictures", "are of one colour", "look at `aai generate` with this version")
+
+
+def _small_png(image: Image.Image) -> bytes:
+    """A preview: at most 256 pixels wide, packed in little time."""
+    image.thumbnail((256, 256))
+    packed = io.BytesIO()
+    image.save(packed, "PNG", compress_level=1)
+    return packed.getvalue()

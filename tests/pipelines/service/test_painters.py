@@ -117,12 +117,58 @@ def test_a_picture_that_nobody_waits_for_ends_at_the_next_step(
     assert files == paint(painter, "generate", [None, None])  # which is what it would have been
 
 
+def test_requests_are_painted_together_and_heavy_ones_get_their_turn(painter: PainterReplica) -> None:
+    """Eight pictures at most: two requests of four fill it, and one of eight is not overtaken by small ones."""
+    sizes, order = [], []
+    hook = painter._serving.painter.pipe.unet.register_forward_hook(lambda *_: sizes.append(painter._together.batch))
+
+    async def one(seed: int, count: int) -> tuple[int, list[bytes]]:
+        request = REQUEST.model_copy(update={"seed": seed, "num_images": count, "steps": 6})
+        files, _ = await painter.paint("generate", TONE, [None, None], request, GIVEN)
+        order.append(seed)
+        return seed, files
+
+    async def crowd() -> dict[int, list[bytes]]:
+        return dict(await asyncio.gather(one(10, 4), one(20, 4), one(30, 8), one(40, 1), one(50, 1)))
+
+    try:
+        made = asyncio.run(crowd())
+    finally:
+        hook.remove()
+    assert max(sizes) == 16  # with guidance two rows for each picture
+    assert order.index(30) == 2
+    assert [len(made[seed]) for seed in (10, 20, 30, 40, 50)] == [4, 4, 8, 1, 1]
+    assert all(Image.open(io.BytesIO(file)).size == (64, 64) for files in made.values() for file in files)
+
+
+def test_a_request_tells_how_far_it_is(painter: PainterReplica) -> None:
+    async def live() -> list[dict[str, Any]]:
+        request = REQUEST.model_copy(update={"steps": 10})
+        return [event async for event in painter.paint_live("edit", TONE, [RED, None], request, GIVEN)]
+
+    *told, last = asyncio.run(live())
+    assert [(event["step"], event["steps"]) for event in told] == [(i + 1, 10) for i in range(10)]
+    previews = [event["preview"] for event in told if event["preview"]]
+    assert all(Image.open(io.BytesIO(preview)).size == (64, 64) for preview in previews)
+    assert len(previews) >= 4
+    assert last["files"] == paint(painter, "edit", [RED, None], REQUEST.model_copy(update={"steps": 10}))
+    assert last["model"]["version"] == "3"
+
+    async def wrong() -> None:
+        request = REQUEST.model_copy(update={"prompt": "<elsewhere>"})
+        async for _ in painter.paint_live("generate", TONE, [None, None], request, GIVEN):
+            pass
+
+    with pytest.raises(UserError, match="elsewhere"):
+        asyncio.run(wrong())
+
+
 def test_a_painter_is_ill_when_it_is_stuck_or_its_device_failed(
     painter: PainterReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(painter, "_started_s", time.monotonic() - 59)
+    monkeypatch.setattr(painter, "_started_s", {1: time.monotonic() - 59, 2: time.monotonic()})
     painter.check_health()
-    monkeypatch.setattr(painter, "_started_s", time.monotonic() - 61)
+    monkeypatch.setattr(painter, "_started_s", {1: time.monotonic(), 2: time.monotonic() - 61})
     with pytest.raises(RuntimeError, match="painting for more than 60 s"):
         painter.check_health()
 
@@ -138,8 +184,8 @@ def test_only_a_failed_device_makes_it_ill(
         patch.setattr(painter, "_broken", "")
         patch.setattr(painter._serving.painter, "generate", fail)
         with pytest.raises(error):
-            painter._paint("generate", TONE, [None, None], REQUEST, threading.Event())
-        assert painter._started_s == 0
+            painter._paint("generate", TONE, [None, None], REQUEST, threading.Event(), None)
+        assert painter._started_s == {}
         assert bool(painter._broken) == ill
         if ill:
             with pytest.raises(RuntimeError, match="the device failed: CUDA error"):

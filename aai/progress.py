@@ -1,0 +1,75 @@
+"""How far a picture is, and what it would be if it were finished now."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aai.editing import MASK_DRAWS
+from aai.sampling import PaintRequest, check_repaint
+
+PREVIEWS = 4
+"""Previews of a request; each costs as much as decoding one picture."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """After `step` of `steps` calls of the UNet; preview: the request's first picture as it is foreseen."""
+
+    step: int
+    steps: int
+    preview: Image.Image | None = None
+
+
+def calls_of(verb: str, request: PaintRequest, masked: bool) -> tuple[int, int]:
+    """How often a request calls the UNet, and how many of these calls, the last ones, denoise its pictures."""
+    if verb == "generate":
+        return request.steps, request.steps
+    painted = int(request.steps * check_repaint(verb, request))
+    if request.repaint == "img2img":
+        return painted, painted
+    return (0 if masked else MASK_DRAWS) + 2 * painted, painted
+
+
+@torch.no_grad()
+def foreseen(pipe: Any, latents: Tensor, timestep: Any, predicted: Tensor, pictures: int, scale: float) -> Image.Image:
+    """The first of `pictures` without the noise that the UNet found in it (DDIM, Song et al. 2020, eq. 12).
+
+    latents, predicted: [R, C, h, w], with guidance the R = 2 x pictures rows without and with the prompt.
+    """
+    noisy, found = latents[:1], predicted[:1]
+    if len(latents) == 2 * pictures:
+        found = found + scale * (predicted[pictures : pictures + 1] - found)
+    alpha = pipe.scheduler.alphas_cumprod[int(torch.as_tensor(timestep).reshape(-1)[0])].to(noisy)
+    if pipe.scheduler.config.prediction_type == "v_prediction":
+        clean = alpha**0.5 * noisy - (1 - alpha) ** 0.5 * found
+    else:
+        clean = (noisy - (1 - alpha) ** 0.5 * found) / alpha**0.5
+    vae = pipe.vae
+    pixels = vae.decode((clean / vae.config.scaling_factor).to(vae.dtype)).sample
+    return pipe.image_processor.postprocess(pixels.float(), do_denormalize=[True])[0]
+
+
+class Progress:
+    """Told of each call of the UNet (`aai.batching.Seen`), tells how far the request is."""
+
+    def __init__(
+        self, pipe: Any, verb: str, request: PaintRequest, masked: bool, tell: Callable[[Stage], None]
+    ) -> None:
+        self._pipe, self._request, self._tell = pipe, request, tell
+        self._steps, self._painted = calls_of(verb, request, masked)
+        self._step = 0
+
+    def __call__(self, latents: Tensor, timestep: Tensor, predicted: Tensor) -> None:
+        """One call more."""
+        self._step = min(self._step + 1, self._steps)  # some schedulers ask once more than they have steps
+        into = self._step - (self._steps - self._painted)
+        every = max(1, self._painted // (PREVIEWS + 1))
+        preview = None
+        if 0 < into < self._painted and into % every == 0 and hasattr(self._pipe.scheduler, "alphas_cumprod"):
+            r = self._request
+            preview = foreseen(self._pipe, latents, timestep, predicted, r.num_images, r.guidance_scale)
+        self._tell(Stage(self._step, self._steps, preview))

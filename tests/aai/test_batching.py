@@ -1,0 +1,228 @@
+"""Requests that are painted together give the pictures that each gives alone, come and go, and fail for themselves."""
+
+import functools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aai.adapt import AdapterConfig, AudioAdapter
+from aai.batching import StoppedError, Together, view_of
+from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
+from aai.foundation.identity import FoundationSpec
+from aai.foundation.loaders import load_diffusion
+from aai.painter import Painter
+from aai.sampling import PaintRequest
+from tests.aai.test_painter import pixels, sound
+from tests.tiny import write_published
+
+GIVEN = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+MASK = Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16))
+
+
+class Wanted(NamedTuple):
+    """A request."""
+
+    verb: str
+    request: PaintRequest
+    mask: Image.Image | None = None
+
+    def paint(self, painter: Painter) -> np.ndarray:
+        heard = sound(self.request.seed)
+        if self.verb == "generate":
+            return pixels(painter.generate(heard, self.request))
+        return pixels(getattr(painter, self.verb)(heard, GIVEN, self.request, self.mask))
+
+
+MIXED = [
+    Wanted("generate", PaintRequest(steps=9, seed=1)),
+    Wanted("generate", PaintRequest(steps=6, seed=2, guidance_scale=1)),
+    Wanted("generate", PaintRequest(steps=12, seed=3, num_images=2, guidance_scale=7, negative_prompt="a bell")),
+    Wanted("edit", PaintRequest(steps=10, seed=4)),
+    Wanted("stylize", PaintRequest(steps=8, seed=5, denoise_strength=0.5)),
+    Wanted("edit", PaintRequest(steps=8, seed=6, repaint="invert")),
+    Wanted("stylize", PaintRequest(steps=6, seed=7, repaint="invert", num_images=2), MASK),
+    Wanted("generate", PaintRequest(steps=9, seed=8, reuse_steps=3)),
+]
+
+
+class Counted:
+    """The rows of each call that the UNet itself gets."""
+
+    def __init__(self, painter: Painter) -> None:
+        self.unet, self.rows = painter.pipe.unet, []  # type: ignore[var-annotated]
+        plain = self.unet.forward
+
+        @functools.wraps(plain)
+        def forward(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.rows.append(len(sample))
+            self.before(sample)
+            return plain(sample, *args, **kwargs)
+
+        self.unet.forward = forward
+        self.before: Callable[[torch.Tensor], None] = lambda sample: None
+        self.together = Together(self.unet)
+
+    def start(self, painter: Painter, wanted: Sequence[Wanted], pool: ThreadPoolExecutor) -> list[Future[np.ndarray]]:
+        """All at once: nobody goes on before everybody is there."""
+        with self.together._turn:
+            begun = [pool.submit(self.run, painter, one, threading.Event()) for one in wanted]
+            while self.together._present < len(wanted):
+                time.sleep(0.001)
+        return begun
+
+    def run(self, painter: Painter, wanted: Wanted, stop: threading.Event, seen: Any = None) -> np.ndarray:
+        alone = wanted.request.reuse_steps > 1
+        return self.together.run(lambda: wanted.paint(view_of(painter)), stop, seen, alone)
+
+
+@pytest.fixture
+def counted(painter: Painter) -> Iterator[Counted]:
+    """What is done to the UNet is undone."""
+    _ = painter.concepts
+    made = Counted(painter)
+    yield made
+    del made.unet.forward
+    assert made.together._present == 0
+    assert not made.together._waiting
+
+
+def differ(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def test_all_verbs_together_are_what_each_is_alone(painter: Painter, counted: Counted) -> None:
+    alone = [one.paint(painter) for one in MIXED]
+    counted.rows.clear()
+    with ThreadPoolExecutor(len(MIXED)) as pool:
+        together = [done.result(60) for done in counted.start(painter, MIXED, pool)]
+    assert max(differ(a, b) for a, b in zip(alone, together, strict=True)) <= 1
+    assert np.array_equal(alone[-1], together[-1])  # painted alone after all
+    assert max(counted.rows) == 2 + 1 + 4 + 2 + 2 + 2 + 2  # every request's rows, the last one's apart
+    calls = 9 + 6 + 12 + 8 + 4 + (6 + 6 + 6) + (4 + 4) + 9
+    assert len(counted.rows) <= 9 + 18, f"{len(counted.rows)} calls instead of {calls}"  # its own, and the longest
+
+
+@pytest.mark.parametrize("kind", ["1.5", "2.1", "xl"])
+def test_published_shapes_are_painted_together(kind: str, spec: FoundationSpec, tmp_path: Path) -> None:
+    found = FoundationSpec(clip=spec.clip, diffusion=str(write_published(tmp_path / kind, spec.clip, kind)))
+    torch.manual_seed(0)
+    small = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, head_size=32, embed_dim=32)
+    shape = AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=80 if kind == "xl" else 32)
+    painter = Painter(load_diffusion(found), AudioEncoder(small).eval(), AudioAdapter(shape, 1.0).eval(), found)
+    wanted = [Wanted("generate", PaintRequest(steps=3 + i, seed=i, guidance_scale=3 + i)) for i in range(3)]
+    alone = [one.paint(painter) for one in wanted]
+    counted = Counted(painter)
+    with ThreadPoolExecutor(3) as pool:
+        together = [done.result(60) for done in counted.start(painter, wanted, pool)]
+    assert max(counted.rows) == 6
+    assert max(differ(a, b) for a, b in zip(alone, together, strict=True)) <= 1
+    assert differ(alone[0], alone[1]) > 10  # the test can fail
+
+
+def test_one_that_comes_later_joins_at_the_next_step_and_may_leave_first(painter: Painter, counted: Counted) -> None:
+    long, short = Wanted("generate", PaintRequest(steps=40, seed=1)), Wanted("generate", PaintRequest(steps=3, seed=2))
+    came, late = threading.Event(), []
+
+    def seen(*_: Any) -> None:
+        if len(counted.rows) == 5:
+            late.append(pool.submit(counted.run, painter, short, threading.Event()))
+            while counted.together._present < 2:
+                time.sleep(0.001)
+        came.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(counted.run, painter, long, threading.Event(), seen)
+        came.wait(30)
+        assert differ(first.result(60), long.paint(painter)) <= 1
+        assert differ(late[0].result(60), short.paint(painter)) <= 1
+    assert counted.rows[:40] == [2] * 5 + [4] * 3 + [2] * 32
+
+
+def test_one_that_nobody_waits_for_leaves_at_its_next_step(painter: Painter, counted: Counted) -> None:
+    gone, stays = Wanted("generate", PaintRequest(steps=30, seed=1)), Wanted("edit", PaintRequest(steps=30, seed=2))
+    stop = threading.Event()
+
+    def seen(*_: Any) -> None:
+        if len(counted.rows) == 4:
+            stop.set()
+
+    with ThreadPoolExecutor(2) as pool, counted.together._turn:
+        left = pool.submit(counted.run, painter, gone, stop)
+        kept = pool.submit(counted.run, painter, stays, threading.Event(), seen)
+        while counted.together._present < 2:
+            time.sleep(0.001)
+        counted.together._turn.wait(0)
+    with pytest.raises(StoppedError):
+        left.result(60)
+    assert differ(kept.result(60), stays.paint(painter)) <= 1
+    assert counted.rows[:24] in ([4] * 4 + [2] * 20, [4] * 5 + [2] * 19)
+
+
+def test_a_request_that_fails_fails_alone(painter: Painter, counted: Counted) -> None:
+    wrong = Wanted("generate", PaintRequest(steps=4, prompt="a photo of <elsewhere>"))
+    with ThreadPoolExecutor(2) as pool:
+        bad, good = counted.start(painter, [wrong, MIXED[0]], pool)
+        with pytest.raises(Exception, match="elsewhere"):
+            bad.result(60)
+        assert differ(good.result(60), MIXED[0].paint(painter)) <= 1
+
+
+def test_a_failure_of_the_unet_reaches_all_whose_call_it_was(painter: Painter, counted: Counted) -> None:
+    def broken(sample: torch.Tensor) -> None:
+        if len(counted.rows) == 3:
+            raise ValueError("broken")
+
+    counted.before = broken
+    with ThreadPoolExecutor(2) as pool:
+        for done in counted.start(painter, [MIXED[0], MIXED[3]], pool):
+            with pytest.raises(ValueError, match="broken"):
+                done.result(60)
+    counted.before = lambda sample: None
+    assert MIXED[0].paint(painter).any()  # and the next one is painted
+
+
+@pytest.mark.parametrize("most", [4, 2])
+def test_what_memory_does_not_hold_is_halved(most: int, painter: Painter, counted: Counted) -> None:
+    def small(sample: torch.Tensor) -> None:
+        if len(sample) > most:
+            counted.rows.pop()
+            raise torch.OutOfMemoryError("no memory")
+
+    wanted = [Wanted("generate", PaintRequest(steps=4, seed=i, num_images=1 + (i == 2))) for i in range(4)]
+    alone = [one.paint(painter) for one in wanted]
+    counted.rows.clear()
+    counted.before = small
+    with ThreadPoolExecutor(4) as pool:
+        together = [done.result(60) for done in counted.start(painter, wanted, pool)]
+    assert max(differ(a, b) for a, b in zip(alone, together, strict=True)) <= 1
+    assert max(counted.rows) == most
+
+
+def test_many_that_come_and_go_at_random_all_end(painter: Painter, counted: Counted) -> None:
+    chance = random.Random(5)
+    alone = {one.request.seed: one.paint(painter) for one in MIXED}
+
+    def one(wanted: Wanted, leaves: bool, delay_s: float) -> int | None:
+        time.sleep(delay_s)
+        stop = threading.Event()
+        if leaves:
+            threading.Timer(chance.random() / 20, stop.set).start()
+        try:
+            return differ(counted.run(painter, wanted, stop), alone[wanted.request.seed])
+        except StoppedError:
+            return None
+
+    with ThreadPoolExecutor(9) as pool:
+        begun = [pool.submit(one, chance.choice(MIXED), chance.random() < 0.4, chance.random() / 5) for _ in range(60)]
+        found = [done.result(120) for done in begun]
+    assert {difference for difference in found if difference is not None} <= {0, 1}
+    assert found.count(None) < 60

@@ -1,0 +1,93 @@
+"""How far a picture is: as many stages as the UNet is called, and previews that come nearer to the picture."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from aai.painter import Painter
+from aai.progress import PREVIEWS, Progress, Stage, calls_of, foreseen
+from aai.sampling import PaintRequest
+from tests.aai.test_painter import sound
+
+GIVEN = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+WHITE = Image.new("L", (64, 64), 255)
+
+
+def stages(painter: Painter, verb: str, request: PaintRequest, mask: Image.Image | None = None) -> tuple[Any, Any]:
+    """What is told while a picture is painted, and the picture."""
+    told: list[Stage] = []
+    seen = Progress(painter.pipe, verb, request, mask is not None, told.append)
+
+    def hook(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+        seen(args[0], args[1], out[0])
+
+    handle = painter.pipe.unet.register_forward_hook(hook, with_kwargs=True)
+    try:
+        if verb == "generate":
+            made = painter.generate(sound(1), request)
+        else:
+            made = getattr(painter, verb)(sound(1), GIVEN, request, mask)
+    finally:
+        handle.remove()
+    return told, made
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "mask", "calls"),
+    [
+        ("generate", {}, None, 20),
+        ("generate", {"num_images": 3, "guidance_scale": 1}, None, 20),
+        ("edit", {}, None, 16),
+        ("stylize", {"denoise_strength": 0.5}, None, 10),
+        ("edit", {"repaint": "invert"}, None, 6 + 16 + 16),
+        ("edit", {"repaint": "invert"}, WHITE, 16 + 16),
+    ],
+)
+def test_every_call_of_the_unet_is_a_stage(
+    verb: str, changes: dict[str, Any], mask: Image.Image | None, calls: int, painter: Painter
+) -> None:
+    request = PaintRequest(steps=20, **changes)
+    told, _ = stages(painter, verb, request, mask)
+    assert [(stage.step, stage.steps) for stage in told] == [(i + 1, calls) for i in range(calls)]
+    assert calls_of(verb, request, mask is not None)[0] == calls
+    shown = [stage for stage in told if stage.preview is not None]
+    assert PREVIEWS <= len(shown) <= PREVIEWS + 2
+    assert all(stage.preview.size == (64, 64) for stage in shown)
+    assert told[-1].preview is None  # the picture itself comes then
+
+
+def test_a_single_step_has_no_preview(painter: Painter) -> None:
+    told, _ = stages(painter, "generate", PaintRequest(steps=1))
+    assert told == [Stage(1, 1)]
+
+
+def test_previews_come_nearer_to_the_picture(painter: Painter) -> None:
+    told, made = stages(painter, "generate", PaintRequest(steps=20, seed=4, num_images=2))
+    final = np.asarray(made[0], float)
+    far = [np.abs(np.asarray(stage.preview, float) - final).mean() for stage in told if stage.preview is not None]
+    assert far[-1] < far[0]
+    assert far[-1] < np.abs(np.asarray(made[1], float) - final).mean()  # it is the first picture that is shown
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_prediction_without_a_flaw_shows_the_picture_itself(kind: str, painter: Painter) -> None:
+    own, chance = painter.pipe, torch.Generator().manual_seed(0)
+    scheduler = DDIMScheduler.from_config(own.scheduler.config, prediction_type=kind)
+    pipe = SimpleNamespace(scheduler=scheduler, vae=own.vae, image_processor=own.image_processor)
+    edge, channels = own.unet.config.sample_size, own.vae.config.latent_channels
+    clean, noise = (torch.randn(1, channels, edge, edge, generator=chance) for _ in range(2))
+    alpha = pipe.scheduler.alphas_cumprod[300]
+    noisy = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
+    told = noise if kind == "epsilon" else alpha**0.5 * noise - (1 - alpha) ** 0.5 * clean
+    with torch.no_grad():
+        expected = pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample
+    wanted = pipe.image_processor.postprocess(expected, do_denormalize=[True])[0]
+    found = foreseen(pipe, noisy, torch.tensor(300), told, 1, 3.0)
+    assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
+    guided = foreseen(pipe, noisy.repeat(2, 1, 1, 1), 300, torch.cat([told - 1, told - 1 + 1 / 3]), 1, 3.0)
+    assert np.abs(np.asarray(guided, int) - np.asarray(wanted, int)).max() <= 1
