@@ -1,7 +1,7 @@
 """Serves a bundle over HTTP with Ray Serve: a page, POST /v1/generate|edit|stylize, /healthz and /docs.
 
-Two deployments: the Gateway checks and decodes uploads and always answers; Painters hold the model, one
-request at a time each. Between them stands a bounded queue: what does not fit is refused with 429 and Retry-After.
+Two deployments: the Gateway checks and decodes uploads and always answers; Painters hold the model, and paint
+several requests together. Between them stands a bounded queue: what does not fit is refused with 429 and Retry-After.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from aai.proof import ProofConfig, Prover
 from aai.signatures import TrustConfig, check
 from pipelines.engine.cluster import connect
 from pipelines.registry import versions
+from pipelines.service.answers import ServedModel
 from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
 from pipelines.service.guard import Limits
-from pipelines.service.http import ServedModel
 from pipelines.service.painters import PainterConfig, PainterReplica
 from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 
@@ -55,6 +55,8 @@ class ServeConfig(RayVerbConfig):
     port: int = pydantic.Field(8000, ge=1, le=65535)
     max_queued_requests: int = pydantic.Field(8, ge=1)
     """Requests that may wait for a painter; one more is refused with 429."""
+    batch_pictures: int = pydantic.Field(8, ge=1, le=256)
+    """Most pictures that one painter paints together, of one request or several; 1 = one request after the other."""
     limits: Limits = Limits()
     dtype: DType = "float32"
     """Arithmetic of the diffusion model; auto: bfloat16 where the device has it natively. It halves the memory."""
@@ -119,7 +121,7 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     painter = serve.deployment(
         name="Painter",
         num_replicas=cluster.num_workers,
-        max_ongoing_requests=1,
+        max_ongoing_requests=config.batch_pictures,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=full,
         request_router_config=RequestRouterConfig(max_backoff_s=0.1),
@@ -148,14 +150,16 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         proof=config.proof.anywhere(),
         trust=config.trust.anywhere(),
         stuck_s=2 * limits.request_timeout_s,
+        batch_pictures=config.batch_pictures,
         follow=follow,
         follow_s=config.follow_s or 1,
         board=BOARD,
     )
     painters = painter.bind(told.model_dump())
-    capacity = cluster.num_workers + config.max_queued_requests
+    together = config.batch_pictures
+    capacity = cluster.num_workers * together + config.max_queued_requests
     board = BOARD if follow else ""
-    return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, need_key, board)
+    return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, together, need_key, board)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

@@ -5,12 +5,12 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import ray
-from PIL import Image
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -19,8 +19,9 @@ from starlette.types import ASGIApp
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
+from pipelines.service.answers import Answer, Progress, ServedModel
 from pipelines.service.guard import Limits, busy, queue_full
-from pipelines.service.http import Answer, Health, ServedModel, Verb, build_http
+from pipelines.service.http import Health, Wanted, build_http
 from pipelines.service.watching import Noticeboard, board_name
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ def api_key() -> str | None:
 class Gateway:
     """The HTTP side. It takes no model and no GPU, and keeps answering while painters are busy or away.
 
-    capacity: requests that may be painted or wait, together. Serve's own bound is checked only later, in the router.
+    capacity: requests that may be painted or wait, in all; Serve's own bound is checked only later, in the router.
+    together: how many of them one painter paints at once at most.
     board: name of the actor that painters which follow the registry tell what they serve; empty = they do not.
     """
 
@@ -46,12 +48,13 @@ class Gateway:
         model: dict[str, Any],
         limits: dict[str, Any],
         capacity: int,
+        together: int,
         need_key: bool,
         board: str = "",
     ) -> None:
-        self._painters, self._capacity = painters, capacity
+        self._painters, self._capacity, self._together = painters, capacity, together
         self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
-        self._in_flight, self._replicas, self._asked_s = 0, 0, -1.0
+        self._in_flight, self._steps, self._replicas, self._asked_s = 0, 0, 0, -1.0
         self._told: list[dict[str, Any]] = []
         self._board_name = board_name(board) if board else ""
         self._board: Any = self._new_board() if board else None  # it lives as long as somebody holds it
@@ -63,29 +66,47 @@ class Gateway:
         """The HTTP application, built where it runs."""
         return build_http(self, self._limits, api_key())
 
-    async def paint(
-        self,
-        verb: Verb,
-        sounds: dict[str, np.ndarray],
-        image: Image.Image | None,
-        request: PaintRequest,
-        mask: Image.Image | None = None,
-        given: Mapping[str, Any] | None = None,
-    ) -> Answer:
+    async def paint(self, wanted: Wanted) -> Answer:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
-        retry_s = self._limits.retry_after_s
-        if self.full():
-            raise queue_full(retry_s)
-        pixels = [None if picture is None else np.asarray(picture) for picture in (image, mask)]
-        response = self._painters.paint.remote(verb, sounds, pixels, request, dict(given or {}))
-        self._in_flight += 1
-        try:
-            files, model = await response
+        with self._admitted(wanted.request):
+            response = self._painters.paint.remote(*self._told_of(wanted))
+            try:
+                files, model = await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
             self.model = ServedModel.parse(model)
             return Answer(files, self.model)
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
+
+    async def paint_live(self, wanted: Wanted) -> AsyncGenerator[Progress | Answer, None]:
+        """See Backend."""
+        with self._admitted(wanted.request):
+            yield Progress(step=0)
+            response = self._painters.options(stream=True).paint_live.remote(*self._told_of(wanted))
+            try:
+                async for event in response:
+                    if "files" not in event:
+                        yield Progress(**event)
+                        continue
+                    self.model = ServedModel.parse(event["model"])
+                    yield Answer(event["files"], self.model)
+            finally:
+                response.cancel()
+
+    def _told_of(self, wanted: Wanted) -> tuple[Any, ...]:
+        pixels = [None if picture is None else np.asarray(picture) for picture in (wanted.image, wanted.mask)]
+        return wanted.verb, wanted.sounds, pixels, wanted.request, dict(wanted.given)
+
+    @contextmanager
+    def _admitted(self, request: PaintRequest) -> Iterator[None]:
+        """Counts a request while it waits and is painted; what becomes of painters is said in the API's words."""
+        retry_s, steps = self._limits.retry_after_s, request.num_images * request.steps
+        if self.full() or (self._in_flight and self._steps + steps > self._limits.max_queued_steps):
+            raise queue_full(retry_s)
+        self._in_flight += 1
+        self._steps += steps
+        try:
+            yield
         except BackPressureError as error:
             raise queue_full(retry_s) from error
         except (DeploymentUnavailableError, RayActorError) as error:
@@ -95,6 +116,7 @@ class Gateway:
             raise getattr(error, "cause", error) from None  # Ray wraps what another process raised
         finally:
             self._in_flight -= 1
+            self._steps -= steps
 
     def _new_board(self) -> Any:
         options = {"name": self._board_name, "num_cpus": 0, "get_if_exists": True}
@@ -119,7 +141,7 @@ class Gateway:
             self._replicas = await asyncio.to_thread(_running_painters)
             self._told = await self._rows() if self._board_name else []
             self._asked_s = time.monotonic()
-        painting = min(self._in_flight, self._replicas)
+        painting = min(self._in_flight, self._replicas * self._together)
         refused: dict[str, str] = {}
         for row in self._told:
             refused |= row["refused"]
@@ -130,6 +152,7 @@ class Gateway:
             replicas=self._replicas,
             queue_depth=self._in_flight - painting,
             painting=painting,
+            queued_steps=self._steps,
             serving=dict(Counter(model.label() for model in models)),
             refused=refused,
             registry=next((row["trouble"] for row in self._told if row["trouble"]), ""),

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pydantic
 from fastapi.responses import JSONResponse
@@ -14,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipelines.settings import InputLimits
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+DEADLINE = "aai.deadline_s"
+"""Of a request's scope: when its time is over."""
 YOUNG_S = 0.1
 """An upload of this age may still be slow without making room for others."""
 SECURITY_HEADERS = {
@@ -36,6 +39,9 @@ class Limits(InputLimits):
     """How long a body may be slower than min_upload_bytes_per_s; then it is refused with 408."""
     min_upload_bytes_per_s: int = pydantic.Field(16_384, ge=1)
     """Slowest upload, on the average."""
+    max_queued_steps: int = pydantic.Field(8000, ge=1)
+    """Denoising steps of all pictures that are painted or wait, together; a request that would add more than that to
+    others is refused with 429. Eight pictures of 100 steps are 800."""
     retry_after_s: int = pydantic.Field(2, ge=1)
     """What the Retry-After header of a 429 or 503 answer says."""
 
@@ -48,9 +54,12 @@ class ApiError(HTTPException):
         self.code = code
 
     def response(self) -> JSONResponse:
-        """The JSON body {"error": {"code", "message"}}."""
-        body = {"error": {"code": self.code, "message": self.detail}}
-        return JSONResponse(body, self.status_code, dict(self.headers or {}))
+        """Its body as JSON, with its headers."""
+        return JSONResponse(self.body(), self.status_code, dict(self.headers or {}))
+
+    def body(self) -> dict[str, Any]:
+        """{"error": {"code", "message"}}."""
+        return {"error": {"code": self.code, "message": self.detail}}
 
 
 def busy(status: int, code: str, message: str, retry_after_s: int) -> ApiError:
@@ -61,6 +70,17 @@ def busy(status: int, code: str, message: str, retry_after_s: int) -> ApiError:
 def queue_full(retry_after_s: int) -> ApiError:
     """The refusal of a request that no painter has room for."""
     return busy(429, "queue_full", "all painters are busy and the queue is full", retry_after_s)
+
+
+def too_late(limits: Limits) -> ApiError:
+    """The answer to a request whose time is over."""
+    rule = f"no picture within {limits.request_timeout_s:g} s; try again"
+    return busy(503, "timeout", rule, limits.retry_after_s)
+
+
+def deadline_of(scope: Scope) -> float:
+    """When the time of a request is over, by the event loop's clock, less what it takes to say so."""
+    return float(scope[DEADLINE]) - 0.5
 
 
 class Guard:
@@ -97,18 +117,15 @@ class Guard:
         try:
             self._admit(scope, upload)
             async with deadline:
+                scope[DEADLINE] = deadline.when()
                 await self._app(scope, self._counted(upload, receive), answer)
         except (ApiError, TimeoutError) as error:
             if started or not (isinstance(error, ApiError) or deadline.expired()):
                 raise
-            refusal = error if isinstance(error, ApiError) else self._too_late()
+            refusal = error if isinstance(error, ApiError) else too_late(self._limits)
             await refusal.response()(scope, receive, answer)
         finally:
             self._ended(upload)
-
-    def _too_late(self) -> ApiError:
-        limit_s = self._limits.request_timeout_s
-        return busy(503, "timeout", f"no picture within {limit_s:g} s; try again", self._limits.retry_after_s)
 
     def _ended(self, upload: "Upload") -> None:
         if upload in self._uploads:

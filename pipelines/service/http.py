@@ -1,11 +1,11 @@
 """The HTTP face of the painter: limits, key, forms and answers. It knows FastAPI, not Ray."""
 
 import asyncio
-import base64
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import pydantic
@@ -24,7 +24,8 @@ from aai.media.still import decode_still
 from aai.png import sha256
 from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
-from pipelines.service.guard import ApiError, Guard, Limits
+from pipelines.service.answers import EVENTS, INTERNAL, Answer, Progress, ServedModel, live, pictures, unusable
+from pipelines.service.guard import ApiError, Guard, Limits, deadline_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ MULTIPART = Form(media_type="multipart/form-data")
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "image/png for one picture, for more JSON {seed, model, bundle, images: [base64]}. "
-        "Headers X-AAI-Model, X-AAI-Bundle, X-AAI-Seed.",
-        "content": {"image/png": {}, "application/json": {}},
+        "Headers X-AAI-Model, X-AAI-Bundle, X-AAI-Seed. To Accept: text/event-stream events `progress` {step, steps, "
+        "preview}, then `done` (the JSON) or `error` {status, error}.",
+        "content": {"image/png": {}, "application/json": {}, EVENTS: {}},
     },
     401: {"description": "Key missing or wrong"},
     408: {"description": "The upload is too slow"},
@@ -44,29 +46,6 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     429: {"description": "Queue full; Retry-After says when to come back"},
     503: {"description": "No painter, or no picture in time; Retry-After says when to come back"},
 }
-
-
-class ServedModel(Config):
-    """What the service paints with: shown by /healthz and in the headers of every picture."""
-
-    name: str
-    version: str
-    alias: str = ""
-    sha: str
-    """Content identity of the bundle."""
-    sample_rate_hz: int
-    """Rate at which uploads are decoded."""
-
-    def label(self) -> str:
-        """`NAME/VERSION@ALIAS` for the X-AAI-Model header."""
-        return f"{self.name}/{self.version}" + (f"@{self.alias}" if self.alias else "")
-
-
-class Answer(NamedTuple):
-    """PNG files, and the model that painted them: after a promotion another one than a moment before."""
-
-    files: list[bytes]
-    model: ServedModel
 
 
 class Health(Config):
@@ -78,6 +57,8 @@ class Health(Config):
     """Requests that wait for a painter."""
     painting: int
     """Requests that are being painted."""
+    queued_steps: int = 0
+    """Denoising steps of the pictures of both."""
     serving: dict[str, int] = pydantic.Field(default_factory=dict)
     """Painters by the version that they paint with; empty where no alias is followed."""
     refused: dict[str, str] = pydantic.Field(default_factory=dict)
@@ -86,24 +67,31 @@ class Health(Config):
     """Why the registry cannot be followed now."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A request, decoded: sounds float32 [S] by name, maybe a picture and a mask.
+
+    given: hashes of what was handed in, which the pictures tell.
+    """
+
+    verb: Verb
+    sounds: Mapping[str, np.ndarray]
+    request: PaintRequest
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Backend(Protocol):
     """What paints: the Serve deployment, seen from the HTTP side."""
 
     model: ServedModel
 
-    async def paint(
-        self,
-        verb: Verb,
-        sounds: dict[str, np.ndarray],
-        image: Image.Image | None,
-        request: PaintRequest,
-        mask: Image.Image | None = None,
-        given: Mapping[str, Any] | None = None,
-    ) -> Answer:
-        """PNG files of sounds by name. given: hashes of what was handed in, which the pictures tell.
+    async def paint(self, wanted: Wanted) -> Answer:
+        """The pictures. Raises ApiError 429 when the queue is full, UserError for a bad request."""
 
-        Raises ApiError 429 when the queue is full, UserError for a bad request.
-        """
+    def paint_live(self, wanted: Wanted) -> AsyncGenerator[Progress | Answer, None]:
+        """How far it is: at once when it is admitted, after each call of the UNet, and at last the pictures."""
 
     def full(self) -> bool:
         """Whether a request that came now would be refused."""
@@ -193,12 +181,12 @@ def _add_errors(app: FastAPI) -> None:
         return ApiError(422, "invalid_field", f"{field}: {first['msg']}").response()
 
     @app.exception_handler(UserError)
-    async def unusable(request: Request, error: UserError) -> Response:
-        return ApiError(422, "invalid_request", f"{error.setting}: {error.rule}; {error.remedy}").response()
+    async def useless(request: Request, error: UserError) -> Response:
+        return unusable(error).response()
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:  # it is raised again, and so logged
-        return ApiError(500, "internal", "the painter failed; the reason is in the service's log").response()
+        return INTERNAL.response()
 
 
 def _add_pages(app: FastAPI, backend: Backend) -> None:
@@ -231,7 +219,7 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
         data = await file.read()
         return await asyncio.to_thread(lambda: (read(data, *args), sha256(data)))
 
-    async def answer(verb: Verb, form: GenerateForm | RepaintForm) -> Response:
+    async def wanted(verb: Verb, form: GenerateForm | RepaintForm) -> Wanted:
         if verb != "generate":
             check_repaint(verb, form)
             if isinstance(form, RepaintForm) and form.mask and form.repaint != "invert":
@@ -252,30 +240,25 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
                 image, given["image_sha256"] = await decoded(read_image, form.image, limits)
             if isinstance(form, RepaintForm) and form.mask:
                 mask, given["mask_sha256"] = await decoded(read_image, form.mask, limits, "mask")
-        painted = await backend.paint(verb, sounds, image, form.request(), mask, given)
-        return _pictures(painted.files, form.seed, painted.model)
+        return Wanted(verb, sounds, form.request(), image, mask, given)
+
+    async def answer(http: Request, verb: Verb, form: GenerateForm | RepaintForm) -> Response:
+        asked = await wanted(verb, form)
+        if EVENTS in http.headers.get("accept", ""):
+            return await live(backend.paint_live(asked), form.seed, limits, deadline_of(http.scope))
+        painted = await backend.paint(asked)
+        return pictures(painted.files, form.seed, painted.model)
 
     options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}
 
     @app.post("/v1/generate", summary="Paint a sound, or several", **options)
-    async def generate(form: Annotated[GenerateForm, MULTIPART]) -> Response:
-        return await answer("generate", form)
+    async def generate(request: Request, form: Annotated[GenerateForm, MULTIPART]) -> Response:
+        return await answer(request, "generate", form)
 
     @app.post("/v1/edit", summary="Put the sound's object into a picture", **options)
-    async def edit(form: Annotated[RepaintForm, MULTIPART]) -> Response:
-        return await answer("edit", form)
+    async def edit(request: Request, form: Annotated[RepaintForm, MULTIPART]) -> Response:
+        return await answer(request, "edit", form)
 
     @app.post("/v1/stylize", summary="Put the sound's ambience onto a picture", **options)
-    async def stylize(form: Annotated[RepaintForm, MULTIPART]) -> Response:
-        return await answer("stylize", form)
-
-
-def _pictures(files: Sequence[bytes], seed: int, model: ServedModel) -> Response:
-    """One picture as image/png, several as JSON with base64 PNGs."""
-    shown = {"seed": seed, "model": model.label(), "bundle": model.sha}
-    headers = {"X-AAI-Model": model.label(), "X-AAI-Bundle": model.sha, "X-AAI-Seed": str(seed)}
-    headers["Cache-Control"] = "no-store"
-    if len(files) == 1:
-        return Response(files[0], media_type="image/png", headers=headers)
-    images = [base64.b64encode(file).decode() for file in files]
-    return JSONResponse({**shown, "images": images}, headers=headers)
+    async def stylize(request: Request, form: Annotated[RepaintForm, MULTIPART]) -> Response:
+        return await answer(request, "stylize", form)

@@ -30,7 +30,8 @@ from aai.proof import ProofConfig, Prover
 from aai.sampling import PaintRequest
 from aai.signatures import TrustConfig, check
 from pipelines.registry import versions
-from pipelines.service.http import ServedModel, Verb
+from pipelines.service.answers import ServedModel
+from pipelines.service.http import Verb
 from pipelines.service.watching import Watcher, board_name, refuse_other
 from pipelines.settings import StoreConfig
 

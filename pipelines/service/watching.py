@@ -10,7 +10,7 @@ from ray import serve
 
 from aai.errors import UserError
 from pipelines.registry import store, versions
-from pipelines.service.http import ServedModel
+from pipelines.service.answers import ServedModel
 from pipelines.settings import StoreConfig
 
 logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas

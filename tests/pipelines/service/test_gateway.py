@@ -1,6 +1,7 @@
 """The gateway in front of painters that Serve runs in this process, in its mode for tests."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ from ray import serve
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
+from pipelines.service.answers import Progress, ServedModel
 from pipelines.service.gateway import KEY_VARIABLE, Gateway
 from pipelines.service.guard import ApiError
-from pipelines.service.http import ServedModel
+from pipelines.service.http import Verb, Wanted
 
 MODEL = {"name": "toy", "version": "1", "sha": "s", "sample_rate_hz": 16_000}
 TONE = {"sound": np.zeros(8, np.float32)}
@@ -31,23 +33,34 @@ class Echo:
         shape = None if pixels[0] is None else pixels[0].shape
         return [f"{verb} {sounds['sound'].shape} {shape} {request.seed}{given or ''}".encode()], MODEL
 
+    async def paint_live(self, *wanted: Any) -> AsyncIterator[dict[str, Any]]:
+        for step in (1, 2):
+            yield {"step": step, "steps": 2, "preview": None}
+        files, model = await self.paint(*wanted)
+        yield {"files": files, "model": model}
+
 
 @pytest.fixture(scope="module")
 def painters() -> Any:
     return serve.run(Echo.bind(), name="gateway", _local_testing_mode=True)
 
 
-def gateway(painters: Any, capacity: int = 2, need_key: bool = False) -> Gateway:
-    return Gateway(painters, MODEL, {"retry_after_s": 7}, capacity, need_key)
+def gateway(painters: Any, capacity: int = 2, need_key: bool = False, **limits: int) -> Gateway:
+    return Gateway(painters, MODEL, {"retry_after_s": 7, **limits}, capacity, 1, need_key)
+
+
+def wanted(verb: Verb = "generate", image: Image.Image | None = None, **settings: Any) -> Wanted:
+    given = {"sounds": {"sound": "ab"}} if settings.pop("told", False) else {}
+    return Wanted(verb, TONE, PaintRequest(**settings), image, given=given)
 
 
 def test_requests_reach_the_painters_with_their_picture_as_pixels(painters: Any) -> None:
     here = gateway(painters)
     picture = Image.new("RGB", (6, 4))
-    painted = asyncio.run(here.paint("edit", TONE, picture, PaintRequest(seed=3)))
+    painted = asyncio.run(here.paint(wanted("edit", picture, seed=3)))
     assert painted == ([b"edit (8,) (4, 6, 3) 3"], ServedModel.parse(MODEL))
-    assert asyncio.run(here.paint("generate", TONE, None, PaintRequest())).files == [b"generate (8,) None 0"]
-    told = here.paint("generate", TONE, None, PaintRequest(), given={"sounds": {"sound": "ab"}})
+    assert asyncio.run(here.paint(wanted())).files == [b"generate (8,) None 0"]
+    told = here.paint(wanted(told=True))
     assert asyncio.run(told).files == [b"generate (8,) None 0{'sounds': {'sound': 'ab'}}"]
 
 
@@ -55,7 +68,7 @@ def test_what_is_more_than_the_capacity_is_told_to_come_again(painters: Any) -> 
     here = gateway(painters, capacity=2)
 
     async def ask() -> list[Any]:
-        asked = [here.paint("generate", TONE, None, PaintRequest(seed=i)) for i in range(3)]
+        asked = [here.paint(wanted(seed=i)) for i in range(3)]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     first, second, third = asyncio.run(ask())
@@ -66,11 +79,51 @@ def test_what_is_more_than_the_capacity_is_told_to_come_again(painters: Any) -> 
     assert here._in_flight == 0
 
 
+def test_steps_of_waiting_pictures_are_bounded_but_one_request_always_fits(painters: Any) -> None:
+    here = gateway(painters, capacity=9, max_queued_steps=100)
+
+    async def ask(*steps: int) -> list[Any]:
+        asked = [here.paint(wanted(steps=count, num_images=2)) for count in steps]
+        return [getattr(told, "code", "painted") for told in await asyncio.gather(*asked, return_exceptions=True)]
+
+    assert asyncio.run(ask(20, 30, 1)) == ["painted", "painted", "queue_full"]
+    assert asyncio.run(ask(100, 1)) == ["painted", "queue_full"]
+    assert here._steps == 0
+
+
+def test_what_happens_is_told_live(painters: Any) -> None:
+    here = gateway(painters, capacity=1)
+
+    async def ask() -> list[Any]:
+        told = [event async for event in here.paint_live(wanted(seed=4))]
+        assert here._in_flight == 0
+        return told
+
+    *stages, answer = asyncio.run(ask())
+    assert stages == [Progress(0), Progress(1, 2), Progress(2, 2)]
+    assert answer == ([b"generate (8,) None 4"], ServedModel.parse(MODEL))
+
+    async def leave() -> None:
+        events = here.paint_live(wanted())
+        await anext(events)
+        assert here.full()
+        with pytest.raises(ApiError, match="queue is full"):
+            await anext(here.paint_live(wanted()))
+        await events.aclose()
+        assert not here.full()
+        with pytest.raises(UserError, match="mend it"):
+            async for _ in here.paint_live(wanted(prompt="wrong")):
+                pass
+        assert not here.full()
+
+    asyncio.run(leave())
+
+
 def test_a_users_mistake_comes_back_as_it_is_and_frees_its_place(painters: Any) -> None:
     here = gateway(painters, capacity=1)
     for _ in range(2):
         with pytest.raises(UserError, match="prompt=wrong: is wrong; mend it"):
-            asyncio.run(here.paint("generate", TONE, None, PaintRequest(prompt="wrong")))
+            asyncio.run(here.paint(wanted(prompt="wrong")))
 
 
 def test_without_the_key_that_is_asked_for_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

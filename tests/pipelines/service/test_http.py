@@ -1,7 +1,6 @@
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import httpx
 import numpy as np
@@ -10,8 +9,9 @@ from PIL import Image
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
-from pipelines.service.guard import Limits
-from pipelines.service.http import STATIC, Answer, Health, ServedModel, build_http
+from pipelines.service.answers import Answer, Progress, ServedModel
+from pipelines.service.guard import Limits, queue_full
+from pipelines.service.http import STATIC, Health, Wanted, build_http
 from tests import hostile
 from tests.clips import latin1_title, make_moving
 from tests.hostile import png, wav
@@ -30,26 +30,28 @@ class Echo:
         self.calls: list[tuple[str, dict[str, np.ndarray], Image.Image | None, PaintRequest]] = []
         self.masks: list[Image.Image | None] = []
 
-    async def paint(
-        self,
-        verb: str,
-        sounds: dict[str, np.ndarray],
-        image: Image.Image | None,
-        request: PaintRequest,
-        mask: Image.Image | None = None,
-        given: dict[str, Any] | None = None,
-    ) -> Answer:
-        self.given = given
-        self.calls.append((verb, sounds, image, request))
-        self.masks.append(mask)
+    async def paint(self, wanted: Wanted) -> Answer:
+        self.given = wanted.given
+        self.calls.append((wanted.verb, dict(wanted.sounds), wanted.image, wanted.request))
+        self.masks.append(wanted.mask)
         try:
             await asyncio.sleep(self.wait_s)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        if "<nosuch>" in (request.prompt or ""):
-            raise UserError("prompt", request.prompt, "names an unknown sound", "use <sound>")
-        return Answer([png()] * request.num_images, self.painted_by)
+        prompt = wanted.request.prompt or ""
+        if "<nosuch>" in prompt:
+            raise UserError("prompt", prompt, "names an unknown sound", "use <sound>")
+        if "<broken>" in prompt:
+            raise RuntimeError("a secret")
+        return Answer([png()] * wanted.request.num_images, self.painted_by)
+
+    async def paint_live(self, wanted: Wanted) -> AsyncGenerator[Progress | Answer, None]:
+        if self.is_full:
+            raise queue_full(2)
+        yield Progress(0)
+        yield Progress(1, 2, b"a preview")
+        yield await self.paint(wanted)
 
     def full(self) -> bool:
         return self.is_full

@@ -11,7 +11,7 @@ import pytest
 
 from aai.errors import UserError
 from pipelines.registry import versions
-from pipelines.service.http import ServedModel
+from pipelines.service.answers import ServedModel
 from pipelines.service.watching import STALE_S, Noticeboard, Watcher, refuse_other
 from pipelines.settings import TrackingConfig
 from tests.pipelines.registry.test_versions import make_bundle
