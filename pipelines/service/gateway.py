@@ -54,7 +54,9 @@ class Gateway:
     ) -> None:
         self._painters, self._capacity, self._together = painters, capacity, together
         self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
-        self._in_flight, self._steps, self._replicas, self._asked_s = 0, 0, 0, -1.0
+        self._in_flight: dict[object, PaintRequest] = {}
+        """What is painted or waits, in the order in which it came."""
+        self._replicas, self._asked_s = 0, -1.0
         self._told: list[dict[str, Any]] = []
         self._board_name = board_name(board) if board else ""
         self._board: Any = self._new_board() if board else None  # it lives as long as somebody holds it
@@ -100,11 +102,11 @@ class Gateway:
     @contextmanager
     def _admitted(self, request: PaintRequest) -> Iterator[None]:
         """Counts a request while it waits and is painted; what becomes of painters is said in the API's words."""
-        retry_s, steps = self._limits.retry_after_s, request.num_images * request.steps
-        if self.full() or (self._in_flight and self._steps + steps > self._limits.max_queued_steps):
+        retry_s, ticket = self._limits.retry_after_s, object()
+        steps = self._steps() + request.num_images * request.steps
+        if self.full() or (self._in_flight and steps > self._limits.max_queued_steps):
             raise queue_full(retry_s)
-        self._in_flight += 1
-        self._steps += steps
+        self._in_flight[ticket] = request
         try:
             yield
         except BackPressureError as error:
@@ -115,8 +117,19 @@ class Gateway:
         except UserError as error:
             raise getattr(error, "cause", error) from None  # Ray wraps what another process raised
         finally:
-            self._in_flight -= 1
-            self._steps -= steps
+            del self._in_flight[ticket]
+
+    def _steps(self) -> int:
+        return sum(request.num_images * request.steps for request in self._in_flight.values())
+
+    def _painting(self) -> int:
+        """Of the requests that are here, how many have their places with a painter."""
+        places = self._replicas * self._together
+        for count, request in enumerate(self._in_flight.values()):
+            places -= min(request.num_images, self._together)
+            if places < 0:
+                return count
+        return len(self._in_flight)
 
     def _new_board(self) -> Any:
         options = {"name": self._board_name, "num_cpus": 0, "get_if_exists": True}
@@ -133,7 +146,7 @@ class Gateway:
 
     def full(self) -> bool:
         """See Backend."""
-        return self._in_flight >= self._capacity
+        return len(self._in_flight) >= self._capacity
 
     async def health(self) -> Health:
         """See Backend. The controller is asked at most once a second."""
@@ -141,7 +154,7 @@ class Gateway:
             self._replicas = await asyncio.to_thread(_running_painters)
             self._told = await self._rows() if self._board_name else []
             self._asked_s = time.monotonic()
-        painting = min(self._in_flight, self._replicas * self._together)
+        painting = self._painting()
         refused: dict[str, str] = {}
         for row in self._told:
             refused |= row["refused"]
@@ -150,9 +163,9 @@ class Gateway:
             self.model = models[0]
         return Health(
             replicas=self._replicas,
-            queue_depth=self._in_flight - painting,
+            queue_depth=len(self._in_flight) - painting,
             painting=painting,
-            queued_steps=self._steps,
+            queued_steps=self._steps(),
             serving=dict(Counter(model.label() for model in models)),
             refused=refused,
             registry=next((row["trouble"] for row in self._told if row["trouble"]), ""),

@@ -76,7 +76,7 @@ def test_what_is_more_than_the_capacity_is_told_to_come_again(painters: Any) -> 
     assert isinstance(third, ApiError)
     assert (third.status_code, third.code, third.headers) == (429, "queue_full", {"Retry-After": "7"})
     assert len(asyncio.run(ask())) == 3  # the places are free again
-    assert here._in_flight == 0
+    assert not here._in_flight
 
 
 def test_steps_of_waiting_pictures_are_bounded_but_one_request_always_fits(painters: Any) -> None:
@@ -88,7 +88,7 @@ def test_steps_of_waiting_pictures_are_bounded_but_one_request_always_fits(paint
 
     assert asyncio.run(ask(20, 30, 1)) == ["painted", "painted", "queue_full"]
     assert asyncio.run(ask(100, 1)) == ["painted", "queue_full"]
-    assert here._steps == 0
+    assert here._steps() == 0
 
 
 def test_what_happens_is_told_live(painters: Any) -> None:
@@ -96,7 +96,7 @@ def test_what_happens_is_told_live(painters: Any) -> None:
 
     async def ask() -> list[Any]:
         told = [event async for event in here.paint_live(wanted(seed=4))]
-        assert here._in_flight == 0
+        assert not here._in_flight
         return told
 
     *stages, answer = asyncio.run(ask())
@@ -132,4 +132,4 @@ def test_without_the_key_that_is_asked_for_it_does_not_start(monkeypatch: pytest
         gateway(None, need_key=True)
     assert gateway(None).model.label() == "toy/1"
     monkeypatch.setenv(KEY_VARIABLE, "secret")
-    assert gateway(None, need_key=True)._in_flight == 0
+    assert not gateway(None, need_key=True)._in_flight
