@@ -25,6 +25,7 @@ from aai.png import sha256
 from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
 from pipelines.service.guard import ApiError, Guard, Limits
+from pipelines.service.keys import Keys
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ STATIC = Path(__file__).parent / "static"
 MULTIPART = Form(media_type="multipart/form-data")
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "image/png for one picture, for more JSON {seed, model, bundle, images: [base64]}. "
+        "description": "image/png for one picture, for more JSON {seed, model, bundle, images: [base64 or null], "
+        "blocked: [places of those that the safety checker stopped]}. "
         "Headers X-AAI-Model, X-AAI-Bundle, X-AAI-Seed.",
         "content": {"image/png": {}, "application/json": {}},
     },
@@ -63,7 +65,8 @@ class ServedModel(Config):
 
 
 class Answer(NamedTuple):
-    """PNG files, and the model that painted them: after a promotion another one than a moment before."""
+    """PNG files (empty for those that the safety checker stopped), and the model that painted them: after a promotion
+    another one than a moment before."""
 
     files: list[bytes]
     model: ServedModel
@@ -84,6 +87,8 @@ class Health(Config):
     """Versions that the alias names and that no painter takes up, and why."""
     registry: str = ""
     """Why the registry cannot be followed now."""
+    keys: str = ""
+    """Why the new file of keys is not used."""
 
 
 class Backend(Protocol):
@@ -168,13 +173,13 @@ def read_image(data: bytes, limits: Limits, field: str = "image") -> Image.Image
         raise ApiError(422, f"image_{error.code.lower()}", f"{field}: {error.message}") from error
 
 
-def build_http(backend: Backend, limits: Limits, key: str | None) -> ASGIApp:
+def build_http(backend: Backend, limits: Limits, keys: Keys | None) -> ASGIApp:
     """The whole HTTP application around a backend: page, docs, /healthz and /v1."""
     app = FastAPI(title="AAI on Ray", version="1", docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_pages(app, backend)
     _add_verbs(app, backend, limits)
-    return Guard(app, limits, key, backend.full)
+    return Guard(app, limits, keys, backend.full)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -271,11 +276,15 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
 
 
 def _pictures(files: Sequence[bytes], seed: int, model: ServedModel) -> Response:
-    """One picture as image/png, several as JSON with base64 PNGs."""
+    """One picture as image/png, several as JSON with base64 PNGs. Raises ApiError 422 where none is left to show."""
+    blocked = [i for i, file in enumerate(files) if not file]
+    if len(blocked) == len(files):
+        rule = "the safety checker stopped what was painted; try another seed, prompt or sound"
+        raise ApiError(422, "unsafe_picture", rule)
     shown = {"seed": seed, "model": model.label(), "bundle": model.sha}
     headers = {"X-AAI-Model": model.label(), "X-AAI-Bundle": model.sha, "X-AAI-Seed": str(seed)}
     headers["Cache-Control"] = "no-store"
     if len(files) == 1:
         return Response(files[0], media_type="image/png", headers=headers)
-    images = [base64.b64encode(file).decode() for file in files]
-    return JSONResponse({**shown, "images": images}, headers=headers)
+    images = [base64.b64encode(file).decode() if file else None for file in files]
+    return JSONResponse({**shown, "images": images, "blocked": blocked}, headers=headers)

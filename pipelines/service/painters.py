@@ -16,7 +16,7 @@ import ray
 import torch
 from PIL import Image
 
-from aai.addons import AddOns
+from aai.addons import AddOns, blackened
 from aai.bundle import read_bundle
 from aai.config import Config
 from aai.errors import UserError
@@ -27,6 +27,7 @@ from aai.sampling import PaintRequest
 from aai.signatures import TrustConfig, check
 from pipelines.registry import versions
 from pipelines.service.http import ServedModel, Verb
+from pipelines.service.telemetry import PainterMetrics
 from pipelines.service.watching import Watcher, board_name, refuse_other
 from pipelines.settings import StoreConfig
 
@@ -76,6 +77,7 @@ class PainterReplica:
         # One thread: diffusers' schedulers hold state. A request cancelled while it waits here never starts.
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._started_s, self._broken = 0.0, ""
+        self._metrics = PainterMetrics()
         self._prover = Prover(c.proof)
         self._stop = threading.Event()
         """Of the request that is painted: set when nobody waits for it."""
@@ -173,16 +175,18 @@ class PainterReplica:
         (audio,), (image, mask) = sounds.values(), (None if x is None else Image.fromarray(x) for x in pixels)
         return self._on_device(getattr(serving.painter, verb), audio, image, request, mask), serving.model
 
-    def _go_on(self, *_: object) -> None:
+    def _go_on(self, _: object, inputs: tuple[torch.Tensor, ...]) -> None:
         """Before each denoising step, of whatever pipeline: raises StoppedError when nobody waits for the picture."""
         if self._stop.is_set():
             raise StoppedError
+        self._metrics.batch(len(inputs[0]))
 
     def _on_device(self, work: Callable[..., T], *args: Any) -> T:
         """Runs work of the device; what becomes of it is seen by check_health."""
         self._started_s = time.monotonic()
         try:
-            return work(*args)
+            with self._metrics.stage("paint"):
+                return work(*args)
         except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
             self._broken = str(error)
             raise
@@ -190,8 +194,13 @@ class PainterReplica:
             self._started_s, self._stop = 0.0, threading.Event()
 
     def _encoded(self, images: list[Image.Image], made: dict[str, Any]) -> list[bytes]:
-        """PNG files; picture i has the request's seed + i."""
-        return [self._prover.encode(image, {**made, "seed": made["seed"] + i}) for i, image in enumerate(images)]
+        """PNG files, empty for what the safety checker stopped; picture i has the request's seed + i."""
+        pipe, seed = self._serving.painter.pipe, made["seed"]
+        with self._metrics.stage("encode"):
+            return [
+                b"" if blackened(pipe, image) else self._prover.encode(image, {**made, "seed": seed + i})
+                for i, image in enumerate(images)
+            ]
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises: after a CUDA error, or when a painting never ends."""

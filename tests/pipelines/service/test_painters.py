@@ -76,11 +76,12 @@ def test_pictures_tell_how_they_were_made_and_prove_it(tiny_bundle: str, tmp_pat
         assert {**proof_of.made, **wanted, **GIVEN} == proof_of.made
 
 
-def test_add_ons_reach_the_painter(tiny_bundle: str, tmp_path: Path) -> None:
+def test_a_picture_that_the_safety_checker_stops_is_left_out(tiny_bundle: str, tmp_path: Path) -> None:
     write_checker(tmp_path, tmp_path)
     checked = replica(tiny_bundle, addons={"safety_checker": str(tmp_path)})
-    (picture,) = paint(checked, "generate", [None, None])
-    assert not np.asarray(Image.open(io.BytesIO(picture))).any()
+    assert paint(checked, "generate", [None, None]) == [b""]
+    inverted = REQUEST.model_copy(update={"repaint": "invert", "num_images": 2})
+    assert paint(checked, "edit", [RED, None], inverted) == [b"", b""]
 
 
 def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle: str) -> None:
