@@ -31,6 +31,7 @@ from pipelines.service.guard import Limits
 from pipelines.service.http import ServedModel
 from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
 from pipelines.service.painters import PainterConfig, PainterReplica
+from pipelines.service.traces import TracesConfig
 from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class ServeConfig(RayVerbConfig):
     max_queued_requests: int = pydantic.Field(8, ge=1)
     """Requests that may wait for a painter; one more is refused with 429."""
     limits: Limits = Limits()
+    traces: TracesConfig = TracesConfig()
+    """Spans of each request by OTLP. On a cluster that runs, its processes' environment says where to."""
     stop_s: float = pydantic.Field(2, ge=0.1)
     """How long requests that are painted at a stop, or when a replica is replaced, may take to end."""
     dtype: DType = "float32"
@@ -211,7 +214,7 @@ def start(config: ServeConfig, uri: str, model: ServedModel) -> None:
     """Deploys a pinned bundle on the Ray that is connected and returns when the service answers."""
     # Our own deadline comes first: the proxy's only ends what hangs beyond it.
     options = HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.limits.request_timeout_s + 10)
-    serve.start(http_options=options)
+    serve.start(http_options=options, tracing_config=config.traces.options())
     serve.run(application(config, uri, model, config.needs_key()), name=APP, route_prefix="/")
 
 
@@ -231,6 +234,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     uri, model = pin(config)
     stopped = threading.Event()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    config.traces.options()  # before Ray starts, which hands the environment on
     connect(config.cluster, metrics_port=config.metrics_port)
     try:
         logger.info("aai serve: loading %s, painters: %d", model.label(), config.cluster.num_workers)

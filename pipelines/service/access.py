@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +25,7 @@ KINDS = {"/healthz": "health", "/": "page", "/docs": "page", "/openapi.json": "p
 }
 """What is asked for, by path; "other" is the rest. Paths are never told: anybody may write anything into them."""
 REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+TRACER = trace.get_tracer("aai")  # it makes nothing unless Serve was told to trace
 CLIENT_LEFT = 499
 """nginx's status of a request whose client did not wait for the answer."""
 
@@ -67,6 +71,11 @@ class Visit:
         }
         return json.dumps({**shown, **self.told, "code": self.code})
 
+    def attributes(self) -> dict[str, Any]:
+        """What its span tells."""
+        told = {"request_id": self.request_id, "status": self.status, **self.told, "code": self.code}
+        return {f"aai.{name}": value for name, value in told.items()}
+
 
 _VISIT: ContextVar[Visit | None] = ContextVar("visit", default=None)
 
@@ -81,7 +90,9 @@ def stage_ends(name: str) -> None:
     """A stage of the request that is being answered here is over: it took the time since the last one's end."""
     if visit := _VISIT.get():
         now_s = time.monotonic()
-        visit.stages_s[name], visit.ended_s = now_s - visit.ended_s, now_s
+        seconds, visit.ended_s = now_s - visit.ended_s, now_s
+        visit.stages_s[name] = seconds
+        TRACER.start_span(name, start_time=time.time_ns() - int(seconds * 1e9)).end()
 
 
 class Access:
@@ -124,14 +135,25 @@ class Access:
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
-        try:
-            await self._app(scope, received, answer)
-        except asyncio.CancelledError:
-            left()
-            raise
-        finally:
-            _VISIT.reset(token)
-            visit.status = visit.status or 500
-            self._count(visit)
-            if visit.verb != "health" or visit.status != 200:  # probes ask every few seconds
-                logger.info(visit.line())
+        name = f"aai {visit.verb}"
+        with TRACER.start_as_current_span(
+            name, _parent(scope), record_exception=False
+        ) as span:  # its words are a user's
+            try:
+                await self._app(scope, received, answer)
+            except asyncio.CancelledError:
+                left()
+                raise
+            finally:
+                _VISIT.reset(token)
+                visit.status = visit.status or 500
+                span.set_attributes(visit.attributes())
+                self._count(visit)
+                if visit.verb != "health" or visit.status != 200:  # probes ask every few seconds
+                    logger.info(visit.line())
+
+
+def _parent(scope: Scope) -> Context | None:
+    """The trace that a client begins (W3C traceparent), else None: the one that Serve has begun."""
+    given = {name: value for name, value in Headers(scope=scope).items() if name in ("traceparent", "tracestate")}
+    return TraceContextTextMapPropagator().extract(given) if "traceparent" in given else None

@@ -136,6 +136,8 @@ class Gateway:
         if time.monotonic() - self._asked_s > 1:
             self._replicas, self._wanted = await asyncio.to_thread(_painters)
             self._told = await self._rows() if self._board_name else []
+            if self._keys:
+                self._keys.look()
             self._asked_s = time.monotonic()
         painting = min(self._in_flight, self._replicas)
         refused: dict[str, str] = {}

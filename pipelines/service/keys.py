@@ -106,8 +106,8 @@ class Keys:
             raise UserError("keys_file", self._file, rule, "rename it, or unset the variable")
         return self._own + listed
 
-    def _look(self) -> None:
-        """Takes up a file that has changed."""
+    def look(self) -> None:
+        """Takes up a file that has changed. `find` does it too, but nobody may be asking."""
         if time.monotonic() - self._looked_s < LOOK_S:
             return
         self._looked_s, before = time.monotonic(), self._stamp
@@ -123,7 +123,7 @@ class Keys:
 
     def find(self, given: str) -> ApiKey | None:
         """The key that was given, or None. Takes as long for each that is wrong."""
-        self._look()
+        self.look()
         wanted, found = hashed(given), None
         for key in self._keys:
             if hmac.compare_digest(key.sha256, wanted):

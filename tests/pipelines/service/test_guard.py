@@ -39,12 +39,14 @@ async def pieces(count: int, size: int, every_s: float) -> AsyncIterator[bytes]:
         await asyncio.sleep(every_s)
 
 
-def asked(app: Any, bodies: list[Any], path: str = "/v1/generate", wait_s: float = 0) -> list[httpx.Response]:
+def asked(
+    app: Any, bodies: list[Any], path: str = "/v1/generate", wait_s: float = 0, headers: dict[str, str] | None = None
+) -> list[httpx.Response]:
     """Requests at the same time, `wait_s` after each other."""
 
     async def one(client: httpx.AsyncClient, number: int, body: Any) -> httpx.Response:
         await asyncio.sleep(number * wait_s)
-        return await client.post(path, content=body)
+        return await client.post(path, content=body, headers=headers)
 
     async def run() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app)
