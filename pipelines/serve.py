@@ -245,8 +245,9 @@ def run(config: ServeConfig) -> dict[str, Any]:
         while not stopped.wait(0.5):
             pass
     except KeyboardInterrupt:
-        logger.info("aai serve: stopping")
+        pass
     finally:
+        logger.info("aai serve: stopping; what is painted has %g s to end", config.stop_s)
         if config.cluster.address:
             serve.delete(APP)
         else:
