@@ -15,6 +15,7 @@ import pydantic
 import torch
 from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from aai import storage
@@ -67,6 +68,11 @@ def add_to(pipe: DiffusionPipeline, addons: AddOns, spec: FoundationSpec) -> Dif
     if addons.safety_checker != "off":
         _add_checker(pipe, addons.safety_checker, spec)
     return pipe
+
+
+def blackened(pipe: DiffusionPipeline, picture: Image.Image) -> bool:
+    """Whether the pipeline's safety checker stopped a picture, of which it leaves nothing but black."""
+    return getattr(pipe, "safety_checker", None) is not None and picture.getbbox() is None
 
 
 def with_controlnet(pipe: DiffusionPipeline, addons: AddOns) -> DiffusionPipeline:

@@ -66,9 +66,9 @@ class Call:
 
 
 class Together:
-    """The one UNet of several requests. `batch` of the last call is the number of its rows."""
+    """The one UNet of several requests. told: hears the number of rows of each call."""
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, told: Callable[[int], None] | None = None) -> None:
         self._forward = unet.forward
         self._signature = inspect.signature(unet.forward)
         unet.forward = self._called
@@ -79,7 +79,7 @@ class Together:
         """Requests that will come to the UNet, or end; also those that wait for their first turn."""
         self._waiting: list[Call] = []
         self._own = threading.local()
-        self.batch = 0
+        self._told = told or (lambda rows: None)
 
     def run(self, work: Callable[[], T], stop: threading.Event, seen: Seen | None = None, alone: bool = False) -> T:
         """Does the work of one request, whose calls of the UNet are made together with those of others.
@@ -155,7 +155,7 @@ class Together:
 
     @torch.no_grad()
     def _at_once(self, calls: Sequence[Call]) -> None:
-        self.batch = sum(call.rows for call in calls)
+        self._told(sum(call.rows for call in calls))
         first = calls[0].arguments
         if len(calls) == 1:
             calls[0].out = self._forward(**first)

@@ -16,7 +16,7 @@ PREVIEWS = 4
 
 
 @dataclass(frozen=True)
-class Stage:
+class DenoisingProgress:
     """After `step` of `steps` calls of the UNet; preview: the request's first picture as it is foreseen."""
 
     step: int
@@ -53,11 +53,11 @@ def foreseen(pipe: Any, latents: Tensor, timestep: Any, predicted: Tensor, pictu
     return pipe.image_processor.postprocess(pixels.float(), do_denormalize=[True])[0]
 
 
-class Progress:
+class ProgressTracker:
     """Told of each call of the UNet (`aai.batching.Seen`), tells how far the request is."""
 
     def __init__(
-        self, pipe: Any, verb: str, request: PaintRequest, masked: bool, tell: Callable[[Stage], None]
+        self, pipe: Any, verb: str, request: PaintRequest, masked: bool, tell: Callable[[DenoisingProgress], None]
     ) -> None:
         self._pipe, self._request, self._tell = pipe, request, tell
         self._steps, self._painted = calls_of(verb, request, masked)
@@ -72,4 +72,4 @@ class Progress:
         if 0 < into < self._painted and into % every == 0 and hasattr(self._pipe.scheduler, "alphas_cumprod"):
             r = self._request
             preview = foreseen(self._pipe, latents, timestep, predicted, r.num_images, r.guidance_scale)
-        self._tell(Stage(self._step, self._steps, preview))
+        self._tell(DenoisingProgress(self._step, self._steps, preview))

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from typing import Any
 
 import pydantic
@@ -26,9 +27,11 @@ from aai.signatures import TrustConfig, check
 from pipelines.engine.cluster import connect
 from pipelines.registry import versions
 from pipelines.service.answers import ServedModel
-from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
+from pipelines.service.gateway import Gateway
 from pipelines.service.guard import Limits
+from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
 from pipelines.service.painters import PainterConfig, PainterReplica
+from pipelines.service.traces import TracesConfig
 from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 
 logger = logging.getLogger(__name__)
@@ -51,13 +54,22 @@ class ServeConfig(RayVerbConfig):
     trust: TrustConfig = TrustConfig()
     """Whose signature the bundle must have."""
     host: str = "127.0.0.1"
-    """Address to listen on; any other than loopback needs the environment variable AAI_API_KEY."""
+    """Address to listen on; any other than loopback needs the environment variable AAI_API_KEY, or keys_file."""
     port: int = pydantic.Field(8000, ge=1, le=65535)
+    keys_file: str = ""
+    """YAML or JSON list of {name, sha256, per_minute, at_once}: who may paint, and how much. It is read again when it
+    changes, and must be where the Gateway runs."""
+    metrics_port: int = pydantic.Field(0, ge=0, le=65535)
+    """Port of Ray's Prometheus endpoint on this machine; 0 = one that is free, which the log tells."""
     max_queued_requests: int = pydantic.Field(8, ge=1)
     """Requests that may wait for a painter; one more is refused with 429."""
     batch_pictures: int = pydantic.Field(8, ge=1, le=256)
     """Most pictures that one painter paints together, of one request or several; 1 = one request after the other."""
     limits: Limits = Limits()
+    traces: TracesConfig = TracesConfig()
+    """Spans of each request by OTLP. On a cluster that runs, its processes' environment says where to."""
+    stop_s: float = pydantic.Field(2, ge=0.1)
+    """How long requests that are painted at a stop, or when a replica is replaced, may take to end."""
     dtype: DType = "float32"
     """Arithmetic of the diffusion model; auto: bfloat16 where the device has it natively. It halves the memory."""
 
@@ -74,12 +86,16 @@ class ServeConfig(RayVerbConfig):
 
     def plan(self) -> Plan:
         """See VerbConfig."""
-        key = "required" if api_key() or self.host not in LOOPBACK_HOSTS else "not required on loopback"
+        key = "required" if self.needs_key() else "not required on loopback"
         return Plan(
             inputs={"bundle": self.bundle, "registry": self.tracking.uri},
             outputs={"service": self.url(), "API key": key},
             resources={**self.resources(), "queue": f"{self.max_queued_requests} requests"},
         )
+
+    def needs_key(self) -> bool:
+        """Whether requests must have a key."""
+        return bool(api_key() or self.keys_file) or self.host not in LOOPBACK_HOSTS
 
     def url(self) -> str:
         """Where the service answers."""
@@ -125,6 +141,8 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         max_queued_requests=config.max_queued_requests,
         backpressure_config=full,
         request_router_config=RequestRouterConfig(max_backoff_s=0.1),
+        graceful_shutdown_timeout_s=config.stop_s,
+        graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker},
         health_check_period_s=5,
         max_constructor_retry_count=3,
@@ -136,6 +154,10 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         max_queued_requests=256,
         backpressure_config=full,
         ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=config.stop_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=5,
+        logging_config={"enable_access_log": False},  # the gateway writes its own line
         max_constructor_retry_count=3,
     )(serve.ingress()(Gateway))
     device = "cuda" if cluster.gpus_per_worker else "cpu"
@@ -159,14 +181,15 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     together = config.batch_pictures
     capacity = cluster.num_workers * together + config.max_queued_requests
     board = BOARD if follow else ""
-    return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, together, need_key, board)
+    keys = storage.absolute(config.keys_file) if config.keys_file else ""
+    return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, together, need_key, board, keys)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
     """What a Serve config or a RayService names as `import_path: pipelines.serve:build_app`.
 
     args: the settings of ServeConfig, or {"config": FILE, ...} to load a file first. The address is then
-    not ours to choose, so AAI_API_KEY must be set in the environment of the cluster's processes.
+    not ours to choose, so there must be `keys_file`, or AAI_API_KEY in the environment of the cluster's processes.
     """
     settings = dict(args)
     file = settings.pop("config", None)
@@ -175,10 +198,11 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 
 def check_address(config: ServeConfig) -> None:
-    """Raises UserError when the address needs a key that is not there, or the port is taken."""
-    if config.host not in LOOPBACK_HOSTS and not api_key():
+    """Raises UserError when the address needs a key that is not there, the keys are unusable, or the port is taken."""
+    if config.host not in LOOPBACK_HOSTS and not api_key() and not config.keys_file:
         rule = f"others can reach the service, and {KEY_VARIABLE} is not set"
-        raise UserError("host", config.host, rule, f"set {KEY_VARIABLE}, or serve on 127.0.0.1")
+        raise UserError("host", config.host, rule, f"set {KEY_VARIABLE} or keys_file, or serve on 127.0.0.1")
+    Keys(config.keys_file, api_key())
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -194,29 +218,40 @@ def start(config: ServeConfig, uri: str, model: ServedModel) -> None:
     """Deploys a pinned bundle on the Ray that is connected and returns when the service answers."""
     # Our own deadline comes first: the proxy's only ends what hangs beyond it.
     options = HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.limits.request_timeout_s + 10)
-    serve.start(http_options=options)
-    need_key = bool(api_key()) or config.host not in LOOPBACK_HOSTS
-    serve.run(application(config, uri, model, need_key), name=APP, route_prefix="/")
+    serve.start(http_options=options, tracing_config=config.traces.options())
+    serve.run(application(config, uri, model, config.needs_key()), name=APP, route_prefix="/")
+
+
+def metrics_url() -> str:
+    """Ray's Prometheus endpoint on this node, or on the first of a cluster."""
+    node = ray.nodes()[0]
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 def run(config: ServeConfig) -> dict[str, Any]:
-    """Serves until Ctrl-C or SIGTERM, then lets running requests end and shuts down."""
+    """Serves until Ctrl-C or SIGTERM, then gives running requests `stop_s` to end and shuts down."""
     if not config.cluster.address:
         check_address(config)
         Prover(config.proof)  # on a cluster the painters have the files, not we
+    begin_s = time.monotonic()
+    logger.info("aai serve: fetching %s", config.bundle)
     uri, model = pin(config)
     stopped = threading.Event()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    connect(config.cluster)
+    config.traces.options()  # before Ray starts, which hands the environment on
+    connect(config.cluster, metrics_port=config.metrics_port)
     try:
+        logger.info("aai serve: loading %s, painters: %d", model.label(), config.cluster.num_workers)
         start(config, uri, model)
+        logger.info("aai serve: ready after %.1f s; metrics at %s", time.monotonic() - begin_s, metrics_url())
         signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # last: Ray sets a handler of its own, which aborts
         print(f"aai serve: {config.url()} serves {model.label()} (bundle {model.sha}); Ctrl-C stops", flush=True)
         while not stopped.wait(0.5):
             pass
     except KeyboardInterrupt:
-        logger.info("aai serve: stopping")
+        pass
     finally:
+        logger.info("aai serve: stopping; what is painted has %g s to end", config.stop_s)
         if config.cluster.address:
             serve.delete(APP)
         else:

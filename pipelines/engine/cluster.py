@@ -50,10 +50,11 @@ def _link_logs(log_dir: str | None, session: str) -> None:
         log.debug("no link to Ray's logs: %s", error)
 
 
-def connect(cluster: ClusterConfig, log_dir: str | None = None) -> None:
+def connect(cluster: ClusterConfig, log_dir: str | None = None, metrics_port: int = 0) -> None:
     """Starts Ray here or joins the cluster at `cluster.address`; does nothing when already connected.
 
     A local Ray has at least the CPUs that the stage's workers ask for. Its logs are linked as `log_dir/ray-logs`.
+    metrics_port: of its Prometheus endpoint; 0 = one that is free.
     Raises UserError when the address does not answer.
     """
     for name, value in _QUIET.items():
@@ -84,6 +85,7 @@ def connect(cluster: ClusterConfig, log_dir: str | None = None) -> None:
         num_cpus=max(os.cpu_count() or 1, needed),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
+        _metrics_export_port=metrics_port or None,
         **options,
     )
     _link_logs(log_dir, context.address_info["session_dir"])

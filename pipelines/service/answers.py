@@ -37,7 +37,8 @@ class ServedModel(Config):
 
 
 class Answer(NamedTuple):
-    """PNG files, and the model that painted them: after a promotion another one than a moment before."""
+    """PNG files (empty for those that the safety checker stopped), and the model that painted them: after a promotion
+    another one than a moment before."""
 
     files: list[bytes]
     model: ServedModel
@@ -57,18 +58,23 @@ def unusable(error: UserError) -> ApiError:
 
 
 def _told(files: Sequence[bytes], seed: int, model: ServedModel) -> dict[str, Any]:
-    """Several pictures as JSON, base64 PNGs."""
-    images = [base64.b64encode(file).decode() for file in files]
-    return {"seed": seed, "model": model.label(), "bundle": model.sha, "images": images}
+    """Pictures as base64 PNGs, null for what the safety checker stopped. Raises ApiError 422 where none is left."""
+    blocked = [i for i, file in enumerate(files) if not file]
+    if len(blocked) == len(files):
+        rule = "the safety checker stopped what was painted; try another seed, prompt or sound"
+        raise ApiError(422, "unsafe_picture", rule)
+    images = [base64.b64encode(file).decode() if file else None for file in files]
+    return {"seed": seed, "model": model.label(), "bundle": model.sha, "images": images, "blocked": blocked}
 
 
 def pictures(files: Sequence[bytes], seed: int, model: ServedModel) -> Response:
-    """One picture as image/png, several as JSON with base64 PNGs."""
+    """One picture as image/png, several as JSON. Raises ApiError 422 where none is left to show."""
+    told = _told(files, seed, model)
     headers = {"X-AAI-Model": model.label(), "X-AAI-Bundle": model.sha, "X-AAI-Seed": str(seed)}
     headers["Cache-Control"] = "no-store"
     if len(files) == 1:
         return Response(files[0], media_type="image/png", headers=headers)
-    return JSONResponse(_told(files, seed, model), headers=headers)
+    return JSONResponse(told, headers=headers)
 
 
 async def live(

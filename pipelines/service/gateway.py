@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,15 @@ from starlette.types import ASGIApp
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
+from pipelines.service.access import Access, note, stage_ends
 from pipelines.service.answers import Answer, Progress, ServedModel
 from pipelines.service.guard import Limits, busy, queue_full
 from pipelines.service.http import Health, Wanted, build_http
+from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
+from pipelines.service.telemetry import GatewayMetrics
 from pipelines.service.watching import Noticeboard, board_name
 
 logger = logging.getLogger(__name__)
-
-KEY_VARIABLE = "AAI_API_KEY"
-
-
-def api_key() -> str | None:
-    """The service's key from the environment; never a setting, so that no config or log can hold it."""
-    return os.environ.get(KEY_VARIABLE) or None
 
 
 class Gateway:
@@ -40,6 +35,7 @@ class Gateway:
     capacity: requests that may be painted or wait, in all; Serve's own bound is checked only later, in the router.
     together: how many of them one painter paints at once at most.
     board: name of the actor that painters which follow the registry tell what they serve; empty = they do not.
+    keys_file: see keys.read_keys; empty = the key in AAI_API_KEY alone.
     """
 
     def __init__(
@@ -51,22 +47,26 @@ class Gateway:
         together: int,
         need_key: bool,
         board: str = "",
+        keys_file: str = "",
     ) -> None:
         self._painters, self._capacity, self._together = painters, capacity, together
         self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
         self._in_flight: dict[object, PaintRequest] = {}
         """What is painted or waits, in the order in which it came."""
-        self._replicas, self._asked_s = 0, -1.0
+        self._replicas, self._wanted, self._asked_s = 0, 0, -1.0
+        self._metrics = GatewayMetrics(self._limits.request_timeout_s, capacity)
         self._told: list[dict[str, Any]] = []
         self._board_name = board_name(board) if board else ""
         self._board: Any = self._new_board() if board else None  # it lives as long as somebody holds it
-        if need_key and not api_key():
-            remedy = "set it in the environment of the cluster's processes, e.g. from a secret"
+        self._keys = Keys(keys_file, api_key()) if keys_file or api_key() else None
+        if need_key and not self._keys:
+            remedy = "set it in the environment of the cluster's processes, e.g. from a secret, or give keys_file"
             raise UserError(KEY_VARIABLE, "(missing)", "the service needs an API key", remedy)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The HTTP application, built where it runs."""
-        return build_http(self, self._limits, api_key())
+        app = build_http(self, self._limits, self._keys)
+        return Access(app, lambda: len(self._in_flight), self._metrics.visit)
 
     async def paint(self, wanted: Wanted) -> Answer:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
@@ -77,7 +77,9 @@ class Gateway:
             except asyncio.CancelledError:
                 response.cancel()
                 raise
+            stage_ends("painters")
             self.model = ServedModel.parse(model)
+            note(model=self.model.label())
             return Answer(files, self.model)
 
     async def paint_live(self, wanted: Wanted) -> AsyncGenerator[Progress | Answer, None]:
@@ -90,7 +92,9 @@ class Gateway:
                     if "files" not in event:
                         yield Progress(**event)
                         continue
+                    stage_ends("painters")
                     self.model = ServedModel.parse(event["model"])
+                    note(model=self.model.label())
                     yield Answer(event["files"], self.model)
             finally:
                 response.cancel()
@@ -102,11 +106,14 @@ class Gateway:
     @contextmanager
     def _admitted(self, request: PaintRequest) -> Iterator[None]:
         """Counts a request while it waits and is painted; what becomes of painters is said in the API's words."""
+        stage_ends("decode")
+        note(seed=request.seed, steps=request.steps, pictures=request.num_images)
         retry_s, ticket = self._limits.retry_after_s, object()
         steps = self._steps() + request.num_images * request.steps
         if self.full() or (self._in_flight and steps > self._limits.max_queued_steps):
             raise queue_full(retry_s)
         self._in_flight[ticket] = request
+        self._measure()
         try:
             yield
         except BackPressureError as error:
@@ -118,6 +125,11 @@ class Gateway:
             raise getattr(error, "cause", error) from None  # Ray wraps what another process raised
         finally:
             del self._in_flight[ticket]
+            self._measure()
+
+    def _measure(self) -> None:
+        painting = self._painting()
+        self._metrics.queue(len(self._in_flight) - painting, painting, self._steps())
 
     def _steps(self) -> int:
         return sum(request.num_images * request.steps for request in self._in_flight.values())
@@ -130,6 +142,11 @@ class Gateway:
             if places < 0:
                 return count
         return len(self._in_flight)
+
+    async def check_health(self) -> None:
+        """Called by Serve every few seconds: the figures of the painters are told then. The gateway itself is well."""
+        with suppress(Exception):  # the controller may be away for a moment
+            await self.health()
 
     def _new_board(self) -> Any:
         options = {"name": self._board_name, "num_cpus": 0, "get_if_exists": True}
@@ -151,8 +168,10 @@ class Gateway:
     async def health(self) -> Health:
         """See Backend. The controller is asked at most once a second."""
         if time.monotonic() - self._asked_s > 1:
-            self._replicas = await asyncio.to_thread(_running_painters)
+            self._replicas, self._wanted = await asyncio.to_thread(_painters)
             self._told = await self._rows() if self._board_name else []
+            if self._keys:
+                self._keys.look()
             self._asked_s = time.monotonic()
         painting = self._painting()
         refused: dict[str, str] = {}
@@ -161,7 +180,7 @@ class Gateway:
         models = [ServedModel.parse(row["model"]) for row in self._told]
         if len({model.sha for model in models}) == 1:  # while some change over, the last picture's
             self.model = models[0]
-        return Health(
+        health = Health(
             replicas=self._replicas,
             queue_depth=len(self._in_flight) - painting,
             painting=painting,
@@ -169,10 +188,17 @@ class Gateway:
             serving=dict(Counter(model.label() for model in models)),
             refused=refused,
             registry=next((row["trouble"] for row in self._told if row["trouble"]), ""),
+            keys=self._keys.trouble if self._keys else "",
         )
+        self._metrics.health(health, self._wanted, self.model.version)
+        self._measure()
+        return health
 
 
-def _running_painters() -> int:
+def _painters() -> tuple[int, int]:
+    """How many run, and how many there should be."""
     application = serve.status().applications.get(serve.get_replica_context().app_name)
     painters = application.deployments.get("Painter") if application else None
-    return painters.replica_states.get("RUNNING", 0) if painters else 0
+    states = painters.replica_states if painters else {}
+    wanted = sum(count for state, count in states.items() if state not in ("STOPPING", "STOPPED"))
+    return states.get("RUNNING", 0), wanted

@@ -1,7 +1,7 @@
 """What stands in front of the HTTP application: key, host, sizes, rates and time of every request."""
 
 import asyncio
-import hmac
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipelines.service.access import note
+from pipelines.service.keys import ApiKey, Keys
 from pipelines.settings import InputLimits
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -59,6 +61,7 @@ class ApiError(HTTPException):
 
     def body(self) -> dict[str, Any]:
         """{"error": {"code", "message"}}."""
+        note(code=self.code)
         return {"error": {"code": self.code, "message": self.detail}}
 
 
@@ -86,13 +89,15 @@ def deadline_of(scope: Scope) -> float:
 class Guard:
     """ASGI middleware around everything: key, Host, body size and rate, one deadline per request, security headers.
 
-    full: whether no more requests are taken now; then the body is not even read. key: what `X-API-Key` or
+    full: whether no more requests are taken now; then the body is not even read. keys: one of which `X-API-Key` or
     `Authorization: Bearer` must hold for /v1; None leaves /v1 open, but then only to requests that name this machine as
     loopback, so that no web page can reach it by DNS rebinding.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, key: str | None, full: Callable[[], bool] = lambda: False) -> None:
-        self._app, self._limits, self._key, self._full = app, limits, key, full
+    def __init__(
+        self, app: ASGIApp, limits: Limits, keys: Keys | None, full: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._app, self._limits, self._keys, self._full = app, limits, keys, full
         self._uploads: list[Upload] = []
         """Those whose bodies are being received."""
 
@@ -126,6 +131,8 @@ class Guard:
             await refusal.response()(scope, receive, answer)
         finally:
             self._ended(upload)
+            if self._keys and upload.key:
+                self._keys.give_back(upload.key)
 
     def _ended(self, upload: "Upload") -> None:
         if upload in self._uploads:
@@ -133,26 +140,37 @@ class Guard:
 
     def _admit(self, scope: Scope, upload: "Upload") -> None:
         headers = Headers(scope=scope)
-        if self._key is None:
+        key = None
+        if self._keys is None:
             host = headers.get("host", "")
             name = host if host.endswith("]") else host.rsplit(":", 1)[0]
             if name not in LOOPBACK:
                 raise ApiError(403, "forbidden_host", "without an API key only localhost is served")
         elif scope["path"].startswith("/v1/"):
             scheme, _, token = headers.get("authorization", "").partition(" ")
-            given = headers.get("x-api-key") or (token if scheme.lower() == "bearer" else "")
-            if not hmac.compare_digest(given.encode(), self._key.encode()):
-                rule = "give the service's key in the header X-API-Key or Authorization: Bearer"
+            key = self._keys.find(headers.get("x-api-key") or (token if scheme.lower() == "bearer" else ""))
+            if key is None:
+                rule = "give a key of the service in the header X-API-Key or Authorization: Bearer"
                 raise ApiError(401, "unauthorized", rule, {"WWW-Authenticate": "Bearer"})
+            note(key=key.name)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.max_bytes:
             raise self._too_large()
         if scope["path"].startswith("/v1/"):
             if self._full():
                 raise queue_full(self._limits.retry_after_s)
+            if self._keys and key:
+                self._take(self._keys, key, upload)
             if len(self._uploads) >= self._limits.max_uploads:
                 self._make_room()
             self._uploads.append(upload)
+
+    def _take(self, keys: Keys, key: ApiKey, upload: "Upload") -> None:
+        wait_s = keys.take(key)
+        if wait_s:
+            quota = f"{key.per_minute or 'any'} requests a minute, {key.at_once or 'any'} at once"
+            raise busy(429, "over_quota", f"the key {key.name} may ask for {quota}", math.ceil(wait_s))
+        upload.key = key
 
     def _make_room(self) -> None:
         """Sends the slowest upload away, if it is too slow. Raises ApiError 429 when none is."""
@@ -189,6 +207,8 @@ class Upload:
     def __init__(self, limits: Limits, begin_s: float) -> None:
         self._limits, self._begin_s = limits, begin_s
         self.total, self.done = 0, False
+        self.key: ApiKey | None = None
+        """Whose quota it counts for."""
         self._sent_away = False
         self._timer: asyncio.Timeout | None = None
 

@@ -26,6 +26,7 @@ from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
 from pipelines.service.answers import EVENTS, INTERNAL, Answer, Progress, ServedModel, live, pictures, unusable
 from pipelines.service.guard import ApiError, Guard, Limits, deadline_of
+from pipelines.service.keys import Keys
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,10 @@ STATIC = Path(__file__).parent / "static"
 MULTIPART = Form(media_type="multipart/form-data")
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "image/png for one picture, for more JSON {seed, model, bundle, images: [base64]}. "
-        "Headers X-AAI-Model, X-AAI-Bundle, X-AAI-Seed. To Accept: text/event-stream events `progress` {step, steps, "
-        "preview}, then `done` (the JSON) or `error` {status, error}.",
+        "description": "image/png for one picture, for more JSON {seed, model, bundle, images: [base64 or null], "
+        "blocked: [places of those that the safety checker stopped]}. Headers X-AAI-Model, X-AAI-Bundle, X-AAI-Seed. "
+        "To Accept: text/event-stream events `progress` {step, steps, preview}, then `done` (the JSON) or `error` "
+        "{status, error}.",
         "content": {"image/png": {}, "application/json": {}, EVENTS: {}},
     },
     401: {"description": "Key missing or wrong"},
@@ -65,6 +67,8 @@ class Health(Config):
     """Versions that the alias names and that no painter takes up, and why."""
     registry: str = ""
     """Why the registry cannot be followed now."""
+    keys: str = ""
+    """Why the new file of keys is not used."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +160,13 @@ def read_image(data: bytes, limits: Limits, field: str = "image") -> Image.Image
         raise ApiError(422, f"image_{error.code.lower()}", f"{field}: {error.message}") from error
 
 
-def build_http(backend: Backend, limits: Limits, key: str | None) -> ASGIApp:
+def build_http(backend: Backend, limits: Limits, keys: Keys | None) -> ASGIApp:
     """The whole HTTP application around a backend: page, docs, /healthz and /v1."""
     app = FastAPI(title="AAI on Ray", version="1", docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_pages(app, backend)
     _add_verbs(app, backend, limits)
-    return Guard(app, limits, key, backend.full)
+    return Guard(app, limits, keys, backend.full)
 
 
 def _add_errors(app: FastAPI) -> None:

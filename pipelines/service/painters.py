@@ -18,20 +18,21 @@ import ray
 import torch
 from PIL import Image
 
-from aai.addons import AddOns
+from aai.addons import AddOns, blackened
 from aai.batching import Together, view_of
 from aai.bundle import read_bundle
 from aai.config import Config
 from aai.errors import UserError
 from aai.foundation.identity import identity
 from aai.painter import Painter
-from aai.progress import Progress, Stage
+from aai.progress import DenoisingProgress, ProgressTracker
 from aai.proof import ProofConfig, Prover
 from aai.sampling import PaintRequest
 from aai.signatures import TrustConfig, check
 from pipelines.registry import versions
 from pipelines.service.answers import ServedModel
 from pipelines.service.http import Verb
+from pipelines.service.telemetry import PainterMetrics
 from pipelines.service.watching import Watcher, board_name, refuse_other
 from pipelines.settings import StoreConfig
 
@@ -81,9 +82,10 @@ class PainterReplica:
         self._started_s: dict[int, float] = {}
         """When each request that is painted began, by its thread."""
         self._broken = ""
+        self._metrics = PainterMetrics()
         self._prover = Prover(c.proof)
         self._serving = self._first()
-        self._together = Together(self._serving.painter.pipe.unet)  # every version has the same one
+        self._together = Together(self._serving.painter.pipe.unet, self._metrics.batch)  # of all versions
         logger.info("painter: %s in %s on %s", self._serving.model.label(), self._serving.painter.dtype, c.device)
         self.watcher = Watcher(c.follow, c.registry, self._serving.model, self.take)
         if c.follow:
@@ -142,7 +144,7 @@ class PainterReplica:
         pixels: list[np.ndarray | None],
         request: PaintRequest,
         given: dict[str, Any],
-        tell: Callable[[Stage], None] | None = None,
+        tell: Callable[[DenoisingProgress], None] | None = None,
     ) -> tuple[list[bytes], dict[str, Any]]:
         """Sounds float32 [S] by name, maybe a picture and a mask (RGB, uint8 [H, W, 3]) -> PNG files, and the model.
 
@@ -181,9 +183,9 @@ class PainterReplica:
         The last one is {files, model}.
         """
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[Stage | None] = asyncio.Queue()
+        told: asyncio.Queue[DenoisingProgress | None] = asyncio.Queue()
 
-        def tell(stage: Stage | None) -> None:
+        def tell(stage: DenoisingProgress | None) -> None:
             loop.call_soon_threadsafe(told.put_nowait, stage)
 
         painting = asyncio.create_task(self.paint(verb, sounds, pixels, request, given, tell))
@@ -204,12 +206,12 @@ class PainterReplica:
         pixels: list[np.ndarray | None],
         request: PaintRequest,
         stop: threading.Event,
-        tell: Callable[[Stage], None] | None,
+        tell: Callable[[DenoisingProgress], None] | None,
     ) -> tuple[list[Image.Image], ServedModel]:
         serving = self._serving
         image, mask = (None if x is None else Image.fromarray(x) for x in pixels)
         pipe = serving.painter.pipe
-        seen = None if tell is None else Progress(pipe, verb, request, mask is not None, tell)
+        seen = None if tell is None else ProgressTracker(pipe, verb, request, mask is not None, tell)
 
         def work() -> list[Image.Image]:
             if verb == "generate":
@@ -226,7 +228,8 @@ class PainterReplica:
         thread = threading.get_ident()
         self._started_s[thread] = time.monotonic()
         try:
-            return self._together.run(work, stop, *args)
+            with self._metrics.stage("paint"):
+                return self._together.run(work, stop, *args)
         except torch.AcceleratorError as error:  # not OutOfMemoryError; such a process never paints again
             self._broken = str(error)
             raise
@@ -234,8 +237,13 @@ class PainterReplica:
             del self._started_s[thread]
 
     def _encoded(self, images: list[Image.Image], made: dict[str, Any]) -> list[bytes]:
-        """PNG files; picture i has the request's seed + i."""
-        return [self._prover.encode(image, {**made, "seed": made["seed"] + i}) for i, image in enumerate(images)]
+        """PNG files, empty for what the safety checker stopped; picture i has the request's seed + i."""
+        pipe, seed = self._serving.painter.pipe, made["seed"]
+        with self._metrics.stage("encode"):
+            return [
+                b"" if blackened(pipe, image) else self._prover.encode(image, {**made, "seed": seed + i})
+                for i, image in enumerate(images)
+            ]
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises: after a CUDA error, or when a painting never ends."""

@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPConfig
 
-from aai.addons import SCHEDULERS, AddOns, absolute, add_to, with_controlnet
+from aai.addons import SCHEDULERS, AddOns, absolute, add_to, blackened, with_controlnet
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
@@ -122,6 +122,10 @@ def test_a_safety_checker_is_off_only_by_choice(bundle: Path, plain: Painter, tm
     write_checker(tmp_path / "sd" / "safety_checker", tmp_path / "sd" / "feature_extractor")
     own = write_bundle_of(tmp_path / "bundle", spec)
     assert not painted(own).any()
+    stopping = Painter.load(own)
+    black, shown = stopping.generate(sound(1), REQUEST)[0], Image.new("RGB", (2, 2), (0, 0, 1))
+    assert [blackened(stopping.pipe, black), blackened(stopping.pipe, shown)] == [True, False]
+    assert not blackened(plain.pipe, black), "nothing stops there"
     given = Image.new("RGB", (64, 64), "white")
     assert not pixels(Painter.load(own).edit(sound(1), given, PaintRequest(steps=4))).any()
     inverted = PaintRequest(steps=4, repaint="invert")

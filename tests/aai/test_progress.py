@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from aai.painter import Painter
-from aai.progress import PREVIEWS, Progress, Stage, calls_of, foreseen
+from aai.progress import PREVIEWS, DenoisingProgress, ProgressTracker, calls_of, foreseen
 from aai.sampling import PaintRequest
 from tests.aai.test_painter import sound
 
@@ -20,8 +20,8 @@ WHITE = Image.new("L", (64, 64), 255)
 
 def stages(painter: Painter, verb: str, request: PaintRequest, mask: Image.Image | None = None) -> tuple[Any, Any]:
     """What is told while a picture is painted, and the picture."""
-    told: list[Stage] = []
-    seen = Progress(painter.pipe, verb, request, mask is not None, told.append)
+    told: list[DenoisingProgress] = []
+    seen = ProgressTracker(painter.pipe, verb, request, mask is not None, told.append)
 
     def hook(_: Any, args: Any, kwargs: Any, out: Any) -> None:
         seen(args[0], args[1], out[0])
@@ -63,7 +63,7 @@ def test_every_call_of_the_unet_is_a_stage(
 
 def test_a_single_step_has_no_preview(painter: Painter) -> None:
     told, _ = stages(painter, "generate", PaintRequest(steps=1))
-    assert told == [Stage(1, 1)]
+    assert told == [DenoisingProgress(1, 1)]
 
 
 def test_previews_come_nearer_to_the_picture(painter: Painter) -> None:

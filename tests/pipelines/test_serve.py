@@ -12,8 +12,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -70,6 +72,8 @@ class Service:
     url: str
     bundle: Path
     ready_line: str
+    metrics_port: int
+    process: subprocess.Popen[str]
 
     def post(self, verb: str, data: dict[str, str], image: bytes | None = None) -> httpx.Response:
         """One request with a short tone."""
@@ -95,16 +99,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("serve")
+@contextmanager
+def serving(folder: Path, key: str = KEY, **settings: Any) -> Iterator[Service]:
+    """`aai serve` on a tiny bundle that is registered in a new registry."""
     bundle = write_tiny_bundle(folder)
     registry = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", model_name="tiny")
     versions.set_alias(registry, "champion", versions.register(registry, bundle, {}, {}))
     (folder / "token").write_text("0123456789abcdef" * 4)
-    config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, port=free_port())
+    ports = {"port": free_port(), "metrics_port": free_port()}
+    config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, **ports, **settings)
     (folder / "serve.yaml").write_text(config.to_yaml())
-    environment = os.environ | {"AAI_API_KEY": KEY, "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    environment = os.environ | {"AAI_API_KEY": key, "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "pipelines", "serve", "--config", str(folder / "serve.yaml")],
@@ -114,7 +119,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, (folder / "log").read_text()[-3000:]
-        yield Service(config.url(), bundle, line)
+        yield Service(config.url(), bundle, line, config.metrics_port, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, "as a container is stopped: it must end cleanly"
         assert KEY not in (folder / "log").read_text() + line
@@ -123,9 +128,18 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         process.wait()
 
 
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("serve")) as running:
+        yield running
+
+
 def test_the_ready_line_names_url_model_and_version(service: Service) -> None:
     assert service.url in service.ready_line
     assert "tiny/1@champion" in service.ready_line
+    said = (service.bundle.parent / "log").read_text()
+    steps = ["fetching models:/tiny@champion", "loading tiny/1@champion, painters: 1", "ready after", "metrics at http"]
+    assert sorted(steps, key=said.index) == steps
     health = service.health()
     assert health["model"] == {"name": "tiny", "version": "1", "alias": "champion"}
     assert (health["status"], health["replicas"], health["queue_depth"]) == ("ready", 1, 0)

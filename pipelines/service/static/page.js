@@ -94,10 +94,15 @@ async function reason(response) {
   return `${message}${wait ? ` (try again in ${wait} s)` : ""} [${response.status}]`;
 }
 
+const STOPPED = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" fill="#888"/>
+<text x="32" y="30" font-size="6" text-anchor="middle">stopped by the<tspan x="32" dy="8">safety checker</tspan></text></svg>`;
+
 async function pictures(response) {
   if (response.headers.get("Content-Type").startsWith("image/")) return [await response.blob()];
   const { images } = await response.json();
-  return images.map((text) => new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], { type: "image/png" }));
+  return images.map((text) => text === null
+    ? new Blob([STOPPED], { type: "image/svg+xml" })
+    : new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], { type: "image/png" }));
 }
 
 function showPictures(blobs, seed) {

@@ -12,9 +12,10 @@ from ray import serve
 from aai.errors import UserError
 from aai.sampling import PaintRequest
 from pipelines.service.answers import Progress, ServedModel
-from pipelines.service.gateway import KEY_VARIABLE, Gateway
+from pipelines.service.gateway import Gateway
 from pipelines.service.guard import ApiError
 from pipelines.service.http import Verb, Wanted
+from pipelines.service.keys import KEY_VARIABLE
 
 MODEL = {"name": "toy", "version": "1", "sha": "s", "sample_rate_hz": 16_000}
 TONE = {"sound": np.zeros(8, np.float32)}

@@ -1,8 +1,10 @@
 """What stands in front of the application: slow, many and needless uploads are refused before they are read."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,6 +12,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from pipelines.service.guard import Guard, Limits
+from pipelines.service.keys import Keys, hashed
 
 LIMITS = Limits(max_bytes=100_000, max_uploads=2, upload_grace_s=0.3, min_upload_bytes_per_s=10_000, retry_after_s=7)
 
@@ -36,12 +39,14 @@ async def pieces(count: int, size: int, every_s: float) -> AsyncIterator[bytes]:
         await asyncio.sleep(every_s)
 
 
-def asked(app: Any, bodies: list[Any], path: str = "/v1/generate", wait_s: float = 0) -> list[httpx.Response]:
+def asked(
+    app: Any, bodies: list[Any], path: str = "/v1/generate", wait_s: float = 0, headers: dict[str, str] | None = None
+) -> list[httpx.Response]:
     """Requests at the same time, `wait_s` after each other."""
 
     async def one(client: httpx.AsyncClient, number: int, body: Any) -> httpx.Response:
         await asyncio.sleep(number * wait_s)
-        return await client.post(path, content=body)
+        return await client.post(path, content=body, headers=headers)
 
     async def run() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app)
@@ -173,3 +178,39 @@ def test_a_client_that_leaves_frees_its_place() -> None:
 
     asyncio.run(run())
     assert app._uploads == []
+
+
+def test_a_key_over_its_quota_is_told_before_the_body_is_read(tmp_path: Path) -> None:
+    rows = [{"name": name, "sha256": hashed(name), "per_minute": 2, "at_once": 1} for name in ("ann", "bob")]
+    (tmp_path / "keys").write_text(json.dumps(rows))
+    reader = Reader()
+    app = Guard(reader, LIMITS, Keys(str(tmp_path / "keys")))
+
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30) as client:
+
+            async def ask(key: str, body: Any = b"") -> httpx.Response:
+                return await client.post("/v1/edit", content=body, headers={"X-API-Key": key})
+
+            slow = asyncio.create_task(ask("ann", pieces(3, 5000, 0.1)))
+            await asyncio.sleep(0.1)
+            found = [
+                await ask("ann"),
+                await ask("bob"),
+                await slow,
+                await ask("ann"),
+                await ask("ann"),
+                await ask("cid"),
+            ]
+            return [*found, await client.get("/healthz", headers={"X-API-Key": "ann"})]
+
+    second, other, first, third, fourth, unknown, health = asyncio.run(run())
+    answers = [second, other, first, third, fourth, unknown, health]
+    assert [answer.status_code for answer in answers] == [429, 200, 200, 200, 429, 401, 200]
+    assert second.json()["error"]["code"] == fourth.json()["error"]["code"] == "over_quota"
+    assert fourth.json()["error"]["message"] == "the key ann may ask for 2 requests a minute, 1 at once"
+    assert (second.headers["retry-after"], int(fourth.headers["retry-after"]) > 50) == ("1", True)
+    assert reader.started == 4
+    assert app._keys is not None
+    assert app._keys._at_once.total() == 0

@@ -12,6 +12,7 @@ from aai.sampling import PaintRequest
 from pipelines.service.answers import Answer, Progress, ServedModel
 from pipelines.service.guard import Limits, queue_full
 from pipelines.service.http import STATIC, Health, Wanted, build_http
+from pipelines.service.keys import Keys
 from tests import hostile
 from tests.clips import latin1_title, make_moving
 from tests.hostile import png, wav
@@ -27,6 +28,7 @@ class Echo:
     def __init__(self, wait_s: float = 0, replicas: int = 1) -> None:
         self.wait_s, self.replicas, self.cancelled = wait_s, replicas, 0
         self.painted_by, self.is_full = self.model, False
+        self.stopped: set[int] = set()
         self.calls: list[tuple[str, dict[str, np.ndarray], Image.Image | None, PaintRequest]] = []
         self.masks: list[Image.Image | None] = []
 
@@ -44,7 +46,8 @@ class Echo:
             raise UserError("prompt", prompt, "names an unknown sound", "use <sound>")
         if "<broken>" in prompt:
             raise RuntimeError("a secret")
-        return Answer([png()] * wanted.request.num_images, self.painted_by)
+        files = [b"" if i in self.stopped else png() for i in range(wanted.request.num_images)]
+        return Answer(files, self.painted_by)
 
     async def paint_live(self, wanted: Wanted) -> AsyncGenerator[Progress | Answer, None]:
         if self.is_full:
@@ -72,7 +75,7 @@ def ask(
     """One request to a fresh application around a backend."""
 
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(build_http(backend or Echo(), limits, key))
+        transport = httpx.ASGITransport(build_http(backend or Echo(), limits, Keys(key=key) if key else None))
         async with httpx.AsyncClient(transport=transport, base_url=base) as client:
             return await client.request(method, path, **request)
 
@@ -186,6 +189,19 @@ def test_several_pictures_come_as_json() -> None:
     response = ask("POST", "/v1/generate", files={"audio": wav()}, data={"num_images": "3", "seed": "5"})
     body = response.json()
     assert (body["seed"], body["model"], body["bundle"], len(body["images"])) == (5, "toy/3@champion", "abc123", 3)
+    assert body["blocked"] == []
+
+
+def test_what_the_safety_checker_stopped_is_told() -> None:
+    backend, files = Echo(), {"audio": wav()}
+    backend.stopped = {0, 2}
+    one = ask("POST", "/v1/generate", backend, files=files)
+    assert code(one) == (422, "unsafe_picture")
+    assert "the safety checker stopped" in one.json()["error"]["message"]
+    several = ask("POST", "/v1/generate", backend, files=files, data={"num_images": "3"}).json()
+    assert (several["blocked"], [image is None for image in several["images"]]) == ([0, 2], [True, False, True])
+    backend.stopped = {0, 1, 2}
+    assert code(ask("POST", "/v1/generate", backend, files=files, data={"num_images": "3"})) == (422, "unsafe_picture")
 
 
 @pytest.mark.parametrize(

@@ -76,11 +76,12 @@ def test_pictures_tell_how_they_were_made_and_prove_it(tiny_bundle: str, tmp_pat
         assert {**proof_of.made, **wanted, **GIVEN} == proof_of.made
 
 
-def test_add_ons_reach_the_painter(tiny_bundle: str, tmp_path: Path) -> None:
+def test_a_picture_that_the_safety_checker_stops_is_left_out(tiny_bundle: str, tmp_path: Path) -> None:
     write_checker(tmp_path, tmp_path)
     checked = replica(tiny_bundle, addons={"safety_checker": str(tmp_path)})
-    (picture,) = paint(checked, "generate", [None, None])
-    assert not np.asarray(Image.open(io.BytesIO(picture))).any()
+    assert paint(checked, "generate", [None, None]) == [b""]
+    inverted = REQUEST.model_copy(update={"repaint": "invert", "num_images": 2})
+    assert paint(checked, "edit", [RED, None], inverted) == [b"", b""]
 
 
 def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle: str) -> None:
@@ -120,7 +121,8 @@ def test_a_picture_that_nobody_waits_for_ends_at_the_next_step(
 def test_requests_are_painted_together_and_heavy_ones_get_their_turn(painter: PainterReplica) -> None:
     """Eight pictures at most: two requests of four fill it, and one of eight is not overtaken by small ones."""
     sizes, order = [], []
-    hook = painter._serving.painter.pipe.unet.register_forward_hook(lambda *_: sizes.append(painter._together.batch))
+    told = painter._together._told
+    painter._together._told = sizes.append
 
     async def one(seed: int, count: int) -> tuple[int, list[bytes]]:
         request = REQUEST.model_copy(update={"seed": seed, "num_images": count, "steps": 6})
@@ -134,7 +136,7 @@ def test_requests_are_painted_together_and_heavy_ones_get_their_turn(painter: Pa
     try:
         made = asyncio.run(crowd())
     finally:
-        hook.remove()
+        painter._together._told = told
     assert max(sizes) == 16  # with guidance two rows for each picture
     assert order.index(30) == 2
     assert [len(made[seed]) for seed in (10, 20, 30, 40, 50)] == [4, 4, 8, 1, 1]

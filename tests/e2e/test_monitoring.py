@@ -1,0 +1,144 @@
+"""The alerts of infra/monitoring fire when they should, and not otherwise: evaluated by Prometheus' own promtool."""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from aai.bundle import read_bundle
+from pipelines.registry import versions
+from tests.e2e.test_rollover import another, registry_of
+from tests.pipelines.test_serve import QUICK, crowd, free_port, serving
+
+RULES = Path(__file__).resolve().parents[2] / "infra" / "monitoring" / "alerts.yml"
+PROMTOOL = shutil.which("promtool")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs promtool, of Debian's package prometheus")
+
+REQUESTS, BUCKET = "ray_aai_requests_total", "ray_aai_request_duration_seconds_bucket"
+WELL = {
+    "ray_aai_painters_running": "2x60",
+    "ray_aai_painters_wanted": "2x60",
+    "ray_aai_registry_trouble": "0x60",
+    "ray_aai_request_timeout_seconds": "120x60",
+    'ray_aai_version_refused{version="4"}': "0x60",
+    f'{REQUESTS}{{verb="generate", status="200", code="ok"}}': "0+60x60",
+    f'{REQUESTS}{{verb="generate", status="429", code="queue_full"}}': "0+1x60",
+    f'{BUCKET}{{verb="generate", status="200", le="2.5"}}': "0+60x60",
+    f'{BUCKET}{{verb="generate", status="200", le="60.0"}}': "0+60x60",
+    f'{BUCKET}{{verb="generate", status="200", le="120.0"}}': "0+60x60",
+    f'{BUCKET}{{verb="generate", status="200", le="+Inf"}}': "0+60x60",
+}
+"""A service that is well: series by name, a value a minute."""
+ILL: dict[str, dict[str, str]] = {
+    "AaiAway": dict.fromkeys(("ray_aai_painters_running", "ray_aai_painters_wanted"), "2x10 stale"),
+    "AaiNoPainter": {"ray_aai_painters_running": "2x10 0x50", "ray_aai_painters_wanted": "2x10 0x50"},
+    "AaiPainterLost": {"ray_aai_painters_running": "2x10 1x50"},
+    "AaiQueueFull": {f'{REQUESTS}{{verb="generate", status="429", code="queue_full"}}': "0+30x60"},
+    "AaiSlow": {f'{BUCKET}{{verb="generate", status="200", le="{le}"}}': "0+30x60" for le in ("2.5", "60.0")},
+    "AaiFailing": {f'{REQUESTS}{{verb="generate", status="500", code="internal"}}': "0+1x60"},
+    "AaiVersionRefused": {'ray_aai_version_refused{version="4"}': "0x10 1x50"},
+    "AaiRegistryAway": {"ray_aai_registry_trouble": "0x10 1x50"},
+}
+"""What is otherwise when an alert must fire, and no other."""
+
+
+def fired(changes: dict[str, str], tmp_path: Path) -> set[str]:
+    """The alerts that fire after half an hour of these series in place of WELL's."""
+    series = [{"series": labelled(name), "values": values} for name, values in {**WELL, **changes}.items()]
+    found = set()
+    for alert in ILL:
+        tests: list[dict[str, Any]] = [{"eval_time": "30m", "alertname": alert}]  # promtool: none is expected
+        case = {"interval": "1m", "input_series": series, "alert_rule_test": tests}
+        file = tmp_path / "alerts_test.yml"
+        file.write_text(json.dumps({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [case]}))
+        done = subprocess.run([str(PROMTOOL), "test", "rules", str(file)], capture_output=True, text=True)
+        assert "FAILED" in done.stdout + done.stderr or done.returncode == 0, done.stdout + done.stderr
+        if done.returncode:
+            assert f"alertname: {alert}" in done.stdout + done.stderr, done.stdout + done.stderr
+            found.add(alert)
+    return found
+
+
+def labelled(series: str) -> str:
+    """A series with the label that Serve puts on all."""
+    name, _, rest = series.partition("{")
+    return f'{name}{{application="aai"{", " + rest if rest else "}"}'
+
+
+def test_every_alert_has_a_case_and_says_what_to_do() -> None:
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    assert {rule["alert"] for rule in rules} == ILL.keys()
+    for rule in rules:
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert rule["annotations"].keys() == {"summary", "remedy"}
+
+
+@needs_promtool
+def test_a_service_that_is_well_alerts_nobody(tmp_path: Path) -> None:
+    assert fired({}, tmp_path) == set()
+
+
+@needs_promtool
+@pytest.mark.parametrize("alert", ILL)
+def test_an_alert_fires_for_what_it_is_there_for_alone(alert: str, tmp_path: Path) -> None:
+    assert fired(ILL[alert], tmp_path) == {alert}
+
+
+@contextmanager
+def prometheus(folder: Path, metrics_port: int) -> Iterator[str]:
+    """A real server that scrapes a real service; its alerts wait for seconds instead of minutes."""
+    (folder / "alerts.yml").write_text(re.sub(r"for: \d+m", "for: 3s", RULES.read_text()))
+    scrape = {"job_name": "ray", "static_configs": [{"targets": [f"127.0.0.1:{metrics_port}"]}]}
+    often = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    settings = {"global": often, "rule_files": ["alerts.yml"], "scrape_configs": [scrape]}
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
+    port = free_port()
+    command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb"]
+    with (folder / "prometheus.log").open("w") as log:
+        server = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def until_firing(url: str, alert: str) -> dict[str, str]:
+    """Waits until an alert fires; its labels."""
+    end_s = time.monotonic() + 90
+    while True:
+        with suppress(httpx.TransportError):
+            alerts = httpx.get(f"{url}/api/v1/alerts").json()["data"]["alerts"]
+            firing = {each["labels"]["alertname"]: each["labels"] for each in alerts if each["state"] == "firing"}
+            if alert in firing:
+                return firing[alert]
+        assert time.monotonic() < end_s, alert
+        time.sleep(0.5)
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
+def test_m9_a_real_prometheus_alerts_of_a_real_service(tmp_path: Path) -> None:
+    with serving(tmp_path) as running, prometheus(tmp_path, running.metrics_port) as url:
+        assert running.post("generate", QUICK).status_code == 200
+        for _ in range(4):  # a rate needs values at two times at least
+            asyncio.run(crowd(running, 40))
+            time.sleep(4)
+        assert until_firing(url, "AaiQueueFull")["application"] == "aai"
+        cfg, encoder = registry_of(running), read_bundle(running.bundle).config.encoder
+        slower = another(running.bundle, tmp_path / "bad", encoder={**encoder, "sample_rate_hz": 8_000})
+        versions.set_alias(cfg, "champion", versions.register(cfg, slower, {}, {}))
+        assert until_firing(url, "AaiVersionRefused")["version"] == "2"
+        versions.delete_alias(cfg, "champion")
+        until_firing(url, "AaiRegistryAway")
