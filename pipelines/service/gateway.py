@@ -21,7 +21,7 @@ from aai.errors import UserError
 from aai.sampling import PaintRequest
 from pipelines.service.guard import Limits, busy, queue_full
 from pipelines.service.http import Answer, Health, ServedModel, Verb, build_http
-from pipelines.service.watching import Noticeboard, board_name
+from pipelines.service.noticeboard import Noticeboard, board_name
 
 logger = logging.getLogger(__name__)
 

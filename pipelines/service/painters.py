@@ -27,7 +27,8 @@ from aai.sampling import PaintRequest
 from aai.signatures import TrustConfig, check
 from pipelines.registry import versions
 from pipelines.service.http import ServedModel, Verb
-from pipelines.service.watching import Watcher, board_name, refuse_other
+from pipelines.service.noticeboard import board_name
+from pipelines.service.watching import Watcher, refuse_other
 from pipelines.settings import StoreConfig
 
 logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas

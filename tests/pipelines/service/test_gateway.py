@@ -1,6 +1,8 @@
 """The gateway in front of painters that Serve runs in this process, in its mode for tests."""
 
 import asyncio
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -80,3 +82,15 @@ def test_without_the_key_that_is_asked_for_it_does_not_start(monkeypatch: pytest
     assert gateway(None).model.label() == "toy/1"
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     assert gateway(None, need_key=True)._in_flight == 0
+
+
+def test_it_loads_no_model_library() -> None:
+    code = (
+        "import sys\nfrom pipelines.service.gateway import Gateway\n"
+        "model = {'name': 'toy', 'version': '1', 'sha': 's', 'sample_rate_hz': 16000}\n"
+        "Gateway(None, model, {}, 1, False).__serve_build_asgi_app__()\n"
+        "heavy = {'torch', 'torchaudio', 'transformers', 'diffusers', 'mlflow', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
