@@ -17,7 +17,7 @@ def decode_still(
 
     backdrop: colour behind what is transparent, as of a mask; else transparency is passed over.
 
-    Raises ClipError: TOO_LARGE (width x height, or a strip), else UNREADABLE.
+    Raises ClipError: TOO_LARGE (width x height, or a strip), else UNREADABLE; MemoryError.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -31,7 +31,7 @@ def decode_still(
             behind = Image.new("RGBA", upright.size, backdrop)
             upright = Image.alpha_composite(behind, upright.convert("RGBA"))
         return upright.convert("RGB")
-    except ClipError:
+    except (ClipError, MemoryError):
         raise
     except Exception as error:  # a broken file raises what its parser stumbles over: struct.error, TypeError, ...
         raise ClipError("UNREADABLE", f"cannot be decoded ({reason(error)})") from error

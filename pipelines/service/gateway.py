@@ -22,6 +22,7 @@ from aai.sampling import PaintRequest
 from pipelines.service.guard import Limits, busy, queue_full
 from pipelines.service.http import Answer, Health, ServedModel, Verb, build_http
 from pipelines.service.noticeboard import Noticeboard, board_name
+from pipelines.service.uploads import Decoders
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The HTTP application, built where it runs."""
-        return build_http(self, self._limits, api_key())
+        decoders = Decoders(self._limits)
+        decoders.warm()
+        return build_http(self, self._limits, api_key(), decoders)
 
     async def paint(
         self,

@@ -36,6 +36,10 @@ class Limits(InputLimits):
     """How long a body may be slower than min_upload_bytes_per_s; then it is refused with 408."""
     min_upload_bytes_per_s: int = pydantic.Field(16_384, ge=1)
     """Slowest upload, on the average."""
+    decode_timeout_s: float = pydantic.Field(20, gt=0)
+    """Longest time for the decoding of one uploaded file; its process is ended then."""
+    decode_memory_mb: int = pydantic.Field(2048, ge=1024)
+    """Address space of a process that decodes uploads; there are two."""
     retry_after_s: int = pydantic.Field(2, ge=1)
     """What the Retry-After header of a 429 or 503 answer says."""
 

@@ -1,9 +1,8 @@
 """The HTTP face of the painter: limits, key, forms and answers. It knows FastAPI, not Ray."""
 
-import asyncio
 import base64
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
@@ -19,12 +18,10 @@ from starlette.types import ASGIApp
 
 from aai.config import Config
 from aai.errors import UserError
-from aai.media.decode import ClipError, decode_audio
-from aai.media.still import decode_still
-from aai.png import sha256
 from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
 from pipelines.service.guard import ApiError, Guard, Limits
+from pipelines.service.uploads import Decoders, read_audio, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -152,28 +149,12 @@ class RepaintForm(_PaintForm):
         return {name_of(0): self.audio}
 
 
-def read_audio(data: bytes, limits: Limits, sample_rate_hz: int) -> np.ndarray:
-    """An uploaded sound file -> mono float32 [S]. Raises ApiError 422 with the decoder's reason."""
-    try:
-        return decode_audio(data, limits.max_audio_s, limits.max_bytes, sample_rate_hz)
-    except ClipError as error:
-        raise ApiError(422, error.code.lower(), f"audio: {error.message}") from error
-
-
-def read_image(data: bytes, limits: Limits, field: str = "image") -> Image.Image:
-    """An uploaded PNG, JPEG or WebP -> upright RGB. Raises ApiError 422 with the decoder's reason."""
-    try:
-        return decode_still(data, limits.max_pixels, backdrop="black" if field == "mask" else None)
-    except ClipError as error:
-        raise ApiError(422, f"image_{error.code.lower()}", f"{field}: {error.message}") from error
-
-
-def build_http(backend: Backend, limits: Limits, key: str | None) -> ASGIApp:
-    """The whole HTTP application around a backend: page, docs, /healthz and /v1."""
+def build_http(backend: Backend, limits: Limits, key: str | None, decoders: Decoders | None = None) -> ASGIApp:
+    """The whole HTTP application around a backend: page, docs, /healthz and /v1. decoders: those to be used."""
     app = FastAPI(title="AAI on Ray", version="1", docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_pages(app, backend)
-    _add_verbs(app, backend, limits)
+    _add_verbs(app, backend, limits, decoders or Decoders(limits))
     return Guard(app, limits, key, backend.full)
 
 
@@ -223,14 +204,7 @@ def _add_pages(app: FastAPI, backend: Backend) -> None:
         return JSONResponse(body, 200 if ready else 503, {"Cache-Control": "no-store"})
 
 
-def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
-    decoding = asyncio.Semaphore(2)  # decoded pictures and sounds are large; waiting uploads are not
-
-    async def decoded(read: Callable[..., Any], file: UploadFile, *args: Any) -> tuple[Any, str]:
-        """What a file holds, and the SHA-256 of its bytes."""
-        data = await file.read()
-        return await asyncio.to_thread(lambda: (read(data, *args), sha256(data)))
-
+def _add_verbs(app: FastAPI, backend: Backend, limits: Limits, decoders: Decoders) -> None:
     async def answer(verb: Verb, form: GenerateForm | RepaintForm) -> Response:
         if verb != "generate":
             check_repaint(verb, form)
@@ -241,7 +215,7 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
         hashed: dict[str, str] = {}
         given: dict[str, Any] = {"sounds": hashed}
         image = mask = None
-        async with decoding:  # a whole request's: else each of many waiting ones would hold most of its sounds
+        async with decoders.one() as decoded:
             for name, file in files.items():
                 sounds[name], hashed[name] = await decoded(read_audio, file, limits, rate_hz)
                 total_s = sum(map(len, sounds.values())) / rate_hz

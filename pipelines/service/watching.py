@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from aai.errors import UserError
 from pipelines.registry import store, versions

@@ -12,11 +12,13 @@ from aai.errors import UserError
 from aai.sampling import PaintRequest
 from pipelines.service.guard import Limits
 from pipelines.service.http import STATIC, Answer, Health, ServedModel, build_http
+from pipelines.service.uploads import Decoders
 from tests import hostile
 from tests.clips import latin1_title, make_moving
 from tests.hostile import png, wav
 
 LIMITS = Limits(max_bytes=300_000, max_audio_s=2, max_pixels=128 * 128, request_timeout_s=60)
+DECODERS = Decoders(LIMITS)
 
 
 class Echo:
@@ -70,7 +72,7 @@ def ask(
     """One request to a fresh application around a backend."""
 
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(build_http(backend or Echo(), limits, key))
+        transport = httpx.ASGITransport(build_http(backend or Echo(), limits, key, DECODERS))
         async with httpx.AsyncClient(transport=transport, base_url=base) as client:
             return await client.request(method, path, **request)
 
