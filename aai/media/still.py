@@ -2,7 +2,7 @@
 
 import io
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aai.media.limits import ClipError, reason
 
@@ -33,5 +33,7 @@ def decode_still(
         return upright.convert("RGB")
     except (ClipError, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # its own text tells an address of this process
+        raise ClipError("UNREADABLE", f"is none of {', '.join(formats)}") from error
     except Exception as error:  # a broken file raises what its parser stumbles over: struct.error, TypeError, ...
         raise ClipError("UNREADABLE", f"cannot be decoded ({reason(error)})") from error

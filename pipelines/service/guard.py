@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.settings import InputLimits
 
+logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 YOUNG_S = 0.1
 """An upload of this age may still be slow without making room for others."""
@@ -36,7 +38,7 @@ class Limits(InputLimits):
     """How long a body may be slower than min_upload_bytes_per_s; then it is refused with 408."""
     min_upload_bytes_per_s: int = pydantic.Field(16_384, ge=1)
     """Slowest upload, on the average."""
-    decode_timeout_s: float = pydantic.Field(20, gt=0)
+    decode_timeout_s: float = pydantic.Field(10, gt=0)
     """Longest time for the decoding of one uploaded file; its process is ended then."""
     decode_memory_mb: int = pydantic.Field(2048, ge=1024)
     """Address space of a process that decodes uploads; there are two."""
@@ -102,13 +104,21 @@ class Guard:
             self._admit(scope, upload)
             async with deadline:
                 await self._app(scope, self._counted(upload, receive), answer)
-        except (ApiError, TimeoutError) as error:
-            if started or not (isinstance(error, ApiError) or deadline.expired()):
+        except Exception as error:
+            if started:
                 raise
-            refusal = error if isinstance(error, ApiError) else self._too_late()
-            await refusal.response()(scope, receive, answer)
+            await self._refusal(error, deadline.expired()).response()(scope, receive, answer)
         finally:
             self._ended(upload)
+
+    def _refusal(self, error: Exception, late: bool) -> ApiError:
+        """What is told of an error that nobody has answered yet."""
+        if isinstance(error, ApiError):
+            return error
+        if late and isinstance(error, TimeoutError):
+            return self._too_late()
+        logger.error("gateway: a request failed", exc_info=error)
+        return ApiError(500, "internal", "the service failed; the reason is in its log")
 
     def _too_late(self) -> ApiError:
         limit_s = self._limits.request_timeout_s

@@ -20,6 +20,7 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
+from pipelines.service.answers import HEALTHZ, KEYS, REFUSALS, SEVERAL
 from pipelines.service.guard import ApiError, Guard, Limits
 from pipelines.service.uploads import Decoders, read_audio, read_image
 
@@ -27,19 +28,15 @@ logger = logging.getLogger(__name__)
 
 Verb = Literal["generate", "edit", "stylize"]
 STATIC = Path(__file__).parent / "static"
+PNG = {"type": "string", "format": "binary"}
 MULTIPART = Form(media_type="multipart/form-data")
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "image/png for one picture, for more JSON {seed, model, bundle, images: [base64]}. "
         "Headers X-AAI-Model, X-AAI-Bundle, X-AAI-Seed.",
-        "content": {"image/png": {}, "application/json": {}},
+        "content": {"image/png": {"schema": PNG}, "application/json": {"schema": SEVERAL}},
     },
-    401: {"description": "Key missing or wrong"},
-    408: {"description": "The upload is too slow"},
-    413: {"description": "Request body over the limit"},
-    422: {"description": "A field, the sound or the picture is not usable; the message says why"},
-    429: {"description": "Queue full; Retry-After says when to come back"},
-    503: {"description": "No painter, or no picture in time; Retry-After says when to come back"},
+    **REFUSALS,
 }
 
 
@@ -151,7 +148,7 @@ class RepaintForm(_PaintForm):
 
 def build_http(backend: Backend, limits: Limits, key: str | None, decoders: Decoders | None = None) -> ASGIApp:
     """The whole HTTP application around a backend: page, docs, /healthz and /v1. decoders: those to be used."""
-    app = FastAPI(title="AAI on Ray", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="AAI on Ray", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
     _add_pages(app, backend)
     _add_verbs(app, backend, limits, decoders or Decoders(limits))
@@ -164,7 +161,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         if not isinstance(error, ApiError):
-            error = ApiError(error.status_code, f"http_{error.status_code}", str(error.detail))
+            told = dict(error.headers or {})  # Allow, of a 405
+            error = ApiError(error.status_code, f"http_{error.status_code}", str(error.detail), told)
         return error.response()
 
     @app.exception_handler(RequestValidationError)
@@ -193,7 +191,7 @@ def _add_pages(app: FastAPI, backend: Backend) -> None:
 
     app.mount("/static", StaticFiles(directory=STATIC))
 
-    @app.get("/healthz", summary="Model and queue; 503 while no painter is ready")
+    @app.get("/healthz", summary="Model and queue; 503 while no painter is ready", responses=HEALTHZ)
     async def healthz() -> JSONResponse:
         health = await backend.health()
         model = backend.model.model_dump(include={"name", "version", "alias"})
@@ -229,7 +227,7 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits, decoders: Decoder
         painted = await backend.paint(verb, sounds, image, form.request(), mask, given)
         return _pictures(painted.files, form.seed, painted.model)
 
-    options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}
+    options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response, "dependencies": KEYS}
 
     @app.post("/v1/generate", summary="Paint a sound, or several", **options)
     async def generate(form: Annotated[GenerateForm, MULTIPART]) -> Response:

@@ -173,3 +173,13 @@ def test_a_client_that_leaves_frees_its_place() -> None:
 
     asyncio.run(run())
     assert app._uploads == []
+
+
+def test_what_nobody_foresaw_is_a_logged_500_of_our_form(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise KeyError("secret of the inside")
+
+    (response,) = asked(Guard(broken, LIMITS, None), [b""])
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
+    assert "secret" not in response.text
+    assert "secret of the inside" in caplog.text

@@ -375,6 +375,14 @@ def test_the_pages_load_nothing_from_elsewhere() -> None:
         assert "https://" not in text
 
 
+def test_another_method_is_told_which_ones_there_are_and_no_path_is_guessed() -> None:
+    response = ask("PUT", "/v1/edit")
+    assert code(response) == (405, "http_405")
+    assert response.headers["allow"] == "POST"
+    for path in ("/v1/generate/", "/static"):  # a redirect would follow the Host header
+        assert ask("GET", path).status_code == 404
+
+
 def test_openapi_lists_the_fields_and_their_bounds() -> None:
     api = ask("GET", "/openapi.json").json()
     assert set(api["paths"]) == {"/healthz", "/v1/generate", "/v1/edit", "/v1/stylize"}

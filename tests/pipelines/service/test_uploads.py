@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 from fastapi import UploadFile
 
+from aai.media.child import GRACE_S, MediaChild
+from aai.media.limits import DecodeConfig
 from pipelines.service.guard import ApiError, Limits
 from pipelines.service.uploads import CHILDREN, Decoders, read_audio, read_image
 from tests.hostile import png, wav
+from tests.hostile_files import PICTURE_KINDS, SOUND_KINDS, mutations, picture, picture_bombs, scans, sound, sound_bombs
 
 LIMITS = Limits(decode_timeout_s=1, retry_after_s=7)
 
@@ -154,3 +158,98 @@ def test_where_no_process_starts_a_request_is_told_to_come_back(monkeypatch: pyt
         asyncio.run(heard(Decoders(LIMITS)))
     assert (caught.value.status_code, caught.value.code) == (503, "no_decoder")
     assert caught.value.headers == {"Retry-After": "7"}
+
+
+# ---------------------------------------------------------------- mutated files
+
+SAID = {"unreadable", "empty_file", "empty_audio", "no_audio", "too_long", "too_large", "decoding_timeout"}
+SAID |= {f"image_{code}" for code in ("unreadable", "too_large", "decoding_timeout")}
+"""What a reader may say of any file."""
+
+
+def rss_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def outcome(child: MediaChild, kind: str, data: bytes, limits: Limits) -> str:
+    """`fine`, or the code of the refusal."""
+    try:
+        if kind in PICTURE_KINDS:
+            assert read_image(child, data, limits).mode == "RGB"
+        else:
+            heard = read_audio(child, data, limits, 16_000)
+            assert heard.dtype == np.float32
+            assert np.isfinite(heard).all()
+            assert np.abs(heard).max() <= 1
+    except ApiError as error:
+        return error.code if error.status_code == 422 else f"{error.status_code} {error.code}"
+    return "fine"
+
+
+def fuzz(count: int, seed: int) -> tuple[Counter[str], list[float]]:
+    """Outcomes by kind, and the memory of the one child in MB after every so many files."""
+    limits, codes, memory_mb = Limits(), Counter[str](), []
+    with MediaChild(DecodeConfig(timeout_s=limits.decode_timeout_s, max_memory_mb=2048, recycle_after=10**6)) as child:
+        child.warm()
+        first, longest_s = child.process, 0.0
+        for number, (kind, data) in enumerate(mutations(count, seed, SOUND_KINDS + PICTURE_KINDS)):
+            begin = time.monotonic()
+            said = outcome(child, kind, data, limits)
+            longest_s = max(longest_s, time.monotonic() - begin)
+            assert said == "fine" or said in SAID, f"{kind} {number}: {said}"
+            codes[f"{kind}: {said}"] += 1
+            if number % max(1, count // 40) == 0 and child.process is not None:
+                memory_mb.append(rss_mb(child.process.pid))
+        assert child.process is first, "a file ended the child"
+    assert longest_s < limits.decode_timeout_s + 2 * GRACE_S
+    print(f"the longest took {longest_s:.2f} s")
+    return codes, memory_mb
+
+
+def test_the_files_that_are_mutated_are_good() -> None:
+    with MediaChild(DecodeConfig()) as child:
+        for kind in (*SOUND_KINDS, *PICTURE_KINDS):
+            assert outcome(child, kind, sound(kind) if kind in SOUND_KINDS else picture(kind), Limits()) == "fine"
+
+
+def test_mutated_files_are_heard_or_refused() -> None:
+    codes, _ = fuzz(540, seed=1)
+    assert codes.total() == 540
+    assert sum(count for name, count in codes.items() if name.endswith("fine")) > 50
+    assert len({name.split(": ")[1] for name in codes}) >= 4
+
+
+@pytest.mark.slow
+def test_bombs_are_heard_or_refused_and_name_no_place_in_memory() -> None:
+    limits = Limits(decode_timeout_s=10)
+    with MediaChild(DecodeConfig(timeout_s=10, max_memory_mb=2048)) as child:
+        child.warm()
+        for kind, bombs in (("wav", sound_bombs()), ("png", picture_bombs())):
+            for name, data in bombs.items():
+                if "scans" not in name:
+                    assert outcome(child, kind, data, limits) in {"fine", *SAID}, name
+        assert child.process is not None
+        assert rss_mb(child.process.pid) < 400
+
+
+@pytest.mark.slow
+def test_a_picture_that_takes_forever_is_ended() -> None:
+    """Within one call of its decoder, which no soft limit reaches."""
+    with MediaChild(DecodeConfig(timeout_s=0.5)) as child:
+        begin = time.monotonic()
+        assert outcome(child, "jpeg", scans(20_000), Limits()) == "image_decoding_timeout"
+        assert time.monotonic() - begin < 30
+        assert outcome(child, "png", png(), Limits()) == "fine"
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(1800)
+def test_m5_twenty_thousand_mutated_files_harm_nothing() -> None:
+    codes, memory_mb = fuzz(22_500, seed=5)
+    for what, count in sorted(codes.items()):
+        print(f"{count:5d} {what}")
+    print("child MB", [round(mb) for mb in memory_mb])
+    assert codes.total() == 22_500
+    quarter = len(memory_mb) // 4
+    assert max(memory_mb[-quarter:]) <= 1.1 * max(memory_mb[:quarter]) + 16
