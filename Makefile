@@ -45,6 +45,7 @@ coverage: setup ## the tests with a report of the lines that none of them runs: 
 # Losses are compared with open_clip's; without what it depends on, torchvision, which would change transformers' ways.
 accept: setup ## the long evidence, one test per acceptance line
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt schemathesis==4.32.5
 	$(BIN)/pytest -m accept $(ARGS)
 
 # One thread a process: the tests' models are too small for more.

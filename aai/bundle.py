@@ -24,6 +24,7 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec, identity, is_identity
+from aai.sampling import DEFAULT_PROMPT, HEAD_PATTERN
 from aai.signatures import SIGNATURE, SigningConfig, sign
 from aai.version import code_version
 
@@ -55,9 +56,9 @@ class BundleConfig(Config):
     """Words for what pictures show (`aai.concepts`), used to edit and stylize."""
     neutral_word: str = "thing"
     """The word that stands in the prompt where a sound has strength 0."""
-    prompt: str = "a photo of <sound>"
+    prompt: str = DEFAULT_PROMPT
     """The prompt that the adapter was trained in where a caption has no head of its own; painting's default."""
-    head_pattern: str = r"^a \w+ of\b"
+    head_pattern: str = HEAD_PATTERN
     """What a caption says that cannot be heard: it stayed text in front of <sound> when the adapter was trained."""
 
 

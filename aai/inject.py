@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from aai.errors import UserError
+from aai.sounds import PLACEHOLDER
 
-PLACEHOLDER = re.compile(r"<([a-z][a-z0-9_]*)(?:\*([0-9]*\.?[0-9]+))?>")
 MOST_STRENGTH = 2.0
 
 

@@ -5,13 +5,12 @@ from typing import Any, Literal
 
 import pydantic
 
-from aai.bundle import BundleConfig
 from aai.config import Config
 from aai.errors import UserError
 from aai.sounds import Window
 
-DEFAULT_PROMPT: str = BundleConfig.model_fields["prompt"].default
-HEAD_PATTERN: str = BundleConfig.model_fields["head_pattern"].default
+DEFAULT_PROMPT = "a photo of <sound>"
+HEAD_PATTERN = r"^a \w+ of\b"
 REPAINT = {"edit": 0.8, "stylize": 0.8}
 """How much of the given picture each verb paints anew by default."""
 

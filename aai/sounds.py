@@ -1,15 +1,16 @@
 """The sounds of a request: their names in the prompt, and which part of a long recording is heard."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from aai.errors import UserError
-from aai.inject import PLACEHOLDER
 
 Sounds = np.ndarray | Sequence[np.ndarray] | Mapping[str, np.ndarray]
 """One mono waveform float32 [S] at the bundle's sample rate, or several: in order, or by placeholder name."""
+PLACEHOLDER = re.compile(r"<([a-z][a-z0-9_]*)(?:\*([0-9]*\.?[0-9]+))?>")
 Window = Literal["middle", "loudest", "mean"]
 MOST_SOUNDS = 8
 

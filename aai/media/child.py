@@ -1,12 +1,13 @@
 """Decoding in a child process that knows nothing but one file's bytes, and whose death costs only that file.
 
 Over the child's stdin and stdout go messages: a length (8 bytes) and a body. A request is two of them, JSON (`task`,
-`timeout_s` and the task's arguments) and the file's bytes; an answer is one: an Arrow stream of one row (`measure`) or
-JSON (`probe`). The child greets with an empty message.
+`timeout_s` and the task's arguments) and the file's bytes; an answer is one: an Arrow stream of one row (`measure`),
+JSON (`probe`), or a line of JSON and the numbers (`sound`, `still`). The child greets with an empty message.
 """
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -14,16 +15,22 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+import numpy as np
 import pyarrow as pa
 
 import aai
+from aai.media.decode import decode_audio
 from aai.media.limits import ClipError, DecodeConfig
 from aai.media.measure import MEASURED_ROW, MeasuredRow, failed_row, measure_bytes
 from aai.media.shots import Probe, probe_bytes, probe_from_json, probe_to_json
+from aai.media.still import decode_still
+
+log = logging.getLogger(__name__)
 
 GRACE_S = 2.0
 """The kernel ends a clip this long after its soft limit, the parent after twice as long."""
@@ -33,9 +40,11 @@ _LENGTH = struct.Struct("<Q")
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")  # no keys, no addresses
 
 
-def _send(pipe: BinaryIO, body: bytes) -> None:
-    pipe.write(_LENGTH.pack(len(body)))
-    pipe.write(body)
+def _send(pipe: BinaryIO, *parts: bytes | memoryview) -> None:
+    """One message, of which large parts need not be put together first."""
+    pipe.write(_LENGTH.pack(sum(map(len, parts))))
+    for part in parts:
+        pipe.write(part)
     pipe.flush()
 
 
@@ -56,19 +65,31 @@ class MediaChild:
     """`measure_bytes` and `probe_bytes` in a child: `with MediaChild(cfg) as child: row = child.measure(data, 0, 10)`.
 
     Use it from one thread. A child that died is replaced, and so is one that has done `cfg.recycle_after` files. A
-    file during which it was killed from outside (SIGKILL) is tried once more.
+    file during which it was killed from outside (SIGKILL) is tried once more, unless it was abandoned.
     """
 
     def __init__(self, cfg: DecodeConfig) -> None:
         self.cfg = cfg
         self.process: subprocess.Popen[bytes] | None = None
         self.files = 0
+        self.abandoned = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def warm(self) -> None:
+        """Starts the child before the first file comes. Raises RuntimeError if none can be started."""
+        if self.process is None:
+            self._start()
+
+    def abandon(self) -> None:
+        """Ends it for good, from another thread too, whose call then raises at once: nobody waits for that file."""
+        self.abandoned = True
+        if (process := self.process) is not None:
+            process.kill()
 
     def close(self) -> None:
         """Ends the child; the next request starts another."""
@@ -108,13 +129,37 @@ class MediaChild:
             self._drop_if_full(found.code)
         return found
 
+    def sound(self, data: bytes, max_duration_s: float, max_bytes: int, sample_rate_hz: int) -> np.ndarray:
+        """`decode_audio` within `cfg.timeout_s`: float32 [S]. Raises ClipError as that does, and for a child's death.
+
+        The codes of a death: TIMEOUT, CRASHED, OUT_OF_MEMORY, UNEXPECTED. Raises RuntimeError as `measure` does.
+        """
+        limits = {"max_duration_s": max_duration_s, "max_bytes": max_bytes, "sample_rate_hz": sample_rate_hz}
+        return self._array({"task": "sound", **limits}, data)
+
+    def still(self, data: bytes, max_pixels: int, backdrop: str | None = None) -> np.ndarray:
+        """`decode_still` within `cfg.timeout_s`: uint8 [H, W, 3]. Raises as `sound` does."""
+        return self._array({"task": "still", "max_pixels": max_pixels, "backdrop": backdrop}, data)
+
+    def _array(self, request: dict[str, Any], data: bytes) -> np.ndarray:
+        answer = self._ask(request, data, self.cfg.timeout_s)
+        if isinstance(answer, ClipError):
+            raise answer
+        end = answer.index(b"\n")
+        told = json.loads(answer[:end])
+        if "code" in told:
+            self._drop_if_full(told["code"])
+            raise ClipError(**told)
+        return np.frombuffer(answer, told["dtype"], offset=end + 1).reshape(told["shape"])
+
     def _drop_if_full(self, code: str | None) -> None:
         if code == "OUT_OF_MEMORY":
             self.close()  # what it could not free would be missing for the next file
 
     def _ask(self, request: dict[str, Any], data: bytes, timeout_s: float) -> bytes | ClipError:
         answer = self._ask_once(request, data, timeout_s)
-        if isinstance(answer, ClipError) and answer.code == "CRASHED" and answer.transient:
+        killed = isinstance(answer, ClipError) and answer.code == "CRASHED" and answer.transient
+        if killed and not self.abandoned:
             return self._ask_once(request, data, timeout_s)  # killed from outside: that says nothing of the file
         return answer
 
@@ -151,6 +196,8 @@ class MediaChild:
             env=environment,
             start_new_session=True,  # Ctrl-C is the parent's
         )
+        if self.abandoned:  # while it started
+            self.process.kill()
         self.files = 0
         greeting, _ = self._within(START_S, lambda _, stdout: _receive(stdout))
         if greeting is not None:
@@ -216,16 +263,40 @@ def _to_bytes(row: MeasuredRow) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _answer(request: dict[str, Any], data: bytes, cfg: DecodeConfig) -> bytes:
+def _numbers(request: dict[str, Any], data: bytes, cfg: DecodeConfig) -> tuple[bytes, memoryview]:
+    """A sound or a picture, or why there is none; its dtype must not leave room for doubt on the other side."""
+    task, timeout_s = request.pop("task"), request.pop("timeout_s")
+    try:
+        array = decode_audio(data, **request, timeout_s=timeout_s) if task == "sound" else _pixels(data, **request)
+        head = json.dumps({"shape": array.shape, "dtype": array.dtype.str}).encode() + b"\n"
+        return head, np.ascontiguousarray(array).data.cast("B")
+    except ClipError as error:
+        failure = error
+    except MemoryError:
+        failure = ClipError("OUT_OF_MEMORY", f"the file needs more than the limit of {cfg.max_memory_mb} MB")
+    except Exception as error:  # of a library, over what nobody foresaw: it is this file's
+        log.exception("unexpected error in a %s of %d bytes", task, len(data))
+        failure = ClipError("UNEXPECTED", f"cannot be decoded ({type(error).__name__})")
+    told = {"code": failure.code, "message": failure.message, "transient": failure.transient}
+    return json.dumps(told).encode() + b"\n", memoryview(b"")
+
+
+def _pixels(data: bytes, max_pixels: int, backdrop: str | None) -> np.ndarray:
+    return np.asarray(decode_still(data, max_pixels, backdrop=backdrop))
+
+
+def _answer(request: dict[str, Any], data: bytes, cfg: DecodeConfig) -> tuple[bytes | memoryview, ...]:
     if request["task"] == "probe":
         arguments = request["shot_threshold"], request["max_file_s"]
         found = probe_bytes(data, *arguments, cfg, request["timeout_s"])
-        return json.dumps(probe_to_json(found)).encode()
+        return (json.dumps(probe_to_json(found)).encode(),)
+    if request["task"] in ("sound", "still"):
+        return _numbers(request, data, cfg)
     try:
-        return _to_bytes(measure_bytes(data, request["start_s"], request["end_s"], cfg))
+        return (_to_bytes(measure_bytes(data, request["start_s"], request["end_s"], cfg)),)
     except MemoryError:
         failure = ClipError("OUT_OF_MEMORY", f"the clip needs more than the limit of {cfg.max_memory_mb} MB")
-    return _to_bytes(failed_row(hashlib.sha256(data).hexdigest(), request["start_s"], request["end_s"], failure))
+    return (_to_bytes(failed_row(hashlib.sha256(data).hexdigest(), request["start_s"], request["end_s"], failure)),)
 
 
 def main() -> None:
@@ -234,6 +305,7 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the answers
     _confine(cfg)
+    warnings.simplefilter("ignore")  # each broken file would write its own into the log
     try:
         _send(answers, b"")
         while True:
@@ -241,7 +313,8 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_REAL, request["timeout_s"] + GRACE_S)
             answer = _answer(request, data, cfg)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _send(answers, answer)
+            _send(answers, *answer)
+            del data, answer  # while it waits
     except (EOFError, BrokenPipeError):  # the parent is done, or gone
         os._exit(0)  # nothing is left to flush
 

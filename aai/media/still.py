@@ -2,7 +2,7 @@
 
 import io
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aai.media.limits import ClipError, reason
 
@@ -17,7 +17,7 @@ def decode_still(
 
     backdrop: colour behind what is transparent, as of a mask; else transparency is passed over.
 
-    Raises ClipError: TOO_LARGE (width x height, or a strip), else UNREADABLE.
+    Raises ClipError: TOO_LARGE (width x height, or a strip), else UNREADABLE; MemoryError.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -31,7 +31,9 @@ def decode_still(
             behind = Image.new("RGBA", upright.size, backdrop)
             upright = Image.alpha_composite(behind, upright.convert("RGBA"))
         return upright.convert("RGB")
-    except ClipError:
+    except (ClipError, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # its own text tells an address of this process
+        raise ClipError("UNREADABLE", f"is none of {', '.join(formats)}") from error
     except Exception as error:  # a broken file raises what its parser stumbles over: struct.error, TypeError, ...
         raise ClipError("UNREADABLE", f"cannot be decoded ({reason(error)})") from error

@@ -44,7 +44,7 @@ class Answer(NamedTuple):
     model: ServedModel
 
 
-class Progress(NamedTuple):
+class PaintProgress(NamedTuple):
     """How far a request is: calls of the UNet made and to make (0: not begun), maybe with a preview."""
 
     step: int
@@ -78,7 +78,7 @@ def pictures(files: Sequence[bytes], seed: int, model: ServedModel) -> Response:
 
 
 async def live(
-    events: AsyncGenerator[Progress | Answer, None], seed: int, limits: Limits, deadline_s: float
+    events: AsyncGenerator[PaintProgress | Answer, None], seed: int, limits: Limits, deadline_s: float
 ) -> StreamingResponse:
     """Server-sent events: `progress` with step, steps and maybe a preview; then `done`, or `error` with its status.
 
@@ -106,7 +106,7 @@ async def live(
     return StreamingResponse(body(), media_type=EVENTS, headers=headers)
 
 
-def _event(event: Progress | Answer, seed: int) -> str:
+def _event(event: PaintProgress | Answer, seed: int) -> str:
     if isinstance(event, Answer):
         return _sent("done", _told(event.files, seed, event.model))
     preview = event.preview and base64.b64encode(event.preview).decode()

@@ -19,12 +19,13 @@ from starlette.types import ASGIApp
 from aai.errors import UserError
 from aai.sampling import PaintRequest
 from pipelines.service.access import Access, note, stage_ends
-from pipelines.service.answers import Answer, Progress, ServedModel
+from pipelines.service.answers import Answer, PaintProgress, ServedModel
 from pipelines.service.guard import Limits, busy, queue_full
-from pipelines.service.http import Health, Wanted, build_http
+from pipelines.service.http import Health, PaintJob, build_http
 from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
+from pipelines.service.noticeboard import Noticeboard, board_name
 from pipelines.service.telemetry import GatewayMetrics
-from pipelines.service.watching import Noticeboard, board_name
+from pipelines.service.uploads import Decoders
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,12 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The HTTP application, built where it runs."""
-        app = build_http(self, self._limits, self._keys)
+        decoders = Decoders(self._limits)
+        decoders.warm()
+        app = build_http(self, self._limits, self._keys, decoders)
         return Access(app, lambda: len(self._in_flight), self._metrics.visit)
 
-    async def paint(self, wanted: Wanted) -> Answer:
+    async def paint(self, wanted: PaintJob) -> Answer:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
         with self._admitted(wanted.request):
             response = self._painters.paint.remote(*self._told_of(wanted))
@@ -82,15 +85,15 @@ class Gateway:
             note(model=self.model.label())
             return Answer(files, self.model)
 
-    async def paint_live(self, wanted: Wanted) -> AsyncGenerator[Progress | Answer, None]:
+    async def paint_live(self, wanted: PaintJob) -> AsyncGenerator[PaintProgress | Answer, None]:
         """See Backend."""
         with self._admitted(wanted.request):
-            yield Progress(step=0)
+            yield PaintProgress(step=0)
             response = self._painters.options(stream=True).paint_live.remote(*self._told_of(wanted))
             try:
                 async for event in response:
                     if "files" not in event:
-                        yield Progress(**event)
+                        yield PaintProgress(**event)
                         continue
                     stage_ends("painters")
                     self.model = ServedModel.parse(event["model"])
@@ -99,7 +102,7 @@ class Gateway:
             finally:
                 response.cancel()
 
-    def _told_of(self, wanted: Wanted) -> tuple[Any, ...]:
+    def _told_of(self, wanted: PaintJob) -> tuple[Any, ...]:
         pixels = [None if picture is None else np.asarray(picture) for picture in (wanted.image, wanted.mask)]
         return wanted.verb, wanted.sounds, pixels, wanted.request, dict(wanted.given)
 

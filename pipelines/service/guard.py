@@ -1,6 +1,7 @@
 """What stands in front of the HTTP application: key, host, sizes, rates and time of every request."""
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pipelines.service.access import note
 from pipelines.service.keys import ApiKey, Keys
 from pipelines.settings import InputLimits
 
+logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 DEADLINE = "aai.deadline_s"
 """Of a request's scope: when its time is over."""
@@ -44,6 +46,10 @@ class Limits(InputLimits):
     max_queued_steps: int = pydantic.Field(8000, ge=1)
     """Denoising steps of all pictures that are painted or wait, together; a request that would add more than that to
     others is refused with 429. Eight pictures of 100 steps are 800."""
+    decode_timeout_s: float = pydantic.Field(10, gt=0)
+    """Longest time for the decoding of one uploaded file; its process is ended then."""
+    decode_memory_mb: int = pydantic.Field(2048, ge=1024)
+    """Address space of a process that decodes uploads; there are two."""
     retry_after_s: int = pydantic.Field(2, ge=1)
     """What the Retry-After header of a 429 or 503 answer says."""
 
@@ -124,15 +130,24 @@ class Guard:
             async with deadline:
                 scope[DEADLINE] = deadline.when()
                 await self._app(scope, self._counted(upload, receive), answer)
-        except (ApiError, TimeoutError) as error:
-            if started or not (isinstance(error, ApiError) or deadline.expired()):
+        except Exception as error:
+            if started:
                 raise
-            refusal = error if isinstance(error, ApiError) else too_late(self._limits)
+            refusal = self._refusal(error, deadline.expired())
             await refusal.response()(scope, receive, answer)
         finally:
             self._ended(upload)
             if self._keys and upload.key:
                 self._keys.give_back(upload.key)
+
+    def _refusal(self, error: Exception, late: bool) -> ApiError:
+        """What is told of an error that nobody has answered yet."""
+        if isinstance(error, ApiError):
+            return error
+        if late and isinstance(error, TimeoutError):
+            return too_late(self._limits)
+        logger.error("gateway: a request failed", exc_info=error)
+        return ApiError(500, "internal", "the service failed; the reason is in its log")
 
     def _ended(self, upload: "Upload") -> None:
         if upload in self._uploads:

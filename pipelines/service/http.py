@@ -1,8 +1,7 @@
 """The HTTP face of the painter: limits, key, forms and answers. It knows FastAPI, not Ray."""
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -19,34 +18,32 @@ from starlette.types import ASGIApp
 
 from aai.config import Config
 from aai.errors import UserError
-from aai.media.decode import ClipError, decode_audio
-from aai.media.still import decode_still
-from aai.png import sha256
 from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
-from pipelines.service.answers import EVENTS, INTERNAL, Answer, Progress, ServedModel, live, pictures, unusable
+from pipelines.service.answers import EVENTS, INTERNAL, Answer, PaintProgress, ServedModel, live, pictures, unusable
 from pipelines.service.guard import ApiError, Guard, Limits, deadline_of
 from pipelines.service.keys import Keys
+from pipelines.service.openapi import HEALTHZ, KEYS, REFUSALS, SEVERAL
+from pipelines.service.uploads import Decoders, read_audio, read_image
 
 logger = logging.getLogger(__name__)
 
 Verb = Literal["generate", "edit", "stylize"]
 STATIC = Path(__file__).parent / "static"
+PNG = {"type": "string", "format": "binary"}
 MULTIPART = Form(media_type="multipart/form-data")
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "image/png for one picture, for more JSON {seed, model, bundle, images: [base64 or null], "
-        "blocked: [places of those that the safety checker stopped]}. Headers X-AAI-Model, X-AAI-Bundle, X-AAI-Seed. "
+        "description": "image/png for one picture, for more JSON. Headers X-AAI-Model, X-AAI-Bundle, X-AAI-Seed. "
         "To Accept: text/event-stream events `progress` {step, steps, preview}, then `done` (the JSON) or `error` "
         "{status, error}.",
-        "content": {"image/png": {}, "application/json": {}, EVENTS: {}},
+        "content": {
+            "image/png": {"schema": PNG},
+            "application/json": {"schema": SEVERAL},
+            EVENTS: {"schema": {"type": "string"}},
+        },
     },
-    401: {"description": "Key missing or wrong"},
-    408: {"description": "The upload is too slow"},
-    413: {"description": "Request body over the limit"},
-    422: {"description": "A field, the sound or the picture is not usable; the message says why"},
-    429: {"description": "Queue full; Retry-After says when to come back"},
-    503: {"description": "No painter, or no picture in time; Retry-After says when to come back"},
+    **REFUSALS,
 }
 
 
@@ -72,7 +69,7 @@ class Health(Config):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PaintJob:
     """A request, decoded: sounds float32 [S] by name, maybe a picture and a mask.
 
     given: hashes of what was handed in, which the pictures tell.
@@ -91,10 +88,10 @@ class Backend(Protocol):
 
     model: ServedModel
 
-    async def paint(self, wanted: Wanted) -> Answer:
+    async def paint(self, wanted: PaintJob) -> Answer:
         """The pictures. Raises ApiError 429 when the queue is full, UserError for a bad request."""
 
-    def paint_live(self, wanted: Wanted) -> AsyncGenerator[Progress | Answer, None]:
+    def paint_live(self, wanted: PaintJob) -> AsyncGenerator[PaintProgress | Answer, None]:
         """How far it is: at once when it is admitted, after each call of the UNet, and at last the pictures."""
 
     def full(self) -> bool:
@@ -144,28 +141,12 @@ class RepaintForm(_PaintForm):
         return {name_of(0): self.audio}
 
 
-def read_audio(data: bytes, limits: Limits, sample_rate_hz: int) -> np.ndarray:
-    """An uploaded sound file -> mono float32 [S]. Raises ApiError 422 with the decoder's reason."""
-    try:
-        return decode_audio(data, limits.max_audio_s, limits.max_bytes, sample_rate_hz)
-    except ClipError as error:
-        raise ApiError(422, error.code.lower(), f"audio: {error.message}") from error
-
-
-def read_image(data: bytes, limits: Limits, field: str = "image") -> Image.Image:
-    """An uploaded PNG, JPEG or WebP -> upright RGB. Raises ApiError 422 with the decoder's reason."""
-    try:
-        return decode_still(data, limits.max_pixels, backdrop="black" if field == "mask" else None)
-    except ClipError as error:
-        raise ApiError(422, f"image_{error.code.lower()}", f"{field}: {error.message}") from error
-
-
-def build_http(backend: Backend, limits: Limits, keys: Keys | None) -> ASGIApp:
-    """The whole HTTP application around a backend: page, docs, /healthz and /v1."""
-    app = FastAPI(title="AAI on Ray", version="1", docs_url=None, redoc_url=None)
+def build_http(backend: Backend, limits: Limits, keys: Keys | None, decoders: Decoders | None = None) -> ASGIApp:
+    """The whole HTTP application around a backend: page, docs, /healthz and /v1. decoders: those to be used."""
+    app = FastAPI(title="AAI on Ray", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
     _add_pages(app, backend)
-    _add_verbs(app, backend, limits)
+    _add_verbs(app, backend, limits, decoders or Decoders(limits))
     return Guard(app, limits, keys, backend.full)
 
 
@@ -175,7 +156,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         if not isinstance(error, ApiError):
-            error = ApiError(error.status_code, f"http_{error.status_code}", str(error.detail))
+            told = dict(error.headers or {})  # Allow, of a 405
+            error = ApiError(error.status_code, f"http_{error.status_code}", str(error.detail), told)
         return error.response()
 
     @app.exception_handler(RequestValidationError)
@@ -204,7 +186,7 @@ def _add_pages(app: FastAPI, backend: Backend) -> None:
 
     app.mount("/static", StaticFiles(directory=STATIC))
 
-    @app.get("/healthz", summary="Model and queue; 503 while no painter is ready")
+    @app.get("/healthz", summary="Model and queue; 503 while no painter is ready", responses=HEALTHZ)
     async def healthz() -> JSONResponse:
         health = await backend.health()
         model = backend.model.model_dump(include={"name", "version", "alias"})
@@ -215,15 +197,8 @@ def _add_pages(app: FastAPI, backend: Backend) -> None:
         return JSONResponse(body, 200 if ready else 503, {"Cache-Control": "no-store"})
 
 
-def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
-    decoding = asyncio.Semaphore(2)  # decoded pictures and sounds are large; waiting uploads are not
-
-    async def decoded(read: Callable[..., Any], file: UploadFile, *args: Any) -> tuple[Any, str]:
-        """What a file holds, and the SHA-256 of its bytes."""
-        data = await file.read()
-        return await asyncio.to_thread(lambda: (read(data, *args), sha256(data)))
-
-    async def wanted(verb: Verb, form: GenerateForm | RepaintForm) -> Wanted:
+def _add_verbs(app: FastAPI, backend: Backend, limits: Limits, decoders: Decoders) -> None:
+    async def wanted(verb: Verb, form: GenerateForm | RepaintForm) -> PaintJob:
         if verb != "generate":
             check_repaint(verb, form)
             if isinstance(form, RepaintForm) and form.mask and form.repaint != "invert":
@@ -233,7 +208,7 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
         hashed: dict[str, str] = {}
         given: dict[str, Any] = {"sounds": hashed}
         image = mask = None
-        async with decoding:  # a whole request's: else each of many waiting ones would hold most of its sounds
+        async with decoders.one() as decoded:
             for name, file in files.items():
                 sounds[name], hashed[name] = await decoded(read_audio, file, limits, rate_hz)
                 total_s = sum(map(len, sounds.values())) / rate_hz
@@ -244,7 +219,7 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
                 image, given["image_sha256"] = await decoded(read_image, form.image, limits)
             if isinstance(form, RepaintForm) and form.mask:
                 mask, given["mask_sha256"] = await decoded(read_image, form.mask, limits, "mask")
-        return Wanted(verb, sounds, form.request(), image, mask, given)
+        return PaintJob(verb, sounds, form.request(), image, mask, given)
 
     async def answer(http: Request, verb: Verb, form: GenerateForm | RepaintForm) -> Response:
         asked = await wanted(verb, form)
@@ -253,7 +228,7 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits) -> None:
         painted = await backend.paint(asked)
         return pictures(painted.files, form.seed, painted.model)
 
-    options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response}
+    options: dict[str, Any] = {"responses": ANSWERS, "response_class": Response, "dependencies": KEYS}
 
     @app.post("/v1/generate", summary="Paint a sound, or several", **options)
     async def generate(request: Request, form: Annotated[GenerateForm, MULTIPART]) -> Response:

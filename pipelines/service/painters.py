@@ -32,8 +32,9 @@ from aai.signatures import TrustConfig, check
 from pipelines.registry import versions
 from pipelines.service.answers import ServedModel
 from pipelines.service.http import Verb
+from pipelines.service.noticeboard import board_name
 from pipelines.service.telemetry import PainterMetrics
-from pipelines.service.watching import Watcher, board_name, refuse_other
+from pipelines.service.watching import Watcher, refuse_other
 from pipelines.settings import StoreConfig
 
 logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas

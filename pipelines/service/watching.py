@@ -4,9 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
-
-from ray import serve
 
 from aai.errors import UserError
 from pipelines.registry import store, versions
@@ -15,8 +12,6 @@ from pipelines.settings import StoreConfig
 
 logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas
 
-STALE_S = 180.0
-"""After which a painter that told nothing is gone."""
 AGAIN_S, AT_MOST_S = 60.0, 900.0
 """How long after a refusal a version is tried again, twice as long after each; what failed may have been a disk."""
 
@@ -99,28 +94,6 @@ def _kind(error: Exception) -> str:
     """What everybody may know of an error: /healthz needs no key."""
     setting = getattr(error, "setting", "")
     return f"{type(error).__name__}: {setting}" if setting else type(error).__name__
-
-
-class Noticeboard:
-    """What each painter serves: they tell it, the gateway reads it. An actor, since Serve asks only one of many."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, tuple[float, dict[str, Any]]] = {}
-
-    def tell(self, painter: str, row: dict[str, Any]) -> None:
-        """A painter's state: model, refused, trouble."""
-        self._rows[painter] = time.monotonic(), row
-
-    def read(self) -> list[dict[str, Any]]:
-        """The states of all painters that are there."""
-        fresh = time.monotonic() - STALE_S
-        self._rows = {painter: row for painter, row in self._rows.items() if row[0] > fresh}
-        return [row for _, row in self._rows.values()]
-
-
-def board_name(name: str) -> str:
-    """The board of this application: others on the cluster have their own. For replicas alone."""
-    return f"{name}-{serve.get_replica_context().app_name}"
 
 
 def refuse_other(setting: str, ours: object, theirs: object) -> None:

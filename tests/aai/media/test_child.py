@@ -9,14 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aai.media.child import GRACE_S, MediaChild
+from aai.media.decode import decode_audio
 from aai.media.limits import ClipError, DecodeConfig
 from aai.media.measure import MEASURED_ROW, measure_bytes
 from aai.media.shots import Probe, probe_bytes, probe_to_json
+from aai.media.still import decode_still
 from tests.clips import make_clip, make_moving
 from tests.damage import damaged_files, long_silence
+from tests.hostile import png, wav
 
 SLOW = {"num_frames": 200, "fps": 25, "size": (640, 360), "options": {"preset": "ultrafast", "g": "250"}}
 
@@ -129,6 +133,52 @@ def test_a_file_that_is_to_be_cut_is_looked_through_in_the_child(slow: bytes) ->
         os.kill(pid_of(child), signal.SIGSTOP)
         assert told(child.probe(slow + bytes(2**20), 3.0, 60, 0.5))["code"] == "TIMEOUT"
         assert child.measure(make_clip(), None, None)["code"] is None
+
+
+@pytest.mark.slow
+def test_sounds_and_pictures_are_those_of_a_call_in_place() -> None:
+    with MediaChild(DecodeConfig()) as child:
+        child.warm()
+        pid = pid_of(child)
+        for data in (wav(0.5, 22_050), make_clip()):
+            heard = child.sound(data, 60, 10**6, 16_000)
+            assert heard.dtype == np.float32
+            assert np.array_equal(heard, decode_audio(data, 60, 10**6, 16_000))
+        seen = child.still(png(90, 70), 10**6, backdrop="black")
+        assert np.array_equal(seen, np.asarray(decode_still(png(90, 70), 10**6)))
+        for ask, code in (
+            (lambda: child.sound(wav(2), 1, 10**6, 16_000), "TOO_LONG"),
+            (lambda: child.sound(wav(), 1, 100, 16_000), "TOO_LARGE"),
+            (lambda: child.still(png(), 100), "TOO_LARGE"),
+            (lambda: child.still(b"", 100), "UNREADABLE"),
+        ):
+            with pytest.raises(ClipError, match=f"^{code}: "):
+                ask()
+        assert pid_of(child) == pid
+
+
+@pytest.mark.slow
+def test_a_picture_over_the_memory_is_refused_and_the_child_replaced() -> None:
+    with MediaChild(DecodeConfig(max_memory_mb=1024)) as child:
+        with pytest.raises(ClipError, match=r"^OUT_OF_MEMORY: the file needs more than the limit of 1024 MB"):
+            child.still(png(14_000, 12_000), 10**9)
+        assert child.process is None
+        assert child.still(png(), 10**6).shape == (64, 64, 3)
+
+
+@pytest.mark.slow
+def test_a_child_that_is_abandoned_is_gone_for_good() -> None:
+    with MediaChild(DecodeConfig()) as child:
+        child.warm()
+        pid = pid_of(child)
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(0.3, child.abandon).start()
+        with pytest.raises(ClipError, match=r"^CRASHED: "):
+            child.sound(wav(), 60, 10**6, 16_000)
+        assert not Path(f"/proc/{pid}").exists()
+        with pytest.raises(RuntimeError, match="does not start"):  # no second try, and none that is left over
+            child.sound(wav(), 60, 10**6, 16_000)
+        assert child.process is None
 
 
 @pytest.mark.slow

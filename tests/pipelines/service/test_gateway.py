@@ -1,6 +1,8 @@
 """The gateway in front of painters that Serve runs in this process, in its mode for tests."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,10 +13,10 @@ from ray import serve
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
-from pipelines.service.answers import Progress, ServedModel
+from pipelines.service.answers import PaintProgress, ServedModel
 from pipelines.service.gateway import Gateway
 from pipelines.service.guard import ApiError
-from pipelines.service.http import Verb, Wanted
+from pipelines.service.http import PaintJob, Verb
 from pipelines.service.keys import KEY_VARIABLE
 
 MODEL = {"name": "toy", "version": "1", "sha": "s", "sample_rate_hz": 16_000}
@@ -50,9 +52,9 @@ def gateway(painters: Any, capacity: int = 2, need_key: bool = False, **limits: 
     return Gateway(painters, MODEL, {"retry_after_s": 7, **limits}, capacity, 1, need_key)
 
 
-def wanted(verb: Verb = "generate", image: Image.Image | None = None, **settings: Any) -> Wanted:
+def wanted(verb: Verb = "generate", image: Image.Image | None = None, **settings: Any) -> PaintJob:
     given = {"sounds": {"sound": "ab"}} if settings.pop("told", False) else {}
-    return Wanted(verb, TONE, PaintRequest(**settings), image, given=given)
+    return PaintJob(verb, TONE, PaintRequest(**settings), image, given=given)
 
 
 def test_requests_reach_the_painters_with_their_picture_as_pixels(painters: Any) -> None:
@@ -101,7 +103,7 @@ def test_what_happens_is_told_live(painters: Any) -> None:
         return told
 
     *stages, answer = asyncio.run(ask())
-    assert stages == [Progress(0), Progress(1, 2), Progress(2, 2)]
+    assert stages == [PaintProgress(0), PaintProgress(1, 2), PaintProgress(2, 2)]
     assert answer == ([b"generate (8,) None 4"], ServedModel.parse(MODEL))
 
     async def leave() -> None:
@@ -134,3 +136,15 @@ def test_without_the_key_that_is_asked_for_it_does_not_start(monkeypatch: pytest
     assert gateway(None).model.label() == "toy/1"
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     assert not gateway(None, need_key=True)._in_flight
+
+
+def test_it_loads_no_model_library() -> None:
+    code = (
+        "import sys\nfrom pipelines.service.gateway import Gateway\n"
+        "model = {'name': 'toy', 'version': '1', 'sha': 's', 'sample_rate_hz': 16000}\n"
+        "Gateway(None, model, {}, 1, 1, False).__serve_build_asgi_app__()\n"
+        "heavy = {'torch', 'torchaudio', 'transformers', 'diffusers', 'mlflow', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -214,3 +214,13 @@ def test_a_key_over_its_quota_is_told_before_the_body_is_read(tmp_path: Path) ->
     assert reader.started == 4
     assert app._keys is not None
     assert app._keys._at_once.total() == 0
+
+
+def test_what_nobody_foresaw_is_a_logged_500_of_our_form(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise KeyError("secret of the inside")
+
+    (response,) = asked(Guard(broken, LIMITS, None), [b""])
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
+    assert "secret" not in response.text
+    assert "secret of the inside" in caplog.text

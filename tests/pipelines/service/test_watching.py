@@ -12,7 +12,7 @@ import pytest
 from aai.errors import UserError
 from pipelines.registry import versions
 from pipelines.service.answers import ServedModel
-from pipelines.service.watching import STALE_S, Noticeboard, Watcher, refuse_other
+from pipelines.service.watching import Watcher, refuse_other
 from pipelines.settings import TrackingConfig
 from tests.pipelines.registry.test_versions import make_bundle
 
@@ -144,18 +144,6 @@ def test_it_looks_again_and_again_and_ends_with_the_process(follower: Follower) 
         thread.join(30)
         main.is_alive = is_alive  # type: ignore[method-assign]
     assert not thread.is_alive()
-
-
-def test_the_board_forgets_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    board = Noticeboard()
-    board.tell("a", {"n": 1})
-    board.tell("b", {"n": 2})
-    board.tell("a", {"n": 3})
-    assert board.read() == [{"n": 3}, {"n": 2}]
-    later = time.monotonic() + STALE_S + 1
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    board.tell("b", {"n": 4})
-    assert board.read() == [{"n": 4}]
 
 
 def test_what_cannot_change_is_named() -> None:

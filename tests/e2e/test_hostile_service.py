@@ -1,0 +1,138 @@
+"""The running service under hostile requests, and held against its own OpenAPI document (make accept)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.hostile_heads import cases
+from tests.hostile_requests import Case, Outcome, attack
+from tests.pipelines.test_serve import HEADERS, KEY, QUICK, Service, service  # noqa: F401
+
+pytestmark = [pytest.mark.accept, pytest.mark.timeout(1200)]
+STATUSES = {0, 200, 400, 401, 404, 405, 408, 413, 422, 429, 503}
+PROXY = b"Invalid HTTP request received."
+"""What the proxy's HTTP parser says of bytes that are no request; they reach no application."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for the temporary files of the service alone; it is there before the service starts."""
+    folder = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        yield folder
+
+
+def processes(service: Service) -> dict[str, list[int]]:  # noqa: F811
+    """Process ids of this service by kind: Gateway, Painter, Proxy, decoders."""
+    home = str(service.bundle.parent / "serve.yaml")
+    root = next(p for p in psutil.process_iter(["cmdline"]) if home in (p.info["cmdline"] or []))
+    found: dict[str, list[int]] = {"Gateway": [], "Painter": [], "Proxy": [], "decoder": []}
+    for process in root.children(recursive=True):
+        words = " ".join(process.cmdline())
+        kind = (
+            "decoder"
+            if "aai.media.child" in words
+            else next((k for k in found if f":{k}" in words or f"{k}A" in words), "")
+        )
+        if kind:
+            found[kind].append(process.pid)
+    return found
+
+
+def private_mb(pids: list[int]) -> float:
+    """Memory of processes that is theirs alone, without the object store's."""
+    kb = 0
+    for pid in pids:
+        text = Path(f"/proc/{pid}/status").read_text()
+        kb += int(text.split("RssAnon:")[1].split()[0])
+    return kb / 1024
+
+
+def held_mb(service: Service) -> dict[str, float]:  # noqa: F811
+    """Private memory by kind of process."""
+    return {kind: round(private_mb(pids), 1) for kind, pids in processes(service).items()}
+
+
+def address(service: Service) -> tuple[str, int]:  # noqa: F811
+    url = httpx.URL(service.url)
+    return url.host, int(url.port or 80)
+
+
+def is_ours(outcome: Outcome) -> bool:
+    """Whether a refusal has our JSON, or is the proxy's of what is no HTTP."""
+    if outcome.status == 400 and outcome.body == PROXY:
+        return True
+    if outcome.name.startswith("method b'HEAD'") and not outcome.body:
+        return True
+    try:
+        return set(json.loads(outcome.body)["error"]) == {"code", "message"}
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def sent(service: Service, given: list[Case]) -> Counter[int]:  # noqa: F811
+    """Sends them; asserts that each answer is one that may be."""
+    outcomes = attack(address(service), given)
+    wrong = [o for o in outcomes if o.status not in STATUSES or (o.status >= 400 and not is_ours(o))]
+    assert not wrong, [(o.name[:80], o.status, o.kind, o.body[:200]) for o in wrong[:20]]
+    silent = {o.name for o in outcomes if o.status == 0}
+    assert all(name.startswith(("raw", "slow from byte 60")) for name in silent), silent
+    assert b"/root" not in b"".join(o.body for o in outcomes if o.status >= 400)
+    return Counter(o.status for o in outcomes)
+
+
+def test_m5_the_gateway_has_no_torch(service: Service) -> None:  # noqa: F811
+    assert service.post("generate", QUICK).status_code == 200
+    found = processes(service)
+    assert {kind: len(pids) for kind, pids in found.items()} == {"Gateway": 1, "Painter": 1, "Proxy": 1, "decoder": 2}
+    for kind, pids in found.items():
+        loaded = "libtorch" in Path(f"/proc/{pids[0]}/maps").read_text()
+        print(f"{kind}: {private_mb(pids):.0f} MB, torch {loaded}")
+        assert loaded == (kind == "Painter"), kind
+
+
+def test_m5_hostile_requests_harm_nothing(service: Service, temporary: Path) -> None:  # noqa: F811
+    first = sent(service, cases(KEY, mutated=60, seed=7))  # warms up: caches, pools, arenas
+    before, files, begin = held_mb(service), sorted(temporary.rglob("*")), time.monotonic()
+    given = cases(KEY)
+    assert len(given) >= 1000
+    counts = sent(service, given)
+    seconds = time.monotonic() - begin
+    assert service.post("generate", QUICK).status_code == 200, "right after"
+    after = held_mb(service)
+    print(f"{first.total()} to warm up, then {len(given)} hostile requests in {seconds:.0f} s: {dict(counts)}")
+    print(f"private memory in MB before {before}, after {after}")
+    assert sorted(temporary.rglob("*")) == files
+    for kind, mb in after.items():
+        assert mb < before[kind] + 60, kind
+    assert len(processes(service)["decoder"]) == 2
+
+
+def test_m5_the_service_keeps_to_its_document(service: Service, tmp_path: Path) -> None:  # noqa: F811
+    """schemathesis (make accept installs it) makes requests out of /openapi.json, right and wrong ones."""
+    if importlib.util.find_spec("schemathesis") is None:
+        pytest.skip("needs schemathesis: make accept")
+    checks = (
+        "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
+        "response_schema_conformance,unsupported_method,negative_data_rejection,ignored_auth,missing_required_header"
+    )
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--checks", checks]
+    command += ["-H", f"X-API-Key: {HEADERS['X-API-Key']}", "--max-examples", "60", "--seed", "1", "--no-color"]
+    command += ["--continue-on-failure", "--generation-database", "none"]
+    done = subprocess.run(
+        command, env=os.environ | {"SCHEMATHESIS_HOOKS": "tests.openapi_hooks"}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    print(done.stdout[-1500:])
+    assert done.returncode == 0, done.stdout[-6000:]

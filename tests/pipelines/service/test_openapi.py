@@ -1,0 +1,46 @@
+"""The OpenAPI document says of every refusal what it is, and of every picture."""
+
+from typing import Any
+
+from aai.sampling import PaintRequest
+from pipelines.service.guard import ApiError
+from pipelines.service.openapi import REFUSALS, Refusal
+from tests.pipelines.service.test_http import ask
+
+METHODS = {"/healthz": "get", "/v1/generate": "post", "/v1/edit": "post", "/v1/stylize": "post"}
+
+
+def document() -> dict[str, Any]:
+    """What the service serves."""
+    return dict(ask("GET", "/openapi.json").json())
+
+
+def test_every_refusal_is_told_with_its_body() -> None:
+    api = document()
+    body = ApiError(422, "code", "message").response().body
+    assert Refusal.model_validate_json(bytes(body)).error.code == "code"
+    for path, method in METHODS.items():
+        told = api["paths"][path][method]["responses"]
+        assert path == "/healthz" or told.keys() == {"200", *map(str, REFUSALS)}
+        for status, answer in told.items():
+            if status == "200" or (status == "503" and path == "/healthz"):
+                continue
+            assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal"), (path, status)
+
+
+def test_pictures_are_told_with_their_types_and_keys() -> None:
+    told = document()["paths"]["/v1/generate"]["post"]
+    kinds = told["responses"]["200"]["content"]
+    assert kinds["image/png"]["schema"] == {"type": "string", "format": "binary"}
+    assert set(kinds["application/json"]["schema"]["properties"]) == {"seed", "model", "bundle", "images", "blocked"}
+    assert told["security"] == [{"APIKeyHeader": []}, {"HTTPBearer": []}]
+    assert "security" not in document()["paths"]["/healthz"]["get"]
+
+
+def test_openapi_lists_the_fields_and_their_bounds() -> None:
+    api = ask("GET", "/openapi.json").json()
+    assert set(api["paths"]) == {"/healthz", "/v1/generate", "/v1/edit", "/v1/stylize"}
+    form = api["components"]["schemas"]["RepaintForm"]
+    assert set(form["required"]) == {"audio", "image"}
+    assert form["properties"]["steps"]["maximum"] == 100
+    assert set(form["properties"]) == {"audio", "image", "mask", *PaintRequest.model_fields}
