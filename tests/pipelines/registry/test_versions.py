@@ -132,13 +132,15 @@ def test_champion_paints_in_a_fresh_process_without_pickle(cfg: TrackingConfig, 
 
 
 @contextmanager
-def serving(folder: Path, store: str) -> Iterator[str]:
-    """The address of an `mlflow server` over a store; what is uploaded lies in folder/served."""
+def serving(folder: Path, store: str, artifacts: str = "", workers: int = 1, port: int = 0) -> Iterator[str]:
+    """The address of an `mlflow server` over a store; what is uploaded lies in folder/served, or in `artifacts`."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
-    options = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command = [sys.executable, "-m", "mlflow", "server", *options, "--artifacts-destination", str(folder / "served")]
+    options = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", str(workers)]
+    options += ["--artifacts-destination", artifacts or str(folder / "served")]
+    command = [sys.executable, "-m", "mlflow", "server", *options]
     address = f"http://127.0.0.1:{port}"
     with (folder / "server.log").open("wb") as sink:
         server = subprocess.Popen(command, cwd=folder, stdout=sink, stderr=sink, start_new_session=True)
