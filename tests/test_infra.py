@@ -225,6 +225,15 @@ def test_images_are_pinned_rootless_and_copy_what_exists(path: Path) -> None:
         assert [source for source in line.split()[:-1] if not (ROOT / source).exists()] == []
 
 
+def test_the_driver_of_the_documented_database_is_in_the_image() -> None:
+    from sqlalchemy import make_url
+
+    (uri,) = re.findall(r"MLFLOW_BACKEND_STORE_URI=(\S+)", CLUSTERS)
+    driver = make_url(uri).get_dialect().driver
+    assert f"{driver}-binary" in (INFRA / "docker" / "mlflow.Dockerfile").read_text()
+    assert pinned(f"{driver}-binary")
+
+
 MLFLOW = [(path.stem, document) for path, document in ALL if document["kind"] == "Deployment"]
 
 

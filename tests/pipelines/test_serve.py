@@ -109,10 +109,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @contextmanager
-def running(folder: Path, bundle: Path, registry: TrackingConfig) -> Iterator[Service]:
+def running(folder: Path, bundle: Path, registry: TrackingConfig, **settings: Any) -> Iterator[Service]:
     """`aai serve` of the champion in a registry; it must end cleanly."""
     (folder / "token").write_text("0123456789abcdef" * 4)
-    config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, port=free_port())
+    config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, port=free_port(), **settings)
     (folder / "serve.yaml").write_text(config.to_yaml())
     environment = os.environ | {"AAI_API_KEY": KEY, "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     with (folder / "log").open("w") as log:
