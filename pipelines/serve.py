@@ -32,7 +32,7 @@ from pipelines.service.guard import Limits
 from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
 from pipelines.service.painters import PainterConfig, PainterReplica
 from pipelines.service.traces import TracesConfig
-from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
+from pipelines.settings import Autoscaling, ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,10 @@ class ServeConfig(RayVerbConfig):
     """What is served, where, and how much it may take. `cluster.num_workers` is the number of painters."""
 
     cluster: ClusterConfig = ClusterConfig(num_workers=1)
+    autoscaling: Autoscaling | None = None
+    """Painters that come and go with what is asked, instead of `cluster.num_workers`."""
+    gateways: int = pydantic.Field(1, ge=1)
+    """Processes that take requests, on as many nodes as there are; each has its share of the queue."""
     bundle: str = "models:/aai@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder. An alias is followed (`follow_s`)."""
     follow_s: float = pydantic.Field(5, ge=0)
@@ -62,7 +66,7 @@ class ServeConfig(RayVerbConfig):
     metrics_port: int = pydantic.Field(0, ge=0, le=65535)
     """Port of Ray's Prometheus endpoint on this machine; 0 = one that is free, which the log tells."""
     max_queued_requests: int = pydantic.Field(8, ge=1)
-    """Requests that may wait for a painter; one more is refused with 429."""
+    """Requests that may wait for a painter, in all gateways; one more is refused with 429."""
     batch_pictures: int = pydantic.Field(8, ge=1, le=256)
     """Most pictures that one painter paints together, of one request or several; 1 = one request after the other."""
     limits: Limits = Limits()
@@ -83,6 +87,47 @@ class ServeConfig(RayVerbConfig):
         if self.addons.controlnet:
             raise ValueError("addons.controlnet needs a picture that requests do not carry: leave it out")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _scales(self) -> "ServeConfig":
+        if self.gateways > self.max_queued_requests:
+            raise ValueError(f"gateways {self.gateways}: no share in max_queued_requests {self.max_queued_requests}")
+        if (scaling := self.autoscaling) is None:
+            return self
+        if self.cluster.num_workers > 1:
+            raise ValueError(f"autoscaling, and cluster.num_workers {self.cluster.num_workers}: leave one out")
+        before = scaling.max_painters - 1
+        painted = before * self.batch_pictures
+        if painted + self.max_queued_requests <= scaling.target_ongoing_requests * before:
+            most = f"{before} painters have {painted} requests, and max_queued_requests is {self.max_queued_requests}"
+            raise ValueError(f"autoscaling never reaches max_painters {scaling.max_painters}: {most}")
+        return self
+
+    @property
+    def most_painters(self) -> int:
+        """Painters when all are there."""
+        return self.autoscaling.max_painters if self.autoscaling else self.cluster.num_workers
+
+    @property
+    def grace_s(self) -> float:
+        """How long a replica that goes may paint on: where they come and go by demand, until its pictures are done."""
+        return self.limits.request_timeout_s + 10 if self.autoscaling else self.stop_s
+
+    def painters(self) -> dict[str, Any]:
+        """How many painters there are, in the words of Ray Serve's deployments."""
+        if self.autoscaling is None:
+            return {"num_replicas": self.cluster.num_workers}
+        return {"autoscaling_config": self.autoscaling.describe()}
+
+    def share(self, of: int) -> int:
+        """A gateway's part of a number, rounded up."""
+        return -(-of // self.gateways)
+
+    def resources(self) -> dict[str, str]:
+        """See RayVerbConfig."""
+        told = self.cluster.model_copy(update={"num_workers": self.most_painters}).describe()
+        fewest = f"{self.autoscaling.min_painters} to " if self.autoscaling else ""
+        return {**told, "workers": fewest + told["workers"]}
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -136,12 +181,12 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     full = BackpressureConfig(status_code=429, retry_after_s=limits.retry_after_s)
     painter = serve.deployment(
         name="Painter",
-        num_replicas=cluster.num_workers,
+        **config.painters(),
         max_ongoing_requests=config.batch_pictures,
-        max_queued_requests=config.max_queued_requests,
+        max_queued_requests=config.share(config.max_queued_requests),
         backpressure_config=full,
         request_router_config=RequestRouterConfig(max_backoff_s=0.1),
-        graceful_shutdown_timeout_s=config.stop_s,
+        graceful_shutdown_timeout_s=config.grace_s,
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker},
         health_check_period_s=5,
@@ -149,12 +194,12 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     )(PainterReplica)
     gateway = serve.deployment(
         name="Gateway",
-        num_replicas=1,  # one, because the bound of the queue holds for each Gateway
+        num_replicas=config.gateways,  # Serve bounds the queue of each: their shares make up the whole
         max_ongoing_requests=256,
         max_queued_requests=256,
         backpressure_config=full,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=config.stop_s,
+        graceful_shutdown_timeout_s=config.grace_s,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=5,
         logging_config={"enable_access_log": False},  # the gateway writes its own line
@@ -179,7 +224,7 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     )
     painters = painter.bind(told.model_dump())
     together = config.batch_pictures
-    capacity = cluster.num_workers * together + config.max_queued_requests
+    capacity = config.share(config.most_painters * together + config.max_queued_requests)
     board = BOARD if follow else ""
     keys = storage.absolute(config.keys_file) if config.keys_file else ""
     return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, together, need_key, board, keys)

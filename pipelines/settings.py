@@ -1,7 +1,7 @@
 """Config sections that all commands share."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -76,11 +76,43 @@ class TrainClusterConfig(ClusterConfig):
         return {**told, "workers": elastic + told["workers"]}
 
 
+class Autoscaling(Config):
+    """Painters of the service by how much is asked of them: more while requests wait, fewer when none do."""
+
+    min_painters: int = pydantic.Field(1, ge=1)
+    max_painters: int = pydantic.Field(ge=2)
+    target_ongoing_requests: float = pydantic.Field(8, gt=0)
+    """Requests, painted and waiting, that there should be for each painter: about as many as it paints together."""
+    upscale_delay_s: float = pydantic.Field(10, ge=0)
+    """How long there must be more before a painter is added; a new node takes minutes on top."""
+    downscale_delay_s: float = pydantic.Field(600, ge=0)
+    """How long there must be fewer before one is taken away."""
+
+    @pydantic.model_validator(mode="after")
+    def _can_act(self) -> "Autoscaling":
+        if self.min_painters >= self.max_painters:
+            rule = f"min_painters {self.min_painters} is not below max_painters {self.max_painters}"
+            raise ValueError(f"{rule}; for a fixed number set cluster.num_workers alone")
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """The same in the words of Ray Serve's autoscaling_config."""
+        return {
+            "min_replicas": self.min_painters,
+            "max_replicas": self.max_painters,
+            "target_ongoing_requests": self.target_ongoing_requests,
+            "upscale_delay_s": self.upscale_delay_s,
+            "downscale_delay_s": self.downscale_delay_s,
+        }
+
+
 class StoreConfig(Config):
     """MLflow: where registered models are looked up."""
 
     uri: str = "sqlite:///mlflow.db"
-    """Tracking and registry URI: sqlite:///FILE or http(s)://SERVER."""
+    """Tracking and registry URI: sqlite:///FILE, http(s)://SERVER, or databricks[://PROFILE]."""
+    wait_s: float = pydantic.Field(30, ge=0)
+    """How long a server that does not answer is waited for before any work begins: it may be starting."""
 
     def anywhere(self) -> "StoreConfig":
         """The same as it holds in any folder of this machine."""

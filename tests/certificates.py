@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import ipaddress
 from pathlib import Path
 
 from cryptography import x509
@@ -41,6 +42,22 @@ def certified(folder: Path, name: str, issuer: Authority | None = None, valid_s:
     chain = [certificate, *([issuer[0]] if issuer else [])]
     (folder / f"{name}.chain").write_bytes(b"".join(each.public_bytes(PEM) for each in chain))
     return certificate, key
+
+
+def for_this_machine(folder: Path) -> tuple[Path, Path]:
+    """A key, and a certificate that nobody but itself vouches for, of a server at 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Tests")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(days=9)
+    )
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = made.add_extension(here, critical=False).sign(key, hashes.SHA256())
+    form = serialization.PrivateFormat.PKCS8
+    (folder / "server.pem").write_bytes(key.private_bytes(PEM, form, serialization.NoEncryption()))
+    (folder / "server.crt").write_bytes(certificate.public_bytes(PEM))
+    return folder / "server.pem", folder / "server.crt"
 
 
 def fingerprint(public_key: Path) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import yaml
 
 from pipelines.__main__ import VERBS, build_parser, module_of
+from tests.dead_settings import walk
 
 ROOT = Path(__file__).resolve().parent.parent
 INFRA = ROOT / "infra"
@@ -41,14 +41,6 @@ def pinned(package: str) -> str:
     match = re.search(rf"^{package}==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert match, package
     return match[1]
-
-
-def walk(node: Any) -> Iterator[Document]:
-    """Every mapping of a document."""
-    if isinstance(node, dict):
-        yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from walk(child)
 
 
 def strict(schema: Any) -> Any:
@@ -211,7 +203,7 @@ def test_containers_run_as_an_ordinary_user_with_bounded_memory(path: Path, docu
         for container in pod["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert "memory" in container["resources"]["limits"]
-            assert re.fullmatch(r"aai(-mlflow)?:0\.1\.0", container["image"])
+            assert re.fullmatch(r"aai(-mlflow)?:0\.1\.0|redis:\d+\.\d+-alpine", container["image"])
 
 
 def test_settings_and_secrets_that_pods_refer_to_are_documented() -> None:
@@ -233,14 +225,30 @@ def test_images_are_pinned_rootless_and_copy_what_exists(path: Path) -> None:
         assert [source for source in line.split()[:-1] if not (ROOT / source).exists()] == []
 
 
-def test_mlflow_server_flags_exist() -> None:
-    """The arguments of the deployment, read by the pinned MLflow's own command line."""
+def test_the_driver_of_the_documented_database_is_in_the_image() -> None:
+    from sqlalchemy import make_url
+
+    (uri,) = re.findall(r"MLFLOW_BACKEND_STORE_URI=(\S+)", CLUSTERS)
+    driver = make_url(uri).get_dialect().driver
+    assert f"{driver}-binary" in (INFRA / "docker" / "mlflow.Dockerfile").read_text()
+    assert pinned(f"{driver}-binary")
+
+
+MLFLOW = [(path.stem, document) for path, document in ALL if document["kind"] == "Deployment"]
+
+
+@pytest.mark.parametrize("deployment", [document for _, document in MLFLOW], ids=[name for name, _ in MLFLOW])
+def test_mlflow_server_flags_exist(deployment: Document) -> None:
+    """The arguments of the deployments, read by the pinned MLflow's own command line."""
     from mlflow.cli import server
 
-    deployment = next(document for _, document in ALL if document["kind"] == "Deployment")
-    program, command, *arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    program, command, *arguments = container["args"]
     assert (program, command) == ("mlflow", "server")
     known = {flag for parameter in server.params for flag in parameter.opts}
     assert [flag for flag in (argument.split("=")[0] for argument in arguments) if flag not in known] == []
     assert "--app-name=basic-auth" in arguments
     assert any(argument.startswith("--allowed-hosts=") and "*" not in argument for argument in arguments)
+    store = next(parameter for parameter in server.params if "--backend-store-uri" in parameter.opts)
+    given = {argument.split("=")[0] for argument in arguments} | {each["name"] for each in container["env"]}
+    assert given & {"--backend-store-uri", store.envvar}, "else a file in the container"

@@ -2,7 +2,7 @@
 #   docker build -f infra/docker/mlflow.Dockerfile -t aai-mlflow:0.1.0 .
 FROM python:3.11-slim
 COPY constraints.txt /tmp/constraints.txt
-RUN pip install --no-cache-dir -c /tmp/constraints.txt 'mlflow[auth]' boto3 \
+RUN pip install --no-cache-dir -c /tmp/constraints.txt 'mlflow[auth]' boto3 psycopg2-binary \
     && useradd --uid 1000 --create-home mlflow
 COPY infra/mlflow/basic_auth.ini /etc/mlflow/basic_auth.ini
 ENV MLFLOW_AUTH_CONFIG_PATH=/etc/mlflow/basic_auth.ini

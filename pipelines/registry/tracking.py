@@ -21,7 +21,7 @@ from aai import storage
 from aai.errors import UserError
 from aai.version import code_version
 from pipelines.registry.figures import as_text, clean_name, flatten, numbers
-from pipelines.registry.store import check, database
+from pipelines.registry.store import check, database, is_databricks
 from pipelines.settings import RunsConfig, StoreConfig
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def connect(cfg: StoreConfig) -> "MlflowClient":
     """A client of the tracking server and registry. Raises UserError when it cannot be reached."""
     check(cfg)
     uri: str = cfg.uri
+    # Databricks keeps models that have aliases in its Unity Catalog.
+    registry = uri.replace("databricks", "databricks-uc", 1) if is_databricks(cfg) else ""
     lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if uri.startswith("sqlite:///"):
         file = database(cfg)
@@ -62,9 +64,9 @@ def connect(cfg: StoreConfig) -> "MlflowClient":
     library = mlflow()
     # Loading a registered model goes through MLflow's global settings: they must name the client's store.
     library.set_tracking_uri(uri)
-    library.set_registry_uri(uri)
+    library.set_registry_uri(registry or uri)
     with lock:
-        return attempt(cfg, library.MlflowClient, tracking_uri=uri, registry_uri=uri)
+        return attempt(cfg, library.MlflowClient, tracking_uri=uri, registry_uri=registry or uri)
 
 
 @contextlib.contextmanager

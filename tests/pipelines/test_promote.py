@@ -327,7 +327,7 @@ def test_a_rollback_to_a_version_whose_files_are_lost_is_refused(shop: Workshop)
         ({"alias": "a" * 201}, "at most 200 characters"),
         ({"not_worse_than_champion": {"a": -1}}, "greater than or equal to 0"),
         ({"bundle": "absent"}, "no such bundle"),
-        ({"tracking.uri": "http://127.0.0.1:9"}, "no tracking server answers"),
+        ({"tracking.uri": "http://127.0.0.1:9", "tracking.wait_s": 0}, "no tracking server answers"),
     ],
 )
 def test_wrong_settings_are_one_line(shop: Workshop, settings: dict[str, Any], complaint: str) -> None:

@@ -34,7 +34,8 @@ from aai.painter import Painter
 from aai.sampling import PaintRequest
 from pipelines.__main__ import main
 from pipelines.registry import versions
-from pipelines.serve import ServeConfig, build_app, check_address
+from pipelines.serve import ServeConfig, application, build_app, check_address
+from pipelines.service.http import ServedModel
 from pipelines.settings import TrackingConfig
 from tests.hostile import png, wav
 from tests.tiny import SIZES, write_clip, write_diffusion
@@ -105,6 +106,13 @@ def serving(folder: Path, key: str = KEY, **settings: Any) -> Iterator[Service]:
     bundle = write_tiny_bundle(folder)
     registry = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", model_name="tiny")
     versions.set_alias(registry, "champion", versions.register(registry, bundle, {}, {}))
+    with running(folder, bundle, registry, key, **settings) as started:
+        yield started
+
+
+@contextmanager
+def running(folder: Path, bundle: Path, registry: TrackingConfig, key: str = KEY, **settings: Any) -> Iterator[Service]:
+    """`aai serve` of the champion in a registry; it must end cleanly."""
     (folder / "token").write_text("0123456789abcdef" * 4)
     ports = {"port": free_port(), "metrics_port": free_port()}
     config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, **ports, **settings)
@@ -305,3 +313,41 @@ def test_build_app_takes_settings_or_a_file(service: Service, tmp_path: Path) ->
 def test_a_controlnet_has_no_place_in_the_service() -> None:
     with pytest.raises(UserError, match="needs a picture that requests do not carry"):
         ServeConfig.parse({"addons": {"controlnet": "net"}})
+
+
+def bound(config: ServeConfig) -> tuple[Any, Any]:
+    """Gateway and painters as Serve is told."""
+    served = ServedModel(name="m", version="1", alias="", sha="s", sample_rate_hz=16_000)
+    gateway = application(config, "folder", served, need_key=False)._bound_deployment
+    return gateway, gateway.init_args[0]._bound_deployment
+
+
+def test_painters_are_a_fixed_number_or_come_with_what_is_asked() -> None:
+    gateway, painter = bound(ServeConfig.parse({"cluster": {"num_workers": 3}}))
+    assert (painter.num_replicas, painter._deployment_config.autoscaling_config) == (3, None)
+    assert (gateway.num_replicas, gateway.init_args[3]) == (1, 3 * 8 + 8)
+    scaled = {"max_painters": 4, "target_ongoing_requests": 3, "upscale_delay_s": 1}
+    config = ServeConfig.parse({"autoscaling": scaled, "gateways": 2, "max_queued_requests": 9})
+    gateway, painter = bound(config)
+    found = painter._deployment_config.autoscaling_config
+    assert (found.min_replicas, found.max_replicas, found.target_ongoing_requests) == (1, 4, 3)
+    assert (found.upscale_delay_s, found.downscale_delay_s) == (1, 600)
+    assert (gateway.num_replicas, painter.max_queued_requests) == (2, 5), "each has its share of the queue"
+    assert gateway.init_args[3] == 21, "half of 4 x 8 + 9"
+    for each in (gateway, painter):
+        assert each._deployment_config.graceful_shutdown_timeout_s > config.limits.request_timeout_s
+    assert config.plan().resources["workers"] == "1 to 4 x (1 CPU, 0 GPU)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"autoscaling": {"min_painters": 2, "max_painters": 2}}, "min_painters 2 is not below max_painters 2"),
+        ({"autoscaling": {"max_painters": 4}, "cluster": {"num_workers": 2}}, "leave one out"),
+        ({"autoscaling": {"max_painters": 4, "target_ongoing_requests": 11}}, "never reaches max_painters 4"),
+        ({"gateways": 9}, "no share in max_queued_requests 8"),
+    ],
+)
+def test_scaling_that_could_not_act_is_refused(settings: dict[str, Any], rule: str) -> None:
+    with pytest.raises(UserError, match=rule):
+        ServeConfig.parse(settings)

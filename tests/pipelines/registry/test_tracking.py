@@ -86,7 +86,8 @@ def test_an_exception_marks_the_run_failed(cfg: TrackingConfig) -> None:
 )
 def test_unusable_stores(tmp_path: Path, uri: str, rule: str) -> None:
     (tmp_path / "text.db").write_text("this is not a database " * 100)
-    with pytest.raises(UserError, match=rule) as error, tracking.run(TrackingConfig(uri=uri.format(tmp=tmp_path)), "x"):
+    cfg = TrackingConfig(uri=uri.format(tmp=tmp_path), wait_s=0)
+    with pytest.raises(UserError, match=rule) as error, tracking.run(cfg, "x"):
         pytest.fail("the run was opened")
     assert "secret" not in str(error.value)
 

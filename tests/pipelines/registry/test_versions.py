@@ -22,6 +22,7 @@ from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import write_wav
 from pipelines.registry import tracking, versions
 from pipelines.settings import TrackingConfig
+from tests.certificates import for_this_machine
 from tests.pipelines.conftest import python
 from tests.tiny import paintable_bundle
 
@@ -132,14 +133,19 @@ def test_champion_paints_in_a_fresh_process_without_pickle(cfg: TrackingConfig, 
 
 
 @contextmanager
-def serving(folder: Path, store: str) -> Iterator[str]:
-    """The address of an `mlflow server` over a store; what is uploaded lies in folder/served."""
+def serving(folder: Path, store: str, artifacts: str = "", workers: int = 1, tls: str = "") -> Iterator[str]:
+    """The address of an `mlflow server` over a store; what is uploaded lies in folder/served, or in `artifacts`.
+
+    tls: uvicorn's options for it.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command = [sys.executable, "-m", "mlflow", "server", *options, "--artifacts-destination", str(folder / "served")]
-    address = f"http://127.0.0.1:{port}"
+    options = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", str(workers)]
+    options += ["--artifacts-destination", artifacts or str(folder / "served")]
+    options += ["--uvicorn-opts", tls] if tls else []
+    command = [sys.executable, "-m", "mlflow", "server", *options]
+    address = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
     with (folder / "server.log").open("wb") as sink:
         server = subprocess.Popen(command, cwd=folder, stdout=sink, stderr=sink, start_new_session=True)
         try:
@@ -164,6 +170,18 @@ def test_a_tracking_server_stores_and_returns_bundles(cfg: TrackingConfig, tmp_p
         shutil.rmtree(tmp_path / "served")
         with pytest.raises(UserError, match=r"^bundle=models:/toy/1: the registered version holds no bundle"):
             versions.resolve_bundle("models:/toy/1", remote, str(tmp_path / "into"))
+
+
+def test_a_server_of_a_private_authority_is_used(
+    cfg: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = for_this_machine(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
+    with serving(tmp_path, cfg.uri, tls=f"--ssl-keyfile={key} --ssl-certfile={certificate}") as address:
+        remote = TrackingConfig(uri=address, experiment="remote", model_name="toy")
+        made = make_bundle(tmp_path / "1", 1)
+        versions.set_alias(remote, "champion", versions.register(remote, made.folder, {}, {}))
+        assert read_bundle(versions.resolve_bundle("models:/toy@champion", remote)).sha == made.sha
 
 
 def wait_for(cfg: TrackingConfig, log: Path) -> None:
