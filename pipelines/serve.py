@@ -55,6 +55,8 @@ class ServeConfig(RayVerbConfig):
     port: int = pydantic.Field(8000, ge=1, le=65535)
     max_queued_requests: int = pydantic.Field(8, ge=1)
     """Requests that may wait for a painter; one more is refused with 429."""
+    batch_pictures: int = pydantic.Field(8, ge=1)
+    """Most pictures of one denoising step; 1 = one request after the other."""
     limits: Limits = Limits()
     dtype: DType = "float32"
     """Arithmetic of the diffusion model; auto: bfloat16 where the device has it natively. It halves the memory."""
