@@ -63,6 +63,11 @@ def queue_full(retry_after_s: int) -> ApiError:
     return busy(429, "queue_full", "all painters are busy and the queue is full", retry_after_s)
 
 
+def _route(scope: Scope) -> str:
+    """The path within the application: Serve leaves an application's route_prefix, as ASGI's root_path, in the path."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
 class Guard:
     """ASGI middleware around everything: key, Host, body size and rate, one deadline per request, security headers.
 
@@ -121,7 +126,7 @@ class Guard:
             name = host if host.endswith("]") else host.rsplit(":", 1)[0]
             if name not in LOOPBACK:
                 raise ApiError(403, "forbidden_host", "without an API key only localhost is served")
-        elif scope["path"].startswith("/v1/"):
+        elif _route(scope).startswith("/v1/"):
             scheme, _, token = headers.get("authorization", "").partition(" ")
             given = headers.get("x-api-key") or (token if scheme.lower() == "bearer" else "")
             if not hmac.compare_digest(given.encode(), self._key.encode()):
@@ -130,7 +135,7 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.max_bytes:
             raise self._too_large()
-        if scope["path"].startswith("/v1/"):
+        if _route(scope).startswith("/v1/"):
             if self._full():
                 raise queue_full(self._limits.retry_after_s)
             if len(self._uploads) >= self._limits.max_uploads:
