@@ -6,6 +6,7 @@ request at a time each. Between them stands a bounded queue: what does not fit i
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import threading
@@ -28,6 +29,7 @@ from pipelines.registry import versions
 from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
 from pipelines.service.guard import Limits
 from pipelines.service.http import ServedModel
+from pipelines.service.lost_gateway import CALLBACK, CALLBACK_VARIABLE
 from pipelines.service.painters import PainterConfig, PainterReplica
 from pipelines.settings import ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 
@@ -126,7 +128,7 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         backpressure_config=full,
         request_router_config=RequestRouterConfig(max_backoff_s=0.1),
         ray_actor_options={"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker},
-        health_check_period_s=5,
+        health_check_period_s=1,
         max_constructor_retry_count=3,
     )(PainterReplica)
     gateway = serve.deployment(
@@ -136,6 +138,7 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         max_queued_requests=256,
         backpressure_config=full,
         ray_actor_options={"num_cpus": 0},
+        health_check_period_s=1,
         max_constructor_retry_count=3,
     )(serve.ingress()(Gateway))
     device = "cuda" if cluster.gpus_per_worker else "cpu"
@@ -205,6 +208,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     uri, model = pin(config)
     stopped = threading.Event()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     connect(config.cluster)
     try:
         start(config, uri, model)

@@ -12,8 +12,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -95,14 +97,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("serve")
+@contextmanager
+def served(folder: Path, **settings: Any) -> Iterator[Service]:
+    """`aai serve` on a tiny bundle that it registers, until the body ends; then it must end cleanly."""
     bundle = write_tiny_bundle(folder)
     registry = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", model_name="tiny")
     versions.set_alias(registry, "champion", versions.register(registry, bundle, {}, {}))
     (folder / "token").write_text("0123456789abcdef" * 4)
-    config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, port=free_port())
+    config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, port=free_port(), **settings)
     (folder / "serve.yaml").write_text(config.to_yaml())
     environment = os.environ | {"AAI_API_KEY": KEY, "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     with (folder / "log").open("w") as log:
@@ -121,6 +123,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with served(tmp_path_factory.mktemp("serve")) as running:
+        yield running
 
 
 def test_the_ready_line_names_url_model_and_version(service: Service) -> None:

@@ -55,7 +55,7 @@ def test_the_service_is_measured_beside_the_painter(
     tmp_path: Path, tiny_bundle: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = [f"serve.bundle={tiny_bundle}", "serve.clients=[1,3]", "serve.open_shares=[0.5]", "serve.overload=4"]
-    sets += ["serve.cell_s=1", "serve.steps=3", "repeats=2", "overrides=['trust.public_keys=[]']"]
+    sets += ["serve.cell_s=0.5", "serve.steps=3", "repeats=1", "overrides=['trust.public_keys=[]']"]
     words = [word for setting in sets for word in ("--set", setting)]
     result, shown = measured(capsys, tmp_path, "serve", *words)
     loads = {(one["variant"], one["load"]): one for one in result["figures"]["loads"]}
