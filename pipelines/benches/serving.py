@@ -234,7 +234,7 @@ def summary(rounds: Rounds) -> dict[str, Any]:
     each, many = rates(rounds)
     unet = f"unet_of_{rounds.batch_pictures}"
     spread = {}
-    for this, that in (*PAIRS, (BATCH, unet), (BARE, "unet_of_1")):
+    for this, that in (*PAIRS, (BATCH, unet), (BARE, "unet_of_1"), (unet, "unet_of_1")):
         values = [found[this] / found[that] for found in each]
         spread[f"{this}/{that}"] = [rounded(value) for value in (statistics.median(values), min(values), max(values))]
     figures: dict[str, Any] = {}
