@@ -7,6 +7,7 @@
     aai bench adapt                # `aai adapt` likewise
     aai bench inject               # what the sound adds to a generation with Stable Diffusion 1.5 of random weights
     aai bench vitl14               # CLIP ViT-L/14 of random weights, beside the device's matrix product
+    aai bench serve                # the service, with batches and without, beside the painter alone
 
 Prints a table and writes OUT/NAME.json: name, machine, inputs, figures, ratios. Compared runs take turns, so that
 what else the machine does hits all of them; a figure is the median of its runs and a ratio the median over the turns.
@@ -33,6 +34,7 @@ MODULES = {
     "adapt": "training",
     "vitl14": "vitl14",
     "inject": "injection",
+    "serve": "serving",
 }
 """Every bench and its module in pipelines.benches."""
 NAMES = tuple(MODULES)
@@ -65,14 +67,14 @@ def run(config: BenchConfig) -> dict[str, Any]:
     config = config.model_copy(update={"out": storage.absolute(config.out)})
     found = _measure(config)
     result = write_bench(config.out, config.name, found["inputs"], found["figures"], found["ratios"])
-    for line in table(result):
+    for line in [*found.get("lines", ()), *table(result)]:
         print(line)
     log.info("bench: %s -> %s", config.name, storage.join(config.out, f"{config.name}.json"))
     return result
 
 
 def _measure(config: BenchConfig) -> dict[str, Any]:
-    """inputs, figures and ratios of the chosen bench."""
+    """inputs, figures and ratios of the chosen bench; maybe lines of a table of its own."""
     if config.name == "decode":
         decode = importlib.import_module("pipelines.benches.decoding")
         media = list(config.media) or decode.made_clips(storage.join(config.out, "clips"), config.clips, config.seed)

@@ -6,6 +6,7 @@ several requests together. Between them stands a bounded queue: what does not fi
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import threading
@@ -30,6 +31,7 @@ from pipelines.service.answers import ServedModel
 from pipelines.service.gateway import Gateway
 from pipelines.service.guard import Limits
 from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
+from pipelines.service.lost_gateway import CALLBACK, CALLBACK_VARIABLE
 from pipelines.service.painters import PainterConfig, PainterReplica
 from pipelines.service.traces import TracesConfig
 from pipelines.settings import Autoscaling, ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
@@ -189,7 +191,7 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         graceful_shutdown_timeout_s=config.grace_s,
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker},
-        health_check_period_s=5,
+        health_check_period_s=1,
         max_constructor_retry_count=3,
     )(PainterReplica)
     gateway = serve.deployment(
@@ -201,7 +203,7 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=config.grace_s,
         graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=5,
+        health_check_period_s=1,
         logging_config={"enable_access_log": False},  # the gateway writes its own line
         max_constructor_retry_count=3,
     )(serve.ingress()(Gateway))
@@ -284,6 +286,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     stopped = threading.Event()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     config.traces.options()  # before Ray starts, which hands the environment on
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     connect(config.cluster, metrics_port=config.metrics_port)
     try:
         logger.info("aai serve: loading %s, painters: %d", model.label(), config.cluster.num_workers)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "tuning": {"engine", "pages", "training"},
     "tracing": {"curation", "registry", "settings"},
     "curation": CLUSTER | {"manifests", "pages", "registry"},
-    "benches": CLUSTER | {"manifests", "training", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
+    "benches": CLUSTER | {"manifests", "registry", "training", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
 }
 """What each package (or single module) of pipelines/ may import of the others; a verb may import all packages."""
 RUNS_OTHERS = {"bench", "demo", "plan", "tune"}

@@ -46,10 +46,27 @@ class TrainBenchConfig(Config):
     """Pictures of a clip that towers see in each step."""
 
 
+class ServeBenchConfig(Config):
+    """What `aai bench serve` asks of a painter and of two services. `repeats` is the number of rounds."""
+
+    bundle: str | None = None
+    """As for `aai serve`; empty = what configs/demo/serve.yaml serves."""
+    clients: tuple[pydantic.PositiveInt, ...] = (1, 4, 8, 16)
+    """Of closed loops: each asks again when it is answered."""
+    open_shares: tuple[pydantic.PositiveFloat, ...] = (0.5, 0.8)
+    """Open loops: arrivals as a share of what the same service painted in the best of its closed loops."""
+    overload: float = pydantic.Field(10, ge=1)
+    """The last open loop, times that capacity."""
+    cell_s: float = pydantic.Field(4, gt=0)
+    """Seconds of each load, in each round."""
+    steps: int = pydantic.Field(20, ge=2, le=100)
+    """Denoising steps of a picture."""
+
+
 class BenchConfig(VerbConfig):
     """Settings of `aai bench`."""
 
-    name: Literal["decode", "curate", "featurize", "align", "adapt", "vitl14", "inject"]
+    name: Literal["decode", "curate", "featurize", "align", "adapt", "vitl14", "inject", "serve"]
     """What to measure."""
     out: str = "runs/bench"
     """Folder of NAME.json, and of the toy world and tables that are measured on."""
@@ -69,6 +86,7 @@ class BenchConfig(VerbConfig):
     """Files of `aai bench decode`; empty = up to eight H.264 clips of 10 s at 720p, made once in OUT/clips."""
     model: ModelConfig = ModelConfig()
     train: TrainBenchConfig = TrainBenchConfig()
+    serve: ServeBenchConfig = ServeBenchConfig()
     cluster: ClusterConfig = ClusterConfig()
     """The processes that are compared, on this machine."""
 

@@ -80,6 +80,11 @@ class Visit:
 _VISIT: ContextVar[Visit | None] = ContextVar("visit", default=None)
 
 
+def route_of(scope: Scope) -> str:
+    """The path within the application: Serve leaves an application's route_prefix, as ASGI's root_path, in the path."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
 def note(**told: Any) -> None:
     """Adds to what is told of the request that is being answered here; nothing where there is none."""
     if visit := _VISIT.get():
@@ -111,7 +116,7 @@ class Access:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        visit = Visit(KINDS.get(scope["path"], "other"), request_id, self._depth())
+        visit = Visit(KINDS.get(route_of(scope), "other"), request_id, self._depth())
         complete, token = False, _VISIT.set(visit)
 
         def left() -> None:

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.service.access import note
+from pipelines.service.access import note, route_of
 from pipelines.service.keys import ApiKey, Keys
 from pipelines.settings import InputLimits
 
@@ -161,7 +161,7 @@ class Guard:
             name = host if host.endswith("]") else host.rsplit(":", 1)[0]
             if name not in LOOPBACK:
                 raise ApiError(403, "forbidden_host", "without an API key only localhost is served")
-        elif scope["path"].startswith("/v1/"):
+        elif route_of(scope).startswith("/v1/"):
             scheme, _, token = headers.get("authorization", "").partition(" ")
             key = self._keys.find(headers.get("x-api-key") or (token if scheme.lower() == "bearer" else ""))
             if key is None:
@@ -171,7 +171,7 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.max_bytes:
             raise self._too_large()
-        if scope["path"].startswith("/v1/"):
+        if route_of(scope).startswith("/v1/"):
             if self._full():
                 raise queue_full(self._limits.retry_after_s)
             if self._keys and key:

@@ -224,3 +224,15 @@ def test_what_nobody_foresaw_is_a_logged_500_of_our_form(caplog: pytest.LogCaptu
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
     assert "secret" not in response.text
     assert "secret of the inside" in caplog.text
+
+
+def test_an_application_below_a_prefix_asks_for_the_key_too() -> None:
+    guard = Guard(Reader(), LIMITS, Keys(key="secret"))
+
+    async def ask(root: str, path: str) -> int:
+        transport = httpx.ASGITransport(guard, root_path=root)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return (await client.post(path)).status_code
+
+    asked_at = [("", "/v1/edit"), ("/aai", "/aai/v1/edit"), ("/v1", "/v1/v1/edit"), ("/aai", "/aai/healthz")]
+    assert [asyncio.run(ask(*where)) for where in asked_at] == [401, 401, 401, 200]
