@@ -151,6 +151,7 @@ def test_pixels_outside_the_brushed_mask_are_kept(page: Page) -> None:
     page.locator("input[name=extent][value=brush]").check(force=True)
     page.locator("#paint").click()
     expect(page.locator("#error")).to_contain_text("Brush over")
+    page.locator("#brush").scroll_into_view_if_needed()
     box = page.locator("#brush").bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)

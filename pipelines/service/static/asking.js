@@ -43,7 +43,7 @@ export async function* events(stream) {
 async function followed(response, progress) {
   for await (const { event, data } of events(response.body)) {
     if (event === "progress") progress(data.step, data.steps, data.preview ? blobOf(data.preview) : null);
-    if (event === "error") throw new Refused(data.status, data.error.message, data.retry_after_s);
+    if (event === "error") throw new Refused(data.status, data.error.message);
     if (event === "done") return { ...data, blobs: data.images.map(blobOf) };
   }
   throw new Error("it ended the answer before the picture was done");

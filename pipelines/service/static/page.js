@@ -20,13 +20,14 @@ const verb = () => form.elements.verb.value;
 const extent = () => form.elements.extent.value;
 const repaints = () => verb() === "edit" || verb() === "stylize";
 const mixes = () => verb() === "mix";
-const sounds = [new Sound("audio", fail), new Sound("audio2", fail)];
+const sounds = [new Sound("audio", "sound", fail), new Sound("audio2", "sound2", fail)];
 const brush = new Brush($("brush"), $("cursor"), $("brush-size"), () => { $("clear").disabled = !brush.used; });
 let running = null, urls = [];
 
 function fail(text) {
   $("error").textContent = text;
   $("error").hidden = !text;
+  if (text) $("error").scrollIntoView({ block: "nearest", behavior: "smooth" });
 }
 
 const mixedPrompt = () => `a photo of ${sounds.map((sound) => sound.mention()).join(" and ")}`;
@@ -121,7 +122,7 @@ function edit(blob, name) {
 }
 
 // A picture, what it is called, and what can be done with it.
-function tile(blob, title, name, seed) {
+function tile(blob, title, name, seed, changeable = true) {
   const figure = document.createElement("figure"), image = document.createElement("img");
   const caption = document.createElement("figcaption"), save = document.createElement("a");
   image.src = save.href = urlOf(blob);
@@ -130,8 +131,9 @@ function tile(blob, title, name, seed) {
   save.textContent = "Save";
   const words = document.createElement("span");
   words.textContent = title;
-  const again = button("Edit", () => edit(blob, save.download)), how = button("How", () => showHow(blob, true));
-  caption.append(words, save, again, how);
+  caption.append(words, save);
+  if (changeable) caption.append(button("Edit", () => edit(blob, save.download)));
+  caption.append(button("How", () => showHow(blob, true)));
   figure.append(image, caption);
   return figure;
 }
@@ -173,7 +175,7 @@ function showPictures({ blobs, seed, model }, started_ms) {
 }
 
 // The same with no sound: what the prompt alone gives.
-async function paintFloor(path, data, options) {
+async function paintFloor(path, data, options, model) {
   data.set("sound_strength", "0");
   data.set("num_images", "1");
   const waiting = document.createElement("p");
@@ -182,8 +184,9 @@ async function paintFloor(path, data, options) {
   $("floor").replaceChildren(waiting);
   $("floor").hidden = false;
   try {
-    const { blobs, seed } = await ask(path, data, options);
-    $("floor").replaceChildren(tile(blobs[0], "Without the sound", "without-sound", seed));
+    const answer = await ask(path, data, options);
+    const by = answer.model === model ? "" : ` (${answer.model})`;  // promoted in between
+    $("floor").replaceChildren(tile(answer.blobs[0], `Without the sound${by}`, "without-sound", answer.seed, false));
   } catch (error) {
     if (error.name === "AbortError") $("floor").replaceChildren();
     waiting.textContent = `Not painted without the sound: ${error.message}`;
@@ -216,7 +219,7 @@ async function paint(event) {
     showPictures(answer, started_ms);
     showPainting(false);
     health();
-    if (compared) await paintFloor(path, data, options);
+    if (compared) await paintFloor(path, data, options, answer.model);
   } catch (error) {
     showPainting(false);
     explain(error);

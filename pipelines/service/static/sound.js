@@ -11,7 +11,7 @@ export function setUpDrop(zone, chosen) {
   input.addEventListener("change", () => {
     const file = input.files[0];
     zone.classList.toggle("chosen", Boolean(file));
-    strong.textContent = file ? file.name : words[0];
+    strong.textContent = strong.title = file ? file.name : words[0];
     span.textContent = file ? `${Math.max(1, Math.round(file.size / 1024))} kB, choose another` : words[1];
     if (file) chosen(file);
   });
@@ -34,12 +34,14 @@ export function give(input, file) {
 
 // "Dog barking (2).wav" -> "dog_barking_2", as a name in a prompt must be.
 const nameOf = (file) => file.name.toLowerCase().replace(/\.[^.]*$/, "").replace(/[^a-z0-9]+/g, "_")
-  .replace(/^[^a-z]+|_+$/g, "").slice(0, 24) || "sound";
+  .replace(/^[^a-z]+|_+$/g, "").slice(0, 24);
 
 export class Sound {
-  constructor(field, fail) {
+  // usual: its name in prompts where it has no other.
+  constructor(field, usual, fail) {
     this.card = document.getElementById("sound-card").content.firstElementChild.cloneNode(true);
-    this.fail = fail;
+    Object.assign(this, { usual, fail });
+    this.part(".called").placeholder = usual;
     this.input = this.part("input[type=file]");
     this.input.name = field;
     this.audio = this.part("audio");
@@ -50,7 +52,7 @@ export class Sound {
 
   part(selector) { return this.card.querySelector(selector); }
   get file() { return this.input.files[0]; }
-  get name() { return this.part(".called").value; }
+  get name() { return this.part(".called").value || this.usual; }
   get share() { return Number(this.part(".share").value); }
 
   // How it stands in a prompt.
