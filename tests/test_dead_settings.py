@@ -65,7 +65,7 @@ PLANTED: dict[str, tuple[str, Callable[[str], str], str]] = {
     ),
     "a queue too short to scale": (
         "rayservice",
-        lambda t: args(t, max_queued_requests=4),
+        lambda t: args(t, autoscaling=SCALED | {"target_ongoing_requests": 20}),
         "never reaches max_painters 4",
     ),
     "replicas beside autoscaling": (
