@@ -6,6 +6,7 @@ request at a time each. Between them stands a bounded queue: what does not fit i
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import threading
@@ -25,6 +26,7 @@ from aai.proof import ProofConfig, Prover
 from aai.signatures import TrustConfig, check
 from pipelines.engine.cluster import connect
 from pipelines.registry import versions
+from pipelines.service import proxy
 from pipelines.service.gateway import KEY_VARIABLE, Gateway, api_key
 from pipelines.service.guard import Limits
 from pipelines.service.http import ServedModel
@@ -203,6 +205,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     uri, model = pin(config)
     stopped = threading.Event()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    os.environ.setdefault(proxy.VARIABLE, proxy.PLACE)  # a Ray that is started here hands it to Serve's proxies
     connect(config.cluster)
     try:
         start(config, uri, model)
