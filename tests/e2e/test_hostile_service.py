@@ -105,9 +105,8 @@ def test_m5_the_service_keeps_to_its_document(service: Service, tmp_path: Path) 
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--checks", checks]
     command += ["-H", f"X-API-Key: {HEADERS['X-API-Key']}", "--max-examples", "60", "--seed", "1", "--no-color"]
     command += ["--continue-on-failure", "--generation-database", "none"]
-    done = subprocess.run(
-        command, env=os.environ | {"SCHEMATHESIS_HOOKS": "tests.openapi_hooks"}, cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    told = os.environ | {"SCHEMATHESIS_HOOKS": "tests.openapi_hooks", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=told, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     print(done.stdout[-1500:])
     assert done.returncode == 0, done.stdout[-6000:]
