@@ -27,11 +27,11 @@ from aai.proof import ProofConfig, Prover
 from aai.signatures import TrustConfig, check
 from pipelines.engine.cluster import connect
 from pipelines.registry import versions
+from pipelines.service import proxy
 from pipelines.service.answers import ServedModel
 from pipelines.service.gateway import Gateway
 from pipelines.service.guard import Limits
 from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
-from pipelines.service.lost_gateway import CALLBACK, CALLBACK_VARIABLE
 from pipelines.service.painters import PainterConfig, PainterReplica
 from pipelines.service.traces import TracesConfig
 from pipelines.settings import Autoscaling, ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
@@ -286,7 +286,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
     stopped = threading.Event()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     config.traces.options()  # before Ray starts, which hands the environment on
-    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
+    os.environ.setdefault(proxy.VARIABLE, proxy.PLACE)  # a Ray that is started here hands it to Serve's proxies
     connect(config.cluster, metrics_port=config.metrics_port)
     try:
         logger.info("aai serve: loading %s, painters: %d", model.label(), config.cluster.num_workers)

@@ -94,6 +94,10 @@ NAMES = (
     b"file:///etc/passwd",
 )
 
+STATUSES = {0, 200, 400, 401, 404, 405, 408, 413, 422, 429, 503}
+PROXY = b"Invalid HTTP request received."
+"""What the proxy's HTTP parser says of bytes that are no request; they reach no application."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -267,3 +271,25 @@ def attack(address: tuple[str, int], given: list[Case], clients: int = 6) -> lis
     """Sends them all, some at a time."""
     with ThreadPoolExecutor(clients) as pool:
         return list(pool.map(lambda case: send(address, case), given))
+
+
+def is_ours(outcome: Outcome) -> bool:
+    """Whether a refusal has our JSON, or is the proxy's of what is no HTTP."""
+    if outcome.status == 400 and outcome.body == PROXY:
+        return True
+    if outcome.name.startswith("method b'HEAD'") and not outcome.body:
+        return True
+    try:
+        return set(json.loads(outcome.body)["error"]) == {"code", "message"}
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def wrong(outcomes: list[Outcome]) -> list[tuple[str, int, bytes]]:
+    """Those that may not be: a status that is not documented, a refusal in another form, silence after a whole head."""
+    found = []
+    for each in outcomes:
+        silent = each.status == 0 and not each.name.startswith(("raw", "slow from byte 60"))
+        if silent or each.status not in STATUSES or (each.status >= 400 and not is_ours(each)):
+            found.append((each.name[:80], each.status, each.body[:200]))
+    return found

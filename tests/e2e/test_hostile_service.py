@@ -1,7 +1,6 @@
 """The running service under hostile requests, and held against its own OpenAPI document (make accept)."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -15,13 +14,13 @@ import psutil
 import pytest
 
 from tests.hostile_heads import cases
-from tests.hostile_requests import Case, Outcome, attack
+from tests.hostile_requests import Case, attack, wrong
 from tests.pipelines.test_serve import HEADERS, KEY, QUICK, Service, service  # noqa: F401
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(1200)]
-STATUSES = {0, 200, 400, 401, 404, 405, 408, 413, 422, 429, 503}
-PROXY = b"Invalid HTTP request received."
-"""What the proxy's HTTP parser says of bytes that are no request; they reach no application."""
+
+KINDS = {"Gateway": ":Gateway", "Painter": ":Painter", "Proxy": "ProxyActor", "decoder": "aai.media.child"}
+"""Processes of the service, and what their command lines hold."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,15 +36,10 @@ def processes(service: Service) -> dict[str, list[int]]:  # noqa: F811
     """Process ids of this service by kind: Gateway, Painter, Proxy, decoders."""
     home = str(service.bundle.parent / "serve.yaml")
     root = next(p for p in psutil.process_iter(["cmdline"]) if home in (p.info["cmdline"] or []))
-    found: dict[str, list[int]] = {"Gateway": [], "Painter": [], "Proxy": [], "decoder": []}
+    found: dict[str, list[int]] = {kind: [] for kind in KINDS}
     for process in root.children(recursive=True):
         words = " ".join(process.cmdline())
-        kind = (
-            "decoder"
-            if "aai.media.child" in words
-            else next((k for k in found if f":{k}" in words or f"{k}A" in words), "")
-        )
-        if kind:
+        for kind in (kind for kind, mark in KINDS.items() if mark in words):
             found[kind].append(process.pid)
     return found
 
@@ -64,31 +58,12 @@ def held_mb(service: Service) -> dict[str, float]:  # noqa: F811
     return {kind: round(private_mb(pids), 1) for kind, pids in processes(service).items()}
 
 
-def address(service: Service) -> tuple[str, int]:  # noqa: F811
-    url = httpx.URL(service.url)
-    return url.host, int(url.port or 80)
-
-
-def is_ours(outcome: Outcome) -> bool:
-    """Whether a refusal has our JSON, or is the proxy's of what is no HTTP."""
-    if outcome.status == 400 and outcome.body == PROXY:
-        return True
-    if outcome.name.startswith("method b'HEAD'") and not outcome.body:
-        return True
-    try:
-        return set(json.loads(outcome.body)["error"]) == {"code", "message"}
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
 def sent(service: Service, given: list[Case]) -> Counter[int]:  # noqa: F811
-    """Sends them; asserts that each answer is one that may be."""
-    outcomes = attack(address(service), given)
-    wrong = [o for o in outcomes if o.status not in STATUSES or (o.status >= 400 and not is_ours(o))]
-    assert not wrong, [(o.name[:80], o.status, o.kind, o.body[:200]) for o in wrong[:20]]
-    silent = {o.name for o in outcomes if o.status == 0}
-    assert all(name.startswith(("raw", "slow from byte 60")) for name in silent), silent
-    assert b"/root" not in b"".join(o.body for o in outcomes if o.status >= 400)
+    """Sends them; asserts that each answer is one that may be, and tells no path of this machine."""
+    url = httpx.URL(service.url)
+    outcomes = attack((url.host, int(url.port or 80)), given)
+    assert wrong(outcomes) == []
+    assert str(Path(__file__).parents[2]).encode() not in b"".join(o.body for o in outcomes if o.status >= 400)
     return Counter(o.status for o in outcomes)
 
 
@@ -116,7 +91,7 @@ def test_m5_hostile_requests_harm_nothing(service: Service, temporary: Path) -> 
     assert sorted(temporary.rglob("*")) == files
     for kind, mb in after.items():
         assert mb < before[kind] + 60, kind
-    assert len(processes(service)["decoder"]) == 2
+    assert 1 <= len(processes(service)["decoder"]) <= 2
 
 
 def test_m5_the_service_keeps_to_its_document(service: Service, tmp_path: Path) -> None:  # noqa: F811
@@ -130,9 +105,8 @@ def test_m5_the_service_keeps_to_its_document(service: Service, tmp_path: Path) 
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--checks", checks]
     command += ["-H", f"X-API-Key: {HEADERS['X-API-Key']}", "--max-examples", "60", "--seed", "1", "--no-color"]
     command += ["--continue-on-failure", "--generation-database", "none"]
-    done = subprocess.run(
-        command, env=os.environ | {"SCHEMATHESIS_HOOKS": "tests.openapi_hooks"}, cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    told = os.environ | {"SCHEMATHESIS_HOOKS": "tests.openapi_hooks", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=told, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     print(done.stdout[-1500:])
     assert done.returncode == 0, done.stdout[-6000:]

@@ -38,6 +38,8 @@ from pipelines.serve import ServeConfig, application, build_app, check_address
 from pipelines.service.http import ServedModel
 from pipelines.settings import TrackingConfig
 from tests.hostile import png, wav
+from tests.hostile_heads import oddities
+from tests.hostile_requests import attack, fields, forms, wrong
 from tests.tiny import SIZES, write_clip, write_diffusion
 
 KEY = "a-key-for-tests"
@@ -225,6 +227,14 @@ def test_a_huge_upload_is_refused_while_it_streams(service: Service) -> None:
 
     response = asyncio.run(ask())
     assert (response.status_code, response.json()["error"]["code"]) == (413, "upload_too_large")
+
+
+def test_hostile_requests_are_refused_in_our_form_and_it_paints_right_after(service: Service) -> None:
+    """A sample of tests/e2e/test_hostile_service.py."""
+    url, key = httpx.URL(service.url), KEY.encode()
+    given = [*list(fields(key))[::20], *list(forms(key))[::3], *oddities(key)]
+    assert wrong(attack((url.host, int(url.port or 80)), given)) == []
+    assert service.post("generate", QUICK).status_code == 200
 
 
 async def crowd(service: Service, size: int) -> tuple[list[httpx.Response], int]:

@@ -25,7 +25,8 @@ class Kept(logging.Handler):
         self.lines: list[dict[str, Any]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(json.loads(record.getMessage()))
+        if record.name == "ray.serve" and record.exc_info is None:
+            self.lines.append(json.loads(record.getMessage()))
 
 
 @pytest.fixture

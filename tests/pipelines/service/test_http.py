@@ -392,11 +392,3 @@ def test_the_pages_load_nothing_from_elsewhere() -> None:
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert "http://" not in text
         assert "https://" not in text
-
-
-def test_another_method_is_told_which_ones_there_are_and_no_path_is_guessed() -> None:
-    response = ask("PUT", "/v1/edit")
-    assert code(response) == (405, "http_405")
-    assert response.headers["allow"] == "POST"
-    for path in ("/v1/generate/", "/static"):  # a redirect would follow the Host header
-        assert ask("GET", path).status_code == 404

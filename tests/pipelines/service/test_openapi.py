@@ -44,3 +44,11 @@ def test_openapi_lists_the_fields_and_their_bounds() -> None:
     assert set(form["required"]) == {"audio", "image"}
     assert form["properties"]["steps"]["maximum"] == 100
     assert set(form["properties"]) == {"audio", "image", "mask", *PaintRequest.model_fields}
+
+
+def test_another_method_is_told_which_ones_there_are_and_no_path_is_guessed() -> None:
+    response = ask("PUT", "/v1/edit")
+    assert code(response) == (405, "http_405")
+    assert response.headers["allow"] == "POST"
+    for path in ("/v1/generate/", "/static"):  # a redirect would follow the Host header
+        assert ask("GET", path).status_code == 404

@@ -21,6 +21,7 @@ from pipelines.service.guard import ApiError, Limits
 from pipelines.service.uploads import CHILDREN, Decoders, read_audio, read_image
 from tests.hostile import png, wav
 from tests.hostile_files import PICTURE_KINDS, SOUND_KINDS, mutations, picture, picture_bombs, scans, sound, sound_bombs
+from tests.pipelines.service.test_http import DECODERS, ask
 
 LIMITS = Limits(decode_timeout_s=1, retry_after_s=7)
 
@@ -132,6 +133,17 @@ def test_who_leaves_ends_the_child_at_once(decoders: Decoders) -> None:
         time.sleep(0.01)
     assert asyncio.run(heard(decoders)) == 8000
     assert len(decoders._idle) == CHILDREN
+
+
+def test_a_deadline_ends_the_decoding_of_a_request() -> None:
+    DECODERS.warm()
+    process = DECODERS._idle[-1].process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    response = ask("POST", "/v1/generate", limits=Limits(request_timeout_s=0.5), files={"audio": wav()})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "timeout")
+    assert process.wait(10) == -signal.SIGKILL
+    assert ask("POST", "/v1/generate", files={"audio": wav()}).status_code == 200
 
 
 def test_no_more_are_decoded_at_once_than_there_are_children(decoders: Decoders) -> None:

@@ -1,0 +1,82 @@
+"""What Serve's own HTTP proxy says, in our form, and what it would stumble over, refused.
+
+Serve loads this in its proxies where VARIABLE stands in their environment as PLACE; `aai serve` sets it.
+"""
+
+import logging
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipelines.service.guard import ApiError, Limits, busy
+
+logger = logging.getLogger("ray.serve")  # the only one that Serve writes
+
+VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+PLACE = "pipelines.service.proxy:middlewares"
+RETRY_AFTER_S: int = Limits.model_fields["retry_after_s"].default
+
+
+def middlewares() -> list[Middleware]:
+    """What Serve's proxy puts around its application."""
+    return [Middleware(ProxyErrors)]
+
+
+class ProxyErrors:
+    """ASGI middleware: errors in plain text, which are never the application's, get the JSON body of all others."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, refused = False, 0
+        text = b""
+
+        async def answer(message: Message) -> None:
+            nonlocal started, refused, text
+            if message["type"] == "http.response.start":
+                started = True
+                kind = Headers(raw=message.get("headers", [])).get("content-type", "")
+                refused = message["status"] if message["status"] >= 400 and kind.startswith("text/plain") else 0
+            if not refused:
+                await send(message)
+            elif message["type"] == "http.response.body":
+                text += message.get("body", b"")[:1000]
+                if not message.get("more_body"):
+                    await _told(refused, text).response()(scope, receive, send)
+
+        wrong = next((name for name, value in scope["headers"] if not _is_utf8(value)), None)
+        if wrong is not None:  # Serve decodes some of them without asking
+            error = ApiError(400, "http_400", f"the header {wrong.decode('latin-1')} is not UTF-8")
+            await error.response()(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, answer)
+            if not started:  # Serve's proxy says nothing when the gateway's process ends
+                lost = busy(503, "no_gateway", "the gateway went away; try again", RETRY_AFTER_S)
+                await lost.response()(scope, receive, send)
+        except Exception as error:
+            if started and not refused:
+                raise
+            logger.error("proxy: a request failed", exc_info=error)
+            await _told(500, b"").response()(scope, receive, send)
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _told(status: int, text: bytes) -> ApiError:
+    if status == 500:  # whatever it says is of the inside
+        return ApiError(500, "internal", "the service failed; the reason is in its log")
+    retry = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    return ApiError(status, f"http_{status}", text.decode(errors="replace"), retry)

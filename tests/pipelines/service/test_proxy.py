@@ -1,0 +1,81 @@
+"""What Serve's proxy says becomes our JSON; what the application says stays as it is."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pipelines.service import proxy
+
+
+def asked(app: Any, headers: list[tuple[bytes, bytes]] | None = None) -> httpx.Response:
+    """One request through the middlewares, as Serve applies them."""
+    for each in proxy.middlewares():
+        app = each.cls(app, *each.args, **each.kwargs)  # type: ignore[call-arg]
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/", headers=headers)
+
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        (PlainTextResponse("Path '*' not found.", 404), "http_404", "Path '*' not found."),
+        (PlainTextResponse("unavailable", 503), "http_503", "unavailable"),
+        (PlainTextResponse("Traceback: secret", 500), "internal", "the reason is in its log"),
+        (StreamingResponse(iter([b"timed ", b"out"]), 408, media_type="text/plain"), "http_408", "timed out"),
+    ],
+)
+def test_plain_errors_have_our_form(answer: ASGIApp, code: str, said: str) -> None:
+    response = asked(answer)
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert error["code"] == code
+    assert said in error["message"]
+    assert "secret" not in response.text
+    assert (response.headers.get("retry-after") == "2") == (response.status_code == 503)
+
+
+def test_all_else_goes_through_as_it_is() -> None:
+    assert asked(PlainTextResponse("fine")).text == "fine"
+    response = asked(Response(b'{"error": 1}', 422, media_type="application/json"))
+    assert (response.status_code, response.text) == (422, '{"error": 1}')
+    assert asked(StreamingResponse(iter([b"a", b"b"]), media_type="image/png")).content == b"ab"
+
+
+def test_a_header_that_serve_cannot_read_is_a_400() -> None:
+    response = asked(PlainTextResponse("fine"), [(b"X-Request-ID", b"\xff")])
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "http_400")
+    assert "x-request-id is not UTF-8" in response.json()["error"]["message"]
+    assert asked(PlainTextResponse("fine"), [(b"X-Request-ID", "ü".encode())]).text == "fine"
+
+
+def test_what_breaks_is_a_logged_500(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise KeyError("secret of the inside")
+
+    response = asked(broken)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
+    assert "secret" not in response.text
+    assert "secret of the inside" in caplog.text
+
+
+def test_a_request_whose_gateway_ended_is_told_to_come_again() -> None:
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        """As Serve's proxy is then."""
+
+    response = asked(silent)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+    assert response.json()["error"]["code"] == "no_gateway"
+
+
+def test_serve_is_told_a_name_that_exists() -> None:
+    module, name = proxy.PLACE.split(":")
+    assert (module, getattr(proxy, name)) == (proxy.__name__, proxy.middlewares)
