@@ -1,0 +1,162 @@
+"""What Prometheus finds at a real service: everything that the dashboard and the alerts name."""
+
+import asyncio
+import json
+import re
+import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from aai.bundle import read_bundle
+from pipelines.registry import versions
+from tests.e2e.test_rollover import another, registry_of
+from tests.hostile import wav
+from tests.pipelines.test_serve import HEADERS, KEY, QUICK, Service, crowd, service  # noqa: F401
+
+MONITORING = Path(__file__).resolve().parents[3] / "infra" / "monitoring"
+NAMED = re.compile(r"\b(ray_aai_\w+)(?:\{([^}]*)\})?")
+BY = re.compile(r"\bby \(([^)]*)\)")
+MATCH = re.compile(r'(\w+)(=~?)"([^"]*)"')
+UNSEEN = ("status", "500")
+"""What nothing here brings about."""
+Samples = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def expressions() -> list[str]:
+    """The queries of the dashboard and the alerts."""
+    board = json.loads((MONITORING / "dashboard.json").read_text())
+    rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return found + [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+
+
+def missing(expression: str, samples: Samples) -> list[str]:
+    """Metrics, labels and values (of `=`, or one of `=~`) that a query names and nobody exports."""
+    found, known = [], set()
+    for name, selector in NAMED.findall(expression):
+        matches = [(label, value) for label, _, value in MATCH.findall(selector) if not value.startswith("$")]
+        wanted = [match for match in matches if match != UNSEEN]
+        fitting = [row for row, _ in samples.get(name, []) if all(re.fullmatch(v, row.get(k, "")) for k, v in wanted)]
+        if not fitting:
+            found.append(f"{name} with {matches}")
+        known |= {label for row in fitting for label in row}
+    labels = {label.strip() for by in BY.findall(expression) for label in by.split(",")}
+    return found + [f"by {label}" for label in sorted(labels - known) if not found]
+
+
+def scrape(running: Service) -> Samples:
+    """All samples of our own metrics, as Prometheus reads them."""
+    text = httpx.get(f"http://127.0.0.1:{running.metrics_port}/metrics", timeout=20).text
+    samples: Samples = defaultdict(list)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("ray_aai_"):
+                samples[sample.name].append((sample.labels, sample.value))
+    return samples
+
+
+def total(samples: Samples, name: str, **labels: str) -> float:
+    """The sum of a metric's samples with these labels."""
+    return sum(value for row, value in samples[name] if labels.items() <= row.items())
+
+
+def until(running: Service, name: str, value: float, **labels: str) -> Samples:
+    """Scrapes until a metric has a value."""
+    end_s = time.monotonic() + 90
+    while total(samples := scrape(running), name, **labels) != value:
+        assert time.monotonic() < end_s, (name, labels, samples[name])
+        time.sleep(0.5)
+    return samples
+
+
+async def leave(running: Service) -> None:
+    """A client that goes while its picture is painted, for seconds."""
+    form = {"steps": "100", "num_images": "8", "prompt": "a hidden <sound>"}
+    async with httpx.AsyncClient(timeout=60, headers=HEADERS) as client:
+        post = client.post(f"{running.url}/v1/generate", files={"audio": wav()}, data=form)
+        task = asyncio.create_task(post)
+        while (await client.get(f"{running.url}/healthz")).json()["painting"] == 0:
+            assert not task.done(), task.result().text
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.fixture(scope="module")
+def asked(service: Service) -> list[httpx.Response]:  # noqa: F811
+    """Pictures, refusals of several kinds, and one client that leaves."""
+    answers = [service.post("generate", {"steps": "2", "seed": "5"}), service.post("generate", {"steps": "no"})]
+    answers.append(httpx.post(f"{service.url}/v1/edit", files={"audio": wav()}, timeout=20))
+    answers += asyncio.run(crowd(service, 30))[0]
+    asyncio.run(leave(service))
+    return answers
+
+
+def test_everything_that_is_asked_and_refused_is_counted(asked: list[httpx.Response], service: Service) -> None:  # noqa: F811
+    refused = sum(answer.status_code == 429 for answer in asked)
+    painted = len(asked) - refused - 2
+    assert refused > 5
+    samples = until(service, "ray_aai_requests_total", 1, code="client_left", status="499")  # the last of them
+    assert total(samples, "ray_aai_requests_total", code="queue_full", verb="generate", status="429") == refused
+    assert total(samples, "ray_aai_requests_total", code="ok", verb="generate", status="200") == painted
+    assert total(samples, "ray_aai_requests_total", code="unauthorized", verb="edit") == 1
+    assert total(samples, "ray_aai_requests_total", code="invalid_field", status="422") == 1
+    assert total(samples, "ray_aai_pictures_total", verb="generate") == painted
+    assert total(samples, "ray_aai_request_duration_seconds_count", status="200", verb="generate") == painted
+    until(service, "ray_aai_picture_steps", 0)
+    for name, value in {"painters_running": 1, "painters_wanted": 1, "capacity_requests": 9}.items():
+        assert total(samples, f"ray_aai_{name}") == value
+    assert total(samples, "ray_aai_version_painters", version="1") == 1
+
+
+def test_each_request_has_its_line_in_the_log(asked: list[httpx.Response]) -> None:
+    lines = {}
+    for file in Path("/tmp/ray").glob("session_*/logs/serve/*Gateway*.log"):
+        for line in file.read_text().splitlines():
+            if found := re.search(r'(\{"time": .*\})$', line):
+                told = json.loads(found[1])
+                lines[told["request_id"]] = told
+    for answer in asked:
+        told = lines[answer.headers["x-request-id"]]
+        assert told["status"] == answer.status_code
+    picture, wrong, unknown, *_ = (lines[answer.headers["x-request-id"]] for answer in asked)
+    wanted = {"verb": "generate", "code": "ok", "seed": 5, "steps": 2, "pictures": 1, "model": "tiny/1@champion"}
+    assert {**picture, **wanted} == picture
+    assert list(picture["stages_s"]) == ["upload", "decode", "painters"]
+    assert picture["bytes_in"] > len(wav())
+    assert (wrong["code"], unknown["code"], unknown["bytes_in"]) == ("invalid_field", "unauthorized", 0)
+    assert [told["steps"] for told in lines.values() if told["code"] == "client_left"].count(100) >= 1
+    assert KEY not in json.dumps(lines)
+    assert "hidden" not in json.dumps(lines)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("asked")
+def test_dashboard_and_alerts_name_only_what_there_is(service: Service, tmp_path: Path) -> None:  # noqa: F811
+    cfg, encoder = registry_of(service), read_bundle(service.bundle).config.encoder
+    slower = another(service.bundle, tmp_path / "bad", encoder={**encoder, "sample_rate_hz": 8_000})
+    bad = versions.register(cfg, slower, {}, {})
+    versions.set_alias(cfg, "champion", bad)
+    until(service, "ray_aai_version_refused", 1, version=str(bad))
+    versions.delete_alias(cfg, "champion")
+    samples = until(service, "ray_aai_registry_trouble", 1)
+    assert {e: found for e in expressions() if (found := missing(e, samples))} == {}
+    versions.set_alias(cfg, "champion", 1)
+    until(service, "ray_aai_version_refused", 0, version=str(bad))
+
+
+def test_a_name_or_label_that_nobody_exports_is_seen() -> None:
+    samples: Samples = {"ray_aai_x_total": [({"code": "ok"}, 1.0)]}
+    assert missing('sum by (code) (rate(ray_aai_x_total{code="ok", a=~"$a"}[5m]))', samples) == []
+    assert missing('rate(ray_aai_x_total{code=~"no|none"}[5m])', samples) == [
+        "ray_aai_x_total with [('code', 'no|none')]"
+    ]
+    assert missing("sum by (key) (ray_aai_x_total)", samples) == ["by key"]
+    assert missing("max(ray_aai_y)", samples) == ["ray_aai_y with []"]
