@@ -5,7 +5,7 @@ from typing import Any
 from aai.sampling import PaintRequest
 from pipelines.service.guard import ApiError
 from pipelines.service.openapi import REFUSALS, Refusal
-from tests.pipelines.service.test_http import ask
+from tests.pipelines.service.test_http import ask, code
 
 METHODS = {"/healthz": "get", "/v1/generate": "post", "/v1/edit": "post", "/v1/stylize": "post"}
 
