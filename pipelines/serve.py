@@ -5,6 +5,7 @@ several requests together. Between them stands a bounded queue: what does not fi
 """
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -75,7 +76,7 @@ class ServeConfig(RayVerbConfig):
     traces: TracesConfig = TracesConfig()
     """Spans of each request by OTLP. On a cluster that runs, its processes' environment says where to."""
     stop_s: float = pydantic.Field(2, ge=0.1)
-    """How long requests that are painted at a stop, or when a replica is replaced, may take to end."""
+    """How long a replica that is stopped or replaced may take to end what it paints."""
     dtype: DType = "float32"
     """Arithmetic of the diffusion model; auto: bfloat16 where the device has it natively. It halves the memory."""
 
@@ -229,7 +230,8 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     capacity = config.share(config.most_painters * together + config.max_queued_requests)
     board = BOARD if follow else ""
     keys = storage.absolute(config.keys_file) if config.keys_file else ""
-    return gateway.bind(painters, model.model_dump(), limits.model_dump(), capacity, together, need_key, board, keys)
+    sizes, doors = (capacity, together), (need_key, board, keys, config.gateways)
+    return gateway.bind(painters, model.model_dump(), limits.model_dump(), *sizes, *doors)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
@@ -276,7 +278,7 @@ def metrics_url() -> str:
 
 
 def run(config: ServeConfig) -> dict[str, Any]:
-    """Serves until Ctrl-C or SIGTERM, then gives running requests `stop_s` to end and shuts down."""
+    """Serves until Ctrl-C or SIGTERM, then shuts down: replicas have `stop_s` to end."""
     if not config.cluster.address:
         check_address(config)
         Prover(config.proof)  # on a cluster the painters have the files, not we
@@ -299,10 +301,11 @@ def run(config: ServeConfig) -> dict[str, Any]:
     except KeyboardInterrupt:
         pass
     finally:
-        logger.info("aai serve: stopping; what is painted has %g s to end", config.stop_s)
+        logger.info("aai serve: stopping")
         if config.cluster.address:
             serve.delete(APP)
         else:
             serve.shutdown()
         ray.shutdown()
+        gc.freeze()  # else Python looks through all that torch and MLflow have loaded, for seconds, before it ends
     return {}

@@ -36,7 +36,7 @@ class Gateway:
     capacity: requests that may be painted or wait, in all; Serve's own bound is checked only later, in the router.
     together: how many of them one painter paints at once at most.
     board: name of the actor that painters which follow the registry tell what they serve; empty = they do not.
-    keys_file: see keys.read_keys; empty = the key in AAI_API_KEY alone.
+    keys_file: see keys.read_keys; empty = the key in AAI_API_KEY alone. gateways: as many as this one there are.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Gateway:
         need_key: bool,
         board: str = "",
         keys_file: str = "",
+        gateways: int = 1,
     ) -> None:
         self._painters, self._capacity, self._together = painters, capacity, together
         self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
@@ -59,7 +60,7 @@ class Gateway:
         self._told: list[dict[str, Any]] = []
         self._board_name = board_name(board) if board else ""
         self._board: Any = self._new_board() if board else None  # it lives as long as somebody holds it
-        self._keys = Keys(keys_file, api_key()) if keys_file or api_key() else None
+        self._keys = Keys(keys_file, api_key(), gateways) if keys_file or api_key() else None
         if need_key and not self._keys:
             remedy = "set it in the environment of the cluster's processes, e.g. from a secret, or give keys_file"
             raise UserError(KEY_VARIABLE, "(missing)", "the service needs an API key", remedy)

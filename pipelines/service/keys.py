@@ -75,10 +75,12 @@ def read_keys(file: str | Path) -> tuple[ApiKey, ...]:
 class Keys:
     """The keys of now. The file is looked at once a second at most; a new one that is broken changes nothing.
 
-    file: see read_keys; empty = none. key: one more, of the name default. Raises UserError when the file is unusable.
+    file: see read_keys; empty = none. key: one more, of the name default. gateways: how many count requests, each its
+    share of a quota, rounded up. Raises UserError when the file is unusable.
     """
 
-    def __init__(self, file: str = "", key: str | None = None) -> None:
+    def __init__(self, file: str = "", key: str | None = None, gateways: int = 1) -> None:
+        self._gateways = gateways
         self._file, self._own = file, (ApiKey(name=DEFAULT, sha256=hashed(key)),) if key else ()
         self._looked_s, self._stamp = time.monotonic(), self._seen()
         self._keys = self._read()
@@ -132,17 +134,21 @@ class Keys:
 
     def take(self, key: ApiKey) -> float:
         """Counts one more request of a key, which `give_back` ends; or, over its quota, says in how many seconds."""
-        if key.at_once and self._at_once[key.name] >= key.at_once:
+        if key.at_once and self._at_once[key.name] >= self._share(key.at_once):
             return 1.0
         if key.per_minute:
+            most = self._share(key.per_minute)
             begun, now_s = self._begun.setdefault(key.name, deque()), time.monotonic()
             while begun and now_s - begun[0] >= MINUTE_S:
                 begun.popleft()
-            if len(begun) >= key.per_minute:
-                return MINUTE_S - (now_s - begun[-key.per_minute])
+            if len(begun) >= most:
+                return MINUTE_S - (now_s - begun[-most])
             begun.append(now_s)
         self._at_once[key.name] += 1
         return 0.0
+
+    def _share(self, quota: int) -> int:
+        return -(-quota // self._gateways)
 
     def give_back(self, key: ApiKey) -> None:
         """A request of this key is over."""

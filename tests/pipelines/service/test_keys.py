@@ -140,6 +140,13 @@ def test_a_quota_of_a_minute_counts_any_minute(clock: Callable[[float], None]) -
     assert keys.take(ApiKey(name="ann", sha256=hashed(ONE), per_minute=1)) == pytest.approx(60), "also a smaller one"
 
 
+def test_each_of_several_gateways_has_its_share() -> None:
+    keys, key = Keys(gateways=2), ApiKey(name="ann", sha256=hashed(ONE), per_minute=3, at_once=5)
+    assert [keys.take(key) for _ in range(3)] == [0, 0, pytest.approx(60, abs=5)]
+    few = ApiKey(name="bob", sha256=hashed(TWO), at_once=1)
+    assert [keys.take(few), keys.take(few)] == [0, 1]
+
+
 def test_a_quota_at_once_is_free_again_after_each() -> None:
     keys, key = Keys(), ApiKey(name="ann", sha256=hashed(ONE), at_once=2)
     assert [keys.take(key) for _ in range(3)] == [0, 0, 1]
