@@ -277,8 +277,19 @@ def metrics_url() -> str:
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
+def drain(stop_s: float) -> None:
+    """Ends the application: no new requests; what is painted may end. What is not answered then is for nobody."""
+    serve.delete(APP, _blocking=False)
+    end_s = time.monotonic() + stop_s + 1
+    while time.monotonic() < end_s:
+        application = serve.status().applications.get(APP)
+        if application is None or "Gateway" not in application.deployments:
+            return
+        time.sleep(0.1)
+
+
 def run(config: ServeConfig) -> dict[str, Any]:
-    """Serves until Ctrl-C or SIGTERM, then shuts down: replicas have `stop_s` to end."""
+    """Serves until Ctrl-C or SIGTERM, then gives running requests `stop_s` to end and shuts down."""
     if not config.cluster.address:
         check_address(config)
         Prover(config.proof)  # on a cluster the painters have the files, not we
@@ -301,11 +312,8 @@ def run(config: ServeConfig) -> dict[str, Any]:
     except KeyboardInterrupt:
         pass
     finally:
-        logger.info("aai serve: stopping")
-        if config.cluster.address:
-            serve.delete(APP)
-        else:
-            serve.shutdown()
-        ray.shutdown()
+        logger.info("aai serve: stopping; what is painted has %g s to end", config.stop_s)
+        drain(config.stop_s)
+        ray.shutdown()  # a Ray of our own ends with all that runs on it
         gc.freeze()  # else Python looks through all that torch and MLflow have loaded, for seconds, before it ends
     return {}
