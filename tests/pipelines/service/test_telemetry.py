@@ -111,7 +111,7 @@ def test_everything_that_is_asked_and_refused_is_counted(asked: list[httpx.Respo
     assert total(samples, "ray_aai_pictures_total", verb="generate") == painted
     assert total(samples, "ray_aai_request_duration_seconds_count", status="200", verb="generate") == painted
     until(service, "ray_aai_picture_steps", 0)
-    for name, value in {"painters_running": 1, "painters_wanted": 1, "capacity_requests": 9}.items():
+    for name, value in {"painters_running": 1, "painters_wanted": 1, "capacity_requests": 16}.items():
         assert total(samples, f"ray_aai_{name}") == value
     assert total(samples, "ray_aai_version_painters", version="1") == 1
 
