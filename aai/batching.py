@@ -1,16 +1,19 @@
 """Several requests painted together: all that need the UNet next share one call of it.
 
 Each request runs diffusers' own pipeline with its own scheduler, steps and guidance, in a thread of its own; of these
-threads one runs at a time. One that comes to the UNet waits there for the others, then the rows of all make one batch.
-A request that comes meanwhile joins at the next step, one that ends leaves (continuous batching, as Orca schedules
-iterations of a language model: Yu et al., OSDI 2022). Nobody waits for company that is not there.
+threads one runs at a time. One that comes to the UNet waits there for the others of its round, then the rows of all
+make one batch. A request that comes meanwhile joins at the next step, one that ends leaves (continuous batching, as
+Orca schedules iterations of a language model: Yu et al., OSDI 2022). Nobody waits for company that is not there.
 """
 
 import copy
 import inspect
+import queue
 import threading
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -44,7 +47,6 @@ class Call:
         self.arguments = arguments
         self.out: Any = None
         self.error: BaseException | None = None
-        self.made = False
 
     @property
     def rows(self) -> int:
@@ -65,93 +67,135 @@ class Call:
         self.out = UNet2DConditionOutput(sample=rows) if self.arguments.get("return_dict", True) else (rows,)
 
 
+class Turn:
+    """A request's place: `mine` lets it run, until it needs the UNet (`call`) or has ended."""
+
+    def __init__(self, stop: threading.Event, seen: Seen | None, alone: bool) -> None:
+        self.stop, self.seen, self.alone = stop, seen, alone
+        self.mine = threading.Semaphore(0)
+        self.call: Call | None = None
+        self.ended = False
+
+
 class Together:
-    """The one UNet of several requests. told: hears the number of rows of each call."""
+    """The one UNet of several requests. told: hears the number of rows of each call.
+
+    A thread of its own goes round: each request that was there at the begin of the round has one turn, in the order in
+    which they came; then the calls that they have come to are made.
+    """
 
     def __init__(self, unet: Any, told: Callable[[int], None] | None = None) -> None:
-        self._forward = unet.forward
+        self._unet, self._forward = unet, unet.forward
         self._signature = inspect.signature(unet.forward)
-        unet.forward = self._called
-        self._turn = threading.Condition()
-        """Held by the one thread that runs."""
-        self._counting = threading.Lock()
-        self._present = 0
-        """Requests that will come to the UNet, or end; also those that wait for their first turn."""
-        self._waiting: list[Call] = []
-        self._own = threading.local()
         self._told = told or (lambda rows: None)
+        self._came: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
+        self._given_back = threading.Semaphore(0)
+        self._own = threading.local()
+        unet.forward = self._called
+        self._rounds = threading.Thread(target=self._go_round, name="together", daemon=True)
+        self._rounds.start()
+
+    def close(self) -> None:
+        """Leaves the UNet as it was; no request may be under way."""
+        self._came.put(None)
+        self._rounds.join()
+        self._unet.forward = self._forward
 
     def run(self, work: Callable[[], T], stop: threading.Event, seen: Seen | None = None, alone: bool = False) -> T:
         """Does the work of one request, whose calls of the UNet are made together with those of others.
 
-        stop: when set, the work ends with StoppedError at its next call. seen: see Seen. alone: its calls are made at
-        once, and no other request goes on before the work is done.
+        stop: when set, the work ends with StoppedError before its next call. seen: see Seen. alone: its calls are made
+        at once, and no other request goes on before the work is done.
         """
-        with self._counting:
-            self._present += 1
-        with self._turn:
-            self._own.stop, self._own.seen, self._own.alone = stop, seen, alone
-            try:
-                return work()
-            finally:
-                self._own.stop = None
-                with self._counting:
-                    self._present -= 1
-                self._step_when_all_wait()
+        turn = Turn(stop, seen, alone)
+        self._came.put(turn)
+        turn.mine.acquire()
+        self._own.turn = turn
+        try:
+            if stop.is_set():
+                raise StoppedError
+            return work()
+        finally:
+            self._own.turn = None
+            turn.ended = True
+            self._given_back.release()
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of the UNet's `forward`."""
-        own = self._own
-        if getattr(own, "stop", None) is None:
+        turn: Turn | None = getattr(self._own, "turn", None)
+        if turn is None:
             return self._forward(*args, **kwargs)
-        call = Call(self._signature.bind(*args, **kwargs).arguments)
-        if own.stop.is_set():
+        if turn.stop.is_set():
             raise StoppedError
-        if own.alone:
+        call = Call(self._signature.bind(*args, **kwargs).arguments)
+        if turn.alone:
             self._make([call])
         else:
-            self._waiting.append(call)
-            self._step_when_all_wait()
-            self._turn.wait_for(lambda: call.made)
-        if own.stop.is_set():
+            turn.call = call
+            self._given_back.release()
+            turn.mine.acquire()
+        if turn.stop.is_set():
             raise StoppedError
         if call.error is not None:
-            raise call.error
-        if own.seen is not None:
-            predicted = call.out[0]
-            own.seen(call.arguments["sample"], call.arguments["timestep"], predicted)
+            try:
+                raise call.error
+            finally:
+                call.error = None  # else error and frame hold each other, and what the UNet had in memory
+        if turn.seen is not None:
+            turn.seen(call.arguments["sample"], call.arguments["timestep"], call.out[0])
         return call.out
 
-    def _step_when_all_wait(self) -> None:
-        """Makes all calls once nobody is left who could bring another one."""
-        with self._counting:
-            if not self._waiting or len(self._waiting) < self._present:
-                return
-        calls, self._waiting = self._waiting, []
+    def _go_round(self) -> None:
+        here: list[Turn] = []
+        while True:
+            while not here or not self._came.empty():
+                if (new := self._came.get()) is None:
+                    return
+                here.append(new)
+            calls: list[Call] = []
+            for turn in here:
+                turn.mine.release()
+                self._given_back.acquire()
+                if not turn.ended and turn.call is not None:
+                    calls.append(turn.call)
+            here = [turn for turn in here if not turn.ended]
+            try:
+                self._make_all(calls)
+            except BaseException as error:  # nobody shall be left waiting
+                for call in calls:
+                    call.error = error
+
+    def _make_all(self, calls: Sequence[Call]) -> None:
         groups: dict[Any, list[Call]] = defaultdict(list)
         for call in calls:
             groups[call.fits()].append(call)
         for group in groups.values():
             self._make(group)
-        self._turn.notify_all()
 
     def _make(self, calls: Sequence[Call]) -> None:
         """Makes calls that fit together as one; where memory does not hold it, one half after the other."""
+        error = self._tried(calls)
+        if isinstance(error, torch.OutOfMemoryError) and len(calls) > 1:
+            half = len(calls) // 2
+            self._make(calls[:half])
+            self._make(calls[half:])
+            return
+        for call in calls:
+            call.error = error  # one that is alone may have halves itself
+
+    def _tried(self, calls: Sequence[Call]) -> BaseException | None:
+        """What went wrong; of memory that was too small nothing is held any more."""
         try:
             self._at_once(calls)
+            return None
         except torch.OutOfMemoryError as error:
-            if len(calls) > 1:
-                torch.cuda.empty_cache()
-                half = len(calls) // 2
-                self._make(calls[:half])
-                self._make(calls[half:])
-                return
-            calls[0].error = error  # the request itself may have halves
+            traceback.clear_frames(error.__traceback__)
+            found: BaseException = error
         except BaseException as error:
-            for call in calls:
-                call.error = error
-        for call in calls:
-            call.made = True
+            return error
+        with suppress(torch.AcceleratorError):  # of a device that failed: its next call tells
+            torch.cuda.empty_cache()
+        return found
 
     @torch.no_grad()
     def _at_once(self, calls: Sequence[Call]) -> None:

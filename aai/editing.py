@@ -127,16 +127,24 @@ def repaint(
 
 
 @contextmanager
-def _upcast(pipe: DiffusionPipeline) -> Iterator[Any]:
+def same_dtype(part: Any) -> Iterator[None]:
+    """Afterwards a part of a pipeline is of the type it was, also where diffusers failed between two changes of it."""
+    before = part.dtype
+    try:
+        yield
+    finally:
+        if part.dtype != before:
+            part.to(dtype=before)
+
+
+@contextmanager
+def upcast_vae(pipe: DiffusionPipeline) -> Iterator[Any]:
     """The VAE; XL's, which overflows in float16, in float32 meanwhile, as in diffusers' own pipelines."""
     overflows = pooled_dim(pipe.unet) > 0 and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
-    if overflows:
-        pipe.vae.to(dtype=torch.float32)
-    try:
-        yield pipe.vae
-    finally:
+    with same_dtype(pipe.vae):
         if overflows:
-            pipe.vae.to(dtype=torch.float16)
+            pipe.vae.to(dtype=torch.float32)
+        yield pipe.vae
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ def repainted(
     mask: [B, 1, H, W], 1 where it may change; else one is derived. Where it is 0 the pixels are the given ones.
     """
     scale = pipe.vae.config.scaling_factor
-    with _upcast(pipe) as vae:
+    with upcast_vae(pipe) as vae:
         latents = (vae.encode(pixels.to(vae.dtype)).latent_dist.mean * scale).to(pipe.unet.dtype)
     if mask is None:
         small = (derive_mask(pipe, latents, change, seeds) > how.threshold).to(latents)
@@ -176,7 +184,7 @@ def repainted(
     way = invert(pipe, latents, change.source, how.steps, how.painted)
     parts = how.steps, how.guidance_scale, torch.stack(noise).to(latents), how.fresh, how.reuse_steps
     done = repaint(pipe, way, change, small, *parts) / scale
-    with _upcast(pipe) as vae:
+    with upcast_vae(pipe) as vae:
         painted = vae.decode(done.to(vae.dtype)).sample.float().clamp(-1, 1)
     whole = F.interpolate(small.float(), size=pixels.shape[-2:], mode="bilinear").clamp(0, 1) if mask is None else mask
     return torch.where(whole > 0, whole * painted + (1 - whole) * pixels, pixels), whole

@@ -18,7 +18,7 @@ from aai.adapt import AdapterConfig, AudioAdapter
 from aai.addons import AddOns, add_to, with_controlnet
 from aai.bundle import Bundle, read_bundle
 from aai.concepts import Concepts, Vocabulary
-from aai.editing import Change, Repainting, repainted
+from aai.editing import Change, Repainting, repainted, same_dtype
 from aai.encoders.aligner import load_aligner
 from aai.encoders.audio import AudioEncoder
 from aai.errors import UserError
@@ -54,7 +54,7 @@ def paint(
     """
     check_steps(pipe.scheduler, sampling.steps)
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
-    with reused(pipe.unet, sampling.reuse_steps):
+    with reused(pipe.unet, sampling.reuse_steps), same_dtype(pipe.vae):
         found = pipe(
             **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.expand_as(embeds).to(pipe.unet.dtype)),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],

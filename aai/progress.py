@@ -1,6 +1,7 @@
 """How far a picture is, and what it would be if it were finished now."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aai.editing import MASK_DRAWS
+from aai.editing import MASK_DRAWS, upcast_vae
 from aai.sampling import PaintRequest, check_repaint
 
 PREVIEWS = 4
@@ -48,13 +49,17 @@ def foreseen(pipe: Any, latents: Tensor, timestep: Any, predicted: Tensor, pictu
         clean = alpha**0.5 * noisy - (1 - alpha) ** 0.5 * found
     else:
         clean = (noisy - (1 - alpha) ** 0.5 * found) / alpha**0.5
-    vae = pipe.vae
-    pixels = vae.decode((clean / vae.config.scaling_factor).to(vae.dtype)).sample
+    with upcast_vae(pipe) as vae:
+        pixels = vae.decode((clean / vae.config.scaling_factor).to(vae.dtype)).sample
     return pipe.image_processor.postprocess(pixels.float(), do_denormalize=[True])[0]
 
 
 class ProgressTracker:
-    """Told of each call of the UNet (`aai.batching.Seen`), tells how far the request is."""
+    """Told of each call of the UNet (`aai.batching.Seen`), tells how far the request is.
+
+    There are no previews where a safety checker looks at pictures (it sees the finished ones alone), where the
+    scheduler does not know the noise levels of training, or where memory does not hold them.
+    """
 
     def __init__(
         self, pipe: Any, verb: str, request: PaintRequest, masked: bool, tell: Callable[[DenoisingProgress], None]
@@ -62,14 +67,16 @@ class ProgressTracker:
         self._pipe, self._request, self._tell = pipe, request, tell
         self._steps, self._painted = calls_of(verb, request, masked)
         self._step = 0
+        checked = getattr(pipe, "safety_checker", None) is not None
+        self._shows = hasattr(pipe.scheduler, "alphas_cumprod") and not checked
 
     def __call__(self, latents: Tensor, timestep: Tensor, predicted: Tensor) -> None:
         """One call more."""
         self._step = min(self._step + 1, self._steps)  # some schedulers ask once more than they have steps
         into = self._step - (self._steps - self._painted)
         every = max(1, self._painted // (PREVIEWS + 1))
-        preview = None
-        if 0 < into < self._painted and into % every == 0 and hasattr(self._pipe.scheduler, "alphas_cumprod"):
-            r = self._request
-            preview = foreseen(self._pipe, latents, timestep, predicted, r.num_images, r.guidance_scale)
+        preview, r = None, self._request
+        if self._shows and 0 < into < self._painted and into % every == 0:
+            with suppress(torch.OutOfMemoryError):
+                preview = foreseen(self._pipe, latents, timestep, predicted, r.num_images, r.guidance_scale)
         self._tell(DenoisingProgress(self._step, self._steps, preview))

@@ -71,7 +71,8 @@ class ServeConfig(RayVerbConfig):
     max_queued_requests: int = pydantic.Field(8, ge=1)
     """Requests that may wait for a painter, in all gateways; one more is refused with 429."""
     batch_pictures: int = pydantic.Field(8, ge=1, le=256)
-    """Most pictures that one painter paints together, of one request or several; 1 = one request after the other."""
+    """Most pictures that one painter paints together, of several requests; 1 = one request after the other. A request
+    of more pictures is painted by itself."""
     limits: Limits = Limits()
     traces: TracesConfig = TracesConfig()
     """Spans of each request by OTLP. On a cluster that runs, its processes' environment says where to."""

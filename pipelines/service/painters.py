@@ -8,9 +8,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -152,16 +151,17 @@ class PainterReplica:
         given: hashes of what was handed in, which the pictures tell. tell: hears how far it is, from another thread.
         """
         loop, stop = asyncio.get_running_loop(), threading.Event()
-        paint = partial(self._paint, verb, sounds, pixels, request, stop, tell)
-        async with AsyncExitStack() as held:
-            async with self._door:  # one after the other: who needs many places is not overtaken for ever
-                for _ in range(min(request.num_images, self._config.batch_pictures)):
-                    await held.enter_async_context(self._places)
-            try:
-                images, model = await loop.run_in_executor(self._threads, paint)
-            except asyncio.CancelledError:  # the client left, or its time is over
-                stop.set()
-                raise
+        # What keeps deep layers between steps cannot share them: it has all places.
+        places = self._config.batch_pictures if request.reuse_steps > 1 else request.num_images
+        taken = await self._taken(min(places, self._config.batch_pictures))
+        work = self._threads.submit(self._paint, verb, sounds, pixels, request, stop, tell)
+        # The places are free when the thread has ended, also that of a request for which nobody waits.
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free, taken))
+        try:
+            images, model = await asyncio.wrap_future(work)
+        except asyncio.CancelledError:  # the client left, or its time is over
+            stop.set()
+            raise
         made = {
             "verb": verb,
             "model": f"{model.name}/{model.version}",
@@ -170,6 +170,23 @@ class PainterReplica:
             **request.model_dump(),
         }
         return await asyncio.to_thread(self._encoded, images, made), model.model_dump()
+
+    async def _taken(self, places: int) -> int:
+        """Takes places, in the order of asking: who needs many is not overtaken for ever."""
+        async with self._door:
+            taken = 0
+            try:
+                while taken < places:
+                    await self._places.acquire()
+                    taken += 1
+            except asyncio.CancelledError:
+                self._free(taken)
+                raise
+        return taken
+
+    def _free(self, places: int) -> None:
+        for _ in range(places):
+            self._places.release()
 
     async def paint_live(
         self,

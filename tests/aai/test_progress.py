@@ -74,6 +74,31 @@ def test_previews_come_nearer_to_the_picture(painter: Painter) -> None:
     assert far[-1] < np.abs(np.asarray(made[1], float) - final).mean()  # it is the first picture that is shown
 
 
+def test_a_safety_checker_or_a_lack_of_memory_leaves_no_previews(
+    painter: Painter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preview would show what the checker stops at the end."""
+    request = PaintRequest(steps=10)
+    assert any(stage.preview for stage in stages(painter, "generate", request)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(painter.pipe, "safety_checker", object(), raising=False)
+        patch.setattr(painter.pipe, "run_safety_checker", lambda images, *_: (images, [False]))
+        told, _ = stages(painter, "generate", request)
+    assert [stage.preview for stage in told] == [None] * 10
+    decode, calls = painter.pipe.vae.decode, []
+
+    def full(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) <= PREVIEWS:
+            raise torch.OutOfMemoryError("no memory")
+        return decode(latents, *args, **kwargs)
+
+    monkeypatch.setattr(painter.pipe.vae, "decode", full)
+    told, made = stages(painter, "generate", request)
+    assert [stage.preview for stage in told] == [None] * 10
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_a_prediction_without_a_flaw_shows_the_picture_itself(kind: str, painter: Painter) -> None:
     own, chance = painter.pipe, torch.Generator().manual_seed(0)
