@@ -1,6 +1,9 @@
 """What Serve's proxy says becomes our JSON; what the application says stays as it is."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from typing import Any
 
 import httpx
@@ -65,3 +68,16 @@ def test_what_breaks_is_a_logged_500(caplog: pytest.LogCaptureFixture) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
     assert "secret" not in response.text
     assert "secret of the inside" in caplog.text
+
+
+def test_serve_finds_it_by_the_variable() -> None:
+    """As its proxies do when they start."""
+    code = (
+        "import sys\nfrom ray.serve._private.http_util import configure_http_middlewares\n"
+        "from ray.serve.config import HTTPOptions\n"
+        "found = configure_http_middlewares(HTTPOptions()).middlewares\n"
+        "assert [each.cls.__name__ for each in found] == ['ProxyErrors'], found\nassert 'torch' not in sys.modules\n"
+    )
+    told = os.environ | {proxy.VARIABLE: proxy.PLACE}
+    done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
