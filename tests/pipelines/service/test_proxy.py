@@ -1,6 +1,9 @@
 """What Serve's proxy says becomes our JSON; what the application says stays as it is."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from typing import Any
 
 import httpx
@@ -76,6 +79,14 @@ def test_a_request_whose_gateway_ended_is_told_to_come_again() -> None:
     assert response.json()["error"]["code"] == "no_gateway"
 
 
-def test_serve_is_told_a_name_that_exists() -> None:
-    module, name = proxy.PLACE.split(":")
-    assert (module, getattr(proxy, name)) == (proxy.__name__, proxy.middlewares)
+def test_serve_finds_it_by_the_variable() -> None:
+    """As its proxies do when they start."""
+    code = (
+        "import sys\nfrom ray.serve._private.http_util import configure_http_middlewares\n"
+        "from ray.serve.config import HTTPOptions\n"
+        "found = configure_http_middlewares(HTTPOptions()).middlewares\n"
+        "assert [each.cls.__name__ for each in found] == ['ProxyErrors'], found\nassert 'torch' not in sys.modules\n"
+    )
+    told = os.environ | {proxy.VARIABLE: proxy.PLACE}
+    done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
