@@ -67,9 +67,9 @@ class Insistent(Clients):
             asked.tries.append((time.monotonic(), 0, repr(error)))
             time.sleep(1)
             return
-        wait = answer.headers.get("retry-after", "")
-        code = answer.json()["error"]["code"] if wait else ""
-        asked.tries.append((time.monotonic(), answer.status_code, f"{code}, again in {wait} s"))
+        wait, plain = answer.headers.get("retry-after", ""), answer.headers.get("content-type") != "application/json"
+        what = "no code" if plain else f"{answer.json()['error']['code']}, again in {wait} s"
+        asked.tries.append((time.monotonic(), answer.status_code, what))
         if answer.status_code == 200:
             made = read_made(answer.content)
             asked.model = answer.headers["x-aai-model"]

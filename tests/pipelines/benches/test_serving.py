@@ -62,7 +62,7 @@ def test_the_service_is_measured_beside_the_painter(
     closed, opened = ["1 client", "3 clients"], ["open, 50 %", "open, 4 x"]
     assert set(loads) == {(BARE, "1 client")} | {(name, load) for name in (ONE, BATCH) for load in closed + opened}
     assert all(one["painted"] % 3 == 0 for (_, load), one in loads.items() if load in closed)  # whole turns of verbs
-    assert all(one["p50_ms"] <= one["p95_ms"] <= one["p99_ms"] for one in loads.values())
+    assert all(one["p50_ms"] <= one["p95_ms"] <= one["p99_ms"] for one in loads.values() if one["painted"])
     told = {code for one in loads.values() for code in one["not_painted"]}
     assert told <= {"429 queue_full"}, told
     assert result["ratios"]["batch/one"] > 0
