@@ -72,7 +72,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The HTTP application, built where it runs."""
-        decoders = Decoders(self._limits)
+        decoders = Decoders(self._limits, self._capacity)
         decoders.warm()
         app = build_http(self, self._limits, self._keys, decoders)
         return Access(app, lambda: len(self._in_flight), self._metrics.visit)

@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
