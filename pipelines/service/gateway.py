@@ -208,7 +208,8 @@ class Gateway:
             registry=next((row["trouble"] for row in self._told if row["trouble"]), ""),
             keys=self._keys.trouble if self._keys else "",
         )
-        self._metrics.health(health, self._wanted, self.model.version)
+        versions = dict(Counter(model.version for model in models)) or {self.model.version: self._replicas}
+        self._metrics.health(health, self._wanted, versions)
         self._measure()
         return health
 

@@ -74,11 +74,11 @@ class GatewayMetrics:
         self._painting.set(painting)
         self._weight.set(picture_steps)
 
-    def health(self, health: Health, wanted: int, version: str) -> None:
-        """The painters as they are now, told every few seconds: Ray forgets gauges. version: where none is followed."""
+    def health(self, health: Health, wanted: int, versions: dict[str, int]) -> None:
+        """The painters as they are now, told every few seconds: Ray forgets gauges. versions: painters by version."""
         self._running.set(health.replicas)
         self._wanted.set(wanted)
-        self._versions.set(health.serving or {version: health.replicas})
+        self._versions.set(versions)
         self._refused.set(dict.fromkeys(health.refused, 1))
         self._registry.set(int(bool(health.registry)))
         self._trouble_of_keys.set(int(bool(health.keys)))
