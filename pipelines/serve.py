@@ -52,7 +52,7 @@ class ServeConfig(RayVerbConfig):
     autoscaling: Autoscaling | None = None
     """Painters that come and go with what is asked, instead of `cluster.num_workers`."""
     gateways: int = pydantic.Field(1, ge=1)
-    """Processes that take requests, on as many nodes as there are; each has its share of the queue."""
+    """Processes that take requests, on as many nodes as there are; each has its share of the queue and its steps."""
     bundle: str = "models:/aai@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder. An alias is followed (`follow_s`)."""
     follow_s: float = pydantic.Field(5, ge=0)
@@ -229,10 +229,11 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     painters = painter.bind(told.model_dump())
     together = config.batch_pictures
     capacity = config.share(config.most_painters * together + config.max_queued_requests)
+    shared = limits.model_copy(update={"max_queued_steps": config.share(limits.max_queued_steps)})
     board = BOARD if follow else ""
     keys = storage.absolute(config.keys_file) if config.keys_file else ""
-    sizes, doors = (capacity, together), (need_key, board, keys, config.gateways)
-    return gateway.bind(painters, model.model_dump(), limits.model_dump(), *sizes, *doors)
+    sizes, doors = (capacity, config.share(together)), (need_key, board, keys, config.gateways)
+    return gateway.bind(painters, model.model_dump(), shared.model_dump(), *sizes, *doors)
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

@@ -24,7 +24,8 @@ KINDS = {"/healthz": "health", "/": "page", "/docs": "page", "/openapi.json": "p
     f"/v1/{verb}": verb for verb in ("generate", "edit", "stylize")
 }
 """What is asked for, by path; "other" is the rest. Paths are never told: anybody may write anything into them."""
-REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+"""Of a client; for another the proxy has one made, so that what is logged is what comes back."""
 TRACER = trace.get_tracer("aai")  # it makes nothing unless Serve was told to trace
 CLIENT_LEFT = 499
 """nginx's status of a request whose client did not wait for the answer."""

@@ -9,9 +9,11 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from aai.config import Config
 from aai.errors import UserError
+from pipelines.service.access import note
 from pipelines.service.guard import ApiError, Limits, too_late
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ def unusable(error: UserError) -> ApiError:
 def _told(files: Sequence[bytes], seed: int, model: ServedModel) -> dict[str, Any]:
     """Pictures as base64 PNGs, null for what the safety checker stopped. Raises ApiError 422 where none is left."""
     blocked = [i for i, file in enumerate(files) if not file]
+    if blocked:
+        note(blocked=len(blocked))
     if len(blocked) == len(files):
         rule = "the safety checker stopped what was painted; try another seed, prompt or sound"
         raise ApiError(422, "unsafe_picture", rule)
@@ -77,6 +81,19 @@ def pictures(files: Sequence[bytes], seed: int, model: ServedModel) -> Response:
     return JSONResponse(told, headers=headers)
 
 
+class _Live(StreamingResponse):
+    """A stream whose events are closed with the answer, also where nobody reads it."""
+
+    def __init__(self, body: AsyncGenerator[str, None], events: AsyncGenerator[Any, None]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies shall not collect it
+        super().__init__(body, media_type=EVENTS, headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
 async def live(
     events: AsyncGenerator[PaintProgress | Answer, None], seed: int, limits: Limits, deadline_s: float
 ) -> StreamingResponse:
@@ -87,11 +104,12 @@ async def live(
     first = await anext(events)
 
     async def body() -> AsyncGenerator[str, None]:
+        event: PaintProgress | Answer | None = first
         try:
-            async with asyncio.timeout_at(deadline_s), aclosing(events):
-                yield _event(first, seed)
-                async for event in events:
-                    yield _event(event, seed)
+            while event is not None:
+                yield _event(event, seed)
+                async with asyncio.timeout_at(deadline_s):
+                    event = await anext(events, None)
         except TimeoutError:
             yield _failed(too_late(limits))
         except ApiError as error:
@@ -102,8 +120,7 @@ async def live(
             logger.exception("the painter failed")
             yield _failed(INTERNAL)
 
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies shall not collect it
-    return StreamingResponse(body(), media_type=EVENTS, headers=headers)
+    return _Live(body(), events)
 
 
 def _event(event: PaintProgress | Answer, seed: int) -> str:

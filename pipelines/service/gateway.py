@@ -5,7 +5,8 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,15 @@ from pipelines.service.telemetry import GatewayMetrics
 from pipelines.service.uploads import Decoders
 
 logger = logging.getLogger(__name__)
+ASK_S = 2.0
+"""How long health waits for those who are asked."""
 
 
 class Gateway:
     """The HTTP side. It takes no model and no GPU, and keeps answering while painters are busy or away.
 
     capacity: requests that may be painted or wait, in all; Serve's own bound is checked only later, in the router.
-    together: how many of them one painter paints at once at most.
+    together: how many of them one painter paints at once at most. Of several gateways each is given its share of both.
     board: name of the actor that painters which follow the registry tell what they serve; empty = they do not.
     keys_file: see keys.read_keys; empty = the key in AAI_API_KEY alone. gateways: as many as this one there are.
     """
@@ -56,6 +59,8 @@ class Gateway:
         self._in_flight: dict[object, PaintRequest] = {}
         """What is painted or waits, in the order in which it came."""
         self._replicas, self._wanted, self._asked_s = 0, 0, -1.0
+        self._asking: asyncio.Task[None] | None = None
+        self._asker = ThreadPoolExecutor(1)  # its own: while the cluster's head is away, what it asks may hang
         self._metrics = GatewayMetrics(self._limits.request_timeout_s, capacity)
         self._told: list[dict[str, Any]] = []
         self._board_name = board_name(board) if board else ""
@@ -67,7 +72,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The HTTP application, built where it runs."""
-        decoders = Decoders(self._limits)
+        decoders = Decoders(self._limits, self._capacity)
         decoders.warm()
         app = build_http(self, self._limits, self._keys, decoders)
         return Access(app, lambda: len(self._in_flight), self._metrics.visit)
@@ -149,20 +154,29 @@ class Gateway:
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds: the figures of the painters are told then. The gateway itself is well."""
-        with suppress(Exception):  # the controller may be away for a moment
-            await self.health()
+        await self.health()
 
     def _new_board(self) -> Any:
         options = {"name": self._board_name, "num_cpus": 0, "get_if_exists": True}
         return ray.remote(Noticeboard).options(**options).remote()
 
+    async def _ask(self) -> None:
+        """Figures of the painters, as the controller and they themselves tell them; else the last ones stay."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._replicas, self._wanted = await loop.run_in_executor(self._asker, _painters)
+            self._told = await self._rows() if self._board_name else []
+        except Exception as error:
+            logger.warning("gateway: nobody tells how many painters there are (%s)", error or type(error).__name__)
+        self._asked_s = time.monotonic()
+
     async def _rows(self) -> list[dict[str, Any]]:
         """What painters told; the board is made anew where it is gone, with another gateway or a node."""
         try:
-            return list(await asyncio.wait_for(self._board.read.remote(), 2))
+            return list(await asyncio.wait_for(self._board.read.remote(), ASK_S))
         except (RayError, TimeoutError, ValueError) as error:  # health is told all the same
             logger.warning("gateway: nobody tells what painters serve (%s)", error or type(error).__name__)
-            self._board = self._new_board()
+            self._board = await asyncio.get_running_loop().run_in_executor(self._asker, self._new_board)
             return []
 
     def full(self) -> bool:
@@ -170,13 +184,13 @@ class Gateway:
         return len(self._in_flight) >= self._capacity
 
     async def health(self) -> Health:
-        """See Backend. The controller is asked at most once a second."""
-        if time.monotonic() - self._asked_s > 1:
-            self._replicas, self._wanted = await asyncio.to_thread(_painters)
-            self._told = await self._rows() if self._board_name else []
-            if self._keys:
-                self._keys.look()
-            self._asked_s = time.monotonic()
+        """See Backend. The controller is asked at most once a second, once for all who wait."""
+        if self._keys:
+            self._keys.look()
+        if (self._asking is None or self._asking.done()) and time.monotonic() - self._asked_s > 1:
+            self._asking = asyncio.create_task(self._ask())
+        if self._asking:
+            await asyncio.wait({self._asking}, timeout=ASK_S)
         painting = self._painting()
         refused: dict[str, str] = {}
         for row in self._told:
@@ -194,7 +208,8 @@ class Gateway:
             registry=next((row["trouble"] for row in self._told if row["trouble"]), ""),
             keys=self._keys.trouble if self._keys else "",
         )
-        self._metrics.health(health, self._wanted, self.model.version)
+        versions = dict(Counter(model.version for model in models)) or {self.model.version: self._replicas}
+        self._metrics.health(health, self._wanted, versions)
         self._measure()
         return health
 

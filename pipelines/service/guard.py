@@ -93,11 +93,11 @@ def deadline_of(scope: Scope) -> float:
 
 
 class Guard:
-    """ASGI middleware around everything: key, Host, body size and rate, one deadline per request, security headers.
+    """ASGI middleware around everything: key, Host, Origin, body size and rate, deadline, security headers.
 
     full: whether no more requests are taken now; then the body is not even read. keys: one of which `X-API-Key` or
     `Authorization: Bearer` must hold for /v1; None leaves /v1 open, but then only to requests that name this machine as
-    loopback, so that no web page can reach it by DNS rebinding.
+    loopback, so that no web page can reach it by DNS rebinding, and to /v1 only to those that no other page sends.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        status = 0
 
         async def answer(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
                     headers[name] = value
@@ -131,14 +131,14 @@ class Guard:
                 scope[DEADLINE] = deadline.when()
                 await self._app(scope, self._counted(upload, receive), answer)
         except Exception as error:
-            if started:
+            if status:
                 raise
             refusal = self._refusal(error, deadline.expired())
             await refusal.response()(scope, receive, answer)
         finally:
             self._ended(upload)
             if self._keys and upload.key:
-                self._keys.give_back(upload.key)
+                self._keys.give_back(upload.key, uncounted=status == 429)
 
     def _refusal(self, error: Exception, late: bool) -> ApiError:
         """What is told of an error that nobody has answered yet."""
@@ -156,12 +156,13 @@ class Guard:
     def _admit(self, scope: Scope, upload: "Upload") -> None:
         headers = Headers(scope=scope)
         key = None
+        paints = route_of(scope).startswith("/v1/")
         if self._keys is None:
-            host = headers.get("host", "")
-            name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-            if name not in LOOPBACK:
+            if not _is_loopback(headers.get("host", "")):
                 raise ApiError(403, "forbidden_host", "without an API key only localhost is served")
-        elif route_of(scope).startswith("/v1/"):
+            if paints and _is_of_another_page(headers):
+                raise ApiError(403, "forbidden_origin", "without an API key no page but the service's own may ask")
+        elif paints:
             scheme, _, token = headers.get("authorization", "").partition(" ")
             key = self._keys.find(headers.get("x-api-key") or (token if scheme.lower() == "bearer" else ""))
             if key is None:
@@ -171,7 +172,7 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._limits.max_bytes:
             raise self._too_large()
-        if route_of(scope).startswith("/v1/"):
+        if paints:
             if self._full():
                 raise queue_full(self._limits.retry_after_s)
             if self._keys and key:
@@ -214,6 +215,17 @@ class Guard:
             return message
 
         return counted
+
+
+def _is_loopback(host: str) -> bool:
+    """host: NAME or NAME:PORT."""
+    return (host if host.endswith("]") else host.rsplit(":", 1)[0]) in LOOPBACK
+
+
+def _is_of_another_page(headers: Headers) -> bool:
+    """Whether a browser says that a page of another origin sends this; what is no browser says nothing."""
+    site, origin = headers.get("sec-fetch-site", "none"), headers.get("origin")
+    return site not in ("same-origin", "none") or (origin is not None and not _is_loopback(origin.partition("://")[2]))
 
 
 class Upload:

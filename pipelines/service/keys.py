@@ -51,9 +51,12 @@ def read_keys(file: str | Path) -> tuple[ApiKey, ...]:
     """The keys of a YAML or JSON list of {name, sha256, per_minute, at_once}. Raises UserError for any mistake."""
     remedy = "give a list of {name, sha256, per_minute, at_once}"
     try:
-        rows = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        with Path(file).open(encoding="utf-8") as opened:
+            rows, mode = yaml.safe_load(opened), os.fstat(opened.fileno()).st_mode
     except (OSError, ValueError, yaml.YAMLError) as error:  # without the file's words: they may hold a key
         raise UserError("keys_file", file, f"cannot be read ({type(error).__name__})", remedy) from None
+    if mode & stat.S_IROTH:
+        logger.warning("keys_file=%s: everybody on the machine can read it; chmod 600", file)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError("keys_file", file, "is not a list of keys", remedy)
     keys = []
@@ -101,8 +104,6 @@ class Keys:
 
     def _read(self) -> tuple[ApiKey, ...]:
         listed = read_keys(self._file) if self._file else ()
-        if listed and os.stat(self._file).st_mode & stat.S_IROTH:
-            logger.warning("keys_file=%s: everybody on the machine can read it; chmod 600", self._file)
         if self._own and any(key.name == DEFAULT for key in listed):
             rule = f"names a key {DEFAULT}, which is that of {KEY_VARIABLE}"
             raise UserError("keys_file", self._file, rule, "rename it, or unset the variable")
@@ -150,6 +151,8 @@ class Keys:
     def _share(self, quota: int) -> int:
         return -(-quota // self._gateways)
 
-    def give_back(self, key: ApiKey) -> None:
-        """A request of this key is over."""
+    def give_back(self, key: ApiKey, uncounted: bool = False) -> None:
+        """A request of this key is over. uncounted: there was no room for it, so that it is none of its minute's."""
         self._at_once[key.name] -= 1
+        if uncounted and self._begun.get(key.name):
+            self._begun[key.name].pop()  # its own or, of a neighbour, one that is seconds younger

@@ -26,7 +26,7 @@ class Refusal(Config):
 _SAYS = {
     400: "The body is no form that can be read",
     401: "Key missing or wrong",
-    403: "Without a key, another host than localhost was named",
+    403: "Without a key, another host than localhost was named, or another page asks",
     404: "No such path",
     405: "The path takes other methods; Allow names them",
     408: "The upload is too slow",

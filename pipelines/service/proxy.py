@@ -5,10 +5,11 @@ Serve loads this in its proxies where VARIABLE stands in their environment as PL
 
 import logging
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipelines.service.access import REQUEST_ID
 from pipelines.service.guard import ApiError, Limits, busy
 
 logger = logging.getLogger("ray.serve")  # the only one that Serve writes
@@ -55,6 +56,9 @@ class ProxyErrors:
             error = ApiError(400, "http_400", f"the header {wrong.decode('latin-1')} is not UTF-8")
             await error.response()(scope, receive, send)
             return
+        headers = MutableHeaders(scope=scope)
+        if not REQUEST_ID.fullmatch(headers.get("x-request-id", "")):
+            del headers["x-request-id"]  # Serve makes one; else it would say another than the log
         try:
             await self._app(scope, receive, answer)
             if not started:  # Serve's proxy says nothing when the gateway's process ends

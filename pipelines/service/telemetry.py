@@ -43,7 +43,7 @@ class GatewayMetrics:
             "aai_request_duration_seconds", "From the first byte to the last", SECONDS, ("verb", "status")
         )
         self._stages = stages()
-        self._pictures = Counter("aai_pictures_total", "Pictures that were painted", ("verb",))
+        self._pictures = Counter("aai_pictures_total", "Pictures that were painted and shown", ("verb",))
         self._waiting = Gauge("aai_queue_requests", "Requests that wait for a painter")
         self._painting = Gauge("aai_painting_requests", "Requests that are painted")
         self._weight = Gauge("aai_picture_steps", "Pictures x steps of the requests that are painted or wait")
@@ -65,8 +65,8 @@ class GatewayMetrics:
         self._seconds.observe(visit.duration_s, {"verb": visit.verb, "status": status})
         for name, seconds in visit.stages_s.items() if visit.verb in ("generate", "edit", "stylize") else ():
             self._stages.observe(seconds, {"stage": name})
-        if visit.status == 200 and visit.told.get("pictures"):
-            self._pictures.inc(visit.told["pictures"], {"verb": visit.verb})
+        if visit.code == "ok" and "pictures" in visit.told:  # a stream that failed is a 200, too
+            self._pictures.inc(visit.told["pictures"] - visit.told.get("blocked", 0), {"verb": visit.verb})
 
     def queue(self, waiting: int, painting: int, picture_steps: int) -> None:
         """The queue as it is now."""
@@ -74,11 +74,11 @@ class GatewayMetrics:
         self._painting.set(painting)
         self._weight.set(picture_steps)
 
-    def health(self, health: Health, wanted: int, version: str) -> None:
-        """The painters as they are now, told every few seconds: Ray forgets gauges. version: where none is followed."""
+    def health(self, health: Health, wanted: int, versions: dict[str, int]) -> None:
+        """The painters as they are now, told every few seconds: Ray forgets gauges. versions: painters by version."""
         self._running.set(health.replicas)
         self._wanted.set(wanted)
-        self._versions.set(health.serving or {version: health.replicas})
+        self._versions.set(versions)
         self._refused.set(dict.fromkeys(health.refused, 1))
         self._registry.set(int(bool(health.registry)))
         self._trouble_of_keys.set(int(bool(health.keys)))

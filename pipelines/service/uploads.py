@@ -14,7 +14,7 @@ from PIL import Image
 from aai.media.child import MediaChild
 from aai.media.limits import ClipError, DecodeConfig
 from aai.png import sha256
-from pipelines.service.guard import ApiError, Limits, busy
+from pipelines.service.guard import ApiError, Limits, busy, queue_full
 
 logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas
 
@@ -47,10 +47,10 @@ def _code(error: ClipError) -> str:
 
 
 class Decoders:
-    """Child processes that are kept warm, each for one request at a time."""
+    """Child processes that are kept warm, each for one request at a time. waiting: requests that may wait for one."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, waiting: int = 64) -> None:
+        self._limits, self._most, self._here = limits, CHILDREN + waiting, 0
         self._cfg = DecodeConfig(timeout_s=limits.decode_timeout_s, max_memory_mb=limits.decode_memory_mb)
         self._idle = [MediaChild(self._cfg) for _ in range(CHILDREN)]
         self._free = asyncio.Semaphore(CHILDREN)
@@ -65,13 +65,20 @@ class Decoders:
         """A child for all files of a request: else each of many waiting ones would hold most of its sounds.
 
         What is given decodes one: `await decode(read_audio, file, limits, rate_hz)` -> (sound, SHA-256 of the bytes).
+        Raises ApiError 429 where too many wait.
         """
-        async with self._free:
-            child = self._idle.pop()
-            try:
-                yield partial(self._decode, child)
-            finally:
-                self._idle.append(MediaChild(self._cfg) if child.abandoned else child)
+        if self._here >= self._most:
+            raise queue_full(self._limits.retry_after_s)
+        self._here += 1
+        try:
+            async with self._free:
+                child = self._idle.pop()
+                try:
+                    yield partial(self._decode, child)
+                finally:
+                    self._idle.append(MediaChild(self._cfg) if child.abandoned else child)
+        finally:
+            self._here -= 1
 
     async def _decode(
         self, child: MediaChild, read: Callable[..., Any], file: UploadFile, *args: Any

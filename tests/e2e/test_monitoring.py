@@ -45,7 +45,7 @@ ILL: dict[str, dict[str, str]] = {
     "AaiPainterLost": {"ray_aai_painters_running": "2x10 1x50"},
     "AaiQueueFull": {f'{REQUESTS}{{verb="generate", status="429", code="queue_full"}}': "0+30x60"},
     "AaiSlow": {f'{BUCKET}{{verb="generate", status="200", le="{le}"}}': "0+30x60" for le in ("2.5", "60.0")},
-    "AaiFailing": {f'{REQUESTS}{{verb="generate", status="500", code="internal"}}': "0+1x60"},
+    "AaiFailing": {f'{REQUESTS}{{verb="generate", status="200", code="internal"}}': "0+1x60"},  # in a stream
     "AaiVersionRefused": {'ray_aai_version_refused{version="4"}': "0x10 1x50"},
     "AaiRegistryAway": {"ray_aai_registry_trouble": "0x10 1x50"},
 }

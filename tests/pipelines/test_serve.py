@@ -343,7 +343,8 @@ def test_painters_are_a_fixed_number_or_come_with_what_is_asked() -> None:
     assert (found.min_replicas, found.max_replicas, found.target_ongoing_requests) == (1, 4, 3)
     assert (found.upscale_delay_s, found.downscale_delay_s) == (1, 600)
     assert (gateway.num_replicas, painter.max_queued_requests) == (2, 5), "each has its share of the queue"
-    assert gateway.init_args[3] == 21, "half of 4 x 8 + 9"
+    assert gateway.init_args[3:5] == (21, 4), "half of 4 x 8 + 9, and of the places of a painter"
+    assert gateway.init_args[2]["max_queued_steps"] == config.limits.max_queued_steps / 2
     for each in (gateway, painter):
         assert each._deployment_config.graceful_shutdown_timeout_s > config.limits.request_timeout_s
     assert config.plan().resources["workers"] == "1 to 4 x (1 CPU, 0 GPU)"

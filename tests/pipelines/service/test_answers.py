@@ -4,16 +4,20 @@ import asyncio
 import base64
 import json
 import logging
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
 
-from pipelines.service.answers import EVENTS
+from pipelines.service.access import Access, Visit
+from pipelines.service.answers import EVENTS, Answer, PaintProgress
+from pipelines.service.answers import live as stream
 from pipelines.service.guard import Limits
 from pipelines.service.http import build_http
 from tests.hostile import png, wav
-from tests.pipelines.service.test_http import LIMITS, Echo, ask
+from tests.pipelines.service.test_http import DECODERS, LIMITS, Echo, ask
 
 LIVE = {"accept": EVENTS}
 
@@ -99,3 +103,66 @@ def test_a_client_that_leaves_ends_the_painting() -> None:
 
     asyncio.run(asyncio.wait_for(leave(), 20))
     assert slow.cancelled == 1
+
+
+def test_a_stream_that_nobody_reads_ends_what_is_painted() -> None:
+    """Its client is gone before the first byte of the answer."""
+    ended = []
+
+    async def painted() -> AsyncGenerator[PaintProgress | Answer, None]:
+        try:
+            for step in range(9):
+                yield PaintProgress(step)
+        finally:
+            ended.append(True)
+
+    async def gone(message: Any) -> None:
+        raise OSError("the connection is closed")
+
+    async def nothing() -> dict[str, Any]:
+        return await asyncio.Event().wait() or {}
+
+    async def answer() -> None:
+        response = await stream(painted(), 0, LIMITS, asyncio.get_running_loop().time() + 60)
+        with pytest.raises(ClientDisconnect):
+            await response({"type": "http", "asgi": {"spec_version": "2.4"}}, nothing, gone)
+        assert ended == [True]
+
+    asyncio.run(answer())
+
+
+def test_a_deadline_does_not_fall_on_a_client_that_reads_slowly() -> None:
+    """Between two events it is nobody's; the next one is told that it is over."""
+    read = []
+
+    async def painted() -> AsyncGenerator[PaintProgress | Answer, None]:
+        yield PaintProgress(0)
+        await asyncio.sleep(60)
+
+    async def answer() -> None:
+        response = await stream(painted(), 0, LIMITS, asyncio.get_running_loop().time() + 0.2)
+        async for event in response.body_iterator:
+            read.append(str(event))
+            await asyncio.sleep(0.4)
+
+    asyncio.run(answer())
+    assert [event.split("\n")[0] for event in read] == ["event: progress", "event: error"]
+    assert '"code": "timeout"' in read[1]
+
+
+def test_what_fails_within_a_stream_stands_in_the_log_and_the_figures() -> None:
+    visits: list[Visit] = []
+
+    async def ask(backend: Echo, prompt: str) -> None:
+        app = Access(build_http(backend, LIMITS, None, DECODERS), lambda: 0, visits.append)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            form = {"prompt": prompt, "num_images": "3"}
+            await client.post("/v1/generate", files={"audio": wav()}, data=form, headers=LIVE)
+
+    some, all_of_them = Echo(), Echo()
+    some.stopped, all_of_them.stopped = {1}, {0, 1, 2}
+    for backend, prompt in ((Echo(), "<broken>"), (Echo(), "<nosuch>"), (some, "<sound>"), (all_of_them, "<sound>")):
+        asyncio.run(ask(backend, prompt))
+    assert [visit.status for visit in visits] == [200] * 4
+    assert [visit.code for visit in visits] == ["internal", "invalid_request", "ok", "unsafe_picture"]
+    assert [visit.told.get("blocked") for visit in visits] == [None, None, 1, 3]

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray import serve
 
 from aai.errors import UserError
 from aai.sampling import PaintRequest
+from pipelines.service import gateway as module
 from pipelines.service.answers import PaintProgress, ServedModel
 from pipelines.service.gateway import Gateway
 from pipelines.service.guard import ApiError
@@ -136,6 +138,34 @@ def test_without_the_key_that_is_asked_for_it_does_not_start(monkeypatch: pytest
     assert gateway(None).model.label() == "toy/1"
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     assert not gateway(None, need_key=True)._in_flight
+
+
+def test_while_the_controller_is_away_health_tells_the_last_figures_and_takes_no_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, back, asked = gateway(None), threading.Event(), []
+
+    def away() -> tuple[int, int]:
+        asked.append(1)
+        assert back.wait(60)
+        raise ConnectionError("the head is away")
+
+    monkeypatch.setattr(module, "ASK_S", 0.05)
+
+    async def ask() -> list[int]:
+        monkeypatch.setattr(module, "_painters", lambda: (3, 4))
+        assert (await here.health()).replicas == 3
+        here._asked_s = -1.0
+        monkeypatch.setattr(module, "_painters", away)
+        told = await asyncio.gather(*(here.health() for _ in range(50)))  # more than there are threads
+        assert await asyncio.to_thread(lambda: "free")  # uploads are decoded in these
+        back.set()
+        assert here._asking is not None
+        await here._asking
+        return [health.replicas for health in [*told, await here.health()]]
+
+    assert asyncio.run(asyncio.wait_for(ask(), 30)) == [3] * 51
+    assert asked == [1]
 
 
 def test_it_loads_no_model_library() -> None:

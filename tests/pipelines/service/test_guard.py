@@ -11,7 +11,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from pipelines.service.guard import Guard, Limits
+from pipelines.service.guard import Guard, Limits, Upload, queue_full
 from pipelines.service.keys import Keys, hashed
 
 LIMITS = Limits(max_bytes=100_000, max_uploads=2, upload_grace_s=0.3, min_upload_bytes_per_s=10_000, retry_after_s=7)
@@ -236,3 +236,50 @@ def test_an_application_below_a_prefix_asks_for_the_key_too() -> None:
 
     asked_at = [("", "/v1/edit"), ("/aai", "/aai/v1/edit"), ("/v1", "/v1/v1/edit"), ("/aai", "/aai/healthz")]
     assert [asyncio.run(ask(*where)) for where in asked_at] == [401, 401, 401, 200]
+
+
+@pytest.mark.parametrize("sent", [{}, {"sec-fetch-site": "none"}, {"sec-fetch-site": "same-origin", "origin": "here"}])
+def test_without_a_key_the_page_of_the_service_and_programs_may_ask(sent: dict[str, str]) -> None:
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
+        headers = {"host": host} | {name: value.replace("here", f"http://{host}") for name, value in sent.items()}
+        assert asked(Guard(Reader(), LIMITS, None), [b"x"], headers=headers)[0].status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site", "origin": "http://localhost:3000"},
+        *({"origin": origin} for origin in ("https://evil.example", "null", "", "http://localhost.evil.example:8000")),
+    ],
+)
+def test_without_a_key_other_pages_may_not_ask(sent: dict[str, str]) -> None:
+    """A browser sends a form to any address without asking it."""
+    reader = Reader()
+    (response,) = asked(Guard(reader, LIMITS, None), [b"x"], headers=sent)
+    assert (response.status_code, response.json()["error"]["code"], reader.started) == (403, "forbidden_origin", 0)
+    assert asked(Guard(reader, LIMITS, None), [b""], "/healthz", headers=sent)[0].status_code == 200
+    with_key = Guard(reader, LIMITS, Keys(key="secret"))  # a page of others has none
+    assert asked(with_key, [b"x"], headers={**sent, "x-api-key": "secret"})[0].status_code == 200
+
+
+def test_what_there_is_no_room_for_is_not_counted(tmp_path: Path) -> None:
+    """Neither where the uploads are too many, nor where the queue is full after the upload."""
+    (tmp_path / "keys").write_text(json.dumps([{"name": "ann", "sha256": hashed("ann"), "per_minute": 1}]))
+
+    async def full(scope: Scope, receive: Receive, send: Send) -> None:
+        if room:
+            await Reader()(scope, receive, send)
+        else:
+            await queue_full(2).response()(scope, receive, send)
+
+    room, headers = False, {"x-api-key": "ann"}
+    app = Guard(full, LIMITS, Keys(str(tmp_path / "keys")))
+    app._uploads = [Upload(LIMITS, time.monotonic()) for _ in range(LIMITS.max_uploads)]
+    (response,) = asked(app, [b"x"], headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "too_many_uploads")
+    app._uploads = []
+    (response,) = asked(app, [b"x"], headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+    room = True
+    assert [asked(app, [b"x"], headers=headers)[0].status_code for _ in range(2)] == [200, 429]

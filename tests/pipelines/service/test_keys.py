@@ -118,6 +118,25 @@ def test_a_new_file_is_taken_up_and_a_broken_one_changes_nothing(
     assert found.trouble == ""
 
 
+def test_a_file_that_goes_while_it_is_read_harms_nothing(
+    tmp_path: Path, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    found, parse = Keys(write(file, row("ann", ONE))), module.yaml.safe_load
+
+    def gone(text: Any) -> Any:
+        rows = parse(text)
+        file.unlink()
+        return rows
+
+    monkeypatch.setattr(module.yaml, "safe_load", gone)
+    write(file, row("ann", TWO))
+    clock(1.1)
+    assert (found.find(ONE), bool(found.find(TWO)), found.trouble) == (None, True, "")
+    clock(1.1)
+    assert (bool(found.find(TWO)), found.trouble) == (True, "UserError: keys_file")
+
+
 def test_a_file_that_all_can_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("ray.serve").propagate = True
     Keys(write(tmp_path / "private", row("ann", ONE)))
@@ -152,6 +171,20 @@ def test_a_quota_at_once_is_free_again_after_each() -> None:
     assert [keys.take(key) for _ in range(3)] == [0, 0, 1]
     keys.give_back(key)
     assert [keys.take(key), keys.take(key)] == [0, 1]
+
+
+def test_what_there_was_no_room_for_is_not_counted(clock: Callable[[float], None]) -> None:
+    keys, key = Keys(), ApiKey(name="ann", sha256=hashed(ONE), per_minute=2, at_once=1)
+    for _ in range(3):
+        assert keys.take(key) == 0
+        keys.give_back(key, uncounted=True)
+    assert keys.take(key) == 0
+    keys.give_back(key)
+    clock(1)
+    assert keys.take(key) == 0
+    keys.give_back(key)
+    assert keys.take(key) == pytest.approx(59)
+    keys.give_back(ApiKey(name="bob", sha256=hashed(TWO)), uncounted=True)  # without a quota
 
 
 def test_the_documented_line_makes_a_key_and_its_hash() -> None:

@@ -8,16 +8,17 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.serve._private.http_util import _apply_middlewares
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipelines.service import proxy
+from pipelines.service.access import Access, Visit
 
 
 def asked(app: Any, headers: list[tuple[bytes, bytes]] | None = None) -> httpx.Response:
-    """One request through the middlewares, as Serve applies them."""
-    for each in proxy.middlewares():
-        app = each.cls(app, *each.args, **each.kwargs)  # type: ignore[call-arg]
+    """One request through the middlewares, as Serve applies them, its own for ids included."""
+    app = _apply_middlewares(app, proxy.middlewares())  # type: ignore[arg-type]
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app)
@@ -58,6 +59,15 @@ def test_a_header_that_serve_cannot_read_is_a_400() -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (400, "http_400")
     assert "x-request-id is not UTF-8" in response.json()["error"]["message"]
     assert asked(PlainTextResponse("fine"), [(b"X-Request-ID", "ü".encode())]).text == "fine"
+
+
+@pytest.mark.parametrize("given", [None, b"a-good_1.id", b"x" * 65, b"two words", b'"', "ü".encode(), b""])
+def test_the_id_that_comes_back_is_the_one_in_the_log(given: bytes | None) -> None:
+    visits: list[Visit] = []
+    app = Access(PlainTextResponse("fine"), lambda: 0, visits.append)
+    response = asked(app, [] if given is None else [(b"X-Request-ID", given)])
+    assert response.headers.get_list("x-request-id") == [visits[0].request_id]
+    assert (visits[0].request_id == "a-good_1.id") == (given == b"a-good_1.id")
 
 
 def test_what_breaks_is_a_logged_500(caplog: pytest.LogCaptureFixture) -> None:

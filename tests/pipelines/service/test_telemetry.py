@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aai.bundle import read_bundle
 from pipelines.registry import versions
+from pipelines.service.access import Visit
+from pipelines.service.telemetry import GatewayMetrics
 from tests.e2e.test_rollover import another, registry_of
 from tests.hostile import wav
 from tests.pipelines.test_serve import HEADERS, KEY, QUICK, Service, crowd, service  # noqa: F401
@@ -23,7 +25,7 @@ MONITORING = Path(__file__).resolve().parents[3] / "infra" / "monitoring"
 NAMED = re.compile(r"\b(ray_aai_\w+)(?:\{([^}]*)\})?")
 BY = re.compile(r"\bby \(([^)]*)\)")
 MATCH = re.compile(r'(\w+)(=~?)"([^"]*)"')
-UNSEEN = ("status", "500")
+UNSEEN = ("code", "internal")
 """What nothing here brings about."""
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
@@ -160,3 +162,18 @@ def test_a_name_or_label_that_nobody_exports_is_seen() -> None:
     ]
     assert missing("sum by (key) (ray_aai_x_total)", samples) == ["by key"]
     assert missing("max(ray_aai_y)", samples) == ["ray_aai_y with []"]
+
+
+def test_pictures_are_counted_that_were_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, counted = GatewayMetrics(120, 16), []
+    monkeypatch.setattr(metrics._pictures, "inc", lambda value, tags: counted.append((value, tags["verb"])))
+    told: list[dict[str, int | str]] = [
+        {},
+        {"blocked": 1},
+        {"code": "internal"},
+        {"code": "unsafe_picture", "blocked": 3},
+    ]
+    for each in told:
+        metrics.visit(Visit("edit", "an-id", 0, status=200, told={"pictures": 3, **each}))
+    metrics.visit(Visit("health", "an-id", 0, status=200))
+    assert counted == [(3, "edit"), (2, "edit")]

@@ -162,6 +162,28 @@ def test_no_more_are_decoded_at_once_than_there_are_children(decoders: Decoders)
     assert asyncio.run(many()) == CHILDREN
 
 
+def test_more_than_may_wait_for_a_decoder_are_told_to_come_back_before_their_files_are_read() -> None:
+    narrow = Decoders(LIMITS, waiting=1)
+    unread = upload(wav())
+
+    async def late() -> None:
+        async with narrow.one() as decode:
+            await decode(read_audio, unread, LIMITS, 16_000)
+
+    async def ask() -> list[int]:
+        asked = [asyncio.create_task(heard(narrow)) for _ in range(CHILDREN + 1)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError) as caught:
+            await late()
+        assert (caught.value.status_code, caught.value.code) == (429, "queue_full")
+        assert caught.value.headers == {"Retry-After": "7"}
+        assert unread.file.tell() == 0
+        return await asyncio.gather(*asked)
+
+    assert asyncio.run(ask()) == [8000] * (CHILDREN + 1)
+    assert asyncio.run(heard(narrow)) == 8000  # the places are free again
+
+
 def test_where_no_process_starts_a_request_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError):
