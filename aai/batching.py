@@ -67,7 +67,7 @@ class Call:
         self.out = UNet2DConditionOutput(sample=rows) if self.arguments.get("return_dict", True) else (rows,)
 
 
-class Turn:
+class Seat:
     """A request's place: `mine` lets it run, until it needs the UNet (`call`) or has ended."""
 
     def __init__(self, stop: threading.Event, seen: Seen | None, alone: bool) -> None:
@@ -88,7 +88,7 @@ class Together:
         self._unet, self._forward = unet, unet.forward
         self._signature = inspect.signature(unet.forward)
         self._told = told or (lambda rows: None)
-        self._came: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
+        self._came: queue.SimpleQueue[Seat | None] = queue.SimpleQueue()
         self._given_back = threading.Semaphore(0)
         self._own = threading.local()
         unet.forward = self._called
@@ -107,58 +107,58 @@ class Together:
         stop: when set, the work ends with StoppedError before its next call. seen: see Seen. alone: its calls are made
         at once, and no other request goes on before the work is done.
         """
-        turn = Turn(stop, seen, alone)
-        self._came.put(turn)
-        turn.mine.acquire()
-        self._own.turn = turn
+        seat = Seat(stop, seen, alone)
+        self._came.put(seat)
+        seat.mine.acquire()
+        self._own.seat = seat
         try:
             if stop.is_set():
                 raise StoppedError
             return work()
         finally:
-            self._own.turn = None
-            turn.ended = True
+            self._own.seat = None
+            seat.ended = True
             self._given_back.release()
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of the UNet's `forward`."""
-        turn: Turn | None = getattr(self._own, "turn", None)
-        if turn is None:
+        seat: Seat | None = getattr(self._own, "seat", None)
+        if seat is None:
             return self._forward(*args, **kwargs)
-        if turn.stop.is_set():
+        if seat.stop.is_set():
             raise StoppedError
         call = Call(self._signature.bind(*args, **kwargs).arguments)
-        if turn.alone:
+        if seat.alone:
             self._make([call])
         else:
-            turn.call = call
+            seat.call = call
             self._given_back.release()
-            turn.mine.acquire()
-        if turn.stop.is_set():
+            seat.mine.acquire()
+        if seat.stop.is_set():
             raise StoppedError
         if call.error is not None:
             try:
                 raise call.error
             finally:
                 call.error = None  # else error and frame hold each other, and what the UNet had in memory
-        if turn.seen is not None:
-            turn.seen(call.arguments["sample"], call.arguments["timestep"], call.out[0])
+        if seat.seen is not None:
+            seat.seen(call.arguments["sample"], call.arguments["timestep"], call.out[0])
         return call.out
 
     def _go_round(self) -> None:
-        here: list[Turn] = []
+        here: list[Seat] = []
         while True:
             while not here or not self._came.empty():
                 if (new := self._came.get()) is None:
                     return
                 here.append(new)
             calls: list[Call] = []
-            for turn in here:
-                turn.mine.release()
+            for seat in here:
+                seat.mine.release()
                 self._given_back.acquire()
-                if not turn.ended and turn.call is not None:
-                    calls.append(turn.call)
-            here = [turn for turn in here if not turn.ended]
+                if not seat.ended and seat.call is not None:
+                    calls.append(seat.call)
+            here = [seat for seat in here if not seat.ended]
             try:
                 self._make_all(calls)
             except BaseException as error:  # nobody shall be left waiting
