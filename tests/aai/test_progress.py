@@ -103,7 +103,7 @@ def test_a_safety_checker_or_a_lack_of_memory_leaves_no_previews(
 def test_a_prediction_without_a_flaw_shows_the_picture_itself(kind: str, painter: Painter) -> None:
     own, chance = painter.pipe, torch.Generator().manual_seed(0)
     scheduler = DDIMScheduler.from_config(own.scheduler.config, prediction_type=kind)
-    pipe = SimpleNamespace(scheduler=scheduler, vae=own.vae, image_processor=own.image_processor)
+    pipe = SimpleNamespace(scheduler=scheduler, unet=own.unet, vae=own.vae, image_processor=own.image_processor)
     edge, channels = own.unet.config.sample_size, own.vae.config.latent_channels
     clean, noise = (torch.randn(1, channels, edge, edge, generator=chance) for _ in range(2))
     alpha = pipe.scheduler.alphas_cumprod[300]

@@ -21,6 +21,8 @@ from pipelines.service.painters import PainterReplica
 from tests.aai.test_addons import write_checker
 from tests.certificates import certified
 
+LOOP = asyncio.Runner()
+"""A painter lives in one event loop, as in a replica of Serve."""
 TONE = {"sound": (np.sin(np.arange(8000) / 5) / 2).astype(np.float32)}
 REQUEST = PaintRequest(steps=2, denoise_strength=1)
 RED = np.full((64, 64, 3), (255, 0, 0), np.uint8)
@@ -42,7 +44,7 @@ def replica(bundle: str, **changes: Any) -> PainterReplica:
 
 
 def paint(painter: PainterReplica, verb: Verb, pixels: list[Any], request: PaintRequest = REQUEST) -> list[bytes]:
-    files, model = asyncio.run(painter.paint(verb, TONE, pixels, request, GIVEN))
+    files, model = LOOP.run(painter.paint(verb, TONE, pixels, request, GIVEN))
     assert model["name"] == "tiny"
     return files
 
@@ -111,7 +113,7 @@ def test_a_picture_that_nobody_waits_for_ends_at_the_next_step(
         return before, files
 
     try:
-        before, files = asyncio.run(asyncio.wait_for(leave(), 120))
+        before, files = LOOP.run(asyncio.wait_for(leave(), 120))
     finally:
         hook.remove()
     assert len(calls) - before <= 2 + 1 + REQUEST.steps  # at most one step more, and those of the next picture
@@ -134,7 +136,7 @@ def test_requests_are_painted_together_and_heavy_ones_get_their_turn(painter: Pa
         return dict(await asyncio.gather(one(10, 4), one(20, 4), one(30, 8), one(40, 1), one(50, 1)))
 
     try:
-        made = asyncio.run(crowd())
+        made = LOOP.run(crowd())
     finally:
         painter._together._told = told
     assert max(sizes) == 16  # with guidance two rows for each picture
@@ -148,7 +150,7 @@ def test_a_request_tells_how_far_it_is(painter: PainterReplica) -> None:
         request = REQUEST.model_copy(update={"steps": 10})
         return [event async for event in painter.paint_live("edit", TONE, [RED, None], request, GIVEN)]
 
-    *told, last = asyncio.run(live())
+    *told, last = LOOP.run(live())
     assert [(event["step"], event["steps"]) for event in told] == [(i + 1, 10) for i in range(10)]
     previews = [event["preview"] for event in told if event["preview"]]
     assert all(Image.open(io.BytesIO(preview)).size == (64, 64) for preview in previews)
@@ -162,7 +164,7 @@ def test_a_request_tells_how_far_it_is(painter: PainterReplica) -> None:
             pass
 
     with pytest.raises(UserError, match="elsewhere"):
-        asyncio.run(wrong())
+        LOOP.run(wrong())
 
 
 def test_a_painter_is_ill_when_it_is_stuck_or_its_device_failed(
