@@ -23,6 +23,7 @@ def until(true: Callable[[], bool], service: Service, limit_s: float = 90) -> fl
     return time.monotonic() - begin_s
 
 
+@pytest.mark.accept
 @pytest.mark.timeout(600)
 def test_m10_a_server_that_is_killed_stops_no_picture_and_is_followed_again(tmp_path: Path) -> None:
     server = Server(tmp_path)

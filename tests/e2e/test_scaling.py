@@ -13,6 +13,7 @@ from tests.e2e.test_rollover import Clients
 from tests.pipelines.test_serve import QUICK, running, write_tiny_bundle
 
 
+@pytest.mark.accept
 @pytest.mark.timeout(600)
 def test_painters_follow_the_queue(tmp_path: Path) -> None:
     bundle = write_tiny_bundle(tmp_path)
