@@ -104,7 +104,8 @@ def test_m2_versions_change_under_load_without_a_failed_request(service: Service
     for version, folder in ((1, service.bundle), (2, tmp_path / "second")):
         png = clients.pictures[f"tiny/{version}@champion"]
         ours = Painter.load(folder).generate(sound, PaintRequest(steps=2))[0]
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), np.asarray(ours)), version
+        theirs = np.asarray(Image.open(io.BytesIO(png)), int)
+        assert np.abs(theirs - np.asarray(ours, int)).max() <= 1, version  # it was painted together with others
         assert read_made(png)["bundle"] == read_bundle(folder).sha
         assert read_made(png)["model"] == f"tiny/{version}"
 
