@@ -22,7 +22,7 @@ from aai.editing import Change, Repainting, repainted, same_dtype
 from aai.encoders.aligner import load_aligner
 from aai.encoders.audio import AudioEncoder
 from aai.errors import UserError
-from aai.foundation.clip import FrozenClip
+from aai.foundation.clip import shared_clip
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Sound, names_in
@@ -381,7 +381,7 @@ class Painter:
         """The bundle's vocabulary in the frozen CLIP, loaded when a picture is first read."""
         if self.vocabulary is None:
             raise UserError("bundle", "vocabulary", "is absent", "give adapt a `vocabulary` and train a new bundle")
-        return Concepts(FrozenClip(self.foundation, self.device.type), self.vocabulary)
+        return Concepts(shared_clip(self.foundation, self.device.type), self.vocabulary)
 
 
 def _unit(image: Image.Image) -> Tensor:

@@ -30,10 +30,12 @@ from pipelines.engine.cluster import connect
 from pipelines.registry import versions
 from pipelines.service import proxy
 from pipelines.service.answers import ServedModel
+from pipelines.service.canary import CanaryConfig
 from pipelines.service.gateway import Gateway
 from pipelines.service.guard import Limits
 from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
-from pipelines.service.painters import PainterConfig, PainterReplica
+from pipelines.service.loading import PainterConfig
+from pipelines.service.painters import PainterReplica
 from pipelines.service.traces import TracesConfig
 from pipelines.settings import Autoscaling, ClusterConfig, DType, Plan, RayVerbConfig, StoreConfig
 
@@ -57,6 +59,8 @@ class ServeConfig(RayVerbConfig):
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a bundle folder. An alias is followed (`follow_s`)."""
     follow_s: float = pydantic.Field(5, ge=0)
     """How often each painter looks whether the alias names another version, which it then takes up; 0 = never."""
+    canary: CanaryConfig = CanaryConfig()
+    """A version that is tried with part of the requests."""
     tracking: StoreConfig = StoreConfig()
     trust: TrustConfig = TrustConfig()
     """Whose signature the bundle must have."""
@@ -90,6 +94,14 @@ class ServeConfig(RayVerbConfig):
     def _unguided(self) -> "ServeConfig":
         if self.addons.controlnet:
             raise ValueError("addons.controlnet needs a picture that requests do not carry: leave it out")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _tries(self) -> "ServeConfig":
+        if self.canary.is_on and not (self.bundle.startswith("models:/") and self.follow_s):
+            raise ValueError("canary: goes with a bundle of the registry (models:/NAME...) and follow_s above 0")
+        if self.canary.is_on and self.bundle.endswith(f"@{self.canary.alias}"):
+            raise ValueError(f"canary.alias {self.canary.alias}: is what the service serves")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -224,15 +236,15 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
         batch_pictures=config.batch_pictures,
         follow=follow,
         follow_s=config.follow_s or 1,
-        board=BOARD,
+        canary=config.canary,
+        board=BOARD if follow or config.canary.is_on else "",
     )
     painters = painter.bind(told.model_dump())
     together = config.batch_pictures
     capacity = config.share(config.most_painters * together + config.max_queued_requests)
     shared = limits.model_copy(update={"max_queued_steps": config.share(limits.max_queued_steps)})
-    board = BOARD if follow else ""
     keys = storage.absolute(config.keys_file) if config.keys_file else ""
-    sizes, doors = (capacity, config.share(together)), (need_key, board, keys, config.gateways)
+    sizes, doors = (capacity, config.share(together)), (need_key, told.board, keys, config.gateways)
     return gateway.bind(painters, model.model_dump(), shared.model_dump(), *sizes, *doors)
 
 

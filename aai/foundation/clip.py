@@ -1,5 +1,6 @@
 """Features of the frozen CLIP (Radford et al. 2021, arXiv 2103.00020): the space that sound is aligned to."""
 
+import functools
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -117,3 +118,9 @@ def _framed(picture: Image.Image, edge_px: int, height: int, width: int, resampl
 
 def _unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1)
+
+
+@functools.lru_cache(maxsize=1)
+def shared_clip(spec: FoundationSpec, device: str) -> FrozenClip:
+    """The frozen CLIP in float32, once a process: for bundles that change over one foundation."""
+    return FrozenClip(spec, device)

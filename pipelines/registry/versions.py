@@ -150,6 +150,13 @@ def version_tags(cfg: TrackingConfig, version: int) -> dict[str, str]:
     return dict(_version(connect(cfg), cfg, cfg.model_name, str(version)).tags)
 
 
+def may_be_used(uri: str, cfg: StoreConfig) -> bool:
+    """Whether the gates of a version, given as models:/NAME/VERSION, have passed or were forced."""
+    _, name, version, _ = pin_bundle(uri, cfg)
+    tags = _version(connect(cfg), cfg, name, version).tags
+    return "true" in (tags.get("gates_passed"), tags.get("forced"))
+
+
 def _version(client: "MlflowClient", cfg: StoreConfig, name: str, version: str) -> "ModelVersion":
     found = attempt(cfg, unless, "RESOURCE_DOES_NOT_EXIST", client.get_model_version, name, version)
     if found is None:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError
@@ -80,37 +79,36 @@ class Gateway:
     async def paint(self, wanted: PaintJob) -> Answer:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
         with self._admitted(wanted.request):
-            response = self._painters.paint.remote(*self._told_of(wanted))
+            response = self._painters.paint.remote(wanted)
             try:
                 files, model = await response
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-            stage_ends("painters")
-            self.model = ServedModel.parse(model)
-            note(model=self.model.label())
-            return Answer(files, self.model)
+            return Answer(files, self._painted_by(model))
 
     async def paint_live(self, wanted: PaintJob) -> AsyncGenerator[PaintProgress | Answer, None]:
         """See Backend."""
         with self._admitted(wanted.request):
             yield PaintProgress(step=0)
-            response = self._painters.options(stream=True).paint_live.remote(*self._told_of(wanted))
+            response = self._painters.options(stream=True).paint_live.remote(wanted)
             try:
                 async for event in response:
                     if "files" not in event:
                         yield PaintProgress(**event)
                         continue
-                    stage_ends("painters")
-                    self.model = ServedModel.parse(event["model"])
-                    note(model=self.model.label())
-                    yield Answer(event["files"], self.model)
+                    yield Answer(event["files"], self._painted_by(event["model"]))
             finally:
                 response.cancel()
 
-    def _told_of(self, wanted: PaintJob) -> tuple[Any, ...]:
-        pixels = [None if picture is None else np.asarray(picture) for picture in (wanted.image, wanted.mask)]
-        return wanted.verb, wanted.sounds, pixels, wanted.request, dict(wanted.given)
+    def _painted_by(self, told: dict[str, Any]) -> ServedModel:
+        """The model of an answer; one on trial is not what the service serves."""
+        model = ServedModel.parse(told)
+        if model.alias == self.model.alias:
+            self.model = model
+        stage_ends("painters")
+        note(model=model.label())
+        return model
 
     @contextmanager
     def _admitted(self, request: PaintRequest) -> Iterator[None]:
@@ -196,6 +194,7 @@ class Gateway:
         for row in self._told:
             refused |= row["refused"]
         models = [ServedModel.parse(row["model"]) for row in self._told]
+        tried = [ServedModel.parse(row["canary"]) for row in self._told if row["canary"]]
         if len({model.sha for model in models}) == 1:  # while some change over, the last picture's
             self.model = models[0]
         health = Health(
@@ -204,12 +203,14 @@ class Gateway:
             painting=painting,
             queued_steps=self._steps(),
             serving=dict(Counter(model.label() for model in models)),
+            canary=dict(Counter(model.label() for model in tried)),
             refused=refused,
             registry=next((row["trouble"] for row in self._told if row["trouble"]), ""),
             keys=self._keys.trouble if self._keys else "",
         )
         versions = dict(Counter(model.version for model in models)) or {self.model.version: self._replicas}
-        self._metrics.health(health, self._wanted, versions)
+        canary = dict(Counter(model.version for model in tried))
+        self._metrics.health(health, self._wanted, versions, canary)
         self._measure()
         return health
 

@@ -60,6 +60,8 @@ class Health(Config):
     """Denoising steps of the pictures of both."""
     serving: dict[str, int] = pydantic.Field(default_factory=dict)
     """Painters by the version that they paint with; empty where no alias is followed."""
+    canary: dict[str, int] = pydantic.Field(default_factory=dict)
+    """Painters by the version that they have on trial."""
     refused: dict[str, str] = pydantic.Field(default_factory=dict)
     """Versions that the alias names and that no painter takes up, and why."""
     registry: str = ""

@@ -3,73 +3,33 @@
 import asyncio
 import io
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import ray
 import torch
 from PIL import Image
 
-from aai.addons import AddOns, blackened
-from aai.batching import Together, view_of
-from aai.bundle import read_bundle
-from aai.config import Config
+from aai.addons import blackened
+from aai.batching import StoppedError, Together, view_of
 from aai.errors import UserError
-from aai.foundation.identity import identity
-from aai.painter import Painter
 from aai.progress import DenoisingProgress, ProgressTracker
-from aai.proof import ProofConfig, Prover
-from aai.sampling import PaintRequest
-from aai.signatures import TrustConfig, check
-from pipelines.registry import versions
+from aai.proof import Prover
 from pipelines.service.answers import ServedModel
-from pipelines.service.http import Verb
+from pipelines.service.canary import Trial, distance
+from pipelines.service.http import PaintJob
+from pipelines.service.loading import PainterConfig, Serving, first, loaded, try_out
 from pipelines.service.noticeboard import board_name
-from pipelines.service.telemetry import PainterMetrics
-from pipelines.service.watching import Watcher, refuse_other
-from pipelines.settings import StoreConfig
+from pipelines.service.telemetry import PainterMetrics, Role
+from pipelines.service.watching import Watcher
 
 logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas
 T = TypeVar("T")
-
-
-class PainterConfig(Config):
-    """What a painter is told at its start."""
-
-    bundle: str
-    """URI that cannot move."""
-    model: ServedModel
-    registry: StoreConfig
-    device: str
-    dtype: str
-    addons: AddOns
-    proof: ProofConfig
-    trust: TrustConfig
-    stuck_s: float
-    """Painting for longer than this is a fault."""
-    batch_pictures: int = 8
-    """Most pictures that are painted together."""
-    follow: str = ""
-    """Alias that is followed, as models:/NAME@ALIAS; empty = none."""
-    follow_s: float = 5
-    board: str = ""
-    """Name of the actor that is told what is served."""
-
-
-@dataclass(frozen=True)
-class Serving:
-    """A painter, what it is called, and the foundation that it was loaded with."""
-
-    painter: Painter
-    model: ServedModel
-    foundation: dict[str, str]
+Tell = Callable[[DenoisingProgress], None]
 
 
 class PainterReplica:
@@ -77,99 +37,89 @@ class PainterReplica:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = c = PainterConfig.parse(config)
-        self._threads = ThreadPoolExecutor(max_workers=c.batch_pictures + 1)  # one for a new version's first picture
+        versions = 1 + c.canary.is_on  # whose first pictures may be painted beside what is asked
+        self._threads = ThreadPoolExecutor(max_workers=c.batch_pictures + versions)
         self._places, self._door = asyncio.Semaphore(c.batch_pictures), asyncio.Lock()
         self._started_s: dict[int, float] = {}
         """When each request that is painted began, by its thread."""
         self._broken = ""
         self._metrics = PainterMetrics()
         self._prover = Prover(c.proof)
-        self._serving = self._first()
+        self._serving = first(c)
+        self._canary: Serving | None = None
+        self._unseen: dict[asyncio.Task[None], threading.Event] = {}
+        """What the version on trial paints besides, and how it is ended."""
         self._together = Together(self._serving.painter.pipe.unet, self._metrics.batch)  # of all versions
         logger.info("painter: %s in %s on %s", self._serving.model.label(), self._serving.painter.dtype, c.device)
         self.watcher = Watcher(c.follow, c.registry, self._serving.model, self.take)
-        if c.follow:
+        self.trial = Trial(c.canary, c.registry, self._serving.model, self.take_canary, self.end_canary)
+        if c.board:
             self._board = board_name(c.board)
             self._tell()
-            self.watcher.start(c.follow_s, self._tell)
-
-    def _first(self) -> Serving:
-        """What the alias names now; where that cannot be had, what it named when the service was started."""
-        c = self._config
         if c.follow:
-            try:
-                pinned, _, version, _ = versions.pin_bundle(c.follow, c.registry)
-                return self._loaded(pinned, c.model.model_copy(update={"version": version}))
-            except Exception as error:
-                logger.warning("painter: begins with %s, since %s cannot be had (%s)", c.model.label(), c.follow, error)
-        found = self._loaded(c.bundle, c.model)
-        if found.model.sha != c.model.sha:
-            rule = f"holds {found.model.sha}, the service was started for {c.model.sha}"
-            raise UserError("bundle", c.bundle, rule, "deploy again")
+            self.watcher.start(c.follow_s, self._tell)
+        if c.canary.is_on:
+            self.trial.start(c.follow_s, self._tell)
+
+    def _fresh(self, pinned: str, model: ServedModel) -> Serving:
+        """A version loaded beside the one that is served; it has painted. Raises UserError, or what it failed with."""
+        found = loaded(self._config, pinned, model, self._serving)
+        self._threads.submit(self._on_device, lambda: try_out(view_of(found.painter)), threading.Event()).result()
         return found
 
-    def _loaded(self, uri: str, model: ServedModel, beside: Serving | None = None) -> Serving:
-        """A bundle, checked and loaded. Raises UserError for one that cannot take the place of what is served."""
-        c = self._config
-        with tempfile.TemporaryDirectory(prefix="aai-") as scratch:
-            bundle = read_bundle(versions.resolve_bundle(uri, c.registry, scratch))
-            check(bundle.folder, c.trust, uri)
-            foundation = identity(bundle.config.foundation)
-            if beside:
-                refuse_other("foundation", beside.foundation, foundation)
-            painter = Painter.load(bundle, c.device, c.dtype, c.addons, beside.painter if beside else None)
-        refuse_other("encoder.sample_rate_hz", c.model.sample_rate_hz, painter.sample_rate_hz)
-        return Serving(painter, model.model_copy(update={"sha": bundle.sha}), foundation)
-
     def take(self, pinned: str, model: ServedModel) -> None:
-        """Loads a version beside the one that is served, paints with it, and then serves it: from the next request on.
-
-        Raises UserError, or what else it failed with, for one that cannot be served; the old one stays.
-        """
-        found = self._loaded(pinned, model, self._serving)
-        self._threads.submit(self._on_device, lambda: try_out(view_of(found.painter)), threading.Event()).result()
+        """Serves a version from the next request on. Raises as `_fresh`, and the old one stays."""
+        found = self._fresh(pinned, model)
         self._serving, self.watcher.served = found, found.model
+
+    def take_canary(self, pinned: str, model: ServedModel) -> None:
+        """Tries a version with the requests that the canary's settings give it. Raises as `_fresh`."""
+        found = self._fresh(pinned, model)
+        self._canary, self.trial.served = found, found.model
+
+    def end_canary(self) -> None:
+        """No version is on trial any more."""
+        self._canary = None
 
     def _tell(self) -> None:
         """Tells the board what is served; it may be gone for a moment, with the gateway."""
-        watcher = self.watcher
-        row = {"model": watcher.served.model_dump(), "refused": watcher.refused, "trouble": watcher.trouble}
+        watchers, canary = (self.watcher, self.trial), self._canary
+        row = {
+            "model": self._serving.model.model_dump(),
+            "canary": canary and canary.model.model_dump(),
+            "refused": self.watcher.refused | self.trial.refused,
+            "trouble": next((watcher.trouble for watcher in watchers if watcher.trouble), ""),
+        }
         with suppress(Exception):
             ray.get_actor(self._board).tell.remote(ray.get_runtime_context().get_actor_id(), row)
 
-    async def paint(
-        self,
-        verb: Verb,
-        sounds: dict[str, np.ndarray],
-        pixels: list[np.ndarray | None],
-        request: PaintRequest,
-        given: dict[str, Any],
-        tell: Callable[[DenoisingProgress], None] | None = None,
-    ) -> tuple[list[bytes], dict[str, Any]]:
-        """Sounds float32 [S] by name, maybe a picture and a mask (RGB, uint8 [H, W, 3]) -> PNG files, and the model.
-
-        given: hashes of what was handed in, which the pictures tell. tell: hears how far it is, from another thread.
-        """
+    async def paint(self, job: PaintJob, tell: Tell | None = None) -> tuple[list[bytes], dict[str, Any]]:
+        """PNG files, and the model. tell: hears how far it is, from another thread."""
         loop, stop = asyncio.get_running_loop(), threading.Event()
-        # What keeps deep layers between steps cannot share them: it has all places.
-        places = self._config.batch_pictures if request.reuse_steps > 1 else request.num_images
-        taken = await self._taken(min(places, self._config.batch_pictures))
-        work = self._threads.submit(self._paint, verb, sounds, pixels, request, stop, tell)
+        taken = await self._taken(self._places_of(job))
+        work = self._threads.submit(self._paint, job, stop, tell)
         # The places are free when the thread has ended, also that of a request for which nobody waits.
         work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free, taken))
         try:
-            images, model = await asyncio.wrap_future(work)
+            images, serving = await asyncio.wrap_future(work)
         except asyncio.CancelledError:  # the client left, or its time is over
             stop.set()
             raise
+        self._begin_unseen(job, images, serving)
+        model = serving.model
         made = {
-            "verb": verb,
+            "verb": job.verb,
             "model": f"{model.name}/{model.version}",
             "bundle": model.sha,
-            **given,
-            **request.model_dump(),
+            **job.given,
+            **job.request.model_dump(),
         }
-        return await asyncio.to_thread(self._encoded, images, made), model.model_dump()
+        return await asyncio.to_thread(self._encoded, serving, images, made), model.model_dump()
+
+    def _places_of(self, job: PaintJob) -> int:
+        """What keeps deep layers between steps cannot share them: it has all places."""
+        most = self._config.batch_pictures
+        return most if job.request.reuse_steps > 1 else min(job.request.num_images, most)
 
     async def _taken(self, places: int) -> int:
         """Takes places, in the order of asking: who needs many is not overtaken for ever."""
@@ -177,6 +127,8 @@ class PainterReplica:
             taken = 0
             try:
                 while taken < places:
+                    for stop in self._unseen.values() if self._places.locked() else ():
+                        stop.set()  # who waits for an answer goes first
                     await self._places.acquire()
                     taken += 1
             except asyncio.CancelledError:
@@ -188,14 +140,7 @@ class PainterReplica:
         for _ in range(places):
             self._places.release()
 
-    async def paint_live(
-        self,
-        verb: Verb,
-        sounds: dict[str, np.ndarray],
-        pixels: list[np.ndarray | None],
-        request: PaintRequest,
-        given: dict[str, Any],
-    ) -> AsyncIterator[dict[str, Any]]:
+    async def paint_live(self, job: PaintJob) -> AsyncIterator[dict[str, Any]]:
         """As `paint`, and meanwhile how far it is: {step, steps, preview}, with `preview` as PNG or None.
 
         The last one is {files, model}.
@@ -206,7 +151,7 @@ class PainterReplica:
         def tell(stage: DenoisingProgress | None) -> None:
             loop.call_soon_threadsafe(told.put_nowait, stage)
 
-        painting = asyncio.create_task(self.paint(verb, sounds, pixels, request, given, tell))
+        painting = asyncio.create_task(self.paint(job, tell))
         painting.add_done_callback(lambda _: told.put_nowait(None))
         try:
             while (stage := await told.get()) is not None:
@@ -217,29 +162,80 @@ class PainterReplica:
         finally:
             painting.cancel()
 
-    def _paint(
-        self,
-        verb: Verb,
-        sounds: dict[str, np.ndarray],
-        pixels: list[np.ndarray | None],
-        request: PaintRequest,
-        stop: threading.Event,
-        tell: Callable[[DenoisingProgress], None] | None,
-    ) -> tuple[list[Image.Image], ServedModel]:
-        serving = self._serving
-        image, mask = (None if x is None else Image.fromarray(x) for x in pixels)
-        pipe = serving.painter.pipe
-        seen = None if tell is None else ProgressTracker(pipe, verb, request, mask is not None, tell)
+    def _paint(self, job: PaintJob, stop: threading.Event, tell: Tell | None) -> tuple[list[Image.Image], Serving]:
+        """By the version on trial when the request falls to it; where that fails, by the one that is served."""
+        serving, canary = self._serving, self._canary
+        mine = self.trial.may_answer and self._config.canary.answers(job)
+        if canary and mine and canary.model.sha != serving.model.sha:
+            try:
+                return self._painted(canary, "canary", job, stop, tell), canary
+            except (StoppedError, UserError):
+                raise
+            except Exception:
+                if self._broken:
+                    raise
+                logger.exception("painter: %s failed, %s paints", canary.model.label(), serving.model.label())
+        return self._painted(serving, "served", job, stop, tell), serving
+
+    def _painted(
+        self, serving: Serving, role: Role, job: PaintJob, stop: threading.Event, tell: Tell | None = None
+    ) -> list[Image.Image]:
+        request, pipe = job.request, serving.painter.pipe
+        seen = None if tell is None else ProgressTracker(pipe, job.verb, request, job.mask is not None, tell)
 
         def work() -> list[Image.Image]:
-            if verb == "generate":
-                return view_of(serving.painter).generate(sounds, request)
+            if job.verb == "generate":
+                return view_of(serving.painter).generate(job.sounds, request)
             _ = serving.painter.concepts  # loaded once, and not for each view
-            (audio,) = sounds.values()
-            repaint = getattr(view_of(serving.painter), verb)
-            return repaint(audio, image, request, mask)
+            (audio,) = job.sounds.values()
+            repaint = getattr(view_of(serving.painter), job.verb)
+            return repaint(audio, job.image, request, job.mask)
 
-        return self._on_device(work, stop, seen, request.reuse_steps > 1), serving.model
+        begin_s, outcome = time.monotonic(), "failed"
+        try:
+            images = self._on_device(work, stop, seen, request.reuse_steps > 1)
+            outcome = "ok"
+            return images
+        except (StoppedError, UserError) as error:
+            outcome = "stopped" if isinstance(error, StoppedError) else "refused"
+            raise
+        finally:
+            told = role, serving.model.version, outcome, request.num_images
+            self._metrics.version(*told, time.monotonic() - begin_s)
+
+    def _begin_unseen(self, job: PaintJob, images: list[Image.Image], answered: Serving) -> None:
+        """Has a request painted by the version on trial, too, when it is one of those, and not by it already."""
+        canary = self._canary
+        if canary and canary.model.sha != answered.model.sha and self._config.canary.shadows(job):
+            stop = threading.Event()
+            task = asyncio.create_task(self._paint_unseen(canary, job, images, stop))
+            self._unseen[task] = stop
+            task.add_done_callback(self._unseen.pop)
+
+    async def _paint_unseen(
+        self, canary: Serving, job: PaintJob, images: list[Image.Image], stop: threading.Event
+    ) -> None:
+        """Paints with places that nobody wants, and compares; ends at the next step when somebody does."""
+        wanted, taken, version = self._places_of(job), 0, canary.model.version
+        while taken < wanted and not self._places.locked():
+            await self._places.acquire()  # one is free: this does not wait
+            taken += 1
+        try:
+            if taken < wanted or job.request.reuse_steps > 1:  # which nobody could end at a step
+                self._metrics.version("shadow", version, "skipped", job.request.num_images)
+                return
+            work = self._threads.submit(self._painted, canary, "shadow", job, stop)
+            theirs = await asyncio.wrap_future(work)
+            pipe, pairs = canary.painter.pipe, zip(images, theirs, strict=True)
+            seen = [pair for pair in pairs if not any(blackened(pipe, picture) for picture in pair)]
+            if seen:
+                self._metrics.apart(version, distance(seen))
+        except StoppedError:
+            pass
+        except Exception:
+            logger.exception("painter: %s failed in the shadow", canary.model.label())
+        finally:
+            self._free(taken)
 
     def _on_device(self, work: Callable[[], T], stop: threading.Event, *args: Any) -> T:
         """Runs work of the device beside that of others; what becomes of it is seen by check_health."""
@@ -254,9 +250,9 @@ class PainterReplica:
         finally:
             del self._started_s[thread]
 
-    def _encoded(self, images: list[Image.Image], made: dict[str, Any]) -> list[bytes]:
+    def _encoded(self, serving: Serving, images: list[Image.Image], made: dict[str, Any]) -> list[bytes]:
         """PNG files, empty for what the safety checker stopped; picture i has the request's seed + i."""
-        pipe, seed = self._serving.painter.pipe, made["seed"]
+        pipe, seed = serving.painter.pipe, made["seed"]
         with self._metrics.stage("encode"):
             return [
                 b"" if blackened(pipe, image) else self._prover.encode(image, {**made, "seed": seed + i})
@@ -269,16 +265,6 @@ class PainterReplica:
             raise RuntimeError(f"the device failed: {self._broken}")
         if time.monotonic() - min(self._started_s.values(), default=time.monotonic()) > self._config.stuck_s:
             raise RuntimeError(f"one request has been painting for more than {self._config.stuck_s:g} s")
-
-
-def try_out(painter: Painter) -> None:
-    """Paints a tone, so that the first request does not wait. Raises UserError where all pictures are of one colour."""
-    tone = np.sin(np.arange(painter.sample_rate_hz) * 0.2).astype(np.float32) / 2
-    for seed in range(3):  # a safety checker may black one out
-        pixels = np.asarray(painter.generate(tone, PaintRequest(steps=2, seed=seed))[0])
-        if pixels.min() < pixels.max():
-            return
-    raise UserError("bundle", "its first pictures", "are of one colour", "look at `aai generate` with this version")
 
 
 def _small_png(image: Image.Image) -> bytes:

@@ -6,6 +6,7 @@ Labels hold what is bounded: verbs, codes, versions, names of keys.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
+from typing import Literal
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -13,6 +14,8 @@ from pipelines.service.access import Visit
 from pipelines.service.http import Health
 
 SECONDS = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0]
+Role = Literal["served", "canary", "shadow"]
+APART = [0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0]
 ROWS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
 
 
@@ -50,6 +53,7 @@ class GatewayMetrics:
         self._running = Gauge("aai_painters_running", "Painters that can paint")
         self._wanted = Gauge("aai_painters_wanted", "Painters that there should be")
         self._versions = _Named("aai_version_painters", "Painters by the version that they serve", "version")
+        self._canary = _Named("aai_canary_painters", "Painters by the version that they have on trial", "version")
         self._refused = _Named("aai_version_refused", "1 for a version that is named and not taken up", "version")
         self._registry = Gauge("aai_registry_trouble", "1 while the registry cannot be followed")
         self._trouble_of_keys = Gauge("aai_keys_trouble", "1 while a new file of keys cannot be used")
@@ -74,11 +78,15 @@ class GatewayMetrics:
         self._painting.set(painting)
         self._weight.set(picture_steps)
 
-    def health(self, health: Health, wanted: int, versions: dict[str, int]) -> None:
-        """The painters as they are now, told every few seconds: Ray forgets gauges. versions: painters by version."""
+    def health(self, health: Health, wanted: int, versions: dict[str, int], canary: dict[str, int]) -> None:
+        """The painters as they are now, told every few seconds: Ray forgets gauges.
+
+        versions, canary: painters by the version that they serve, and have on trial.
+        """
         self._running.set(health.replicas)
         self._wanted.set(wanted)
         self._versions.set(versions)
+        self._canary.set(canary)
         self._refused.set(dict.fromkeys(health.refused, 1))
         self._registry.set(int(bool(health.registry)))
         self._trouble_of_keys.set(int(bool(health.keys)))
@@ -91,10 +99,35 @@ class PainterMetrics:
 
     def __init__(self) -> None:
         self._stages, self._rows = stages(), Histogram("aai_unet_rows", "Rows of one step of the UNet", ROWS)
+        labels = ("role", "version")
+        self._pictures = Counter(
+            "aai_version_pictures_total",
+            "Pictures by role (served, canary, shadow), version and what became of them: ok, failed, refused, stopped, "
+            "skipped",
+            (*labels, "outcome"),
+        )
+        self._seconds = Histogram("aai_version_paint_seconds", "Painting of a request", SECONDS, labels)
+        self._apart = Histogram(
+            "aai_shadow_distance",
+            "Mean absolute difference, 0 to 1, of what the version on trial painted unseen from what was answered",
+            APART,
+            ("version",),
+        )
 
     def batch(self, rows: int) -> None:
         """One step of the UNet; with guidance each picture has two rows."""
         self._rows.observe(rows)
+
+    def version(self, role: Role, version: str, outcome: str, pictures: int, duration_s: float = 0) -> None:
+        """A request that a version painted, or not."""
+        labels = {"role": role, "version": version}
+        self._pictures.inc(pictures, {**labels, "outcome": outcome})
+        if outcome == "ok":
+            self._seconds.observe(duration_s, labels)
+
+    def apart(self, version: str, distance: float) -> None:
+        """How far pictures that nobody saw are from those that were answered."""
+        self._apart.observe(distance, {"version": version})
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

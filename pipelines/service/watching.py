@@ -40,7 +40,8 @@ class Watcher:
             store.alive(self.store)  # MLflow itself would try for minutes
             pinned, _, version, _ = versions.pin_bundle(self.uri, self.store)
         except Exception as error:
-            self._note(error)
+            lacks = getattr(error, "setting", "") == "bundle" and self._lacking()
+            self._note(None if lacks else error)
             return
         if version == self.served.version:
             self.refused = {}
@@ -66,6 +67,10 @@ class Watcher:
             self.refused = {}
             logger.info("painter: %s after %.1f s", self.served.label(), time.monotonic() - begin)
         self._note(None)
+
+    def _lacking(self) -> bool:
+        """The alias names nothing. Returns whether that is as it should be."""
+        return False
 
     def _note(self, error: Exception | None) -> None:
         if error is not None and not self.trouble:

@@ -47,6 +47,7 @@ ILL: dict[str, dict[str, str]] = {
     "AaiSlow": {f'{BUCKET}{{verb="generate", status="200", le="{le}"}}': "0+30x60" for le in ("2.5", "60.0")},
     "AaiFailing": {f'{REQUESTS}{{verb="generate", status="200", code="internal"}}': "0+1x60"},  # in a stream
     "AaiVersionRefused": {'ray_aai_version_refused{version="4"}': "0x10 1x50"},
+    "AaiCanaryFails": {'ray_aai_version_pictures_total{role="canary", version="4", outcome="failed"}': "0+1x60"},
     "AaiRegistryAway": {"ray_aai_registry_trouble": "0x10 1x50"},
 }
 """What is otherwise when an alert must fire, and no other."""

@@ -134,3 +134,33 @@ def test_a_version_that_cannot_be_served_is_refused_and_told(service: Service, t
         assert time.monotonic() < end_s
         time.sleep(0.2)
     assert health["serving"] == {"tiny/1@champion": 1}
+
+
+@pytest.mark.timeout(300)
+def test_a_version_on_trial_answers_its_share_of_the_requests(service: Service, tmp_path: Path) -> None:  # noqa: F811
+    cfg, (label, tried) = registry_of(service), ("tiny/1@champion", "tiny/{}@candidate")
+    folder = another(service.bundle, tmp_path / "tried")
+    version = versions.register(cfg, folder, {}, {"gates_passed": "true"})
+    versions.set_alias(cfg, "candidate", version)
+    end_s = time.monotonic() + 60
+    while service.health()["canary"] != {tried.format(version): 1}:
+        assert time.monotonic() < end_s, service.health()
+        time.sleep(0.2)
+    answers = [service.post("generate", {"steps": "2", "seed": str(seed)}) for seed in range(16)]
+    models = [answer.headers["x-aai-model"] for answer in answers]
+    assert {answer.status_code for answer in answers} == {200}
+    assert set(models) == {label, tried.format(version)}  # 16 of one kind: once in 3,500 tries, and always the same
+    assert service.health()["model"] == {"name": "tiny", "version": "1", "alias": "champion"}
+    seed = models.index(tried.format(version))
+    ours = Painter.load(folder).generate(decode_audio(wav(), 30, 10**6, 16_000), PaintRequest(steps=2, seed=seed))[0]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(answers[seed].content))), np.asarray(ours))
+    assert read_made(answers[seed].content)["bundle"] == read_bundle(folder).sha
+    assert service.post("generate", {"steps": "2", "seed": str(seed)}).headers["x-aai-model"] == models[seed]
+    versions.set_version_tags(cfg, version, {"gates_passed": "false"})
+    while service.post("generate", {"steps": "2", "seed": str(seed)}).headers["x-aai-model"] != label:
+        assert time.monotonic() < end_s
+        time.sleep(0.2)
+    versions.delete_alias(cfg, "candidate")
+    while service.health()["canary"]:
+        assert time.monotonic() < end_s
+        time.sleep(0.2)

@@ -140,7 +140,7 @@ def running(folder: Path, bundle: Path, registry: TrackingConfig, key: str = KEY
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("serve")) as running:
+    with serving(tmp_path_factory.mktemp("serve"), canary={"share": 0.4, "shadow": 0.4}) as running:
         yield running
 
 

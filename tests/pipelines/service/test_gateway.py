@@ -29,19 +29,18 @@ TONE = {"sound": np.zeros(8, np.float32)}
 class Echo:
     """Tells what it was asked, after a while; refuses one prompt."""
 
-    async def paint(
-        self, verb: str, sounds: dict[str, np.ndarray], pixels: Any, request: PaintRequest, given: dict[str, Any]
-    ) -> tuple[list[bytes], dict[str, Any]]:
+    async def paint(self, job: PaintJob) -> tuple[list[bytes], dict[str, Any]]:
         await asyncio.sleep(0.05)
-        if request.prompt == "wrong":
+        if job.request.prompt == "wrong":
             raise UserError("prompt", "wrong", "is wrong", "mend it")
-        shape = None if pixels[0] is None else pixels[0].shape
-        return [f"{verb} {sounds['sound'].shape} {shape} {request.seed}{given or ''}".encode()], MODEL
+        size, told = job.image and job.image.size, job.given or ""
+        model = MODEL if job.request.seed != 99 else {**MODEL, "version": "2", "alias": "candidate"}
+        return [f"{job.verb} {job.sounds['sound'].shape} {size} {job.request.seed}{told}".encode()], model
 
-    async def paint_live(self, *wanted: Any) -> AsyncIterator[dict[str, Any]]:
+    async def paint_live(self, job: PaintJob) -> AsyncIterator[dict[str, Any]]:
         for step in (1, 2):
             yield {"step": step, "steps": 2, "preview": None}
-        files, model = await self.paint(*wanted)
+        files, model = await self.paint(job)
         yield {"files": files, "model": model}
 
 
@@ -63,10 +62,16 @@ def test_requests_reach_the_painters_with_their_picture_as_pixels(painters: Any)
     here = gateway(painters)
     picture = Image.new("RGB", (6, 4))
     painted = asyncio.run(here.paint(wanted("edit", picture, seed=3)))
-    assert painted == ([b"edit (8,) (4, 6, 3) 3"], ServedModel.parse(MODEL))
+    assert painted == ([b"edit (8,) (6, 4) 3"], ServedModel.parse(MODEL))
     assert asyncio.run(here.paint(wanted())).files == [b"generate (8,) None 0"]
     told = here.paint(wanted(told=True))
     assert asyncio.run(told).files == [b"generate (8,) None 0{'sounds': {'sound': 'ab'}}"]
+
+
+def test_an_answer_of_a_version_on_trial_does_not_change_what_is_served(painters: Any) -> None:
+    here = gateway(painters)
+    assert asyncio.run(here.paint(wanted(seed=99))).model.label() == "toy/2@candidate"
+    assert here.model.label() == "toy/1"
 
 
 def test_what_is_more_than_the_capacity_is_told_to_come_again(painters: Any) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import io
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from PIL import Image
 
 from aai.bundle import read_bundle
 from aai.errors import UserError
-from aai.proof import read_proof
+from aai.painter import Painter
+from aai.proof import read_made, read_proof
 from aai.sampling import PaintRequest
-from pipelines.service.http import Verb
+from pipelines.service import painters
+from pipelines.service.canary import Trial
+from pipelines.service.http import PaintJob, Verb
 from pipelines.service.painters import PainterReplica
 from tests.aai.test_addons import write_checker
 from tests.certificates import certified
+from tests.e2e.test_rollover import another
 
 LOOP = asyncio.Runner()
 """A painter lives in one event loop, as in a replica of Serve."""
@@ -43,8 +48,13 @@ def replica(bundle: str, **changes: Any) -> PainterReplica:
     return PainterReplica({**given, "addons": {}, "proof": {}, "trust": {}, **changes})
 
 
+def job(verb: Verb, pixels: Sequence[Any] = (None, None), request: PaintRequest = REQUEST) -> PaintJob:
+    image, mask = (None if each is None else Image.fromarray(each) for each in pixels)
+    return PaintJob(verb, TONE, request, image, mask, GIVEN)
+
+
 def paint(painter: PainterReplica, verb: Verb, pixels: list[Any], request: PaintRequest = REQUEST) -> list[bytes]:
-    files, model = LOOP.run(painter.paint(verb, TONE, pixels, request, GIVEN))
+    files, model = LOOP.run(painter.paint(job(verb, pixels, request)))
     assert model["name"] == "tiny"
     return files
 
@@ -86,11 +96,6 @@ def test_a_picture_that_the_safety_checker_stops_is_left_out(tiny_bundle: str, t
     assert paint(checked, "edit", [RED, None], inverted) == [b"", b""]
 
 
-def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle: str) -> None:
-    with pytest.raises(UserError, match="the service was started for 0000; deploy again"):
-        replica(tiny_bundle, model={"name": "a", "version": "1", "sha": "0000", "sample_rate_hz": 16_000})
-
-
 @pytest.mark.parametrize("changes", [{}, {"verb": "edit"}, {"verb": "edit", "repaint": "invert"}])
 def test_a_picture_that_nobody_waits_for_ends_at_the_next_step(
     changes: dict[str, Any], painter: PainterReplica
@@ -102,14 +107,14 @@ def test_a_picture_that_nobody_waits_for_ends_at_the_next_step(
     hook = painter._serving.painter.pipe.unet.register_forward_pre_hook(lambda *_: calls.append(time.monotonic()))
 
     async def leave() -> tuple[int, list[bytes]]:
-        task = asyncio.create_task(painter.paint(verb, TONE, pixels, long, GIVEN))
+        task = asyncio.create_task(painter.paint(job(verb, pixels, long)))
         while len(calls) < 3:
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         before = len(calls)
-        files, _ = await painter.paint("generate", TONE, [None, None], REQUEST, GIVEN)
+        files, _ = await painter.paint(job("generate"))
         return before, files
 
     try:
@@ -128,7 +133,7 @@ def test_requests_are_painted_together_and_heavy_ones_get_their_turn(painter: Pa
 
     async def one(seed: int, count: int) -> tuple[int, list[bytes]]:
         request = REQUEST.model_copy(update={"seed": seed, "num_images": count, "steps": 6})
-        files, _ = await painter.paint("generate", TONE, [None, None], request, GIVEN)
+        files, _ = await painter.paint(job("generate", request=request))
         order.append(seed)
         return seed, files
 
@@ -148,7 +153,7 @@ def test_requests_are_painted_together_and_heavy_ones_get_their_turn(painter: Pa
 def test_a_request_tells_how_far_it_is(painter: PainterReplica) -> None:
     async def live() -> list[dict[str, Any]]:
         request = REQUEST.model_copy(update={"steps": 10})
-        return [event async for event in painter.paint_live("edit", TONE, [RED, None], request, GIVEN)]
+        return [event async for event in painter.paint_live(job("edit", [RED, None], request))]
 
     *told, last = LOOP.run(live())
     assert [(event["step"], event["steps"]) for event in told] == [(i + 1, 10) for i in range(10)]
@@ -160,11 +165,105 @@ def test_a_request_tells_how_far_it_is(painter: PainterReplica) -> None:
 
     async def wrong() -> None:
         request = REQUEST.model_copy(update={"prompt": "<elsewhere>"})
-        async for _ in painter.paint_live("generate", TONE, [None, None], request, GIVEN):
+        async for _ in painter.paint_live(job("generate", request=request)):
             pass
 
     with pytest.raises(UserError, match="elsewhere"):
         LOOP.run(wrong())
+
+
+class OnTrial:
+    """A painter with a version on trial, and what its metrics are told."""
+
+    def __init__(self, bundle: str, folder: Path, **canary: float) -> None:
+        self.folder = another(Path(bundle), folder)
+        self.painter = replica(bundle, canary=canary, batch_pictures=2)
+        model = self.painter._serving.model.model_copy(update={"version": "4", "alias": "candidate"})
+        self.painter.take_canary(str(self.folder), model)
+        self.painter.trial.may_answer = True
+        self.told: list[tuple[Any, ...]] = []
+        self.apart: list[float] = []
+        self.painter._metrics.version = lambda *told: self.told.append(told[:4])  # type: ignore[method-assign]
+        self.painter._metrics.apart = lambda _, apart: self.apart.append(apart)  # type: ignore[method-assign]
+
+    async def paint(self, request: PaintRequest = REQUEST) -> tuple[bytes, str]:
+        (file,), model = await self.painter.paint(job("generate", request=request))
+        return file, model["version"]
+
+    async def and_unseen(self, *requests: PaintRequest) -> list[tuple[bytes, str]]:
+        """Paints, and waits for what is painted besides."""
+        painted = [await self.paint(request) for request in requests]
+        await asyncio.gather(*self.painter._unseen)
+        return painted
+
+
+def pixels_of(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)), int)
+
+
+@pytest.fixture
+def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "start", lambda *_: None)  # there is no registry here
+    monkeypatch.setattr(PainterReplica, "_tell", lambda _: None)
+    monkeypatch.setattr(painters, "board_name", str)
+
+
+@pytest.mark.usefixtures("no_trial")
+def test_a_version_on_trial_answers_its_share(
+    tiny_bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = OnTrial(tiny_bundle, tmp_path / "other", share=1)
+    png, version = LOOP.run(tried.paint())
+    ours = Painter.load(tried.folder).generate(TONE, REQUEST)[0]
+    assert version == "4"
+    assert np.array_equal(pixels_of(png), np.asarray(ours))
+    assert read_made(png)["model"] == "tiny/4"
+    tried.painter.trial.may_answer = False
+    served, version = LOOP.run(tried.paint())
+    assert version == "3"
+    tried.painter.trial.may_answer = True
+    with monkeypatch.context() as patch:
+        patch.setattr(tried.painter._canary.painter, "generate", lambda *_: 1 / 0)  # type: ignore[union-attr]
+        png, version = LOOP.run(tried.paint())
+    assert (version, np.array_equal(pixels_of(png), pixels_of(served))) == ("3", True)
+    assert tried.told == [
+        ("canary", "4", "ok", 1),
+        ("served", "3", "ok", 1),
+        ("canary", "4", "failed", 1),
+        ("served", "3", "ok", 1),
+    ]
+    tried.painter.end_canary()
+    assert LOOP.run(tried.paint())[1] == "3"
+    assert tried.painter.check_health() is None
+
+
+@pytest.mark.usefixtures("no_trial")
+def test_what_is_painted_unseen_is_compared_and_gives_way(tiny_bundle: str, tmp_path: Path) -> None:
+    tried = OnTrial(tiny_bundle, tmp_path / "other", shadow=1)
+    ((png, version),) = LOOP.run(tried.and_unseen(REQUEST))
+    theirs = np.asarray(Painter.load(tried.folder).generate(TONE, REQUEST)[0], int)
+    assert version == "3"
+    assert tried.told == [("served", "3", "ok", 1), ("shadow", "4", "ok", 1)]
+    assert tried.apart == pytest.approx([np.abs(pixels_of(png) - theirs).mean() / 255])
+    tried.told.clear()
+    long = REQUEST.model_copy(update={"steps": 100})
+    alone = REQUEST.model_copy(update={"reuse_steps": 2, "steps": 4})  # takes all places
+
+    async def others() -> None:
+        await tried.paint(long)
+        while not tried.painter._started_s:
+            await asyncio.sleep(0.01)
+        await tried.and_unseen(alone)
+
+    LOOP.run(asyncio.wait_for(others(), 120))
+    assert [told[:3] for told in tried.told] == [
+        ("served", "3", "ok"),
+        ("shadow", "4", "stopped"),
+        ("served", "3", "ok"),
+        ("shadow", "4", "skipped"),
+    ]
+    assert tried.painter._places._value == 2
+    assert not tried.painter._unseen
 
 
 def test_a_painter_is_ill_when_it_is_stuck_or_its_device_failed(
@@ -188,7 +287,7 @@ def test_only_a_failed_device_makes_it_ill(
         patch.setattr(painter, "_broken", "")
         patch.setattr(painter._serving.painter, "generate", fail)
         with pytest.raises(error):
-            painter._paint("generate", TONE, [None, None], REQUEST, threading.Event(), None)
+            painter._paint(job("generate"), threading.Event(), None)
         assert painter._started_s == {}
         assert bool(painter._broken) == ill
         if ill:

@@ -25,7 +25,7 @@ MONITORING = Path(__file__).resolve().parents[3] / "infra" / "monitoring"
 NAMED = re.compile(r"\b(ray_aai_\w+)(?:\{([^}]*)\})?")
 BY = re.compile(r"\bby \(([^)]*)\)")
 MATCH = re.compile(r'(\w+)(=~?)"([^"]*)"')
-UNSEEN = ("code", "internal")
+UNSEEN = (("code", "internal"), ("outcome", "failed"))
 """What nothing here brings about."""
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
@@ -43,7 +43,7 @@ def missing(expression: str, samples: Samples) -> list[str]:
     found, known = [], set()
     for name, selector in NAMED.findall(expression):
         matches = [(label, value) for label, _, value in MATCH.findall(selector) if not value.startswith("$")]
-        wanted = [match for match in matches if match != UNSEEN]
+        wanted = [match for match in matches if match not in UNSEEN]
         fitting = [row for row, _ in samples.get(name, []) if all(re.fullmatch(v, row.get(k, "")) for k, v in wanted)]
         if not fitting:
             found.append(f"{name} with {matches}")
