@@ -13,9 +13,13 @@ MANIFEST_OPTIONAL = ("start_s", "end_s", "caption", "labels", "split")
 SPLITS = ("train", "val", "test")
 """What the stages use: training, validation during training, evaluation."""
 VIDEO_SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".wmv",
+    ".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".ogv", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob",
+    ".flv", ".f4v", ".3gp", ".3g2", ".wmv", ".asf",
 )  # fmt: skip
-AUDIO_SUFFIXES = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
+AUDIO_SUFFIXES = (
+    ".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".mka", ".weba", ".wma", ".aif", ".aiff", ".caf",
+    ".amr",
+)  # fmt: skip
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + AUDIO_SUFFIXES
 """What counts as a clip in a folder or a tar, in lower case."""
 

@@ -25,10 +25,12 @@ import pyarrow.parquet as pq
 from aai import storage
 from aai.digest import stored_digest
 from aai.errors import UserError
+from aai.media.measure import DECODER
 from aai.version import code_version
 from pipelines.curation import similarity
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.cut import cut_rows
+from pipelines.curation.decoders import current_decoders
 from pipelines.curation.layout import ACCEPTED, REJECTED, SCORED, shard_file
 from pipelines.curation.ledger import row_keys
 from pipelines.curation.measuring import check_ratio, measure_rows
@@ -88,6 +90,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
     earlier = storage.read_json(where) if storage.exists(where) else None
     if earlier and not config.retry and all(earlier.get(name) == value for name, value in settings.items()):
         log.info("curate: up to date: %s", _summary(earlier, config.out))
+        current_decoders(out, earlier, keys)
         return dict(earlier)
     storage.remove(where)
     ledger, counts = measure_rows(config, out, rows, keys)
@@ -102,6 +105,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
         "chosen": {name: choice.model_dump() for name, choice in chosen.items()},
         "measured": counts["measured"],
         "reused": counts["reused"],
+        "decoders": current_decoders(out, earlier, keys) if counts["earlier"] else [DECODER],
         "seconds": round(time.monotonic() - begin, 1),
         "written_by": code_version(),
     }

@@ -69,8 +69,8 @@ SOUNDS: dict[str, tuple[bytes, str]] = {
     "no channels": (forged_wav(channels=0), "unreadable"),
     "128 channels": (forged_wav(channels=128), "unreadable"),
     "65535 channels": (forged_wav(channels=65_535), "unreadable"),
-    "0 bits": (forged_wav(bits=0), "no_audio"),
-    "no such codec": (forged_wav(kind=0x7777), "no_audio"),
+    "0 bits": (forged_wav(bits=0), "unsupported_audio"),
+    "no such codec": (forged_wav(kind=0x7777), "unsupported_audio"),
     "header only": (wav()[:20], "unreadable"),
 }
 """Name -> a sound file, and the code of its refusal."""

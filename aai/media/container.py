@@ -6,11 +6,14 @@ from typing import Any
 
 import av
 from av.container import InputContainer
+from av.stream import Disposition
 
 from aai.media.limits import ClipError, Deadline, DecodeConfig, reason
 
 FORMATS = "mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,aiff,au,caf,mp3,flac,ogg,aac,amr"
 """Containers that are opened. Playlists are not among them: those name other files."""
+_COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
+_COMMENTS = Disposition.comment | Disposition.descriptions | Disposition.hearing_impaired | Disposition.visual_impaired
 
 
 def open_media(data: bytes, max_bytes: int, max_streams: int, formats: str = FORMATS) -> InputContainer:
@@ -32,16 +35,17 @@ def open_media(data: bytes, max_bytes: int, max_streams: int, formats: str = FOR
 
 
 def find_video(container: InputContainer, cfg: DecodeConfig) -> Any | None:
-    """The first video stream that can be decoded and is no cover picture, set up for decoding within the limits.
+    """The video with the largest pictures that can be decoded and is no cover, set up for decoding within the limits.
 
-    Raises ClipError: TOO_LARGE.
+    Of equal ones the default, then the first. Raises ClipError: TOO_LARGE.
     """
-    cover = av.stream.Disposition.attached_pic
-    stream = next((s for s in container.streams.video if s.codec_context and not s.disposition & cover), None)
-    if stream is None:
+    videos = [s for s in container.streams.video if s.codec_context and not s.disposition & _COVERS]
+    if not videos:
         return None
+    videos = [s for s in videos if _pixels(s) <= cfg.max_pixels] or videos
+    stream = max(videos, key=lambda s: (_pixels(s), bool(s.disposition & Disposition.default)))
     context = stream.codec_context
-    if context.width * context.height > cfg.max_pixels:
+    if _pixels(stream) > cfg.max_pixels:
         raise ClipError("TOO_LARGE", f"video of {context.width}x{context.height} px is over the limit")
     context.options = {"max_pixels": str(cfg.max_pixels)}  # also refuses frames that grow on the way
     context.thread_count = cfg.decode_threads
@@ -49,25 +53,35 @@ def find_video(container: InputContainer, cfg: DecodeConfig) -> Any | None:
     return stream
 
 
+def _pixels(stream: Any) -> int:
+    return int(stream.codec_context.width * stream.codec_context.height)
+
+
 def find_audio(container: InputContainer) -> Any | None:
-    """The first stream of sound that can be decoded."""
-    return next((s for s in container.streams.audio if s.codec_context and s.codec_context.sample_rate), None)
+    """The default one of the sounds that can be decoded, else the first that is no commentary or description."""
+    sounds = [s for s in container.streams.audio if s.codec_context and s.codec_context.sample_rate]
+    order = [(bool(s.disposition & Disposition.default), not s.disposition & _COMMENTS) for s in sounds]
+    return sounds[order.index(max(order))] if sounds else None
 
 
 def video_stream(container: InputContainer, cfg: DecodeConfig) -> Any:
-    """As `find_video`. Raises ClipError: NO_VIDEO or TOO_LARGE."""
+    """As `find_video`. Raises ClipError: NO_VIDEO, UNSUPPORTED_VIDEO or TOO_LARGE."""
     stream = find_video(container, cfg)
-    if stream is None:
-        raise ClipError("NO_VIDEO", "no video stream that can be decoded")
-    return stream
+    if stream is not None:
+        return stream
+    if any(not s.disposition & _COVERS for s in container.streams.video):
+        raise ClipError("UNSUPPORTED_VIDEO", "there is video, of a codec that cannot be decoded here")
+    raise ClipError("NO_VIDEO", "no video stream")
 
 
 def audio_stream(container: InputContainer) -> Any:
-    """As `find_audio`. Raises ClipError: NO_AUDIO."""
+    """As `find_audio`. Raises ClipError: NO_AUDIO or UNSUPPORTED_AUDIO."""
     stream = find_audio(container)
-    if stream is None:
-        raise ClipError("NO_AUDIO", "no audio stream that can be decoded")
-    return stream
+    if stream is not None:
+        return stream
+    if container.streams.audio:
+        raise ClipError("UNSUPPORTED_AUDIO", "there is sound, of a codec that cannot be decoded here")
+    raise ClipError("NO_AUDIO", "no audio stream")
 
 
 def stream_start_s(stream: Any) -> float:

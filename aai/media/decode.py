@@ -39,7 +39,7 @@ class DecodedClip:
     luma: np.ndarray  # uint8 [K, 32, 32], the same frames in grey
     hash_luma: np.ndarray  # uint8 [4, 32, 32], of 4 evenly spaced times
     duration_s: float
-    width: int
+    width: int  # as shown: upright, with square pixels
     height: int
     fps: float
     source_sample_rate_hz: int
@@ -51,8 +51,8 @@ def _hear(sound: SoundTrack, packet: Any, tally: Tally, origin_s: float) -> bool
     """Decodes one packet of sound; False when the window is over."""
     if packet.pts is not None and seconds(packet.pts, packet.time_base) - origin_s < sound.start_s - _LEAD_S:
         return True
-    frames = [frame for frame in tally.decode(packet.stream.decode, packet) if frame.pts is not None]
-    return all(sound.add(frame, frame.time - origin_s) for frame in frames)
+    frames = tally.decode(packet.stream.decode, packet)
+    return all(sound.add(frame, None if frame.pts is None else frame.time - origin_s) for frame in frames)
 
 
 def _declared_s(container: InputContainer, origin_s: float) -> float:
@@ -87,7 +87,8 @@ def _decode(data: bytes, start_s: float, end_s: float, cfg: DecodeConfig, clock:
                 "TOO_LONG", f"{min(end_s, declared_s) - start_s:.1f} s are over the limit of {cfg.max_duration_s:g} s"
             )
         tally = Tally(cfg.max_corrupt_fraction)
-        sound = SoundTrack(cfg.sample_rate_hz, start_s, end_s, cfg.max_duration_s)
+        begin_s = None if seek else stream_start_s(audio) - origin_s
+        sound = SoundTrack(cfg.sample_rate_hz, start_s, end_s, cfg.max_duration_s, begin_s)
         pictures = Pictures(video, origin_s, start_s, end_s, cfg, tally)
         if seek:
             container.seek(int((start_s + origin_s) * av.time_base), backward=True)
@@ -108,7 +109,7 @@ def _decode(data: bytes, start_s: float, end_s: float, cfg: DecodeConfig, clock:
 
 
 def _clip(pictures: Pictures, sound: SoundTrack, samples: np.ndarray, clock: Deadline) -> DecodedClip:
-    cfg, video = pictures.cfg, pictures.stream
+    cfg = pictures.cfg
     if not pictures.count:
         raise ClipError("NO_VIDEO", "the video stream holds no frame of this clip")
     if not len(samples):
@@ -126,7 +127,6 @@ def _clip(pictures: Pictures, sound: SoundTrack, samples: np.ndarray, clock: Dea
         raise ClipError("UNREADABLE", "no frame of the video can be decoded")
     if len({(picture.width, picture.height) for picture in kept}) > 1:
         raise ClipError("UNREADABLE", "size of the pictures changes midway")
-    rate = video.average_rate or video.guessed_rate
     return DecodedClip(
         audio=samples,
         frames=np.stack([picture.pixels for picture in kept if picture.pixels is not None]),
@@ -136,7 +136,7 @@ def _clip(pictures: Pictures, sound: SoundTrack, samples: np.ndarray, clock: Dea
         duration_s=duration_s,
         width=kept[-1].width,
         height=kept[-1].height,
-        fps=float(rate) if rate else pictures.count / max(video_s, 1e-3),
+        fps=pictures.rate(video_s),
         source_sample_rate_hz=sound.source_rate_hz,
         channels=sound.channels,
         av_gap_s=abs(audio_s - video_s),
@@ -148,7 +148,7 @@ def decode_clip(data: bytes, start_s: float | None, end_s: float | None, cfg: De
 
     K frames for the K times (k + 0.5) / K of the clip, by `cfg.policy`. A file whose packets carry no times is
     decoded whole and gives exact frames. Raises ClipError with one of the codes EMPTY_FILE, UNREADABLE, NO_VIDEO,
-    NO_AUDIO, OUT_OF_RANGE, TOO_LONG, TOO_LARGE, TIMEOUT.
+    NO_AUDIO, UNSUPPORTED_VIDEO, UNSUPPORTED_AUDIO, OUT_OF_RANGE, TOO_LONG, TOO_LARGE, TIMEOUT.
     """
     start, end = start_s or 0.0, float("inf") if end_s is None else end_s
     if start < 0 or not end > start:
@@ -180,16 +180,14 @@ def decode_audio(
         streams = [stream] if whole or pictures is None else [stream, pictures]
         if min(end_s, _declared_s(container, stream_start_s(stream))) - start_s > max_duration_s + 0.1:
             raise ClipError("TOO_LONG", f"sound is longer than the limit of {max_duration_s:g} s")
-        sound, tally = SoundTrack(sample_rate_hz, start_s, end_s, max_duration_s), Tally(cfg.max_corrupt_fraction)
-        first_s: float | None = None if whole else shared_origin_s(streams)
+        sound = SoundTrack(sample_rate_hz, start_s, end_s, max_duration_s, next_s=0.0)
+        tally, first_s = Tally(cfg.max_corrupt_fraction), None if whole else shared_origin_s(streams)
         for packet in packets(container, [stream], Deadline(timeout_s)):
             for frame in tally.decode(stream.decode, packet):
-                time_s = float(frame.time or 0.0)
-                first_s = time_s if first_s is None else first_s
-                sound.add(frame, time_s - first_s)
+                if frame.pts is not None and first_s is None:
+                    first_s = frame.time - sound.next_s
+                sound.add(frame, None if frame.pts is None else frame.time - first_s)
         tally.check()
-        if sound.first_s is not None and sound.first_s - start_s > max_duration_s:  # silence would fill it
-            raise ClipError("TOO_LONG", f"sound begins later than the limit of {max_duration_s:g} s")
         samples = sound.finish()
     if not len(samples) and not whole:
         raise ClipError("OUT_OF_RANGE", f"start_s={part_s[0]}, end_s={part_s[1]}: no sound there")

@@ -5,6 +5,7 @@ import io
 import logging
 from typing import Any
 
+import av
 import pyarrow as pa
 from PIL import Image
 
@@ -17,6 +18,10 @@ from aai.schema import CLIP_TABLE, REJECT_TABLE, SIGNALS
 log = logging.getLogger(__name__)
 
 JPEG_QUALITY = 92
+DECODER_VERSION = 2
+"""Counts up when decoding makes another row of the same file (a test holds some). Rows of the first name none."""
+DECODER = f"{DECODER_VERSION} with PyAV {av.__version__}"
+"""What stands in every row that was decoded, or could not be."""
 _FIELDS = [
     CLIP_TABLE.field("clip_id"),
     CLIP_TABLE.field("content_hash"),
@@ -28,10 +33,11 @@ _FIELDS = [
     REJECT_TABLE.field("code"),
     REJECT_TABLE.field("message"),
     REJECT_TABLE.field("transient"),
+    pa.field("decoder", pa.string()),
 ]
 MEASURED_ROW = pa.schema([field.with_nullable(True) for field in _FIELDS])
-"""What is measured of one clip, without its provenance. A failed clip has its ids and the last four; a good one has
-none of these four."""
+"""What is measured of one clip, without its provenance. A failed clip has its ids, the decoder and the four columns of
+a reject; a good one has none of these four."""
 MeasuredRow = dict[str, Any]
 """One row of MEASURED_ROW, as Arrow takes and gives it."""
 
@@ -52,6 +58,7 @@ def failed_row(
         "code": failure.code,
         "message": failure.message,
         "transient": failure.transient,
+        "decoder": DECODER,
     }
 
 
@@ -67,6 +74,7 @@ def measure_bytes(data: bytes, start_s: float | None, end_s: float | None, cfg: 
             "audio": encode_flac(clip.audio, cfg.sample_rate_hz),
             "frames": [_jpeg(frame) for frame in clip.frames],
             "frame_pts_s": clip.frame_pts_s,
+            "decoder": DECODER,
         }
     except ClipError as error:
         failure = error

@@ -5,61 +5,21 @@ hold those are decoded, each up to the last wanted frame. There is no seeking.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
 from aai.media.limits import ClipError, Deadline, DecodeConfig, Tally
 from aai.media.picking import pick, seconds, spans
+from aai.media.showing import Picture, Scaler, pixel_aspect
 
-LUMA_PX = 32
 HASH_FRAMES = 4
 """Evenly spaced pictures that the perceptual hash is made of."""
 _MAX_FPS = 1000  # packets per second; a forged index must not fill the memory
 # Decoding from any key frame gives what decoding from the start does (tests hold that); others are decoded whole.
 _FROM_KEY_FRAME = {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video", "mjpeg"}
+_SAME_RATE = 0.1  # a dropped frame or two make no other rate, and times may be in whole milliseconds
 _SKIPS_UNREFERENCED = {"h264", "hevc"}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One frame, scaled down. `luma` is not turned upright, `pixels` are (None: only the luma was asked for)."""
-
-    time_s: float
-    luma: np.ndarray  # uint8 [32, 32]
-    pixels: np.ndarray | None  # uint8 [h, w, 3], RGB
-    width: int
-    height: int
-
-
-class Scaler:
-    """Frames to pictures, by the decoder library's own scaler."""
-
-    def __init__(self, frame_size_px: int) -> None:
-        self.frame_size_px = frame_size_px
-        # Each keeps the set-up of its last conversion; one for both would set up anew for every frame.
-        self.small, self.large = VideoReformatter(), VideoReformatter()
-
-    @staticmethod
-    def _convert(reformatter: VideoReformatter, frame: Any, width: int, height: int, pixels: str) -> np.ndarray:
-        # One thread: pictures are small, and a pool of threads per clip costs more than it brings.
-        area = Interpolation.AREA
-        return reformatter.reformat(frame, width, height, pixels, interpolation=area, threads=1).to_ndarray()
-
-    def picture(self, frame: Any, time_s: float, keep: bool) -> Picture:
-        """The picture of a decoded frame; with its pixels if `keep`."""
-        luma = self._convert(self.small, frame, LUMA_PX, LUMA_PX, "gray")
-        pixels = None
-        if keep:
-            # Never enlarged: that would hide from every later stage how little the source shows.
-            scale = min(1.0, self.frame_size_px / min(frame.width, frame.height))
-            width, height = round(frame.width * scale), round(frame.height * scale)
-            lying = self._convert(self.large, frame, width, height, "rgb24")
-            quarter_turns = round(frame.rotation / 90) % 4  # phones store pictures lying on their side
-            pixels = np.ascontiguousarray(np.rot90(lying, quarter_turns))
-        return Picture(time_s, luma, pixels, frame.width, frame.height)
 
 
 class Pictures:
@@ -69,12 +29,13 @@ class Pictures:
         self, stream: Any, origin_s: float, start_s: float, end_s: float, cfg: DecodeConfig, tally: Tally
     ) -> None:
         self.stream, self.origin_s, self.start_s, self.end_s = stream, origin_s, start_s, end_s
-        self.cfg, self.tally, self.scaler = cfg, tally, Scaler(cfg.frame_size_px)
+        self.cfg, self.tally, self.scaler = cfg, tally, Scaler(cfg.frame_size_px, pixel_aspect(stream))
         self.time_base = stream.time_base
         self.packets: list[Any] = []
         self.in_avi = stream.container.format.name == "avi"  # made-up times: one per frame, in the order of decoding
         self.last_key = 0
         self.count = 0  # frames within the window
+        self.shown_s = (np.inf, -np.inf)  # of the first and the last of these
         self.last_end_s = 0.0
 
     def _time_s(self, pts: int) -> float:
@@ -100,8 +61,20 @@ class Pictures:
             raise ClipError("TOO_LONG", f"video is longer than the limit of {self.cfg.max_duration_s:g} s")
         length_s = seconds(packet.duration or 0, self.time_base)
         self.last_end_s = max(self.last_end_s, time_s + length_s)
-        self.count += time_s + length_s > self.start_s or not length_s
+        if time_s + length_s > self.start_s or not length_s:
+            self.count += 1
+            self.shown_s = min(self.shown_s[0], time_s), max(self.shown_s[1], time_s)
         return True
+
+    def rate(self, duration_s: float) -> float:
+        """Frames per second as the file declares it where its own frames agree, else theirs; of one frame, 1 / length.
+
+        Files may declare the resolution of their clock instead, such as 1000.
+        """
+        span_s = self.shown_s[1] - self.shown_s[0]
+        rate = (self.count - 1) / span_s if span_s > 0 else self.count / max(duration_s, 1e-3)
+        declared = float(self.stream.average_rate or self.stream.guessed_rate or 0)
+        return declared if abs(declared - rate) <= _SAME_RATE * rate else rate
 
     def begins_late(self) -> bool:
         """Whether the frame on show at start_s is missing: a file without an index was entered in the middle."""

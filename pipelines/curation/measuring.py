@@ -38,7 +38,7 @@ TRANSIENT = "TRANSIENT"
 EARLY_ROWS = 500
 """Rows after which a job with too many rejects is stopped."""
 MEASURED_TABLE = pa.schema([pa.field("key", pa.string(), nullable=False), *MEASURED_ROW])
-SMALL = [name for name in MEASURED_TABLE.names if name not in ("audio", "frames", "frame_pts_s")]
+SMALL = [name for name in MEASURED_TABLE.names if name not in ("audio", "frames", "frame_pts_s", "decoder")]
 """The columns that judging needs."""
 
 
@@ -206,7 +206,7 @@ def measure_rows(
         log.info("curate: %d new or changed rows, %d to try again", len(new), len(again))
     shards = [MeasureShard(name=name, rows=len(entries), clips=entries) for name, entries in ledger.shards.items()]
     args = {"out": out, "decode": config.decode.model_dump(), "filters": config.filters.model_dump()}
-    counts: Counter[str] = Counter()
+    counts = Counter({"earlier": len(done)})
     watch = _RejectWatch(config, len(rows))
 
     def on_result(result: MeasureResult) -> None:

@@ -2,17 +2,22 @@
 
 import io
 import wave
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
-from aai.media.container import audio_stream, find_audio, open_media, packets, video_stream
+from aai.media.container import audio_stream, find_audio, find_video, open_media, packets, video_stream
 from aai.media.decode import decode_audio
 from aai.media.limits import ClipError, Deadline, DecodeConfig
 from aai.media.measure import measure_bytes
 from aai.media.shots import extent
+from aai.schema import MEDIA_SUFFIXES, VIDEO_SUFFIXES
 from tests.clips import latin1_title, make_clip, make_moving, remuxed, tone
+from tests.formats import CONTAINERS
+from tests.hostile import forged_wav
 
 CFG = DecodeConfig()
 
@@ -100,6 +105,69 @@ def test_a_stream_that_is_not_there_is_named() -> None:
             video_stream(container, CFG.model_copy(update={"max_pixels": 96 * 64 - 1}))
     with open_media(make_clip(has_video=False), 10**6, 16) as container, pytest.raises(ClipError, match="NO_VIDEO"):
         video_stream(container, CFG)
+
+
+def with_tracks(sizes: tuple[int, ...], sounds: tuple[Disposition, ...], container: str = "matroska") -> bytes:
+    """A file of half a second with videos of these widths and sounds of these dispositions."""
+    sink = io.BytesIO()
+    with av.open(sink, "w", format=container) as out:
+        videos = []
+        for width in sizes:
+            video = out.add_stream("mpeg4", rate=10)
+            video.width, video.height, video.pix_fmt = width, width * 3 // 4, "yuv420p"
+            videos.append(video)
+        heard = []
+        for disposition in sounds:
+            heard.append(out.add_stream("aac", rate=16_000, layout="mono"))
+            heard[-1].disposition = disposition
+        for video in videos:
+            for number in range(5):
+                frame = av.VideoFrame.from_ndarray(np.full((video.height, video.width, 3), 90, np.uint8), "rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 10)
+                out.mux(video.encode(frame))
+            out.mux(video.encode(None))
+        for sound in heard:
+            frame = av.AudioFrame.from_ndarray(tone(0.5, 16_000)[None], "fltp", "mono")
+            frame.sample_rate = 16_000
+            out.mux([*sound.encode(frame), *sound.encode(None)])
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("sounds", "chosen"),
+    [
+        ((Disposition(0), Disposition.default), 1),
+        ((Disposition(0), Disposition(0)), 0),
+        ((Disposition.visual_impaired, Disposition(0)), 1),
+        ((Disposition.comment, Disposition.default), 1),
+    ],
+)
+def test_the_default_sound_is_heard_and_the_largest_video_seen(sounds: tuple[Disposition, ...], chosen: int) -> None:
+    data = with_tracks((64, 96, 32), sounds)
+    with open_media(data, 10**7, 16) as container:
+        assert audio_stream(container) is container.streams.audio[chosen]
+        assert video_stream(container, CFG) is container.streams.video[1]
+        small = CFG.model_copy(update={"max_pixels": 64 * 48})
+        assert find_video(container, small) is container.streams.video[0]  # the largest that may be decoded
+    row = content(data)
+    assert (row["code"], row["width"], row["height"]) == (None, 96, 72)
+
+
+def test_a_codec_that_is_not_known_is_told_from_a_stream_that_is_not_there() -> None:
+    data = with_tracks((64,), (Disposition.default,))
+    for name, other, code in (
+        (b"A_AAC", b"A_XYZ", "UNSUPPORTED_AUDIO"),
+        (b"V_MPEG4/ISO/ASP", b"V_XYZ/XYZ/XYZ/X", "UNSUPPORTED_VIDEO"),
+    ):
+        assert name in data
+        assert content(data.replace(name, other))["code"] == code
+    with pytest.raises(ClipError, match="UNSUPPORTED_AUDIO"):
+        decode_audio(forged_wav(kind=0x7777), 10, 10**6, 16_000)
+
+
+def test_endings_of_all_containers_count_as_media() -> None:
+    assert {f".{ending}" for ending in CONTAINERS} < {*VIDEO_SUFFIXES}
+    assert len({*MEDIA_SUFFIXES}) == len(MEDIA_SUFFIXES)
 
 
 def test_packets_end_with_the_time_that_is_given() -> None:

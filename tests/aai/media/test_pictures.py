@@ -12,6 +12,7 @@ from av.video.reformatter import Interpolation
 
 from aai.media.decode import ClipError, DecodeConfig, DecodedClip, decode_clip
 from aai.media.pictures import Pictures
+from aai.media.showing import whole_lines
 from aai.toy import writer
 from tests.clips import make_clip, make_moving
 
@@ -57,6 +58,8 @@ def frames_of(data: bytes) -> list[tuple[float, Any]]:
 
 
 def scaled(frame: Any, width: int, height: int, pixels: str) -> np.ndarray:
+    if frame.interlaced_frame and pixels == "rgb24":
+        frame = whole_lines(frame)
     return frame.reformat(width, height, pixels, interpolation=Interpolation.AREA).to_ndarray()
 
 

@@ -196,8 +196,8 @@ def test_where_no_process_starts_a_request_is_told_to_come_back(monkeypatch: pyt
 
 # ---------------------------------------------------------------- mutated files
 
-SAID = {"unreadable", "empty_file", "empty_audio", "no_audio", "too_long", "too_large", "decoding_timeout"}
-SAID |= {f"image_{code}" for code in ("unreadable", "too_large", "decoding_timeout")}
+SAID = {"unreadable", "empty_file", "empty_audio", "no_audio", "unsupported_audio", "too_long", "too_large"}
+SAID |= {"decoding_timeout"} | {f"image_{code}" for code in ("unreadable", "too_large", "decoding_timeout")}
 """What a reader may say of any file."""
 
 
