@@ -157,17 +157,33 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
 
     Raises ValueError when it is larger than `max_bytes` (before reading it), EOFError when a tar ends within a member.
     """
+    if max_bytes is not None:
+        file_size(uri, max_bytes)
+    if part := member(uri):
+        return read_range(uri, 0, part.size)
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb") as file:
+        return bytes(file.read())
+
+
+def file_size(uri: str, max_bytes: int) -> int:
+    """Bytes of a file or member. Raises ValueError when they are more than `max_bytes`."""
     part = member(uri)
     fs, path = filesystem(uri)
-    if max_bytes is not None and (size := part.size if part else fs.size(path)) > max_bytes:
+    if (size := part.size if part else int(fs.size(path))) > max_bytes:
         raise ValueError(f"file of {size} bytes is over the limit of {max_bytes} bytes")
-    if not part:
-        with fs.open(path, "rb") as file:
-            return bytes(file.read())
+    return size
+
+
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """The bytes [start, end) of a file or member. Raises EOFError when it ends before."""
+    part = member(uri)
+    fs, path = filesystem(uri)
+    begin = part.offset if part else 0
     # An empty range cannot be asked for over HTTP.
-    data = bytes(fs.cat_file(path, start=part.offset, end=part.offset + part.size)) if part.size else b""
-    if len(data) != part.size:
-        raise EOFError(f"the tar ends within {part.name}")
+    data = bytes(fs.cat_file(path, start=begin + start, end=begin + end)) if end > start else b""
+    if len(data) != end - start:
+        raise EOFError(f"the tar ends within {part.name}" if part else f"the file ends before byte {end}")
     return data
 
 

@@ -1,11 +1,12 @@
-"""Decoding in a child process that knows nothing but one file's bytes, and whose death costs only that file.
+"""Decoding in a child process that knows nothing but one file's bytes, and whose death costs only one clip of it.
 
-Over the child's stdin and stdout go messages: a length (8 bytes) and a body. A request is two of them, JSON (`task`,
-`timeout_s` and the task's arguments) and the file's bytes; an answer is one: an Arrow stream of one row (`measure`),
-JSON (`probe`), or a line of JSON and the numbers (`sound`, `still`). The child greets with an empty message.
+Over the child's stdin and stdout go messages: a length (8 bytes) and a body. A request is JSON: `task`, `timeout_s`,
+the task's arguments, and as `content` SENT, when the file's bytes are the next message, HELD, when the child has them
+from the request before, or the size of a file of which it asks for ranges (two numbers, answered by the bytes). An
+answer is an empty message, by which the child greets, too, and an Arrow stream of one row (`measure`), JSON (`probe`),
+or a line of JSON and the numbers (`sound`, `still`).
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ import aai
 from aai.media.decode import decode_audio
 from aai.media.limits import ClipError, DecodeConfig
 from aai.media.measure import MEASURED_ROW, MeasuredRow, failed_row, measure_bytes
+from aai.media.ranged import AskedRanges, Content, Ranges, hash_of
 from aai.media.shots import Probe, probe_bytes, probe_from_json, probe_to_json
 from aai.media.still import decode_still
 
@@ -34,9 +36,12 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 2.0
 """The kernel ends a clip this long after its soft limit, the parent after twice as long."""
+DEATHS = ("TIMEOUT", "CRASHED")
+"""What becomes of a clip whose child died."""
 START_S = 120.0
 """A child must greet within this time; only a broken installation takes longer."""
-_LENGTH = struct.Struct("<Q")
+_LENGTH, _RANGE = struct.Struct("<Q"), struct.Struct("<QQ")
+SENT, HELD = "sent", "held"
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")  # no keys, no addresses
 
 
@@ -64,14 +69,17 @@ def _receive(pipe: BinaryIO) -> bytes:
 class MediaChild:
     """`measure_bytes` and `probe_bytes` in a child: `with MediaChild(cfg) as child: row = child.measure(data, 0, 10)`.
 
-    Use it from one thread. A child that died is replaced, and so is one that has done `cfg.recycle_after` files. A
-    file during which it was killed from outside (SIGKILL) is tried once more, unless it was abandoned.
+    Use it from one thread. The bytes of a file are sent once for all its clips, if each is asked for with the same
+    object; of Ranges, which may raise ClipError, a clip gets what it asks for. A child that died is replaced, and so is
+    one that has done `cfg.recycle_after` requests. What it was killed at from outside (SIGKILL) is tried once more,
+    unless it was abandoned.
     """
 
     def __init__(self, cfg: DecodeConfig) -> None:
         self.cfg = cfg
         self.process: subprocess.Popen[bytes] | None = None
         self.files = 0
+        self.held: bytes | None = None
         self.abandoned = False
 
     def __enter__(self) -> Self:
@@ -104,20 +112,25 @@ class MediaChild:
             except BrokenPipeError:  # the rest of a request that nobody will read
                 continue
 
-    def measure(self, data: bytes, start_s: float | None, end_s: float | None) -> MeasuredRow:
+    def measure(
+        self, data: Content, start_s: float | None, end_s: float | None, content_hash: str | None = None
+    ) -> MeasuredRow:
         """The MEASURED_ROW of a clip, as `measure_bytes` gives it; a child's death becomes TIMEOUT or CRASHED.
 
         Raises RuntimeError if no child can be started at all.
         """
-        answer = self._ask({"task": "measure", "start_s": start_s, "end_s": end_s}, data, self.cfg.timeout_s)
+        content_hash = content_hash or hash_of(data)
+        request = {"task": "measure", "start_s": start_s, "end_s": end_s, "content_hash": content_hash}
+        answer = self._ask(request, data, self.cfg.timeout_s)
         if isinstance(answer, ClipError):
-            return failed_row(hashlib.sha256(data).hexdigest(), start_s, end_s, answer)
+            stage = "decode" if answer.code in DEATHS else "read"
+            return failed_row(content_hash, start_s, end_s, answer, stage)
         row: MeasuredRow = pa.ipc.open_stream(answer).read_all().to_pylist()[0]
         self._drop_if_full(row["code"])
         return row
 
     def probe(
-        self, data: bytes, shot_threshold: float | None, max_file_s: float, timeout_s: float
+        self, data: Content, shot_threshold: float | None, max_file_s: float, timeout_s: float
     ) -> Probe | ClipError:
         """What `probe_bytes` finds; a child's death becomes TIMEOUT or CRASHED. Raises as `measure` does."""
         request = {"task": "probe", "shot_threshold": shot_threshold, "max_file_s": max_file_s}
@@ -156,21 +169,27 @@ class MediaChild:
         if code == "OUT_OF_MEMORY":
             self.close()  # what it could not free would be missing for the next file
 
-    def _ask(self, request: dict[str, Any], data: bytes, timeout_s: float) -> bytes | ClipError:
+    def _ask(self, request: dict[str, Any], data: Content, timeout_s: float) -> bytes | ClipError:
         answer = self._ask_once(request, data, timeout_s)
         killed = isinstance(answer, ClipError) and answer.code == "CRASHED" and answer.transient
         if killed and not self.abandoned:
             return self._ask_once(request, data, timeout_s)  # killed from outside: that says nothing of the file
         return answer
 
-    def _ask_once(self, request: dict[str, Any], data: bytes, timeout_s: float) -> bytes | ClipError:
+    def _ask_once(self, request: dict[str, Any], data: Content, timeout_s: float) -> bytes | ClipError:
         if self.process is None or self.process.poll() is not None or self.files >= self.cfg.recycle_after:
             self._start()
         self.files += 1
-        body = json.dumps(request | {"timeout_s": timeout_s}).encode()
-        answer, overdue = self._within(
-            timeout_s + 2 * GRACE_S, lambda stdin, stdout: _exchange(stdin, stdout, body, data)
-        )
+        content = HELD if data is self.held else SENT if isinstance(data, bytes) else len(data)
+        self.held = data if request["task"] == "measure" and isinstance(data, bytes) else None
+        body = json.dumps(request | {"timeout_s": timeout_s, "content": content}).encode()
+        try:
+            answer, overdue = self._within(
+                timeout_s + 2 * GRACE_S, lambda stdin, stdout: _exchange(stdin, stdout, body, content, data)
+            )
+        except ClipError as error:  # of the ranges, for which the child now waits in vain
+            self.close()
+            return error
         return self._died(overdue, timeout_s) if answer is None else answer
 
     def _start(self) -> None:
@@ -198,7 +217,7 @@ class MediaChild:
         )
         if self.abandoned:  # while it started
             self.process.kill()
-        self.files = 0
+        self.files, self.held = 0, None
         greeting, _ = self._within(START_S, lambda _, stdout: _receive(stdout))
         if greeting is not None:
             return None
@@ -238,9 +257,12 @@ class MediaChild:
         return ClipError("CRASHED", f"the decoder crashed ({name})")
 
 
-def _exchange(stdin: BinaryIO, stdout: BinaryIO, request: bytes, data: bytes) -> bytes:
+def _exchange(stdin: BinaryIO, stdout: BinaryIO, request: bytes, content: str | int, data: Content) -> bytes:
     _send(stdin, request)
-    _send(stdin, data)
+    if content == SENT:
+        _send(stdin, cast(bytes, data))
+    while wanted := _receive(stdout):
+        _send(stdin, cast(Ranges, data).read(*_RANGE.unpack(wanted)))
     return _receive(stdout)
 
 
@@ -285,18 +307,31 @@ def _pixels(data: bytes, max_pixels: int, backdrop: str | None) -> np.ndarray:
     return np.asarray(decode_still(data, max_pixels, backdrop=backdrop))
 
 
-def _answer(request: dict[str, Any], data: bytes, cfg: DecodeConfig) -> tuple[bytes | memoryview, ...]:
+def _answer(request: dict[str, Any], data: Content, cfg: DecodeConfig) -> tuple[bytes | memoryview, ...]:
     if request["task"] == "probe":
         arguments = request["shot_threshold"], request["max_file_s"]
         found = probe_bytes(data, *arguments, cfg, request["timeout_s"])
         return (json.dumps(probe_to_json(found)).encode(),)
     if request["task"] in ("sound", "still"):
-        return _numbers(request, data, cfg)
+        return _numbers(request, cast(bytes, data), cfg)
+    start_s, end_s, content_hash = request["start_s"], request["end_s"], request["content_hash"]
     try:
-        return (_to_bytes(measure_bytes(data, request["start_s"], request["end_s"], cfg)),)
+        return (_to_bytes(measure_bytes(data, start_s, end_s, cfg, content_hash)),)
     except MemoryError:
         failure = ClipError("OUT_OF_MEMORY", f"the clip needs more than the limit of {cfg.max_memory_mb} MB")
-    return (_to_bytes(failed_row(hashlib.sha256(data).hexdigest(), request["start_s"], request["end_s"], failure)),)
+    return (_to_bytes(failed_row(content_hash, start_s, end_s, failure)),)
+
+
+def _content(told: str | int, held: bytes, requests: BinaryIO, answers: BinaryIO) -> Content:
+    """What a request is about."""
+
+    def ask(start: int, end: int) -> bytes:
+        _send(answers, _RANGE.pack(start, end))
+        return _receive(requests)
+
+    if isinstance(told, int):
+        return AskedRanges(told, ask)
+    return held if told == HELD else _receive(requests)
 
 
 def main() -> None:
@@ -308,11 +343,15 @@ def main() -> None:
     warnings.simplefilter("ignore")  # each broken file would write its own into the log
     try:
         _send(answers, b"")
+        held = b""
         while True:
-            request, data = json.loads(_receive(requests)), _receive(requests)
+            request = json.loads(_receive(requests))
+            data = _content(request.pop("content"), held, requests, answers)
+            held = data if request["task"] == "measure" and isinstance(data, bytes) else b""
             signal.setitimer(signal.ITIMER_REAL, request["timeout_s"] + GRACE_S)
             answer = _answer(request, data, cfg)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            _send(answers, b"")
             _send(answers, *answer)
             del data, answer  # while it waits
     except (EOFError, BrokenPipeError):  # the parent is done, or gone

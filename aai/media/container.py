@@ -1,6 +1,5 @@
 """The one door to media files: what may be opened, which streams count, and their packets until the time is up."""
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 
 from aai.media.limits import ClipError, Deadline, DecodeConfig, reason
+from aai.media.ranged import Content, opened
 
 FORMATS = "mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,aiff,au,caf,mp3,flac,ogg,aac,amr"
 """Containers that are opened. Playlists are not among them: those name other files."""
@@ -16,16 +16,16 @@ _COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 _COMMENTS = Disposition.comment | Disposition.descriptions | Disposition.hearing_impaired | Disposition.visual_impaired
 
 
-def open_media(data: bytes, max_bytes: int, max_streams: int, formats: str = FORMATS) -> InputContainer:
-    """Opens a file in memory; the caller closes it. Raises ClipError: EMPTY_FILE, TOO_LARGE or UNREADABLE."""
-    if not data:
+def open_media(data: Content, max_bytes: int, max_streams: int, formats: str = FORMATS) -> InputContainer:
+    """Opens a file's content; the caller closes it. Raises ClipError: EMPTY_FILE, TOO_LARGE or UNREADABLE."""
+    if not len(data):
         raise ClipError("EMPTY_FILE", "file of 0 bytes")
     if len(data) > max_bytes:
         raise ClipError("TOO_LARGE", f"file of {len(data)} bytes is over the limit of {max_bytes}")
     options = {"format_whitelist": formats, "protocol_whitelist": "none"}
     try:
         # Tags are in whatever encoding their writer had, and nothing here reads them.
-        container = av.open(io.BytesIO(data), "r", options=options, metadata_errors="replace")
+        container = av.open(opened(data), "r", options=options, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         raise ClipError("UNREADABLE", f"not a media file that can be opened ({reason(error)})") from error
     if len(container.streams) > max_streams:

@@ -24,6 +24,7 @@ from aai.media.container import (
 from aai.media.limits import ClipError, Deadline, DecodeConfig, Tally
 from aai.media.picking import seconds
 from aai.media.pictures import HASH_FRAMES, Pictures
+from aai.media.ranged import Content
 from aai.media.sound import SoundTrack
 
 _LEAD_S = 1.0  # of sound decoded before the window: codecs need some to settle
@@ -74,7 +75,7 @@ def _check_whole(stream: Any, origin_s: float, end_s: float, read_until_s: float
         )
 
 
-def _decode(data: bytes, start_s: float, end_s: float, cfg: DecodeConfig, clock: Deadline, seek: bool) -> DecodedClip:
+def _decode(data: Content, start_s: float, end_s: float, cfg: DecodeConfig, clock: Deadline, seek: bool) -> DecodedClip:
     """One pass over the file: sound is decoded on the way, pictures when the clip's length is known."""
     with open_media(data, cfg.max_bytes, cfg.max_streams) as container:
         video, audio = video_stream(container, cfg), audio_stream(container)
@@ -143,8 +144,8 @@ def _clip(pictures: Pictures, sound: SoundTrack, samples: np.ndarray, clock: Dea
     )
 
 
-def decode_clip(data: bytes, start_s: float | None, end_s: float | None, cfg: DecodeConfig) -> DecodedClip:
-    """Decodes the part [start_s, end_s) of a media file held in memory (None: from its start, to its end).
+def decode_clip(data: Content, start_s: float | None, end_s: float | None, cfg: DecodeConfig) -> DecodedClip:
+    """Decodes the part [start_s, end_s) of a media file (None: from its start, to its end).
 
     K frames for the K times (k + 0.5) / K of the clip, by `cfg.policy`. A file whose packets carry no times is
     decoded whole and gives exact frames. Raises ClipError with one of the codes EMPTY_FILE, UNREADABLE, NO_VIDEO,

@@ -39,8 +39,8 @@ class DecodeConfig(Config):
     """How far off a key frame may be with policy=auto; else the frame on show is decoded."""
     sample_rate_hz: int = pydantic.Field(SAMPLE_RATE_HZ, ge=8_000)
     """Rate of the kept mono audio; the encoder that hears it must have the same (encoder.sample_rate_hz)."""
-    max_bytes: int = pydantic.Field(512 * 2**20, gt=0)
-    """Largest file that is opened."""
+    max_bytes: int = pydantic.Field(64 * 2**30, gt=0)
+    """Largest file that is opened; large ones are read by range, not held in memory."""
     max_pixels: int = pydantic.Field(4096 * 2304, gt=0)
     """Largest width x height that is decoded."""
     max_duration_s: float = pydantic.Field(600, gt=0)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from aai.media.decode import decode_clip
 from aai.media.limits import ClipError, DecodeConfig
+from aai.media.ranged import Content, hash_of
 from aai.media.signals import measure
 from aai.media.waveform import encode_flac
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIGNALS
@@ -62,9 +63,14 @@ def failed_row(
     }
 
 
-def measure_bytes(data: bytes, start_s: float | None, end_s: float | None, cfg: DecodeConfig) -> MeasuredRow:
-    """The MEASURED_ROW of the part [start_s, end_s) of a media file. A bad clip becomes a row; nothing is raised."""
-    content_hash = hashlib.sha256(data).hexdigest()
+def measure_bytes(
+    data: Content, start_s: float | None, end_s: float | None, cfg: DecodeConfig, content_hash: str | None = None
+) -> MeasuredRow:
+    """The MEASURED_ROW of the part [start_s, end_s) of a media file. A bad clip becomes a row; nothing is raised.
+
+    content_hash: of the whole file, which may have many clips; None: to be found.
+    """
+    content_hash = content_hash or hash_of(data)
     try:
         clip = decode_clip(data, start_s, end_s, cfg)
         row = dict.fromkeys(MEASURED_ROW.names) | measure(clip, cfg.sample_rate_hz)

@@ -27,6 +27,7 @@ from aai.media.container import (
     video_stream,
 )
 from aai.media.limits import ClipError, Deadline, DecodeConfig
+from aai.media.ranged import Content
 
 log = logging.getLogger(__name__)
 
@@ -51,28 +52,30 @@ class Probe:
     is_whole: bool
     shots: tuple[tuple[float, float], ...] | None = None
     """(start, end) in seconds."""
+    content_hash: str | None = None
+    """SHA-256 of a file that is too large to be read once more for it."""
 
 
 def probe_to_json(found: Probe | ClipError) -> dict[str, Any]:
     """A probe, or why there is none, as JSON values."""
     if isinstance(found, ClipError):
         return {"code": found.code, "message": found.message, "transient": found.transient}
-    values = {"duration_s": found.duration_s, "is_whole": found.is_whole}
-    return values if found.shots is None else values | {"shots": [list(shot) for shot in found.shots]}
+    values: dict[str, Any] = {"duration_s": found.duration_s, "is_whole": found.is_whole}
+    if found.shots is not None:
+        values["shots"] = [list(shot) for shot in found.shots]
+    return values if found.content_hash is None else values | {"content_hash": found.content_hash}
 
 
 def probe_from_json(values: Mapping[str, Any]) -> Probe | ClipError:
     """What `probe_to_json` gave."""
     if "code" in values:
         return ClipError(values["code"], values["message"], values["transient"])
-    if "shots" not in values:
-        return Probe(values["duration_s"], values["is_whole"])
-    shots = tuple((start_s, end_s) for start_s, end_s in values["shots"])
-    return Probe(values["duration_s"], values["is_whole"], shots)
+    shots = tuple((start_s, end_s) for start_s, end_s in values["shots"]) if "shots" in values else None
+    return Probe(values["duration_s"], values["is_whole"], shots, values.get("content_hash"))
 
 
 def probe_bytes(
-    data: bytes, shot_threshold: float | None, max_file_s: float, cfg: DecodeConfig, timeout_s: float
+    data: Content, shot_threshold: float | None, max_file_s: float, cfg: DecodeConfig, timeout_s: float
 ) -> Probe | ClipError:
     """The length of a file, with a threshold its shots too; of a bad file, what is wrong with it. Nothing is raised.
 
@@ -101,7 +104,7 @@ def require_shots() -> None:
             raise UserError("cut.mode", "shots", f"needs the package {name}", remedy)
 
 
-def extent(data: bytes, cfg: DecodeConfig, timeout_s: float) -> Extent:
+def extent(data: Content, cfg: DecodeConfig, timeout_s: float) -> Extent:
     """Length of the longer of sound and video, from the times of the packets; nothing is decoded.
 
     Raises ClipError: EMPTY_FILE, TOO_LARGE, UNREADABLE or TIMEOUT.
@@ -122,7 +125,7 @@ def extent(data: bytes, cfg: DecodeConfig, timeout_s: float) -> Extent:
     return Extent(found_s, missing_s <= max(_BREAK_S, _BREAK_FRACTION * found_s))
 
 
-def shots(data: bytes, threshold: float, cfg: DecodeConfig, timeout_s: float) -> list[tuple[float, float]]:
+def shots(data: Content, threshold: float, cfg: DecodeConfig, timeout_s: float) -> list[tuple[float, float]]:
     """(start, end) in seconds of each shot, up to the last frame; all frames are decoded once, in order.
 
     threshold: how many times stronger than its neighbours' a change must be to count as a cut (PySceneDetect's

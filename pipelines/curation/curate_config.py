@@ -24,6 +24,10 @@ Split = Literal["train", "val", "test"]
 SPEED = {"decode_threads", "timeout_s", "max_memory_mb", "recycle_after"}
 """Decode settings that decide how clips are decoded, not what stands in the tables."""
 
+MAX_BYTES_BEFORE = 512 * 2**20
+"""The default of decode.max_bytes when long files were held in memory. Folders of then go on; what they refused as
+TOO_LARGE, --retry measures."""
+
 
 class CutConfig(Config):
     """How long videos become clips. Rows that have a start_s or end_s are clips already and stay as they are."""
@@ -220,7 +224,10 @@ class CurateConfig(RayVerbConfig):
 
     def digests(self) -> dict[str, int | str]:
         """Of the (fitted) settings that decide what is measured, and how that is judged."""
-        measured = {"version": VERSION, "decode": self.decode.model_dump(mode="json", exclude=SPEED)}
+        decode = self.decode.model_dump(mode="json", exclude=SPEED)
+        if decode["max_bytes"] == DecodeConfig().max_bytes:
+            decode["max_bytes"] = MAX_BYTES_BEFORE
+        measured = {"version": VERSION, "decode": decode}
         judged = self.model_dump(mode="json", include={"filters", "duplicates", "flag_only"})
         if self.exclude is not None:
             judged["exclude"] = sorted(self.excluded())

@@ -15,10 +15,11 @@ from aai import storage
 from aai.digest import digest, stored_digest
 from aai.media.child import MediaChild
 from aai.media.limits import ClipError, DecodeConfig
+from aai.media.ranged import HashedRanges
 from aai.media.shots import Probe, probe_from_json, probe_to_json, require_shots
 from pipelines.curation.curate_config import CutConfig
 from pipelines.curation.layout import CUT
-from pipelines.engine.reading import read_file
+from pipelines.engine.ranges import open_file
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.row import ManifestRow
 from pipelines.settings import ClusterConfig
@@ -96,11 +97,18 @@ class CutWorker:
 
     def probe(self, uri: str) -> Probe | ClipError:
         """What is found in one file, or why it cannot be read; nothing is raised."""
-        data = read_file(uri, self.decode.max_bytes)
+        data = open_file(uri, self.decode.max_bytes)
         if isinstance(data, ClipError):  # decoding will tell it again, as a rejected row
             return data
         threshold = self.cut.shot_threshold if self.cut.mode == "shots" else None
-        return self.child.probe(data, threshold, self.cut.max_file_s, self.cut.timeout_s)
+        content = data if isinstance(data, bytes) else HashedRanges(data)
+        found = self.child.probe(content, threshold, self.cut.max_file_s, self.cut.timeout_s)
+        if isinstance(found, ClipError) or isinstance(content, bytes):
+            return found
+        try:
+            return replace(found, content_hash=content.content_hash())
+        except ClipError as error:
+            return error
 
 
 def _keys(uris: Sequence[str], cfg: CutConfig) -> dict[str, str]:
@@ -159,11 +167,20 @@ def cut_rows(
     found = _known(out)
     cut: list[ManifestRow] = []
     for row in rows:
-        clips = spans(found[keys[row.uri]], cfg) if _is_whole_file(row) else []
-        cut += [replace(row, start_s=start_s, end_s=end_s) for start_s, end_s in clips] or [row]
+        if _is_whole_file(row):
+            cut += _clips(row, found[keys[row.uri]], cfg)
+        else:
+            cut.append(row)
     failed = sum(isinstance(found[key], ClipError) for key in keys.values())
     log.info("cut: %d rows -> %d clips; %d of %d files cannot be cut", len(rows), len(cut), failed, len(uris))
     return cut
+
+
+def _clips(row: ManifestRow, probe: Probe | ClipError, cfg: CutConfig) -> list[ManifestRow]:
+    """A whole file's clips, or itself, with its hash if that is known."""
+    if isinstance(probe, Probe):
+        row = replace(row, content_hash=probe.content_hash)
+    return [replace(row, start_s=start_s, end_s=end_s) for start_s, end_s in spans(probe, cfg)] or [row]
 
 
 def _is_whole_file(row: ManifestRow) -> bool:

@@ -1,18 +1,19 @@
-"""Measuring: every clip is read, decoded once in a child process, and becomes one row: good, or with a reason.
+"""Measuring: every clip is decoded once in a child process and becomes one row: good, or with a reason.
+
+A file is read and hashed once for all of a shard's clips; of a large one only what its clips need is read, by range.
 
 The table knows no captions and no splits, so that a changed manifest costs no decoding.
 """
 
-import hashlib
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -22,10 +23,11 @@ from aai.media.child import MediaChild
 from aai.media.filters import RULES, FilterConfig, broken_rules
 from aai.media.limits import ClipError, DecodeConfig
 from aai.media.measure import MEASURED_ROW, MeasuredRow, clip_id
+from aai.media.ranged import Content, hash_of
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.layout import KNOWN, MEASURED, shard_file
 from pipelines.curation.ledger import Entry, Ledger
-from pipelines.engine.reading import read_file
+from pipelines.engine.ranges import open_file
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.row import ManifestRow
 
@@ -42,11 +44,20 @@ SMALL = [name for name in MEASURED_TABLE.names if name not in ("audio", "frames"
 """The columns that judging needs."""
 
 
+class ReadFile(NamedTuple):
+    """A file's content and the SHA-256 of it."""
+
+    content: Content
+    content_hash: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasureShard(Shard):
     """Clips to measure, those of one file together."""
 
     clips: list[Entry]
+    hashes: dict[str, str] = field(default_factory=dict)
+    """{uri: SHA-256 of the content} where it is known already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,27 +80,28 @@ class MeasureWorker:
         """Measures the shard's clips."""
         rows, reused = [], 0
         by_file = [list(clips) for _, clips in groupby(shard.clips, lambda clip: clip.uri)]
-        for clips, data in self._read_ahead(by_file):
-            content = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
+        for clips, found in self._read_ahead(by_file, shard.hashes):
             for clip in clips:
-                if isinstance(data, ClipError):
-                    row = _unread(data)
-                elif known := self._known(content, clip):
+                if isinstance(found, ClipError):
+                    row = _unread(found)
+                elif known := self._known(found.content_hash, clip):
                     row, reused = known, reused + 1
                 else:
-                    row = self.child.measure(data, clip.start_s, clip.end_s)
+                    row = self.child.measure(found.content, clip.start_s, clip.end_s, found.content_hash)
                 rows.append({**row, "key": clip.key})
         table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
         storage.write_table(shard_file(self.out, MEASURED, shard.name), table, row_group_size=64)
         rejected = sum(bool(row.get("code") or broken_rules(row, self.filters)) for row in rows)
         return MeasureResult(rows=len(rows), rejected=rejected, reused=reused)
 
-    def _read_ahead(self, groups: Sequence[list[Entry]]) -> Iterator[tuple[list[Entry], bytes | ClipError]]:
+    def _read_ahead(
+        self, groups: Sequence[list[Entry]], hashes: Mapping[str, str]
+    ) -> Iterator[tuple[list[Entry], ReadFile | ClipError]]:
         """The clips of each file with its content, or why it cannot be read; the next few files are on their way."""
-        waiting: deque[tuple[list[Entry], Future[bytes | ClipError]]] = deque()
+        waiting: deque[tuple[list[Entry], Future[ReadFile | ClipError]]] = deque()
         with ThreadPoolExecutor(READ_AHEAD) as pool:
             for clips in groups:
-                waiting.append((clips, pool.submit(read_file, clips[0].uri, self.decode.max_bytes)))
+                waiting.append((clips, pool.submit(_read, clips[0].uri, self.decode.max_bytes, hashes)))
                 if len(waiting) > READ_AHEAD:
                     clips, future = waiting.popleft()
                     yield clips, future.result()
@@ -116,6 +128,15 @@ class MeasureWorker:
             return None
         row: MeasuredRow = storage.read_row(shard_file(self.out, MEASURED, place[0]), place[1])
         return row
+
+
+def _read(uri: str, max_bytes: int, hashes: Mapping[str, str]) -> ReadFile | ClipError:
+    """A file, or why it cannot be read."""
+    content = open_file(uri, max_bytes)
+    try:
+        return content if isinstance(content, ClipError) else ReadFile(content, hashes.get(uri) or hash_of(content))
+    except ClipError as error:
+        return error
 
 
 def _unread(error: ClipError) -> MeasuredRow:
@@ -204,7 +225,8 @@ def measure_rows(
     added = ledger.add([*again, *new], config.rows_per_shard)
     if ledger.batches > 1 and added:
         log.info("curate: %d new or changed rows, %d to try again", len(new), len(again))
-    shards = [MeasureShard(name=name, rows=len(entries), clips=entries) for name, entries in ledger.shards.items()]
+    hashes = {row.uri: row.content_hash for row in rows if row.content_hash}
+    shards = [_shard(name, entries, hashes) for name, entries in ledger.shards.items()]
     args = {"out": out, "decode": config.decode.model_dump(), "filters": config.filters.model_dump()}
     counts = Counter({"earlier": len(done)})
     watch = _RejectWatch(config, len(rows))
@@ -220,6 +242,11 @@ def measure_rows(
 
     run_shards("curate", shards, MeasureWorker, args, config.cluster, is_done, logs, on_result=on_result)
     return ledger, counts
+
+
+def _shard(name: str, clips: list[Entry], hashes: Mapping[str, str]) -> MeasureShard:
+    known = {clip.uri: hashes[clip.uri] for clip in clips if clip.uri in hashes}
+    return MeasureShard(name=name, rows=len(clips), clips=clips, hashes=known)
 
 
 def _entry(key: str, row: ManifestRow) -> Entry:

@@ -23,6 +23,8 @@ class ManifestRow:
     caption: str = ""
     labels: tuple[str, ...] = ()
     split: str
+    content_hash: str | None = None
+    """SHA-256 of a large file, where it was read already."""
 
     def content(self) -> dict[str, object]:
         """The row as JSON values."""

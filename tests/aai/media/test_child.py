@@ -15,7 +15,8 @@ import pytest
 from aai.media.child import GRACE_S, MediaChild
 from aai.media.decode import decode_audio
 from aai.media.limits import ClipError, DecodeConfig
-from aai.media.measure import MEASURED_ROW, measure_bytes
+from aai.media.measure import MEASURED_ROW, clip_id, measure_bytes
+from aai.media.ranged import AskedRanges, Content, hash_of
 from aai.media.shots import Probe, probe_bytes, probe_to_json
 from aai.media.still import decode_still
 from tests.clips import make_clip, make_moving
@@ -110,6 +111,70 @@ def test_a_kill_from_outside_costs_nothing_and_two_one_clip(slow: bytes) -> None
         thread.join()
         assert (row["code"], row["transient"]) == ("CRASHED", True)
         assert "SIGKILL" in row["message"]
+
+
+def bytes_read(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranged", [False, True], ids=["sent", "ranged"])
+def test_clips_of_one_file_cost_one_file(ranged: bool) -> None:
+    clip = make_moving(num_frames=160, size=(320, 240), options={"g": "20", "preset": "ultrafast"})
+    data = clip + bytes(20 * len(clip))  # which no clip needs
+    content: Content = AskedRanges(len(data), lambda start, end: data[start:end]) if ranged else data
+    cfg, content_hash = DecodeConfig(policy="keyframe"), hash_of(data)
+    with MediaChild(cfg) as child:
+        child.measure(make_clip(), None, None)  # it reads its libraries, too
+        before, pid = bytes_read(pid_of(child)), pid_of(child)
+        rows = [child.measure(content, start_s, start_s + 1, content_hash) for start_s in range(8)]
+        cost = (bytes_read(pid) - before) / len(data)
+        assert rows == [measure_bytes(data, start_s, start_s + 1, cfg) for start_s in range(8)]
+        assert pid_of(child) == pid
+        assert cost < (0.5 if ranged else 1.1), "eight clips"
+        assert child.measure(make_clip(), None, None)["code"] is None
+        assert child.measure(content, 3, 4, content_hash) == rows[3]
+        assert child.probe(content, None, 60, 60) == Probe(8.0, True)
+        os.kill(pid, signal.SIGKILL)
+        child.process.wait()  # type: ignore[union-attr]
+        assert child.measure(content, 2, 3, content_hash) == rows[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranged", [False, True], ids=["sent", "ranged"])
+def test_a_crash_in_the_middle_of_a_file_costs_one_clip_of_it(slow: bytes, ranged: bool) -> None:
+    content: Content = AskedRanges(len(slow), lambda start, end: slow[start:end]) if ranged else slow
+    with MediaChild(DecodeConfig()) as child:
+        expected = [child.measure(content, start_s, start_s + 2) for start_s in (0, 2, 6)]
+        assert [row["code"] for row in expected] == [None] * 3
+        assert child.measure(content, 0, 2) == expected[0]
+        thread = while_busy(child, lambda pid: os.kill(pid, signal.SIGSEGV))
+        row = child.measure(content, None, None)
+        thread.join()
+        assert (row["stage"], row["code"], row["content_hash"]) == ("decode", "CRASHED", hash_of(slow))
+        assert [child.measure(content, start_s, start_s + 2) for start_s in (2, 6)] == expected[1:]
+
+
+@pytest.mark.slow
+def test_ranges_that_cannot_be_read_cost_the_clips_that_need_them(slow: bytes) -> None:
+    faults = {2: ClipError("IO_ERROR", "away", transient=True)}
+    calls = []
+
+    def read(start: int, end: int) -> bytes:
+        calls.append(start)
+        if fault := faults.get(len(calls)):
+            raise fault
+        return slow[start:end]
+
+    content, content_hash = AskedRanges(len(slow), read), hash_of(slow)
+    with MediaChild(DecodeConfig()) as child:
+        row = child.measure(content, 1, 2, content_hash)
+        assert (row["stage"], row["code"], row["message"], row["transient"]) == ("read", "IO_ERROR", "away", True)
+        assert row["clip_id"] == clip_id(content_hash, 1, 2)
+        assert child.measure(content, 1, 2, content_hash) == measure_bytes(slow, 1, 2, DecodeConfig())
+        faults[len(calls) + 1] = faults[2]
+        assert told(child.probe(content, None, 60, 60))["code"] == "IO_ERROR"
+        assert child.probe(content, None, 60, 60) == Probe(8.0, True)
 
 
 def told(found: Probe | ClipError) -> dict[str, Any]:

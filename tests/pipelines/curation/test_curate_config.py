@@ -61,6 +61,14 @@ def test_what_changes_a_digest(settings: dict[str, Any], differ: set[str]) -> No
     assert {name for name in first if first[name] != other[name]} == differ
 
 
+def test_folders_from_before_files_of_any_size_go_on() -> None:
+    def of(**decode: Any) -> object:
+        return config(decode=decode).digests()["decode"]
+
+    assert of() == of(max_bytes=512 * 2**20)
+    assert of(max_bytes=2**20) not in (of(), of(max_bytes=2**21))
+
+
 def test_scores_are_of_their_models_and_arithmetic_alone(spec: FoundationSpec) -> None:
     def of(**settings: Any) -> str:
         return ScoreConfig(caption=True, foundation=spec, **settings).content_digest()

@@ -12,16 +12,18 @@ import pytest
 from aai import storage
 from aai.errors import UserError
 from aai.media.limits import ClipError, DecodeConfig
-from aai.media.shots import Probe
+from aai.media.ranged import hash_of
+from aai.media.shots import Probe, probe_from_json, probe_to_json
 from pipelines.curation.curate_config import CutConfig
-from pipelines.curation.cut import CutWorker, cut_rows, spans
+from pipelines.curation.cut import CutWorker, _clips, cut_rows, spans
 from pipelines.curation.layout import CUT
+from pipelines.engine import ranges
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import read_manifest
 from pipelines.settings import ClusterConfig
 from tests.aai.media.test_shots import make_shots
-from tests.clips import index_first, make_clip
+from tests.clips import index_first, make_clip, make_moving
 from tests.pipelines.manifests.test_tar import make_tar
 
 CLUSTER = ClusterConfig(num_workers=2)
@@ -173,6 +175,33 @@ def test_failures_are_told_not_raised(tmp_path: Path) -> None:
     found = small.probe(str(tmp_path / "big.mp4"))
     assert isinstance(found, ClipError)
     assert "limit of 100" in found.message
+
+
+def test_a_long_file_is_hashed_while_it_is_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_moving(num_frames=160, size=(320, 240))
+    (tmp_path / "long.mp4").write_bytes(data)
+    uri, out, cfg = str(tmp_path / "long.mp4"), str(tmp_path / "out"), CutConfig(mode="windows", window_s=3, min_s=1)
+    worker = CutWorker(out, cfg.model_dump(), {})
+    assert worker.probe(uri) == Probe(8.0, True), "a small one is hashed when it is measured"
+    read, sizes = storage.read_range, []
+
+    def counted(uri: str, start: int, end: int) -> bytes:
+        sizes.append(end - start)
+        return read(uri, start, end)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    monkeypatch.setattr(ranges, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(ranges, "BLOCK_BYTES", len(data) // 20)
+    found = Probe(8.0, True, content_hash=hash_of(data))
+    assert worker.probe(uri) == found
+    assert sum(sizes) <= 1.3 * len(data)
+    assert probe_from_json(probe_to_json(found)) == found
+    row = ManifestRow(uri=uri, split="train")
+    clips = _clips(row, found, cfg)
+    assert [(clip.start_s, clip.end_s, clip.content_hash) for clip in clips] == [
+        (start_s, start_s + length_s, hash_of(data)) for start_s, length_s in ((0, 3), (3, 3), (6, 2))
+    ]
+    assert _clips(row, ClipError("TOO_LONG", ""), cfg) == [row]
 
 
 def test_shots_without_their_finder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

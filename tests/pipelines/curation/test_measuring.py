@@ -1,19 +1,23 @@
 """One worker's rows, the watch that stops a bad job, and what is known from earlier runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aai import storage
 from aai.errors import UserError
 from aai.media.limits import DecodeConfig
+from aai.media.measure import measure_bytes
+from aai.media.ranged import hash_of
 from pipelines.curation import measuring
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.layout import KNOWN, MEASURED, shard_file
 from pipelines.curation.ledger import Entry, Ledger
 from pipelines.curation.measuring import MeasureResult, MeasureShard, MeasureWorker
-from tests.clips import make_clip
+from pipelines.engine import ranges
+from tests.clips import make_clip, make_moving
 
 
 def measure(out: Path, name: str, clips: Sequence[Entry]) -> MeasureResult:
@@ -67,6 +71,53 @@ def test_the_same_content_and_window_is_taken_from_earlier_shards(
     for new, old in ((after[0], before[3]), (after[2], before[0])):
         assert {**new, "key": ""} == {**old, "key": ""}
     assert after[1]["duration_s"] == pytest.approx(1.5, abs=0.06)
+
+
+def counted(call: Callable[..., Any], sizes: list[int]) -> Callable[..., Any]:
+    """The same call, which keeps how much it gave."""
+
+    def counting(*args: Any) -> Any:
+        sizes.append(len(found := call(*args)))
+        return found
+
+    return counting
+
+
+@pytest.mark.parametrize("ranged", [False, True], ids=["in memory", "by range"])
+def test_a_film_is_read_and_hashed_once_for_all_its_clips(
+    ranged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the damage in its middle costs the clips that show it, their neighbours are as in a file of their own."""
+    data = bytearray(make_moving(num_frames=160, size=(320, 240), options={"g": "20"}))
+    data[len(data) // 2 : len(data) // 2 + len(data) // 12] = bytes(len(data) // 12)
+    film = f"{tmp_path}/film.mp4"
+    storage.write_bytes(film, bytes(data))
+    spans = [(number / 2, number / 2 + 0.5) for number in range(16)]
+    apart = [measure_bytes(bytes(data), *span, DecodeConfig()) for span in spans]
+    bad = [number for number, row in enumerate(apart) if row["code"]]
+    assert 1 <= len(bad) <= 6
+    assert (bad[0] > 4, bad[-1] < 14) == (True, True), bad
+
+    read, hashed = [], []
+    if ranged:
+        monkeypatch.setattr(ranges, "IN_MEMORY_BYTES", len(data) // 2)
+        monkeypatch.setattr(ranges, "BLOCK_BYTES", len(data) // 10)
+    for name in ("read_bytes", "read_range"):
+        monkeypatch.setattr(storage, name, counted(getattr(storage, name), read))
+    monkeypatch.setattr(measuring, "hash_of", counted(hash_of, hashed))
+    measure(tmp_path, "a", [Entry(str(number), film, *span) for number, span in enumerate(spans)])
+    rows = storage.read_table(shard_file(str(tmp_path), MEASURED, "a")).to_pylist()
+    assert [{**row, "key": None} for row in rows] == [{**row, "key": None} for row in apart]
+    assert len(hashed) == 1
+    assert sum(read) / len(data) < (2.2 if ranged else 1.01), "by range once to hash it, once for the clips"
+    if ranged:
+        read.clear()
+        hashed.clear()
+        shard = MeasureShard(name="b", rows=1, clips=[Entry("0", film, *spans[1])], hashes={film: "known"})
+        MeasureWorker(str(tmp_path), DecodeConfig().model_dump(), {})(shard)
+        assert hashed == []
+        assert sum(read) / len(data) < 0.5
+        assert storage.read_table(shard_file(str(tmp_path), MEASURED, "b"))["content_hash"].to_pylist() == ["known"]
 
 
 def test_a_job_is_stopped_only_after_enough_rows(monkeypatch: pytest.MonkeyPatch) -> None:
