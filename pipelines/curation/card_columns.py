@@ -49,10 +49,12 @@ class _Column:
             values = np.concatenate([np.empty(0), *self.numbers])
             ends = np.quantile(values, [0, 0.5, 1]).tolist() if len(values) else [None] * 3
             return entry | dict(zip(("low", "median", "high"), ends, strict=True))
-        values = {value for value, _ in self.counts}
-        rows = [{"value": v, **{folder: self.counts[v, folder] for folder in self.empty}} for v in values]
+        texts = {text for text, _ in self.counts}
+        rows: list[Entry] = [
+            {"value": text, **{folder: self.counts[text, folder] for folder in self.empty}} for text in texts
+        ]
         rows.sort(key=lambda row: (-row[ACCEPTED], -row[REJECTED], row["value"]))
-        return entry | {"distinct": len(values), "is_complete": self.is_open, "values": rows[:SHOWN]}
+        return entry | {"distinct": len(texts), "is_complete": self.is_open, "values": rows[:SHOWN]}
 
 
 def columns(out: str, kinds: Mapping[str, str]) -> list[Entry]:

@@ -94,7 +94,7 @@ def read_rows(out: str, own: Sequence[str] = ()) -> Rows:
 class _Gathered:
     """The columns of the files read so far."""
 
-    def __init__(self, numbers: Sequence[str]) -> None:
+    def __init__(self, numbers: Sequence[str] = NUMBERS) -> None:
         self.counts: list[int] = [0]
         self.values: dict[str, list[np.ndarray]] = {name: [] for name in numbers}
         self.parts: dict[str, list[np.ndarray]] = {n: [] for n in ("accepted", "marks", "stage", "transient")}

@@ -24,7 +24,7 @@ from pipelines.curation.scores import ScoreWorker, check_sound
 from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
 from pipelines.engine.shards import Result
 from tests.clips import make_clip
-from tests.taggers import TAGS, write_ast_tagger
+from tests.taggers import write_ast_tagger
 from tests.tiny import write_bundle_of, write_clip, write_clip_table, write_diffusion
 
 ENCODER = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, num_mel_bins=16, embed_dim=32)
@@ -129,28 +129,29 @@ def test_tags_and_prompts_become_signals(
 
 
 @pytest.mark.usefixtures("shards_here")
-def test_a_share_of_speech_is_a_filter(tmp_path: Path) -> None:
-    """From the settings to both tables and the card, by a small ASTForAudioClassification."""
-    for i in range(4):
-        clip = make_clip(list(np.round(np.linspace(0, 1.9, 20) ** (1 + i / 5), 3)), duration_s=2.0 + i / 2)
-        storage.write_bytes(f"{tmp_path}/media/{i}.mp4", clip)
+def test_a_share_of_tags_is_a_filter(tmp_path: Path) -> None:
+    """From the settings to both tables and the card, by a small ASTForAudioClassification: windows of a clip whose
+    first half is silence ("Rain") and whose second half is a tone."""
+    storage.write_bytes(f"{tmp_path}/a.mp4", make_clip())
+    (tmp_path / "m.csv").write_text("uri,start_s,end_s\na.mp4,0.5,1.5\na.mp4,1,2\n")
     tagger = str(write_ast_tagger(tmp_path / "tagger"))
-    settings: dict[str, Any] = {"manifest": f"{tmp_path}/media", "out": f"{tmp_path}/out", "max_reject_ratio": 1}
-    settings |= {"duplicates": {"enabled": False}, "scores": {"tagger": tagger, "tags": {"quiet": TAGS[:3]}}}
-    settings["scores"]["tag_window_s"] = 0.25
+    settings: dict[str, Any] = {"manifest": f"{tmp_path}/m.csv", "out": f"{tmp_path}/out", "max_reject_ratio": 1}
+    scores = {"tagger": tagger, "tags": {"quiet": ["Rain"]}, "tag_window_s": 0.5}
+    settings |= {"duplicates": {"enabled": False}, "scores": scores}
     first = curate(CurateConfig.parse(settings))
-    assert (first["accepted"], list(first["signals"])) == (4, ["quiet_share", "other_share"])
-    shares = storage.read_table(f"{tmp_path}/out/accepted")["quiet_share"].to_pylist()
-    assert len(set(shares)) > 1, "the clips are not told apart: the test shows nothing"
-    limit = sorted(shares)[2]
-    settings |= {"signals": {"quiet_share": {"max": limit - 1e-6}}, "rejudge": True}
-    second = curate(CurateConfig.parse(settings))
-    assert second["by_code"] == {"HIGH_QUIET_SHARE": sum(share >= limit for share in shares)}
+    assert (first["accepted"], list(first["signals"])) == (2, ["quiet_share", "other_share"])
+    assert storage.read_table(f"{tmp_path}/out/accepted")["quiet_share"].to_pylist() == [0.5, 0]
+    settings |= {"signals": {"quiet_share": {"max": 0.3}}, "rejudge": True}
+    assert curate(CurateConfig.parse(settings))["by_code"] == {"HIGH_QUIET_SHARE": 1}
+    (reject,) = storage.read_table(f"{tmp_path}/out/rejected").to_pylist()
+    assert (reject["message"], reject["other_share"]) == (
+        "quiet_share 0.5 is above signals.quiet_share.max 0.3", 0.5,
+    )  # fmt: skip
     (mark,) = storage.read_json(f"{tmp_path}/out/card.json")["signals"]["quiet_share"]["thresholds"]
-    assert mark["setting"] == "signals.quiet_share.max"
-    (tmp_path / "media/4.mp4").write_bytes((tmp_path / "media/0.mp4").read_bytes())
-    again = curate(CurateConfig.parse({**settings, "scores": {**settings["scores"], "tags": {"quiet": TAGS[2:]}}}))
-    assert again["reused"] == 1, "other tags are scored anew, nothing is decoded"
+    assert (mark["setting"], mark["limit"]) == ("signals.quiet_share.max", 0.3)
+    settings["scores"] = {**scores, "tags": {"quiet": ["Speech", "Conversation", "Music", "Dog"]}}
+    again = curate(CurateConfig.parse(settings))
+    assert (again["measured"], again["accepted"]) == (0, 0), "other tags are scored anew, nothing is decoded"
 
 
 @pytest.mark.parametrize(
