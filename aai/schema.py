@@ -3,6 +3,8 @@
 Every table is plain Parquet: pyarrow, pandas, DuckDB and Polars read it without Ray.
 """
 
+from collections.abc import Iterable
+
 import pyarrow as pa
 
 VERSION = 2
@@ -82,6 +84,12 @@ REJECT_TABLE = pa.schema(
         pa.field("thumbnail", pa.binary()),  # the first frame as JPEG, where one was decoded
     ]
 )
+"""Both tables may end with further columns, float64 or string: those of the manifest, and signals of the user's own."""
+
+
+def further_columns(names: Iterable[str]) -> list[str]:
+    """Those of a curated table's columns that are none of the contract's."""
+    return [name for name in names if name not in CLIP_TABLE.names and name not in REJECT_TABLE.names]
 
 
 def feature_table(num_frames: int, image_dim: int, num_texts: int, text_dim: int, latent_dim: int) -> pa.Schema:

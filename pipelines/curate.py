@@ -28,17 +28,20 @@ from aai.errors import UserError
 from aai.media.measure import DECODER
 from aai.version import code_version
 from pipelines.curation import similarity
+from pipelines.curation.croissant import AboutConfig
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.cut import cut_rows
 from pipelines.curation.decoders import current_decoders
 from pipelines.curation.layout import ACCEPTED, REJECTED, SCORED, shard_file
 from pipelines.curation.ledger import row_keys
 from pipelines.curation.measuring import check_ratio, measure_rows
-from pipelines.curation.similarity import CaptionedClip, Null, ScoreShard
+from pipelines.curation.own_signals import check_signals, describe_signals, join_signals, signal_rules
+from pipelines.curation.similarity import CaptionedClip, ScoreShard
 from pipelines.curation.verdicts import DIGEST as JUDGED
 from pipelines.curation.verdicts import JudgeShard, JudgeWorker, judge, judge_shards, read_measured
 from pipelines.engine.lock import is_empty, locked
 from pipelines.engine.shards import run_shards
+from pipelines.manifests.extras import columns
 from pipelines.manifests.row import ManifestRow
 from pipelines.registry import store
 
@@ -76,16 +79,20 @@ def run(config: CurateConfig) -> dict[str, Any]:
     chosen |= carved
     for name, choice in chosen.items():
         log.info("curate: %s = %s", name, choice)
-    if config.scores.bundle:
+    if config.scores.bundle or config.scores.tagger:
         from pipelines.curation.scores import check_sound  # only here: torch takes seconds to import
 
         check_sound(config.scores, config.decode.sample_rate_hz)
+    sources = check_signals(config.signals, rows, config.scores.names)
     out = storage.absolute(config.out)
     settings = config.digests()
     _open(out, settings, config.rejudge)
     rows = cut_rows(rows, config.cut, config.decode, out, config.cluster, os.path.dirname(out))
     keys = row_keys(rows)
-    settings["input"] = stored_digest([keys, [row.content() for row in rows]], sort_keys=True)
+    given = [keys, [row.content() for row in rows], *([sources] if sources else [])]
+    if config.about != AboutConfig():
+        given.append(config.about.model_dump(mode="json"))
+    settings["input"] = stored_digest(given, sort_keys=True)
     where = storage.join(out, "curate.json")
     earlier = storage.read_json(where) if storage.exists(where) else None
     if earlier and not config.retry and all(earlier.get(name) == value for name, value in settings.items()):
@@ -98,10 +105,9 @@ def run(config: CurateConfig) -> dict[str, Any]:
     shards = {name: [entry.key for entry in entries] for name, entries in ledger.valid(set(keys)).items()}
     if config.scores.enabled:
         _score(config, out, shards, by_key)
-    null = _judge(config, out, shards, by_key)
+    judged = _judge(config, out, shards, by_key)
     result = settings | _totals(out, len(rows), chosen["decode.frame_size_px"].value)
-    result |= {
-        "correspondence": null.describe() if null else None,
+    result |= judged | {
         "chosen": {name: choice.model_dump() for name, choice in chosen.items()},
         "measured": counts["measured"],
         "reused": counts["reused"],
@@ -161,14 +167,18 @@ def _score(config: CurateConfig, out: str, shards: Mapping[str, list[str]], rows
 
 def _judge(
     config: CurateConfig, out: str, shards: Mapping[str, list[str]], rows: Mapping[str, ManifestRow]
-) -> Null | None:
+) -> dict[str, Any]:
     """Writes accepted/ and rejected/ as the manifest and the settings now want them.
 
-    Returns what the similarity of sound and pictures is by chance, where a bundle tells it.
+    Returns what curate.json tells of it: the similarity of sound and pictures by chance, where a bundle tells it, and
+    the columns and signals that are not measured here.
     """
-    measured = read_measured(out, shards, config.scores.enabled)
+    measured = read_measured(out, shards, config.scores.enabled, config.scores.names)
+    measured = join_signals(measured, rows, config.signals, config.manifest)
     verdicts, null = judge(measured, rows, config, out)
-    todo = judge_shards(measured, shards, rows, verdicts, config.flag_only)
+    further = columns(row.extra for row in rows.values())
+    signals = describe_signals(measured, config.signals, config.scores.names)
+    todo = judge_shards(measured, shards, rows, verdicts, config.flag_only, further, list(signals))
     written = storage.shard_names(storage.join(out, ACCEPTED))
     for name in written - set(shards):  # none of its clips is wanted any more
         for folder in (ACCEPTED, REJECTED):
@@ -176,7 +186,12 @@ def _judge(
     args = {"out": out, "flag_only": config.flag_only}
     done = _done_as(_footers(out, ACCEPTED, JUDGED))
     run_shards("curate: split", todo, JudgeWorker, args, config.cluster, done, os.path.dirname(out), stateful=False)
-    return null
+    return {
+        "correspondence": null.describe() if null else None,
+        "columns": further,
+        "signals": signals,
+        "signal_rules": [list(rule) for rule in signal_rules(config.signals)],
+    }
 
 
 def _footers(out: str, folder: str, key: bytes) -> dict[str, str]:
@@ -199,7 +214,7 @@ def _done_as(digests: Mapping[str, str]) -> Callable[[ScoreShard | JudgeShard], 
 def _write_card(config: CurateConfig, out: str, result: Mapping[str, Any]) -> None:
     from pipelines.curation.card import log_card, write_card  # only here: plots are a heavy import
 
-    card = write_card(out, config.filters.model_dump(), result)
+    card = write_card(out, config.filters.model_dump(), result, config.about)
     if config.tracking:
         log_card(config.tracking, "curate", out, card)
 

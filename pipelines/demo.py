@@ -9,6 +9,7 @@ OUT/report.html and OUT/summary.json.
 """
 
 import argparse
+import json
 import logging
 import time
 from pathlib import Path
@@ -30,6 +31,15 @@ from pipelines.settings import Plan, RayVerbConfig
 log = logging.getLogger(__name__)
 
 STAGES = ("world", "curate", "featurize", "align", "adapt", "evaluate", "promote")
+ABOUT = {
+    "name": "toy world",
+    "description": "Synthetic clips: drawn scenes and the sounds that belong to them, some of them spoiled on purpose.",
+    "license": "Apache-2.0",
+    "creator": "aai world",
+    "collection": "Drawn and synthesised by aai world; nothing was recorded.",
+    "personal_information": ["None: nobody is seen or heard."],
+}
+"""What croissant.json says of the demo's clips."""
 EXAMPLES = 2
 """Held-out sounds that the last step paints."""
 
@@ -103,6 +113,8 @@ def stage_settings(config: DemoConfig, verb: str) -> list[str]:
             f"cluster.cpus_per_worker={cluster.cpus_per_worker}",
             f"cluster.gpus_per_worker={cluster.gpus_per_worker}",
         ]
+    if verb == "curate":
+        settings += [f"about.{name}={json.dumps(value)}" for name, value in ABOUT.items()]
     words = []
     for setting in (*settings, *config.overrides.get(verb, ())):
         words += ["--set", setting]

@@ -94,6 +94,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     table = storage.read_table(str(accepted))
     for target in (accepted, folder / "bucket/curated/accepted", folder / "out/accepted"):
         storage.write_table(f"{target}/shard-00000.parquet", table.from_pylist(rows, schema=table.schema))
+    words = table.select(["clip_id"]).append_column("words", [[5] * len(table)])
+    storage.write_table(str(folder / "words.parquet"), words)
     storage.write_bytes(str(folder / "data/vggsound.csv"), b"abcdefghijk,30,dog barking,train\n")
     storage.write_bytes(str(folder / "data/vggsound/abcdefghijk_000030.mp4"), b"")
     with pytest.MonkeyPatch.context() as patch:

@@ -40,6 +40,7 @@ class FrozenClip:
         self.spec, self.device, self.dtype, self.batches = spec, device, dtype, Batches(batch_size)
         self.model, self.tokenizer, self.processor = load_clip(spec, device, dtype)
         self.dim: int = self.model.config.projection_dim
+        self.logit_scale = float(self.model.logit_scale.exp())
         self.pool = ThreadPoolExecutor(threads, "frame") if threads > 1 else None
         mean, std = (torch.tensor(self.processor.image_mean), torch.tensor(self.processor.image_std))
         self.mean, self.std = (values.view(1, 3, 1, 1).to(device) for values in (mean, std))

@@ -26,19 +26,19 @@ class FoundationSpec(Config):
     diffusion_revision: str | None = None
 
 
-def locate(model_id: str, revision: str | None, setting: str) -> tuple[str, dict[str, Any]]:
-    """The argument for `from_pretrained`: a folder, or a pinned hub id."""
+def locate(
+    model_id: str, revision: str | None, setting: str, section: str = "foundation"
+) -> tuple[str, dict[str, Any]]:
+    """The argument for `from_pretrained`: a folder, or a pinned hub id. Errors name SECTION.SETTING."""
     if model_id.startswith("toy:"):
         model_id = str(TOY_WEIGHTS / model_id.removeprefix("toy:"))
     if os.path.isdir(model_id):
         return model_id, {"local_files_only": True}
     if model_id.startswith(("/", ".", "s3://")) or model_id.count("/") != 1:
-        raise UserError(
-            f"foundation.{setting}", model_id, "is neither a folder nor a hub id", "give an existing folder"
-        )
+        raise UserError(f"{section}.{setting}", model_id, "is neither a folder nor a hub id", "give an existing folder")
     if not revision:
         raise UserError(
-            f"foundation.{setting}_revision", "(missing)", f"hub id {model_id} is not pinned", "give its commit hash"
+            f"{section}.{setting}_revision", "(missing)", f"hub id {model_id} is not pinned", "give its commit hash"
         )
     return model_id, {"revision": revision}
 
@@ -50,10 +50,17 @@ def identity(spec: FoundationSpec, ends: tuple[str, ...] = LOADED) -> dict[str, 
         ("clip", spec.clip, spec.clip_revision),
         ("diffusion", spec.diffusion, spec.diffusion_revision),
     ):
-        where, _ = locate(model_id, revision, name)
         out[name] = model_id
-        out[f"{name}_revision"] = _folder_hash(Path(where), ends) if os.path.isdir(where) else str(revision)
+        out[f"{name}_revision"] = pinned_by(model_id, revision, name, ends=ends)
     return out
+
+
+def pinned_by(
+    model_id: str, revision: str | None, setting: str, section: str = "foundation", ends: tuple[str, ...] = LOADED
+) -> str:
+    """What pins one model: of a hub id its revision, of a folder the hash of the files in it that are loaded."""
+    where, _ = locate(model_id, revision, setting, section)
+    return _folder_hash(Path(where), ends) if os.path.isdir(where) else str(revision)
 
 
 def is_identity(spec: FoundationSpec, key: str, recorded: str | None) -> bool:

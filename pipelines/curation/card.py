@@ -10,9 +10,11 @@ from typing import Any
 from markupsafe import Markup
 
 from aai import storage
+from pipelines.curation import card_columns, croissant
 from pipelines.curation import card_figures as figures_of
 from pipelines.curation.card_data import Entry, Rows, fetch, locate, read_rows
 from pipelines.curation.card_figures import Rule
+from pipelines.curation.croissant import AboutConfig
 from pipelines.pages.page import environment
 from pipelines.pages.plots import COLOURS, histogram, thumbnail
 from pipelines.settings import RunsConfig
@@ -34,15 +36,20 @@ FOLDED = 400
 Clips = Mapping[int, Entry]
 """The clips that are shown, by the number of their row."""
 KEPT, THIS, ELSE = COLOURS[0], COLOURS[1], "#8d929b"
+_NOTHING_SAID = AboutConfig()
 
 
-def write_card(out: str, config_filters: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes OUT/card.json and OUT/card.html about OUT/accepted and OUT/rejected; returns what card.json holds.
+def write_card(
+    out: str, config_filters: Mapping[str, Any], result: Mapping[str, Any], about: AboutConfig = _NOTHING_SAID
+) -> dict[str, Any]:
+    """Writes OUT/card.json, OUT/card.html and OUT/croissant.json about OUT/accepted and OUT/rejected; returns what
+    card.json holds.
 
     config_filters: the thresholds (FilterConfig as a mapping; null = not in force). result: what curate.json holds;
-    `correspondence` in it, where there is one, has threshold, false_accept_rate, null and matched.
+    `correspondence` in it, where there is one, has threshold, false_accept_rate, null and matched. about: for
+    croissant.json.
     """
-    rows = read_rows(out)
+    rows = read_rows(out, list(result.get("signals", ())))
     found = figures_of.rules(config_filters, result)
     groups, ordered = figures_of.duplicates(rows)
     card: dict[str, Any] = {
@@ -57,11 +64,14 @@ def write_card(out: str, config_filters: Mapping[str, Any], result: Mapping[str,
         "pictures": _pictures(result),
         "val_share": result.get("chosen", {}).get("val_share"),
         "duplicates": groups,
+        "columns": card_columns.columns(out, result.get("columns", {})),
+        "own_signals": result.get("signals", {}),
     }
     card |= _samples(rows, found, ordered)
     storage.write_bytes(storage.join(out, PAGE), render(card).encode())
     card = _without_pictures(card)
     storage.write_json(storage.join(out, FIGURES), card)
+    storage.write_json(storage.join(out, croissant.FILE), croissant.describe(about, card, result))
     log.info("card: %s", storage.join(out, PAGE))
     return card
 
@@ -87,7 +97,7 @@ def log_card(cfg: RunsConfig, run_name: str, out: str, figures: Mapping[str, Any
     with tracking.run(cfg, run_name, {"out": out, "filters": figures["filters"]}, {"stage": "curate"}) as run:
         duplicates = {k: figures["duplicates"][k] for k in ("groups", "dropped")}
         run.log_metrics({**totals, "by_code": by_code, "flags": flags, "duplicates": duplicates})
-        for name in (PAGE, FIGURES):
+        for name in (PAGE, FIGURES, croissant.FILE):
             run.log_artifact(storage.join(out, name))
         return run.run_id
 

@@ -75,11 +75,14 @@ class Rows:
         return round(float(np.nansum(self.values["duration_s"][chosen])) / 3600, 4)
 
 
-def read_rows(out: str) -> Rows:
-    """Reads the small columns of OUT/accepted and OUT/rejected file by file; never sound or pictures."""
+def read_rows(out: str, own: Sequence[str] = ()) -> Rows:
+    """Reads the small columns of OUT/accepted and OUT/rejected file by file; never sound or pictures.
+
+    own: signals beside NUMBERS.
+    """
     accepted, rejected = (storage.list_files(storage.join(out, name), ".parquet") for name in (ACCEPTED, REJECTED))
-    gathered = _Gathered()
-    small = [*NUMBERS, "labels", "split"]
+    gathered = _Gathered([*NUMBERS, *own])
+    small = [*NUMBERS, *own, "labels", "split"]
     jobs = [(file, [*small, "flags"]) for file in accepted]
     jobs += [(file, [*small, "stage", "code", "message", "transient"]) for file in rejected]
     with ThreadPoolExecutor(_THREADS) as pool:  # on S3 nearly all the time is waiting
@@ -91,9 +94,9 @@ def read_rows(out: str) -> Rows:
 class _Gathered:
     """The columns of the files read so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[str] = NUMBERS) -> None:
         self.counts: list[int] = [0]
-        self.values: dict[str, list[np.ndarray]] = {name: [] for name in NUMBERS}
+        self.values: dict[str, list[np.ndarray]] = {name: [] for name in numbers}
         self.parts: dict[str, list[np.ndarray]] = {n: [] for n in ("accepted", "marks", "stage", "transient")}
         self.codes: list[str] = []
         self.stages: list[str] = []
@@ -104,7 +107,7 @@ class _Gathered:
     def add(self, table: pa.Table) -> None:
         """Adds one file of either table."""
         size, taken = table.num_rows, "flags" in table.column_names
-        for name in NUMBERS:
+        for name in self.values:
             self.values[name].append(table[name].cast(pa.float64()).to_numpy())
         self.parts["accepted"].append(np.full(size, taken))
         if taken:

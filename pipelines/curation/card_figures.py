@@ -9,8 +9,8 @@ import numpy as np
 import pydantic
 
 from aai.media.filters import RULES, FilterConfig
-from aai.schema import SIMILARITIES
-from pipelines.curation.card_data import NUMBERS, Entry, Rows
+from aai.schema import SIGNALS
+from pipelines.curation.card_data import Entry, Rows
 
 STAGES = ("read", "decode", "score", "filter", "correspondence", "duplicate")
 """Stages in the order in which a row meets them; any other comes after."""
@@ -22,7 +22,7 @@ STEPS = (-4, -2, -1, 1, 2, 4)
 MAX_LABELS, MAX_SPLITS = 2000, 8
 OTHER_SPLITS = "(other)"
 """Stands for the splits that are not among the largest."""
-_OPTIONAL = {f.name for f in SIMILARITIES}
+_MEASURED = {f.name for f in SIGNALS}
 
 
 class Rule(NamedTuple):
@@ -36,15 +36,17 @@ class Rule(NamedTuple):
     limit: float
 
     def passes(self, rows: Rows, limit: float | None = None) -> np.ndarray:
-        """bool [N] of all rows; what was not measured fails, but a similarity nobody asked for passes."""
+        """bool [N] of all rows; what was not measured fails, but what only some clips have passes: a similarity, or a
+        signal of somebody's own."""
         values = rows.values[self.signal]
         good = self.sign * (values - (self.limit if limit is None else limit)) >= 0
-        return good | np.isnan(values) if self.signal in _OPTIONAL else good
+        return good if self.signal in _MEASURED else good | np.isnan(values)
 
 
 def rules(filters: Mapping[str, Any], result: Mapping[str, Any]) -> list[Rule]:
     """The filters that are in force, in the order of judgement."""
     found = [Rule(*rule, float(filters[rule[2]])) for rule in RULES if filters.get(rule[2]) is not None]
+    found += [Rule(*rule) for rule in result.get("signal_rules", ())]
     threshold = (result.get("correspondence") or {}).get("threshold")
     known = {rule.signal for rule in found}
     if threshold is not None and CORRESPONDENCE[1] not in known:
@@ -88,8 +90,7 @@ def histograms(rows: Rows, found: Sequence[Rule]) -> dict[str, Entry]:
     """For each signal that was measured: bin edges, and rows per bin that were kept, that this filter dropped or
     flagged, and that something else did. The first threshold is an edge; what lies outside is in the end bins."""
     out: dict[str, Entry] = {}
-    for name in NUMBERS:
-        values = rows.values[name]
+    for name, values in rows.values.items():
         known = np.isfinite(values)
         if not known.any():
             continue

@@ -7,13 +7,15 @@ import pydantic
 from aai import storage
 from aai.config import Config
 from aai.digest import stored_digest
-from aai.foundation.identity import FoundationSpec, identity
+from aai.foundation.identity import FoundationSpec, identity, pinned_by
 from aai.foundation.sizes import picture_sizes
 from aai.media.duplicates import DuplicateConfig
 from aai.media.filters import FilterConfig
 from aai.media.limits import DecodeConfig
 from aai.schema import VERSION
+from pipelines.curation.croissant import AboutConfig
 from pipelines.curation.layout import ACCEPTED, REJECTED
+from pipelines.curation.own_signals import SignalConfig, SignalName, check_signals
 from pipelines.manifests.listed import read_list
 from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.table import named_splits, read_manifest, with_val_share
@@ -27,6 +29,16 @@ SPEED = {"decode_threads", "timeout_s", "max_memory_mb", "recycle_after"}
 MAX_BYTES_BEFORE = 512 * 2**20
 """The default of decode.max_bytes when long files were held in memory. Folders of then go on; what they refused as
 TOO_LARGE, --retry measures."""
+
+
+TAGS = {
+    "speech": (
+        "Speech", "Male speech, man speaking", "Female speech, woman speaking", "Child speech, kid speaking",
+        "Conversation", "Narration, monologue",
+    ),
+    "music": ("Music", "Musical instrument", "Background music", "Song", "Singing"),
+}  # fmt: skip
+"""Names of AudioSet (Gemmeke et al., ICASSP 2017)."""
 
 
 class CutConfig(Config):
@@ -82,21 +94,55 @@ class ScoreConfig(Config):
     """Aligned bundle (of `aai align`) that compares each clip's sound with its pictures (signal av_similarity)."""
     false_accept_rate: float = pydantic.Field(0.05, gt=0, lt=1)
     """Clips are WRONG_AUDIO below the similarity that this share of shuffled pairs of sound and pictures reaches."""
+    tagger: str | None = None
+    """Classifier of sounds: a folder or hub id of transformers' audio classification, such as AST of AudioSet. What it
+    hears becomes signals: NAME_share for each of `tags`, and other_share."""
+    tagger_revision: str | None = None
+    """Commit of the hub id; required for one."""
+    tags: dict[SignalName, tuple[str, ...]] = pydantic.Field(default_factory=lambda: dict(TAGS))
+    """Tags of the classifier that count together, by name; a clip's shares are of its time."""
+    tag_window_s: float = pydantic.Field(2.0, gt=0)
+    """Length of the parts that a sound is tagged in."""
+    prompts: dict[SignalName, tuple[str, ...]] = pydantic.Field(default_factory=dict)
+    """Signals by the CLIP of `foundation`, 0..1: how likely the pictures show the first of these texts and none of the
+    others, as in {watermark: [a picture with a watermark, a picture]}."""
     dtype: DType = "float32"
-    """Arithmetic of the CLIP."""
+    """Arithmetic of the CLIP and the tagger."""
     batch_size: int = pydantic.Field(64, ge=1)
-    """Pictures per forward pass."""
+    """Pictures, or parts of sounds, per forward pass."""
+
+    @pydantic.model_validator(mode="after")
+    def _can_tell(self) -> Self:
+        for name, texts in self.prompts.items():
+            if len(texts) < 2:
+                raise ValueError(f"prompts.{name} has {len(texts)} texts: give the one that is meant, then others")
+        if "other" in self.tags:
+            raise ValueError("tags.other: other is what no tag names; give another name")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("tags and prompts give one signal two meanings: give another name")
+        return self
 
     @property
     def enabled(self) -> bool:
         """Whether any model is to look."""
-        return self.caption or self.bundle is not None
+        return self.caption or self.bundle is not None or bool(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """The signals that the tagger and the prompts tell."""
+        shares = [f"{name}_share" for name in (*self.tags, "other")] if self.tagger else []
+        return [*shares, *self.prompts]
 
     def content_digest(self) -> str:
         """Of everything that determines the scores, the weights themselves among it."""
         models: dict[str, object] = {"dtype": self.dtype}
         if self.caption:
             models["foundation"] = identity(self.foundation)
+        if self.tagger is not None:
+            pinned = pinned_by(self.tagger, self.tagger_revision, "tagger", "scores")
+            models["tagger"] = [pinned, self.tags, self.tag_window_s]
+        if self.prompts:
+            models |= {"foundation": identity(self.foundation), "prompts": self.prompts}
         if self.bundle is not None:
             from aai.bundle import read_bundle  # only here: torch takes seconds to import
 
@@ -113,6 +159,9 @@ class CurateConfig(RayVerbConfig):
     """Folder of the videos when the manifest is the CSV of VGGSound or of AudioSet."""
     label_names: str | None = None
     """AudioSet's class_labels_indices.csv, which gives its labels words."""
+    manifest_columns: tuple[str, ...] | None = None
+    """Further columns of the manifest that become columns of the tables, such as license; empty = all that hold numbers
+    or text, [] = none."""
     out: str
     """Folder or s3:// prefix of the tables."""
     foundation: FoundationSpec = FoundationSpec()
@@ -130,6 +179,10 @@ class CurateConfig(RayVerbConfig):
     filters: FittedFilterConfig = FittedFilterConfig()
     duplicates: DuplicateConfig = DuplicateConfig()
     scores: ScoreConfig = ScoreConfig()
+    signals: dict[SignalName, SignalConfig] = pydantic.Field(default_factory=dict)
+    """Signals of your own by name, with their thresholds: {aesthetic: {table: scores.parquet, min: 4.5}}."""
+    about: AboutConfig = AboutConfig()
+    """What croissant.json says of the data beyond what was counted."""
     exclude: str | None = None
     """Text file of clips that are left out (EXCLUDED), and all that look and sound like them: a clip id, content hash
     or URI a line, such as `aai takedown` writes. It is read anew in each run."""
@@ -170,6 +223,7 @@ class CurateConfig(RayVerbConfig):
     def plan(self) -> Plan:
         """Counts the manifest's rows; decodes nothing."""
         rows, carved = self.listed()
+        check_signals(self.signals, rows, self.scores.names)
         shards = -(-len(rows) // self.rows_per_shard)
         chosen = self.fitted()[1] | carved
         return Plan(
@@ -208,7 +262,8 @@ class CurateConfig(RayVerbConfig):
 
     def listed(self) -> tuple[list[ManifestRow], dict[str, Choice]]:
         """See `rows`; besides, where `val_share` is set, how many rows it moved."""
-        rows = read_manifest(self.manifest, self.media_root, self.default_split, self.label_names)
+        further = self.manifest_columns
+        rows = read_manifest(self.manifest, self.media_root, self.default_split, self.label_names, further)
         rows = named_splits(self.manifest, rows, self.split_names)
         if not self.val_share:
             return rows, {}
@@ -231,6 +286,8 @@ class CurateConfig(RayVerbConfig):
         judged = self.model_dump(mode="json", include={"filters", "duplicates", "flag_only"})
         if self.exclude is not None:
             judged["exclude"] = sorted(self.excluded())
+        if self.signals:
+            judged["signals"] = {name: signal.model_dump(mode="json") for name, signal in self.signals.items()}
         judged["scores"] = None
         if self.scores.enabled:
             judged["scores"] = [self.scores.content_digest(), self.scores.false_accept_rate]

@@ -45,10 +45,12 @@ def shard_digest(config_digest: str, clips: Sequence[CaptionedClip]) -> str:
     return stored_digest([config_digest, [asdict(clip) for clip in clips]])
 
 
-def similarity_table(dim: int) -> pa.Schema:
-    """key, the similarities, and the unit embeddings float16 [dim] they come from."""
+def similarity_table(dim: int, names: Sequence[str] = ()) -> pa.Schema:
+    """key, the similarities, the signals `names`, and, where a CLIP looked, the unit embeddings float16 [dim]."""
+    signals = [pa.field(name, pa.float64()) for name in names]
     vector = pa.list_(pa.float16(), dim)
-    return pa.schema([pa.field("key", pa.string()), *SIMILARITIES, *(pa.field(name, vector) for name in EMBEDDINGS)])
+    embeddings = [pa.field(name, vector) for name in EMBEDDINGS] if dim else []
+    return pa.schema([pa.field("key", pa.string()), *SIMILARITIES, *signals, *embeddings])
 
 
 def vectors(values: np.ndarray) -> pa.Array:
@@ -57,10 +59,10 @@ def vectors(values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def read_scores(out: str, shard: str) -> pa.Table:
-    """key and SIMILARITIES of the clips of a scored shard."""
-    names = [field.name for field in SIMILARITIES]
-    return storage.read_table(shard_file(out, SCORED, shard), ["key", *names])
+def read_scores(out: str, shard: str, names: Sequence[str] = ()) -> pa.Table:
+    """key, SIMILARITIES and the signals `names` of the clips of a scored shard."""
+    similarities = [field.name for field in SIMILARITIES]
+    return storage.read_table(shard_file(out, SCORED, shard), ["key", *similarities, *names])
 
 
 def sample_embeddings(out: str, shards: Sequence[str], among: Set[str]) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import pyarrow as pa
@@ -18,8 +18,10 @@ from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.layout import ACCEPTED, MEASURED, REJECTED, shard_file
 from pipelines.curation.measuring import SMALL
 from pipelines.curation.near import spread_near_pairs
+from pipelines.curation.own_signals import SignalConfig, signal_reasons
 from pipelines.curation.similarity import Null, read_scores
 from pipelines.engine.shards import Result, Shard
+from pipelines.manifests.extras import NUMBER
 from pipelines.manifests.row import ManifestRow
 
 log = logging.getLogger(__name__)
@@ -48,18 +50,23 @@ class Verdicts:
         return key in self.reasons
 
 
-def read_measured(out: str, shards: Mapping[str, Sequence[str]], scored: bool) -> dict[str, pa.Table]:
-    """The small columns of the shards' wanted clips (shard -> keys), with their scores: null where there are none."""
+def read_measured(
+    out: str, shards: Mapping[str, Sequence[str]], scored: bool, names: Sequence[str] = ()
+) -> dict[str, pa.Table]:
+    """The small columns of the shards' wanted clips (shard -> keys), with their scores: null where there are none.
+
+    names: signals that models told beside SIMILARITIES.
+    """
     found = {}
     for name, keys in shards.items():
         table = storage.read_table(shard_file(out, MEASURED, name), SMALL)
         table = table.filter(pc.is_in(table["key"], pa.array(keys, pa.string())))
-        scores = read_scores(out, name) if scored else None
+        scores = read_scores(out, name, names) if scored else None
         # An undecodable clip has no scores: it is not found there, and its place is null.
         places = pc.index_in(table["key"], scores["key"].combine_chunks()) if scores is not None else None
-        for field in SIMILARITIES:
-            values = pa.nulls(len(table), field.type) if scores is None else scores[field.name].take(places)
-            table = table.append_column(field, values)
+        for score in (*SIMILARITIES, *(pa.field(name, pa.float64()) for name in names)):
+            values = pa.nulls(len(table), score.type) if scores is None else scores[score.name].take(places)
+            table = table.append_column(score, values)
         found[name] = table
     return found
 
@@ -78,6 +85,7 @@ def judge(
     verdicts, null = Verdicts(), None
     _exclude(verdicts, measured, rows, config, out)
     _judge_signals(verdicts, measured, config.filters)
+    _judge_own_signals(verdicts, measured, config.signals)
     if config.scores.bundle:
         good = set(_undisputed(measured, verdicts))
         null = Null.measure(out, list(measured), rows, good, config.scores.false_accept_rate)
@@ -136,6 +144,13 @@ def _judge_signals(verdicts: Verdicts, measured: Measured, filters: FilterConfig
                 verdicts.add(row["key"], "filter", code, message)
 
 
+def _judge_own_signals(verdicts: Verdicts, measured: Measured, signals: Mapping[str, SignalConfig]) -> None:
+    for table in measured.values():
+        good = table.filter(table["code"].is_null())
+        for row, code, message in signal_reasons(good, signals):
+            verdicts.add(good["key"][row].as_py(), "filter", code, message)
+
+
 def _judge_correspondence(verdicts: Verdicts, measured: Measured, null: Null) -> None:
     for table in measured.values():
         for key, value in zip(table["key"].to_pylist(), table["av_similarity"].to_pylist(), strict=True):
@@ -172,6 +187,8 @@ class JudgedClip:
     caption_similarity: float | None
     av_similarity: float | None
     reasons: list[Reason]
+    signals: dict[str, float | None] = field(default_factory=dict)
+    """Signals that are not measured here."""
 
     def content(self) -> dict[str, object]:
         """All of it as JSON values; the order is part of the digest that tables carry."""
@@ -181,7 +198,12 @@ class JudgedClip:
             "caption_similarity": self.caption_similarity,
             "av_similarity": self.av_similarity,
             "reasons": self.reasons,
+            **({"signals": self.signals} if self.signals else {}),
         }
+
+    def columns(self) -> dict[str, str | float | None]:
+        """What the tables have of it beyond their own columns."""
+        return {**self.row.extra, **self.signals}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +213,8 @@ class JudgeShard(Shard):
     clips: list[JudgedClip]
     digest: str
     """Of the clips and of what is done with flagged ones."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """{name: number or text} of the columns that tables have beyond their own: the same for all shards."""
 
 
 class JudgeWorker:
@@ -212,13 +236,14 @@ class JudgeWorker:
             (rejected if judged["code"] else accepted).append(judged)
         # accepted/ is written last: when it is there, both are.
         for folder, rows, schema in ((REJECTED, rejected, REJECT_TABLE), (ACCEPTED, accepted, CLIP_TABLE)):
-            table = pa.Table.from_pylist(rows, schema=schema.with_metadata({DIGEST: shard.digest.encode()}))
+            schema = _widened(schema, shard.columns).with_metadata({DIGEST: shard.digest.encode()})
+            table = pa.Table.from_pylist(rows, schema=schema)
             storage.write_table(shard_file(self.out, folder, shard.name), table)
         return Result(rows=shard.rows, rejected=len(rejected))
 
     def _judged(self, measured: MeasuredRow, clip: JudgedClip) -> MeasuredRow:
         """The row of either table: `code` tells which."""
-        row = measured | clip.content()
+        row = measured | clip.content() | clip.columns()
         is_excluded = any(stage == EXCLUDE for stage, _, _ in clip.reasons)
         if row["code"] is None and clip.reasons and (is_excluded or not self.flag_only):
             stage, code, message = clip.reasons[0]
@@ -228,27 +253,40 @@ class JudgeWorker:
         return row | {"flags": [code for _, code, _ in clip.reasons]}
 
 
+def _widened(schema: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
+    """The schema with further columns at its end."""
+    kinds = [pa.field(name, pa.float64() if kind == NUMBER else pa.string()) for name, kind in columns.items()]
+    return pa.schema([*schema, *kinds])
+
+
 def judge_shards(
     measured: Measured,
     shards: Mapping[str, Sequence[str]],
     rows: Mapping[str, ManifestRow],
     verdicts: Verdicts,
     flag_only: bool,
+    further: Mapping[str, str] | None = None,
+    signals: Sequence[str] = (),
 ) -> list[JudgeShard]:
-    """What each JudgeWorker needs: its clips with provenance, scores and reasons, under a digest of all that."""
+    """What each JudgeWorker needs: its clips with provenance, scores and reasons, under a digest of all that.
+
+    further: the manifest's further columns, {name: number or text}; signals: columns of `measured` that go along.
+    """
     out = []
+    columns = {**(further or {}), **dict.fromkeys(signals, NUMBER)}
     for name, keys in shards.items():
-        columns = [measured[name][column].to_pylist() for column in ("key", "caption_similarity", "av_similarity")]
-        scores = {key: (of_caption, of_sound) for key, of_caption, of_sound in zip(*columns, strict=True)}
+        told = measured[name].select(["key", "caption_similarity", "av_similarity", *signals]).to_pylist()
+        scores = {row.pop("key"): row for row in told}
         clips = []
         for key in keys:
-            of_caption, of_sound = scores[key]
+            of_caption, of_sound = scores[key].pop("caption_similarity"), scores[key].pop("av_similarity")
             reasons = verdicts.reasons.get(key, [])
             clips.append(
                 JudgedClip(
-                    key=key, row=rows[key], caption_similarity=of_caption, av_similarity=of_sound, reasons=reasons
+                    key=key, row=rows[key], caption_similarity=of_caption, av_similarity=of_sound, reasons=reasons,
+                    signals=scores[key],
                 )
-            )
-        digest = stored_digest([[clip.content() for clip in clips], flag_only])
-        out.append(JudgeShard(name=name, rows=len(clips), clips=clips, digest=digest))
+            )  # fmt: skip
+        content = [[clip.content() for clip in clips], flag_only, *([columns] if columns else [])]
+        out.append(JudgeShard(name=name, rows=len(clips), clips=clips, digest=stored_digest(content), columns=columns))
     return out

@@ -2,10 +2,12 @@
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from aai import storage
 from aai.errors import UserError
+from pipelines.manifests.extras import Extra
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 
@@ -25,9 +27,12 @@ class ManifestRow:
     split: str
     content_hash: str | None = None
     """SHA-256 of a large file, where it was read already."""
+    extra: Extra = field(default_factory=dict)
+    """Further columns of the manifest."""
 
     def content(self) -> dict[str, object]:
-        """The row as JSON values."""
+        """The row as JSON values; `extra` only where there is any, since digests of before know none."""
+        extra = {"extra": dict(self.extra)} if self.extra else {}
         return {
             "uri": self.uri,
             "start_s": self.start_s,
@@ -35,6 +40,7 @@ class ManifestRow:
             "caption": self.caption,
             "labels": self.labels,
             "split": self.split,
+            **extra,
         }
 
 
@@ -49,6 +55,8 @@ class RawRow:
     labels: object = None
     """A list, or text with ";" between labels."""
     split: object = None
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """Whatever else the manifest says of it."""
 
 
 def checked_row(raw: RawRow, manifest: str, number: int, default_split: str) -> ManifestRow:
@@ -58,7 +66,7 @@ def checked_row(raw: RawRow, manifest: str, number: int, default_split: str) -> 
     a time that is no number.
     """
     return ManifestRow(
-        uri=_absolute(_text(raw.uri).strip(), manifest, number),
+        uri=_checked_uri(_text(raw.uri).strip(), manifest, number),
         start_s=_seconds(raw.start_s, "start_s", manifest, number),
         end_s=_seconds(raw.end_s, "end_s", manifest, number),
         caption=_text(raw.caption),
@@ -67,17 +75,23 @@ def checked_row(raw: RawRow, manifest: str, number: int, default_split: str) -> 
     )
 
 
-def _absolute(uri: str, manifest: str, number: int) -> str:
-    if not uri:
-        raise UserError("manifest", manifest, f"row {number} has an empty uri", "give every row a uri")
+def absolute_uri(uri: str, manifest: str) -> str:
+    """A URI as tables have it: relative ones count from the manifest's folder."""
     file = storage.file_of(uri)
     if "://" not in file and not file.startswith("/"):
         is_table = manifest.endswith(TABLE_SUFFIXES)
         uri = storage.join(os.path.dirname(manifest) if is_table else manifest, uri)
+    return storage.absolute(uri)
+
+
+def _checked_uri(uri: str, manifest: str, number: int) -> str:
+    if not uri:
+        raise UserError("manifest", manifest, f"row {number} has an empty uri", "give every row a uri")
+    file = storage.file_of(uri)
     if "://" in file and (scheme := file.split("://", 1)[0]) not in storage.SCHEMES:
         rule = f"row {number}: scheme {scheme!r} is not allowed"
         raise UserError("manifest", manifest, rule, "use a path, file:// or s3://")
-    return storage.absolute(uri)
+    return absolute_uri(uri, manifest)
 
 
 def _labels(value: object) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,29 +14,35 @@ import pyarrow.parquet as pq
 from aai import storage
 from aai.errors import UserError
 from aai.schema import MANIFEST_OPTIONAL, MANIFEST_REQUIRED, MEDIA_SUFFIXES, SPLITS
+from pipelines.manifests.extras import carried
 from pipelines.manifests.row import ManifestRow, RawRow, checked_row
 from pipelines.manifests.tar import REST, refuse_compressed, tars_rows
 from pipelines.manifests.youtube import is_youtube, youtube_rows
 
 TEXTS = (".csv", ".tsv", ".txt")
-_COLUMNS = tuple(field.name for field in fields(RawRow))
+_COLUMNS = (*MANIFEST_REQUIRED, *MANIFEST_OPTIONAL)
 
 
 def read_manifest(
-    manifest: str, media_root: str | None = None, default_split: str = "train", label_names: str | None = None
+    manifest: str,
+    media_root: str | None = None,
+    default_split: str = "train",
+    label_names: str | None = None,
+    further: Sequence[str] | None = (),
 ) -> list[ManifestRow]:
     """The clips of a manifest, in its order, with absolute URIs.
 
     manifest: a CSV or Parquet file with `uri` and maybe `start_s, end_s, caption, labels, split`; a WebDataset .tar; a
     folder or prefix of media files and tars; or, with `media_root` (the folder of the videos), a VGGSound or AudioSet
     CSV. Relative URIs count from the manifest's folder. label_names: AudioSet's class_labels_indices.csv.
+    further: other columns, or keys of a tar's .json, that travel with the clips; None = all of numbers and text.
     Raises UserError for a missing or empty manifest, a missing column or a wrong value.
     """
     if not storage.exists(manifest):
         raise UserError("manifest", manifest, "does not exist", "give a CSV, a Parquet file, a tar or a folder")
     refuse_compressed(manifest)
     if manifest.endswith(".parquet"):
-        raw = _from_parquet(manifest)
+        raw = _from_parquet(manifest, with_further=further != ())
     elif manifest.endswith(TEXTS) and media_root:
         raw = youtube_rows(manifest, _text(manifest), media_root, default_split, label_names)
     elif manifest.endswith(TEXTS):
@@ -45,7 +52,10 @@ def read_manifest(
     rows = [checked_row(row, manifest, number, default_split) for number, row in enumerate(raw, start=1)]
     if not rows:
         raise UserError("manifest", manifest, "names no clips", "give a manifest with at least one row")
-    return rows
+    if further == ():
+        return rows
+    extras = carried(manifest, [row.extra for row in raw], further)
+    return [replace(row, extra=extra) if extra else row for row, extra in zip(rows, extras, strict=True)]
 
 
 _USUAL_NAMES = {
@@ -115,14 +125,25 @@ def _check_columns(manifest: str, found: Iterable[str]) -> None:
             )
 
 
-def _from_parquet(manifest: str) -> list[RawRow]:
+def _from_parquet(manifest: str, with_further: bool) -> list[RawRow]:
     try:
         table = pq.read_table(io.BytesIO(storage.read_bytes(manifest)))
     except pa.ArrowInvalid as error:
         raise UserError("manifest", manifest, f"is not Parquet ({error})", "write it anew") from error
     _check_columns(manifest, table.column_names)
-    known = [name for name in _COLUMNS if name in table.column_names]
-    return [RawRow(**row) for row in table.select(known).to_pylist()]
+    read = [f.name for f in table.schema if f.name in _COLUMNS or (with_further and not _is_bulky(f.type))]
+    return [_raw(row) for row in table.select(read).to_pylist()]
+
+
+def _is_bulky(kind: pa.DataType) -> bool:
+    """Whether a column is none of numbers or text, such as pictures and embeddings: it is not even read."""
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return binary or pa.types.is_nested(kind)
+
+
+def _raw(row: Mapping[str, Any]) -> RawRow:
+    known = {name: value for name, value in row.items() if name in _COLUMNS}
+    return RawRow(**known, extra={name: value for name, value in row.items() if name and name not in _COLUMNS})
 
 
 def _text(manifest: str) -> str:
@@ -140,11 +161,7 @@ def _from_csv(manifest: str) -> list[RawRow]:
         rule = "is a VGGSound or AudioSet CSV, which names videos by their ids"
         raise UserError("manifest", manifest, rule, "give media_root, the folder of its videos")
     _check_columns(manifest, header)
-    known = [name for name in _COLUMNS if name in header]
-    rows = []
-    for line in reader:
-        rows.append(RawRow(**{name: line[name] for name in known}))
-    return rows
+    return [_raw(line) for line in reader]
 
 
 def _from_files(place: str) -> list[RawRow]:

@@ -20,6 +20,8 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.z
 REST = "(unreadable rest of the tar)"
 """Name of the member that stands for everything from a tar's damage on."""
 _NOTES = (".txt", ".json", ".cls")
+_KNOWN = {"caption", "text", "labels", "label", "split", "start_s", "end_s"}
+"""Keys of a .json that have a meaning of their own."""
 _MAX_NOTE_BYTES = 2**20
 _BLOCK_BYTES = 256 * 1024  # read from S3 for each header that does not lie in the block before
 _THREADS = 16
@@ -172,6 +174,7 @@ def _row(member: storage.Member, name: str, found: _Contents) -> RawRow:
         caption=texts["txt"] or fields.get("caption") or fields.get("text"),
         labels=labels,
         split=fields.get("split"),
+        extra={name: value for name, value in fields.items() if name not in _KNOWN},
     )
 
 

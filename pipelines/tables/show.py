@@ -14,7 +14,7 @@ from aai import storage
 from aai.errors import UserError
 from aai.features import MANIFEST, FeatureManifest
 from aai.media.waveform import read_sound, sound_rate_hz
-from aai.schema import SIGNALS, SIMILARITIES
+from aai.schema import SIGNALS, SIMILARITIES, further_columns
 
 TITLE_CHARS = 105
 NAMED = 5
@@ -143,6 +143,9 @@ def _print_row(row: Row, where: str) -> None:
     for field in (*SIGNALS, *SIMILARITIES):
         if row.get(field.name) is not None:
             print(f"  {field.name:<22} {_text(row[field.name])}")
+    for name in further_columns(row):
+        if row[name] is not None:
+            print(f"  {name:<22} {_text(row[name])}")
     if "frames" in row:
         print(f"  {'audio':<22} {len(row['audio']):,} bytes of FLAC, {sound_rate_hz(row['audio'])} Hz mono")
         sizes = sum(len(frame) for frame in row["frames"])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from aai import storage
 from aai.errors import UserError
-from aai.schema import CLIP_TABLE, SIGNALS, SIMILARITIES
+from aai.schema import CLIP_TABLE, SIGNALS, SIMILARITIES, further_columns
 from pipelines.engine.resume import finished
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _rows(files: list[str]) -> Iterator[dict[str, Any]]:
     for file in files:
         fs, path = storage.filesystem(file)
         with pq.ParquetFile(path, filesystem=fs, pre_buffer=False) as table:
-            for batch in table.iter_batches(BATCH_ROWS, columns=CLIP_TABLE.names):
+            for batch in table.iter_batches(BATCH_ROWS):
                 yield from batch.to_pylist()
 
 
@@ -172,7 +172,8 @@ class _Tars:
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
     """All that is known of a clip but its sound and pictures, as JSON values; hashes as hex digits."""
     signals = {field.name: _plain(row[field.name]) for field in (*SIGNALS, *SIMILARITIES)}
-    return {"clip_id": row["clip_id"], **{name: row[name] for name in _PLAIN}, "signals": signals}
+    further = {name: _plain(row[name]) for name in further_columns(row)}
+    return {"clip_id": row["clip_id"], **{name: row[name] for name in _PLAIN}, "signals": signals, **further}
 
 
 def _plain(value: Any) -> Any:

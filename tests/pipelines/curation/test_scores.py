@@ -15,6 +15,7 @@ from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import FoundationSpec
+from aai.foundation.tagger import SoundTagger
 from pipelines.curate import CurateConfig
 from pipelines.curate import run as curate
 from pipelines.curation.curate_config import ScoreConfig
@@ -22,6 +23,8 @@ from pipelines.curation.measuring import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker, check_sound
 from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
 from pipelines.engine.shards import Result
+from tests.clips import make_clip
+from tests.taggers import write_ast_tagger
 from tests.tiny import write_bundle_of, write_clip, write_clip_table, write_diffusion
 
 ENCODER = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=2, num_mel_bins=16, embed_dim=32)
@@ -95,3 +98,71 @@ def test_a_bundle_that_hears_another_rate_is_refused_before_anything_is_decoded(
 def test_a_caption_threshold_needs_scores() -> None:
     with pytest.raises(UserError, match=r"scores\.caption=true"):
         CurateConfig.parse({"manifest": "m", "out": "o", "filters": {"min_caption_similarity": 0.2}})
+
+
+def test_tags_and_prompts_become_signals(
+    measured: tuple[Path, list[dict[str, Any]], FoundationSpec], tmp_path: Path
+) -> None:
+    out, rows, foundation = measured
+    tagger = str(write_ast_tagger(tmp_path))
+    texts = ("a photo of a dog", "a sketch", "thing")
+    tags = {"speech": ("Speech", "Conversation"), "rain": ("Rain",)}
+    config = ScoreConfig(tagger=tagger, tags=tags, prompts={"has_dog": texts}, foundation=foundation)
+    assert config.names == ["speech_share", "rain_share", "other_share", "has_dog"]
+    ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows))
+    scores = {row.pop("key"): row for row in read_scores(str(out), "shard-00000", config.names).to_pylist()}
+    heard = SoundTagger(tagger, None, tags).shares([rows[5]["audio"]])[0]
+    shares = [scores["key5"][f"{name}_share"] for name in ("speech", "rain", "other")]
+    assert shares == pytest.approx(heard)
+    clip = FrozenClip(foundation)
+    cosines = clip.texts(texts).numpy() @ image_features(clip, rows[5]["frames"])
+    scale = float(clip.model.logit_scale.exp())
+    chances = np.exp(scale * cosines) / np.exp(scale * cosines).sum()
+    assert scores["key5"]["has_dog"] == pytest.approx(float(chances[0]), rel=1e-4)
+    assert scores["key5"]["caption_similarity"] is None
+    # A tagger alone loads no CLIP, and there are no embeddings to keep.
+    alone = ScoreConfig(tagger=tagger, tags=tags, foundation=FoundationSpec(clip="/none"))
+    ScoreWorker(str(out), alone.model_dump(mode="json"), 1, False)(shard(rows))
+    assert storage.read_table(str(out / "_scored")).column_names == [
+        "key", "caption_similarity", "av_similarity", "speech_share", "rain_share", "other_share",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("shards_here")
+def test_a_share_of_tags_is_a_filter(tmp_path: Path) -> None:
+    """From the settings to both tables and the card, by a small ASTForAudioClassification: windows of a clip whose
+    first half is silence ("Rain") and whose second half is a tone."""
+    storage.write_bytes(f"{tmp_path}/a.mp4", make_clip())
+    (tmp_path / "m.csv").write_text("uri,start_s,end_s\na.mp4,0.5,1.5\na.mp4,1,2\n")
+    tagger = str(write_ast_tagger(tmp_path / "tagger"))
+    settings: dict[str, Any] = {"manifest": f"{tmp_path}/m.csv", "out": f"{tmp_path}/out", "max_reject_ratio": 1}
+    scores = {"tagger": tagger, "tags": {"quiet": ["Rain"]}, "tag_window_s": 0.5}
+    settings |= {"duplicates": {"enabled": False}, "scores": scores}
+    first = curate(CurateConfig.parse(settings))
+    assert (first["accepted"], list(first["signals"])) == (2, ["quiet_share", "other_share"])
+    assert storage.read_table(f"{tmp_path}/out/accepted")["quiet_share"].to_pylist() == [0.5, 0]
+    settings |= {"signals": {"quiet_share": {"max": 0.3}}, "rejudge": True}
+    assert curate(CurateConfig.parse(settings))["by_code"] == {"HIGH_QUIET_SHARE": 1}
+    (reject,) = storage.read_table(f"{tmp_path}/out/rejected").to_pylist()
+    assert (reject["message"], reject["other_share"]) == (
+        "quiet_share 0.5 is above signals.quiet_share.max 0.3", 0.5,
+    )  # fmt: skip
+    (mark,) = storage.read_json(f"{tmp_path}/out/card.json")["signals"]["quiet_share"]["thresholds"]
+    assert (mark["setting"], mark["limit"]) == ("signals.quiet_share.max", 0.3)
+    settings["scores"] = {**scores, "tags": {"quiet": ["Speech", "Conversation", "Music", "Dog"]}}
+    again = curate(CurateConfig.parse(settings))
+    assert (again["measured"], again["accepted"]) == (0, 0), "other tags are scored anew, nothing is decoded"
+
+
+@pytest.mark.parametrize(
+    ("scores", "rule"),
+    [
+        ({"prompts": {"dog": ["a dog"]}}, r"prompts\.dog has 1 texts"),
+        ({"prompts": {"width": ["a", "b"]}}, "width stands for something else"),
+        ({"tags": {"other": ["Dog"]}}, "other is what no tag names"),
+        ({"tagger": "t", "tags": {"a": ["Dog"]}, "prompts": {"a_share": ["a", "b"]}}, "one signal two meanings"),
+    ],
+)
+def test_signals_that_cannot_be_told_are_refused(scores: dict[str, Any], rule: str) -> None:
+    with pytest.raises(UserError, match=rule):
+        CurateConfig.parse({"manifest": "m", "out": "o", "scores": scores})

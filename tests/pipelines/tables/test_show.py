@@ -51,3 +51,11 @@ def test_show_of_a_table_of_before(curated: Path, tmp_path: Path, capsys: pytest
     pq.write_table(rows, tmp_path / "old" / "a.parquet")
     data("show", id="clip-0-1", table=tmp_path / "old", features=None, out=tmp_path)
     assert "written by             unknown" in capsys.readouterr().out
+
+
+def test_further_columns_are_shown(curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    rows = storage.read_table(f"{curated}/accepted/shard-00000.parquet").slice(0, 1)
+    pq.write_table(rows.append_column("license", [["CC0"]]), tmp_path / "in/a.parquet")
+    data("show", id="clip-0-0", table=tmp_path / "in", features=None, out=tmp_path)
+    assert "license                CC0" in capsys.readouterr().out

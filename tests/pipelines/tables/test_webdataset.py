@@ -43,13 +43,16 @@ def test_export_is_exact_again_and_keeps_twins_apart(curated: Path, tmp_path: Pa
     twins = storage.read_table(f"{curated}/accepted").slice(0, 2).to_pylist()
     twins[1] |= {"clip_id": twins[0]["clip_id"], "split": "../train", "rms_db": float("nan"), "video_hash": b"\x01"}
     twins = [*twins, {**twins[0], "clip_id": "a.b/c"}]
-    storage.write_table(f"{tmp_path}/in/a.parquet", pa.Table.from_pylist(twins, schema.CLIP_TABLE))
+    table = pa.Table.from_pylist(twins, schema.CLIP_TABLE)
+    licences = pa.array(["CC0", None, "CC-BY"], pa.string())
+    storage.write_table(f"{tmp_path}/in/a.parquet", table.append_column("license", licences))
     result = data("export", input=tmp_path / "in", out=tmp_path / "out")
     assert [shard["name"] for shard in result["shards"]] == ["___train-000000.tar", "train-000000.tar"]
     with tarfile.open(tmp_path / "out/___train-000000.tar") as tar:
         name = f"{twins[0]['clip_id']}_2.json"
-        signals = json.loads(tar.extractfile(name).read())["signals"]  # type: ignore[union-attr]
-        assert (signals["rms_db"], signals["video_hash"]) == (None, "01")
+        facts = json.loads(tar.extractfile(name).read())  # type: ignore[union-attr]
+        assert (facts["signals"]["rms_db"], facts["signals"]["video_hash"]) == (None, "01")
+        assert facts["license"] is None
     with tarfile.open(tmp_path / "out/train-000000.tar") as tar:
         assert {name.split(".")[0] for name in tar.getnames()} == {twins[0]["clip_id"], "a_b_c"}
     before = (tmp_path / "out/train-000000.tar").read_bytes()

@@ -1,0 +1,98 @@
+"""What a manifest says beyond what curate knows: licences, sources, scores. Such columns travel with their clips."""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+
+from aai.errors import UserError
+from aai.schema import CLIP_TABLE, REJECT_TABLE
+
+log = logging.getLogger(__name__)
+
+MAX_COLUMNS, MAX_CHARS = 64, 4096
+RESERVED = {*CLIP_TABLE.names, *REJECT_TABLE.names, "key", "extra", "signals", "reasons"}
+"""Columns of the tables themselves; a manifest's own one of such a name becomes manifest_NAME."""
+NUMBER, TEXT = "number", "text"
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?")
+"""What a text file has for a number; ids such as 007, or longer than a float64 can hold, stay text."""
+_MAX_WHOLE = 2**53
+
+Extra = Mapping[str, str | float]
+"""A row's further columns by name, without the empty ones."""
+
+
+def carried(manifest: str, given: Sequence[Mapping[str, object]], wanted: Sequence[str] | None) -> list[Extra]:
+    """The further columns of each row: all values of a column are numbers, or all are text.
+
+    given: by row, as they were read. wanted: the columns that are meant; None = all that hold numbers or text.
+    Raises UserError for a column that is not there, for too many, and for a text that is too long.
+    """
+    names = dict.fromkeys(name for row in given for name in row)  # in the order of the manifest
+    if wanted is not None and (absent := [name for name in wanted if name not in names]):
+        found = ", ".join(names) or "none"
+        rule = f"is no further column of {manifest} (found: {found})"
+        raise UserError("manifest_columns", absent[0], rule, "name one of these")
+    kinds: dict[str, str] = {}
+    for name in names if wanted is None else wanted:
+        if kind := _kind(row.get(name) for row in given):
+            kinds[name] = kind
+        elif wanted is not None:
+            raise UserError("manifest_columns", name, f"holds neither numbers nor text in {manifest}", "leave it out")
+        else:
+            log.warning("manifest: column %s holds neither numbers nor text and is left out", name)
+    if len(kinds) > MAX_COLUMNS:
+        rule = f"has {len(kinds)} further columns, of which at most {MAX_COLUMNS} travel with the clips"
+        raise UserError("manifest", manifest, rule, "name those that are meant in manifest_columns")
+    if kinds:
+        log.info("manifest: with each clip travels its %s", ", ".join(kinds))
+    return [_of_row(manifest, number, row, kinds) for number, row in enumerate(given, start=1)]
+
+
+def columns(rows: Iterable[Extra]) -> dict[str, str]:
+    """{column: NUMBER or TEXT} of all rows, sorted by name."""
+    found: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.items():
+            found.setdefault(name, TEXT if isinstance(value, str) else NUMBER)
+    return dict(sorted(found.items()))
+
+
+def _kind(values: Iterable[object]) -> str | None:
+    """NUMBER, TEXT, or None for a column of other things (lists, bytes)."""
+    kind = NUMBER
+    for value in values:
+        if _is_empty(value):
+            continue
+        if not isinstance(value, str | int | float | date):
+            return None
+        if not _is_number(value):
+            kind = TEXT
+    return kind
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, str):
+        return _NUMBER.fullmatch(value.strip()) is not None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= _MAX_WHOLE
+    return isinstance(value, float)
+
+
+def _is_empty(value: object) -> bool:
+    """pandas writes NaN for an empty cell."""
+    return value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _of_row(manifest: str, number: int, row: Mapping[str, object], kinds: Mapping[str, str]) -> Extra:
+    out: dict[str, str | float] = {}
+    for name, kind in kinds.items():
+        value = row.get(name)
+        if _is_empty(value):
+            continue
+        if len(text := str(value)) > MAX_CHARS:
+            rule = f"row {number}: {name} has {len(text)} characters, more than {MAX_CHARS}"
+            raise UserError("manifest", manifest, rule, "shorten it, or leave the column out of manifest_columns")
+        out[f"manifest_{name}" if name in RESERVED else name] = float(text) if kind == NUMBER else text
+    return out
