@@ -13,6 +13,7 @@ PyTorch's C++ side must not hear of "cuda", or it looks for a driver. It is told
 uses and whose backward pass runs on the caller's thread: `Names` translates on the way in, `CudaTensor.device` out.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -140,14 +141,22 @@ def check_generator(func: Any, kwargs: dict[str, Any], to_gpu: bool) -> None:
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """While active, "cuda" is a device of this machine."""
+    """While active, "cuda" is a device of this machine, also for threads that are started."""
+    plain = threading.Thread.run
+
+    def run(thread: threading.Thread) -> None:
+        torch._C._set_only_lift_cpu_tensors(True)
+        with Names(), Operators():
+            plain(thread)
+
     # Modules get new parameters by `to`: a CPU parameter cannot become a CudaTensor in place.
     convert = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     lift = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda")` goes by way of the CPU
     try:
-        with mock.patch.object(Tensor, "pin_memory", lambda x, *_: x), Names(), Operators():
+        pinned = mock.patch.object(Tensor, "pin_memory", lambda x, *_: x)
+        with pinned, mock.patch.object(threading.Thread, "run", run), Names(), Operators():
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(lift)

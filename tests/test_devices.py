@@ -1,11 +1,13 @@
 """Every path that runs on a GPU, run with a fake one: a tensor on the wrong device fails here, without a GPU.
 
-What is computed on the fake GPU is also held against the CPU's own result. The last tests plant mistakes and see them
-found, so that the fake GPU cannot go blind unnoticed.
+What is computed on the fake GPU is also held against the CPU's own result. The last test plants mistakes and sees them
+found, so that the fake GPU (tests/test_fake_cuda.py) cannot go blind unnoticed.
 """
 
 import io
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from aai import storage
 from aai.adapt import AdapterConfig, AudioAdapter, denoising_loss
 from aai.align import AlignLossConfig, AlignTask
 from aai.augment import AugmentConfig
+from aai.batching import Together, view_of
 from aai.bundle import BundleConfig, write_bundle
 from aai.concepts import Concepts, Vocabulary
 from aai.conditions import CONDITIONS, Conditions
@@ -139,6 +142,31 @@ def test_generate_edit_and_stylize(files: Files, painter: Painter) -> None:
         ours, theirs = paint(painter), paint(cpu)
         difference = np.asarray(ours[-1], np.int16) - np.asarray(theirs[-1], np.int16)
         assert np.abs(difference).max() <= 1
+
+
+def test_requests_that_are_painted_together(files: Files, painter: Painter) -> None:
+    picture, pictures = Image.new("RGB", (80, 70), "red"), {}
+    wanted = [
+        lambda p: p.generate(sound(0), PaintRequest(steps=3, seed=1)),
+        lambda p: p.generate(sound(1), PaintRequest(steps=2, seed=2, num_images=2, guidance_scale=1)),
+        lambda p: p.edit(sound(2), picture, PaintRequest(steps=4, seed=3)),
+        lambda p: p.stylize(sound(3), picture, PaintRequest(steps=4, seed=4, repaint="invert")),
+    ]
+    rows: list[int] = []
+    for device, own in (("cuda", painter), ("cpu", Painter.load(files.bundle))):
+        _ = own.concepts
+        together, begin = Together(own.pipe.unet, rows.append), threading.Barrier(len(wanted))
+
+        def work(paint: Any, own: Any = own, together: Any = together, begin: Any = begin) -> Any:
+            begin.wait()
+            return together.run(lambda: paint(view_of(own)), threading.Event())
+
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            pictures[device] = [np.asarray(made[-1], np.int16) for made in pool.map(work, wanted)]
+        together.close()
+    assert max(rows) > 4, "several requests shared a call"
+    for ours, theirs in zip(pictures["cuda"], pictures["cpu"], strict=True):
+        assert np.abs(ours - theirs).max() <= 1
 
 
 def test_a_cue_is_tuned(files: Files, painter: Painter) -> None:
@@ -296,77 +324,7 @@ def test_embed_files_returns_arrays_of_the_host() -> None:
     np.testing.assert_allclose(embed_files(aligner.to("cuda"), sounds, batch_size=2), expected, atol=1e-5)
 
 
-# ---------------------------------------------------------------- the fake GPU itself
-
-
-def x() -> Tensor:
-    return torch.ones(3, 4, device="cuda")
-
-
-MISTAKES: dict[str, Callable[[], Any]] = {
-    "a product with a CPU matrix": lambda: x() @ torch.ones(4, 2),
-    "arange without a device": lambda: x()[0] + torch.arange(4),
-    "a CPU vector times a cuda scalar": lambda: torch.ones(3) * torch.ones((), device="cuda"),
-    "a cuda index into a CPU tensor": lambda: torch.ones(3)[torch.arange(2, device="cuda")],
-    "a CPU index to gather": lambda: x().gather(1, torch.zeros(3, 1, dtype=torch.int64)),
-    "a cuda index to gather": lambda: torch.ones(3, 1).gather(1, torch.zeros(3, 1, dtype=torch.int64, device="cuda")),
-    "a CPU index to embedding": lambda: nn.functional.embedding(torch.zeros(2, dtype=torch.int64), x()),
-    "concatenation": lambda: torch.cat([x(), torch.ones(3, 4)]),
-    "a stack of scalars": lambda: torch.stack([x().sum(), torch.ones(())]),
-    "a CPU mask": lambda: x().masked_fill(torch.ones(3, 4, dtype=torch.bool), 0),
-    "assignment of a CPU row by index": lambda: x().__setitem__([0, 1], torch.ones(2, 4)),
-    "numpy without cpu": lambda: x().numpy(),
-    "asarray without cpu": lambda: np.asarray(x()),
-    "a CPU generator for cuda noise": lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
-    "a CPU generator for like": lambda: torch.empty(3, device="cuda").normal_(generator=torch.Generator()),
-    "a module left on the CPU": lambda: nn.Linear(4, 2)(x()),
-    "an input left on the CPU": lambda: nn.Linear(4, 2).to("cuda")(torch.ones(3, 4)),
-    "a loss against CPU targets": lambda: nn.functional.cross_entropy(x(), torch.zeros(3, dtype=torch.int64)),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_fake_gpu_refuses(mistake: str) -> None:
-    with pytest.raises((RuntimeError, TypeError)):
-        MISTAKES[mistake]()
-
-
-def assigned() -> Tensor:
-    """Ones, but for two zeros that were assigned by index."""
-    ones = x()
-    ones[0, [1, 2]] = torch.zeros(2, device="cuda")
-    return ones
-
-
-ALLOWED: dict[str, tuple[Callable[[], Any], float]] = {
-    "a CPU scalar": (lambda: (x() * torch.tensor(2.0)).sum(), 24),
-    "CPU indices": (lambda: x()[torch.tensor([0, 2])].sum(), 8),
-    "a copy": (lambda: x().copy_(torch.full((3, 4), 3.0)).sum(), 36),
-    "assignment": (lambda: assigned().sum(), 10),
-    "what depends on data": (lambda: x()[x() > 0].sum().item() + sum(x().flatten().tolist()), 24),
-}
-
-
-@pytest.mark.parametrize("use", ALLOWED)
-def test_the_fake_gpu_allows(use: str) -> None:
-    work, expected = ALLOWED[use]
-    assert float(work()) == expected
-
-
-def test_numbers_and_gradients_are_those_of_the_cpu() -> None:
-    results = []
-    for device in ("cpu", "cuda"):
-        torch.manual_seed(0)
-        layer = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 1)).to(device)
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
-        for _ in range(2):
-            loss = (layer(torch.linspace(-1, 1, 12).view(3, 4).to(device)) - 1).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        results.append([everything(p) for p in layer.parameters()])
-    for ours, theirs in zip(*results, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+# ---------------------------------------------------------------- planted mistakes
 
 
 def test_mistakes_planted_in_our_own_code_are_found(

@@ -142,9 +142,9 @@ class Access:
             await send(message)
 
         name = f"aai {visit.verb}"
-        with TRACER.start_as_current_span(
-            name, _parent(scope), record_exception=False
-        ) as span:  # its words are a user's
+        with TRACER.start_as_current_span(  # the words of an exception may be a user's
+            name, _parent(scope), record_exception=False, set_status_on_exception=False
+        ) as span:
             try:
                 await self._app(scope, received, answer)
             except asyncio.CancelledError:
@@ -154,6 +154,8 @@ class Access:
                 _VISIT.reset(token)
                 visit.status = visit.status or 500
                 span.set_attributes(visit.attributes())
+                if visit.status >= 500:
+                    span.set_status(trace.StatusCode.ERROR)
                 self._count(visit)
                 if visit.verb != "health" or visit.status != 200:  # probes ask every few seconds
                     logger.info(visit.line())

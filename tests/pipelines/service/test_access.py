@@ -8,8 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.types import Receive, Scope, Send
 
+from pipelines.service import access as module
 from pipelines.service.access import Access, Visit, note, stage_ends
 from pipelines.service.guard import Guard, Limits, queue_full
 from tests.pipelines.service.test_guard import LIMITS, Reader, Trickle, asked
@@ -148,3 +152,92 @@ def test_probes_write_no_line_while_all_is_well(log: list[dict[str, Any]]) -> No
 def test_outside_of_a_request_nothing_is_noted() -> None:
     note(code="x")
     stage_ends("upload")
+
+
+def direct(app: Any, path: str = "/v1/generate") -> tuple[list[Visit], Any]:
+    """Access alone around an application, and what makes one request of it in this very context."""
+    visits: list[Visit] = []
+    own, bodies = Access(app, lambda: 0, visits.append), iter([b"a", b""])
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": next(bodies, b""), "more_body": False}
+
+    async def send(message: Any) -> None:
+        pass
+
+    return visits, lambda: own({"type": "http", "path": path, "headers": [], "method": "POST"}, receive, send)
+
+
+async def told(send: Send, status: int, *parts: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    for part in parts:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+def test_stages_follow_one_another_and_the_upload_ends_once() -> None:
+    async def staged(scope: Scope, receive: Receive, send: Send) -> None:
+        for name in ("decode", "painters"):
+            await receive()
+            await asyncio.sleep(0.02)
+            stage_ends(name)
+        await told(send, 200)
+
+    visits, ask = direct(staged)
+    asyncio.run(ask())
+    assert list(visits[0].stages_s) == ["upload", "decode", "painters"]
+    assert sum(visits[0].stages_s.values()) <= visits[0].duration_s
+    assert visits[0].stages_s["upload"] < 0.02 <= min(visits[0].stages_s[name] for name in ("decode", "painters"))
+
+
+def test_a_client_that_leaves_within_a_stream_is_told(log: list[dict[str, Any]]) -> None:
+    async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
+        await told(send, 200, b"first")
+        raise asyncio.CancelledError
+
+    visits, ask = direct(streaming)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(ask())
+    assert [(visit.status, visit.code) for visit in visits] == [(499, "client_left")]
+
+
+def test_what_never_answered_is_no_success_and_nothing_is_noted_of_it_later() -> None:
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        return
+
+    visits, ask = direct(silent)
+
+    async def run() -> None:
+        await ask()
+        note(model="of another request")
+
+    asyncio.run(run())
+    assert [(visit.status, visit.code, visit.told) for visit in visits] == [(500, "internal", {})]
+    assert Visit("generate", "id", 0).code == "internal", "not begun to answer"
+
+
+def test_a_probe_that_finds_the_service_ill_has_its_line(log: list[dict[str, Any]]) -> None:
+    asyncio.run(direct(lambda scope, receive, send: told(send, 503), "/healthz")[1]())
+    assert [(line["verb"], line["status"]) for line in log] == [("health", 503)]
+
+
+def test_spans_tell_when_stages_were_and_no_words_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    monkeypatch.setattr(module, "TRACER", provider.get_tracer("test"))
+
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.02)
+        stage_ends("decode")
+        raise RuntimeError("secret words")
+
+    visits, ask = direct(failing)
+    with pytest.raises(RuntimeError):
+        asyncio.run(ask())
+    decode, whole = spans.get_finished_spans()
+    assert (decode.name, whole.name) == ("decode", "aai generate")
+    lasted_s = ((decode.end_time or 0) - (decode.start_time or 0)) / 1e9
+    assert lasted_s >= 0.02
+    assert lasted_s == pytest.approx(visits[0].stages_s["decode"], abs=0.02)
+    assert not whole.events
+    assert "secret" not in whole.to_json()
+    assert not whole.status.is_ok

@@ -12,7 +12,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from pipelines.service.access import Access, Visit
-from pipelines.service.answers import EVENTS, Answer, PaintProgress
+from pipelines.service.answers import EVENTS, Answer, PaintProgress, ServedModel, pictures
 from pipelines.service.answers import live as stream
 from pipelines.service.guard import Limits
 from pipelines.service.http import build_http
@@ -45,6 +45,19 @@ def test_stages_come_before_the_pictures() -> None:
     ]
     assert (name, done["seed"], done["model"], done["bundle"]) == ("done", 5, "toy/3@champion", "abc123")
     assert [base64.b64decode(image) for image in done["images"]] == [png(), png()]
+
+
+def test_a_picture_says_what_painted_it_and_is_not_kept() -> None:
+    """Several keep their places where the safety checker stopped one; a model without an alias has none."""
+    model = ServedModel(name="toy", version="3", sha="abc123", sample_rate_hz=16_000)
+    assert (model.label(), model.model_copy(update={"alias": "champion"}).label()) == ("toy/3", "toy/3@champion")
+    one, several = pictures([b"png"], 7, model), pictures([b"png", b"", b"png"], 8, model)
+    for response, seed in ((one, "7"), (several, "8")):
+        assert response.headers["cache-control"] == "no-store"
+        assert (response.headers["x-aai-seed"], response.headers["x-aai-model"]) == (seed, "toy/3")
+    told = json.loads(bytes(several.body))
+    assert [image is not None for image in told["images"]] == [True, False, True]
+    assert told["blocked"] == [1]
 
 
 def test_who_does_not_ask_for_events_gets_the_picture() -> None:

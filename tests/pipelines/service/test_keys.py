@@ -187,6 +187,36 @@ def test_what_there_was_no_room_for_is_not_counted(clock: Callable[[float], None
     keys.give_back(ApiKey(name="bob", sha256=hashed(TWO)), uncounted=True)  # without a quota
 
 
+def test_of_a_minute_the_last_one_is_taken_out(clock: Callable[[float], None]) -> None:
+    keys, key = Keys(), ApiKey(name="ann", sha256=hashed(ONE), per_minute=2)
+    assert keys.take(key) == 0
+    clock(30)
+    assert keys.take(key) == 0
+    keys.give_back(key, uncounted=True)
+    clock(31)
+    assert [keys.take(key), keys.take(key)] == [0, 0], "the first one's minute is over, the second was none"
+
+
+def test_a_file_of_the_same_size_and_time_is_another(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    """As two versions of a mounted secret may be."""
+    file, new = tmp_path / "keys", tmp_path / "new"
+    found = Keys(write(file, row("ann", ONE)))
+    new.write_text(json.dumps([row("ann", TWO)]))
+    os.utime(new, ns=(file.stat().st_mtime_ns,) * 2)
+    new.replace(file)
+    clock(1.1)
+    assert (found.find(ONE), bool(found.find(TWO))) == (None, True)
+
+
+@pytest.mark.parametrize(("mode", "is_told"), [(0o640, False), (0o604, True)])
+def test_only_a_file_of_everybody_is_told(
+    mode: int, is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("ray.serve").propagate = True
+    read_keys(write(tmp_path / "keys", row("ann", ONE), mode=mode))
+    assert bool(caplog.text) == is_told
+
+
 def test_the_documented_line_makes_a_key_and_its_hash() -> None:
     (line,) = re.findall(r"^python -c \"(import secrets.*)\"$", SERVING.read_text(), re.MULTILINE)
     key, digest = subprocess.run(

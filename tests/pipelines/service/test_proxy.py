@@ -100,3 +100,20 @@ def test_serve_finds_it_by_the_variable() -> None:
     told = os.environ | {proxy.VARIABLE: proxy.PLACE}
     done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_error_in_plain_text_is_ours_and_only_those() -> None:
+    assert asked(PlainTextResponse("no request", 400)).json()["error"]["code"] == "http_400"
+    page = asked(Response("<p>gone</p>", 404, media_type="text/html"))
+    assert (page.status_code, page.text) == (404, "<p>gone</p>")
+
+
+def test_an_error_that_breaks_off_is_told_whole() -> None:
+    async def half(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/plain")]
+        await send({"type": "http.response.start", "status": 404, "headers": headers})
+        await send({"type": "http.response.body", "body": b"the first", "more_body": True})
+        raise KeyError("secret of the inside")
+
+    response = asked(half)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")

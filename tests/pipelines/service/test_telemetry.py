@@ -7,16 +7,19 @@ import time
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 from aai.bundle import read_bundle
 from pipelines.registry import versions
 from pipelines.service.access import Visit
-from pipelines.service.telemetry import GatewayMetrics
+from pipelines.service.http import Health
+from pipelines.service.telemetry import GatewayMetrics, PainterMetrics
 from tests.e2e.test_rollover import another, registry_of
 from tests.hostile import wav
 from tests.pipelines.test_serve import HEADERS, KEY, QUICK, Service, crowd, service  # noqa: F401
@@ -178,3 +181,73 @@ def test_pictures_are_counted_that_were_shown(monkeypatch: pytest.MonkeyPatch) -
         metrics.visit(Visit("edit", "an-id", 0, status=200, told={"pictures": 3, **each}))
     metrics.visit(Visit("health", "an-id", 0, status=200))
     assert counted == [(3, "edit"), (2, "edit")]
+
+
+Told = list[tuple[str, float, dict[str, str]]]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    """(name, value, labels) of all that is counted."""
+    found: Told = []
+
+    def tell(self: Any, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+        found.append((self.info["name"], value, tags or {}))
+
+    for kind, method in ((Counter, "inc"), (Gauge, "set"), (Histogram, "observe")):
+        monkeypatch.setattr(kind, method, tell)
+    return found
+
+
+def health(**changes: Any) -> Health:
+    return Health(replicas=2, queue_depth=0, painting=0, **changes)
+
+
+def test_the_painters_are_told_as_they_are(told: Told) -> None:
+    metrics = GatewayMetrics(120, 16)
+    metrics.queue(5, 3, 90)
+    metrics.health(health(refused={"4": "UserError"}, registry="", keys="UserError"), 3, {"2": 1, "3": 1})
+    assert told == [
+        ("aai_queue_requests", 5, {}),
+        ("aai_painting_requests", 3, {}),
+        ("aai_picture_steps", 90, {}),
+        ("aai_painters_running", 2, {}),
+        ("aai_painters_wanted", 3, {}),
+        *sorted((("aai_version_painters", 1, {"version": version}) for version in "23"), key=told.index),
+        ("aai_version_refused", 1, {"version": "4"}),
+        ("aai_registry_trouble", 0, {}),
+        ("aai_keys_trouble", 1, {}),
+        ("aai_request_timeout_seconds", 120, {}),
+        ("aai_capacity_requests", 16, {}),
+    ]
+    told.clear()
+    metrics.health(health(refused={}, registry="OSError", keys=""), 2, {"3": 2})
+    assert ("aai_version_painters", 0, {"version": "2"}) in told, "a version that is gone"
+    assert ("aai_version_painters", 2, {"version": "3"}) in told
+    assert ("aai_version_refused", 0, {"version": "4"}) in told
+    assert {("aai_registry_trouble", 1), ("aai_keys_trouble", 0)} <= {(name, value) for name, value, _ in told}
+
+
+def test_a_request_is_told_with_its_key_its_seconds_and_its_stages(told: Told) -> None:
+    metrics = GatewayMetrics(120, 16)
+    visit = Visit("generate", "id", 0, status=200, told={"key": "ann"}, stages_s={"upload": 0.25})
+    visit.begin_s -= 10
+    metrics.visit(visit)
+    metrics.visit(Visit("page", "id", 0, status=404, told={"code": "http_404"}, stages_s={"upload": 9.0}))
+    seconds = [value for name, value, _ in told if name == "aai_request_duration_seconds"]
+    assert seconds == [pytest.approx(10, abs=5), pytest.approx(0, abs=5)]
+    assert [row for row in told if row[0] != "aai_request_duration_seconds"] == [
+        ("aai_requests_total", 1.0, {"verb": "generate", "status": "200", "code": "ok", "key": "ann"}),
+        ("aai_stage_seconds", 0.25, {"stage": "upload"}),
+        ("aai_requests_total", 1.0, {"verb": "page", "status": "404", "code": "http_404", "key": "none"}),
+    ]
+
+
+def test_a_painter_tells_seconds_and_rows(told: Told) -> None:
+    metrics = PainterMetrics()
+    with metrics.stage("paint"):
+        time.sleep(0.02)
+    metrics.batch(6)
+    (paint, rows) = told
+    assert (paint[0], paint[2], rows) == ("aai_stage_seconds", {"stage": "paint"}, ("aai_unet_rows", 6, {}))
+    assert 0.02 <= paint[1] < 10
