@@ -15,6 +15,8 @@ from pipelines.manifests.extras import TEXT
 
 SHOWN = 40
 """Values of a column that the card lists."""
+FEW = 8
+"""Values that are listed even where they all differ."""
 MAX_DISTINCT = 20_000
 """A column with more values, such as an id, is only counted."""
 _THREADS = 16
@@ -54,6 +56,8 @@ class _Column:
             {"value": text, **{folder: self.counts[text, folder] for folder in self.empty}} for text in texts
         ]
         rows.sort(key=lambda row: (-row[ACCEPTED], -row[REJECTED], row["value"]))
+        if len(rows) > FEW and max(self.counts.values()) == 1:  # ids: to list some tells nothing
+            rows = []
         return entry | {"distinct": len(texts), "is_complete": self.is_open, "values": rows[:SHOWN]}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import mlcroissant
 import pandas as pd
 import pytest
 from PIL import Image, ImageChops
@@ -49,6 +50,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def summary(run_dir: Path) -> dict[str, Any]:
     cluster.shutdown()
     return demo.run(demo.CONFIG.parse({"run_dir": str(run_dir), "overrides": QUICK}))
+
+
+def test_the_card_is_valid_croissant(summary: dict[str, Any], run_dir: Path) -> None:
+    issues = mlcroissant.Dataset(jsonld=run_dir / "curated/croissant.json").metadata.ctx.issues
+    assert list(issues.errors) == []
 
 
 def store(run_dir: Path) -> TrackingConfig:

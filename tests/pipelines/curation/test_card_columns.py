@@ -38,6 +38,14 @@ def test_values_are_counted_by_table(out: str) -> None:
     assert columns(out, {}) == []
 
 
+def test_ids_are_counted_and_not_listed(tmp_path: Path) -> None:
+    for folder, first in (("accepted", 0), ("rejected", 10)):
+        table = pa.table({"source_id": [f"v{first + i}" for i in range(9)]})
+        storage.write_table(f"{tmp_path}/{folder}/0.parquet", table)
+    (found,) = columns(str(tmp_path), {"source_id": "text"})
+    assert (found["distinct"], found["values"]) == (18, [])
+
+
 def test_a_column_of_ids_is_not_kept_in_memory(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card_columns, "MAX_DISTINCT", 1)
     monkeypatch.setattr(card_columns, "SHOWN", 1)

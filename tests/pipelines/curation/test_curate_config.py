@@ -1,13 +1,17 @@
 """Which settings of a curation may be combined, and which of them make its tables others."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
+import yaml
 
 from aai.foundation.identity import FoundationSpec
 from pipelines.curation.curate_config import CurateConfig, CutConfig, ScoreConfig
+
+PAGE = Path(__file__).resolve().parents[3] / "docs/curation.md"
 
 
 def config(**settings: Any) -> CurateConfig:
@@ -93,3 +97,22 @@ def test_the_plan_counts_rows_and_shards(tmp_path: Path) -> None:
     assert {row.split for row in trained.rows()} == {"val"}
     told = "0.999999 (5 of train's 5 rows become the split val, by a hash of where their files lie)"
     assert (trained.plan().chosen["val_share"], settings.plan().chosen.get("val_share")) == (told, None)
+
+
+def test_the_settings_of_the_documentation_are_taken() -> None:
+    """Every YAML block of docs/curation.md, one line at a time where a block gives alternatives."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        alternatives = block.splitlines() if block.count("\ncut:") else [block]
+        for text in alternatives:
+            CurateConfig.parse({"manifest": "m.csv", "out": "out", **yaml.safe_load(text)}, source=text)
+
+
+def test_own_signals_and_scores_make_other_tables_and_what_is_said_of_them_does_not() -> None:
+    plain = config().digests()
+    assert config(about={"name": "bells"}, manifest_columns=("license",)).digests() == plain
+    signals = [config(signals={"x": {"table": "t.parquet", "min": limit}}).digests()["judge"] for limit in (1, 2)]
+    assert len({plain["judge"], *signals}) == 3
+    prompts = [config(scores={"prompts": {"dog": ("a dog", other)}}).digests()["judge"] for other in ("a cat", "x")]
+    assert len({plain["judge"], *prompts}) == 3
