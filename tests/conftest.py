@@ -9,8 +9,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,12 +25,42 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would make its workers wait for everything else here
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the end of a training is seen at the next one
 
 # Processes that tests start, Ray's among them, import this very checkout and its test files.
 ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 BUCKET = "aai-test"
+SHARING = (
+    "tests/e2e/test_page.py",
+    "tests/e2e/test_rollover.py",
+    "tests/pipelines/service/test_telemetry.py",
+    "tests/pipelines/test_serve.py",
+)
+"""Files that ask one running service, one after the other: each leaves version 1 the champion."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As `--dist loadfile`, whole files to a process; and those that share a service to one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Sharing(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return SHARING[0] if file in SHARING else file
+
+    return Sharing(config, log)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Iterator[SimpleNamespace]:
+    """The `service` of the files of SHARING (tests/pipelines/test_serve.py), and what stops it."""
+    with ExitStack() as stack:
+        yield SimpleNamespace(service=None, stack=stack)
 
 
 @pytest.fixture(scope="session", autouse=True)

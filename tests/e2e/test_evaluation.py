@@ -17,6 +17,7 @@ from aai.features import METADATA_KEY, SHAPES_KEY, FeatureManifest
 from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import encode_flac
 from pipelines import featurize
+from pipelines.__main__ import main
 from pipelines.featurize import FeaturizeConfig
 from tests import tiny
 from tests.e2e.test_curation import aai, finish, kill_at
@@ -46,14 +47,28 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return write_world(tmp_path_factory.mktemp("world"), 72)
 
 
-def start(world: dict[str, str], out: Path, **settings: Any) -> "subprocess.Popen[bytes]":
-    """Starts `aai evaluate` in a process group of its own."""
+def arguments(world: dict[str, str], out: Path, **settings: Any) -> tuple[list[str], dict[str, Any]]:
+    """Of `aai evaluate`: flags, and settings as for --set."""
     values: dict[str, Any] = {
         "clips": world["clips"], "pictures": PICTURES, "request__steps": 3, "cases_per_shard": 2,
         "clips_per_shard": 4, "tracking__uri": f"sqlite:///{out.parent}/mlflow.db", **settings,
     }  # fmt: skip
-    flags = ["--features", world["features"], "--bundle", world["bundle"], "--out", str(out)]
+    return ["--features", world["features"], "--bundle", world["bundle"], "--out", str(out)], values
+
+
+def start(world: dict[str, str], out: Path, **settings: Any) -> "subprocess.Popen[bytes]":
+    """Starts `aai evaluate` in a process group of its own."""
+    flags, values = arguments(world, out, **settings)
     return aai("evaluate", *flags, **values)
+
+
+def evaluate_here(world: dict[str, str], out: Path) -> None:
+    """The same without Ray and in this process, one shard after the other."""
+    flags, values = arguments(world, out)
+    sets = [part for name, value in values.items() for part in ("--set", f"{name.replace('__', '.')}={value}")]
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        assert main(["evaluate", *flags, *sets]) == 0
 
 
 def made(out: Path) -> dict[str, Any]:
@@ -73,7 +88,7 @@ def drivers(driver: psutil.Process) -> list[psutil.Process]:
 
 def test_a_killed_evaluation_goes_on_and_ends_the_same(world: dict[str, str], tmp_path: Path) -> None:
     """One sample of the kill runs: the driver, while it paints."""
-    assert start(world, tmp_path / "whole").wait(timeout=600) == 0
+    evaluate_here(world, tmp_path / "whole")
     driver = start(world, tmp_path / "killed")
     while driver.poll() is None and not list((tmp_path / "killed").glob("pictures/*.parquet")):
         time.sleep(0.05)

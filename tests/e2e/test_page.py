@@ -302,3 +302,5 @@ def test_the_page_follows_a_promotion_without_a_reload(page: Page, service: Serv
     paint(page)
     expect(page.locator("#made")).to_contain_text(f"tiny/{version}@champion")
     assert page.evaluate("window.loaded") == "once"
+    versions.set_alias(cfg, "champion", 1)
+    expect(page.locator("#model")).to_have_text("tiny version 1 (champion)", timeout=60_000)

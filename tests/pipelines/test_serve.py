@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -37,6 +38,7 @@ from pipelines.registry import versions
 from pipelines.serve import ServeConfig, application, build_app, check_address
 from pipelines.service.http import ServedModel
 from pipelines.settings import TrackingConfig
+from tests.conftest import SHARING
 from tests.hostile import png, wav
 from tests.hostile_heads import oddities
 from tests.hostile_requests import attack, fields, forms, wrong
@@ -139,9 +141,20 @@ def running(folder: Path, bundle: Path, registry: TrackingConfig, key: str = KEY
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("serve"), canary={"share": 0.4, "shadow": 0.4}) as running:
-        yield running
+def service(
+    request: pytest.FixtureRequest, shared: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """A service of the file's own; or that of all files of SHARING, which the first starts and the last stops."""
+    tried = {"share": 0.4, "shadow": 0.4}  # of what `candidate` names, which at first is nothing
+    file, starting = request.node.nodeid, serving(tmp_path_factory.mktemp("serve"), canary=tried)
+    if file not in SHARING:
+        with starting as running:
+            yield running
+        return
+    shared.service = shared.service or shared.stack.enter_context(starting)
+    yield shared.service
+    if file == [path for item in request.session.items if (path := item.nodeid.split("::")[0]) in SHARING][-1]:
+        shared.stack.close()
 
 
 def test_the_ready_line_names_url_model_and_version(service: Service) -> None:
