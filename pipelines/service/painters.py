@@ -8,12 +8,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import ray
 import torch
 from PIL import Image
 
@@ -31,7 +29,7 @@ from aai.signatures import TrustConfig, check
 from pipelines.registry import versions
 from pipelines.service.answers import ServedModel
 from pipelines.service.http import Verb
-from pipelines.service.noticeboard import board_name
+from pipelines.service.noticeboard import BoardClient, board_name
 from pipelines.service.telemetry import PainterMetrics
 from pipelines.service.watching import Watcher, refuse_other
 from pipelines.settings import StoreConfig
@@ -89,9 +87,9 @@ class PainterReplica:
         logger.info("painter: %s in %s on %s", self._serving.model.label(), self._serving.painter.dtype, c.device)
         self.watcher = Watcher(c.follow, c.registry, self._serving.model, self.take)
         if c.follow:
-            self._board = board_name(c.board)
+            self._board = BoardClient(board_name(c.board))
             self._tell()
-            self.watcher.start(c.follow_s, self._tell)
+            self.watcher.start(c.follow_s, self._tell, self._board.moved)
 
     def _first(self) -> Serving:
         """What the alias names now; where that cannot be had, what it named when the service was started."""
@@ -131,11 +129,10 @@ class PainterReplica:
         self._serving, self.watcher.served = found, found.model
 
     def _tell(self) -> None:
-        """Tells the board what is served; it may be gone for a moment, with the gateway."""
+        """Tells the board what is served."""
         watcher = self.watcher
         row = {"model": watcher.served.model_dump(), "refused": watcher.refused, "trouble": watcher.trouble}
-        with suppress(Exception):
-            ray.get_actor(self._board).tell.remote(ray.get_runtime_context().get_actor_id(), row)
+        self._board.tell(row)
 
     async def paint(
         self,

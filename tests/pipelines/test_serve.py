@@ -44,6 +44,7 @@ from tests.tiny import SIZES, write_clip, write_diffusion
 
 KEY = "a-key-for-tests"
 HEADERS = {"X-API-Key": KEY}
+WEBHOOK_SECRET = "a-secret-for-tests"
 SLOW = {"steps": "100", "num_images": "8"}
 QUICK = {"steps": "1"}
 
@@ -120,6 +121,7 @@ def running(folder: Path, bundle: Path, registry: TrackingConfig, key: str = KEY
     config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, **ports, **settings)
     (folder / "serve.yaml").write_text(config.to_yaml())
     environment = os.environ | {"AAI_API_KEY": key, "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    environment["AAI_WEBHOOK_SECRET"] = WEBHOOK_SECRET
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "pipelines", "serve", "--config", str(folder / "serve.yaml")],
@@ -132,15 +134,17 @@ def running(folder: Path, bundle: Path, registry: TrackingConfig, key: str = KEY
         yield Service(config.url(), bundle, line, config.metrics_port, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, "as a container is stopped: it must end cleanly"
-        assert KEY not in (folder / "log").read_text() + line
+        written = (folder / "log").read_text() + line
+        assert [secret for secret in (KEY, WEBHOOK_SECRET) if secret in written] == []
     finally:
         process.kill()
         process.wait()
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("serve")) as running:
+def service(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Service]:
+    """One for each module, with the settings in its SERVED."""
+    with serving(tmp_path_factory.mktemp("serve"), **getattr(request.module, "SERVED", {})) as running:
         yield running
 
 
