@@ -35,7 +35,6 @@ BUCKET = "aai-test"
 SHARING = (
     "tests/e2e/test_page.py",
     "tests/e2e/test_rollover.py",
-    "tests/pipelines/service/test_telemetry.py",
     "tests/pipelines/test_serve.py",
 )
 """Files that ask one running service, one after the other: each leaves version 1 the champion."""

@@ -20,7 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("ray.serve")  # the only one that Serve writes for its replicas
 
-KINDS = {"/healthz": "health", "/": "page", "/docs": "page", "/openapi.json": "page"} | {
+WEBHOOK = "/v1/registry"
+"""Where the registry says that an alias moved."""
+KINDS = {"/healthz": "health", "/": "page", "/docs": "page", "/openapi.json": "page", WEBHOOK: "registry"} | {
     f"/v1/{verb}": verb for verb in ("generate", "edit", "stylize")
 }
 """What is asked for, by path; "other" is the rest. Paths are never told: anybody may write anything into them."""

@@ -26,6 +26,7 @@ from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
 from pipelines.service.noticeboard import Noticeboard, board_name
 from pipelines.service.telemetry import GatewayMetrics
 from pipelines.service.uploads import Decoders
+from pipelines.service.webhook import webhook_secret
 
 logger = logging.getLogger(__name__)
 ASK_S = 2.0
@@ -73,7 +74,8 @@ class Gateway:
         """The HTTP application, built where it runs."""
         decoders = Decoders(self._limits, self._capacity)
         decoders.warm()
-        app = build_http(self, self._limits, self._keys, decoders)
+        secret = webhook_secret() if self._board_name else None  # where nothing is followed nothing moves
+        app = build_http(self, self._limits, self._keys, decoders, secret)
         return Access(app, lambda: len(self._in_flight), self._metrics.visit)
 
     async def paint(self, wanted: PaintJob) -> Answer:
@@ -176,6 +178,14 @@ class Gateway:
             logger.warning("gateway: nobody tells what painters serve (%s)", error or type(error).__name__)
             self._board = await asyncio.get_running_loop().run_in_executor(self._asker, self._new_board)
             return []
+
+    async def moved(self) -> None:
+        """See Backend. Painters look at a board that is made anew by themselves; MLflow comes again, too."""
+        try:
+            await asyncio.wait_for(self._board.move.remote(), ASK_S)
+        except (RayError, TimeoutError, ValueError) as error:
+            logger.warning("gateway: painters cannot be told to look (%s)", error or type(error).__name__)
+            raise busy(503, "no_board", "painters cannot be told to look", self._limits.retry_after_s) from error
 
     def full(self) -> bool:
         """See Backend."""

@@ -20,11 +20,13 @@ from aai.config import Config
 from aai.errors import UserError
 from aai.sampling import PaintRequest, check_repaint
 from aai.sounds import MOST_SOUNDS, name_of
+from pipelines.service.access import WEBHOOK
 from pipelines.service.answers import EVENTS, INTERNAL, Answer, PaintProgress, ServedModel, live, pictures, unusable
 from pipelines.service.guard import ApiError, Guard, Limits, deadline_of
 from pipelines.service.keys import Keys
-from pipelines.service.openapi import HEALTHZ, KEYS, REFUSALS, SEVERAL
+from pipelines.service.openapi import DELIVERY, HEALTHZ, KEYS, REFUSALS, SEVERAL
 from pipelines.service.uploads import Decoders, read_audio, read_image
+from pipelines.service.webhook import Webhook
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,9 @@ class Backend(Protocol):
     async def health(self) -> Health:
         """Fresh figures; never waits for a picture."""
 
+    async def moved(self) -> None:
+        """The alias moved: all painters look at once. Raises ApiError 503 when they cannot be told."""
+
 
 class _PaintForm(PaintRequest):
     def request(self) -> PaintRequest:
@@ -143,12 +148,18 @@ class RepaintForm(_PaintForm):
         return {name_of(0): self.audio}
 
 
-def build_http(backend: Backend, limits: Limits, keys: Keys | None, decoders: Decoders | None = None) -> ASGIApp:
-    """The whole HTTP application around a backend: page, docs, /healthz and /v1. decoders: those to be used."""
+def build_http(
+    backend: Backend, limits: Limits, keys: Keys | None, decoders: Decoders | None = None, secret: str | None = None
+) -> ASGIApp:
+    """The whole HTTP application around a backend: page, docs, /healthz and /v1.
+
+    decoders: those to be used. secret: of the registry's webhook; None = there is none.
+    """
     app = FastAPI(title="AAI on Ray", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_errors(app)
     _add_pages(app, backend)
     _add_verbs(app, backend, limits, decoders or Decoders(limits))
+    _add_webhook(app, backend, Webhook(secret, limits.retry_after_s))
     return Guard(app, limits, keys, backend.full)
 
 
@@ -243,3 +254,11 @@ def _add_verbs(app: FastAPI, backend: Backend, limits: Limits, decoders: Decoder
     @app.post("/v1/stylize", summary="Put the sound's ambience onto a picture", **options)
     async def stylize(request: Request, form: Annotated[RepaintForm, MULTIPART]) -> Response:
         return await answer(request, "stylize", form)
+
+
+def _add_webhook(app: FastAPI, backend: Backend, webhook: Webhook) -> None:
+    @app.post(WEBHOOK, summary="MLflow says that an alias moved: painters look at it at once", **DELIVERY)
+    async def registry(request: Request) -> JSONResponse:
+        await webhook.check(request)
+        await backend.moved()
+        return JSONResponse({"status": "accepted"}, 202)

@@ -68,3 +68,29 @@ KEYS = [
     Security(HTTPBearer(auto_error=False, description="The service's key")),
 ]
 """Either of them; `Guard` looks at it, these only tell it."""
+_SIGNED = "Standard base64 of HMAC-SHA256 over ID.TIMESTAMP.BODY, after `v1,`"
+DELIVERY: dict[str, Any] = {
+    "status_code": 202,
+    "responses": {
+        **{status: REFUSALS[status] for status in (403, 405, 408, 429, 500)},
+        202: {"description": "Painters were told to look at the alias", **_STATE},
+        400: {**REFUSALS[400], "description": "The delivery's id or time cannot be read, or its body ended early"},
+        401: {**REFUSALS[401], "description": "Signature missing or wrong, or the delivery's time is not now"},
+        404: {**REFUSALS[404], "description": "The service has no secret, or follows no alias"},
+        413: {**REFUSALS[413], "description": "Over 64 KiB"},
+        503: {**REFUSALS[503], "description": "Painters cannot be told now; Retry-After says when to come back"},
+    },
+    "dependencies": [
+        Security(
+            APIKeyHeader(name="X-MLflow-Signature", auto_error=False, scheme_name="Signature", description=_SIGNED)
+        )
+    ],
+    "openapi_extra": {
+        "parameters": [
+            {"name": "X-MLflow-Delivery-Id", "in": "header", "required": True, "schema": {"type": "string"}},
+            {"name": "X-MLflow-Timestamp", "in": "header", "required": True, "schema": {"type": "integer"}},
+        ],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
+    },
+}
+"""How MLflow's webhook is told; `Webhook` looks at it."""

@@ -7,10 +7,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any, TypeVar
 
-import ray
 import torch
 from PIL import Image
 
@@ -23,7 +21,7 @@ from pipelines.service.answers import ServedModel
 from pipelines.service.canary import Trial, distance
 from pipelines.service.http import PaintJob
 from pipelines.service.loading import PainterConfig, Serving, first, loaded, try_out
-from pipelines.service.noticeboard import board_name
+from pipelines.service.noticeboard import BoardClient, board_name
 from pipelines.service.telemetry import PainterMetrics, Role
 from pipelines.service.watching import Watcher
 
@@ -54,12 +52,13 @@ class PainterReplica:
         self.watcher = Watcher(c.follow, c.registry, self._serving.model, self.take)
         self.trial = Trial(c.canary, c.registry, self._serving.model, self.take_canary, self.end_canary)
         if c.board:
-            self._board = board_name(c.board)
+            # Each asks the board in a thread of its own.
+            self._board, tried = (BoardClient(board_name(c.board)) for _ in range(2))
             self._tell()
         if c.follow:
-            self.watcher.start(c.follow_s, self._tell)
+            self.watcher.start(c.follow_s, self._tell, self._board.moved)
         if c.canary.is_on:
-            self.trial.start(c.follow_s, self._tell)
+            self.trial.start(c.follow_s, self._tell, tried.moved)
 
     def _fresh(self, pinned: str, model: ServedModel) -> Serving:
         """A version loaded beside the one that is served; it has painted. Raises UserError, or what it failed with."""
@@ -82,7 +81,7 @@ class PainterReplica:
         self._canary = None
 
     def _tell(self) -> None:
-        """Tells the board what is served; it may be gone for a moment, with the gateway."""
+        """Tells the board what is served."""
         watchers, canary = (self.watcher, self.trial), self._canary
         row = {
             "model": self._serving.model.model_dump(),
@@ -90,8 +89,7 @@ class PainterReplica:
             "refused": self.watcher.refused | self.trial.refused,
             "trouble": next((watcher.trouble for watcher in watchers if watcher.trouble), ""),
         }
-        with suppress(Exception):
-            ray.get_actor(self._board).tell.remote(ray.get_runtime_context().get_actor_id(), row)
+        self._board.tell(row)
 
     async def paint(self, job: PaintJob, tell: Tell | None = None) -> tuple[list[bytes], dict[str, Any]]:
         """PNG files, and the model. tell: hears how far it is, from another thread."""

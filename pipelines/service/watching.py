@@ -78,19 +78,22 @@ class Watcher:
             logger.warning(said, self.served.label(), self.uri, error)
         self.trouble = "" if error is None else _kind(error)
 
-    def start(self, every_s: float, told: Callable[[], None]) -> None:
-        """Looks every so many seconds, in a thread that ends with the process; `told` is called after each look."""
+    def start(self, every_s: float, told: Callable[[], None], moved: Callable[[float], bool]) -> None:
+        """Looks every so many seconds, or when the alias moved, in a thread that ends with the process.
+
+        told: called before and after each look. moved: waits for so many seconds at most; whether to look at once.
+        """
 
         def watch() -> None:
             main, due = threading.main_thread(), time.monotonic() + every_s
             while main.is_alive():  # no daemon: a process that ends within torch would abort
-                if time.monotonic() < due:
-                    time.sleep(0.2)
+                if not moved(0.2) and time.monotonic() < due:
                     continue
                 told()  # a look may take long
                 self.look()
                 told()
-                due = time.monotonic() + every_s
+                # What failed may be well before the next one is due.
+                due = time.monotonic() + (min(every_s, AGAIN_S) if self.trouble or self.refused else every_s)
 
         threading.Thread(target=watch, name="watcher").start()
 

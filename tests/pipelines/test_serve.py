@@ -46,6 +46,7 @@ from tests.tiny import SIZES, write_clip, write_diffusion
 
 KEY = "a-key-for-tests"
 HEADERS = {"X-API-Key": KEY}
+WEBHOOK_SECRET = "a-secret-for-tests"
 SLOW = {"steps": "100", "num_images": "8"}
 QUICK = {"steps": "1"}
 
@@ -122,6 +123,7 @@ def running(folder: Path, bundle: Path, registry: TrackingConfig, key: str = KEY
     config = ServeConfig(bundle="models:/tiny@champion", tracking=registry, **ports, **settings)
     (folder / "serve.yaml").write_text(config.to_yaml())
     environment = os.environ | {"AAI_API_KEY": key, "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    environment["AAI_WEBHOOK_SECRET"] = WEBHOOK_SECRET
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "pipelines", "serve", "--config", str(folder / "serve.yaml")],
@@ -134,7 +136,8 @@ def running(folder: Path, bundle: Path, registry: TrackingConfig, key: str = KEY
         yield Service(config.url(), bundle, line, config.metrics_port, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, "as a container is stopped: it must end cleanly"
-        assert KEY not in (folder / "log").read_text() + line
+        written = (folder / "log").read_text() + line
+        assert [secret for secret in (KEY, WEBHOOK_SECRET) if secret in written] == []
     finally:
         process.kill()
         process.wait()
@@ -144,9 +147,10 @@ def running(folder: Path, bundle: Path, registry: TrackingConfig, key: str = KEY
 def service(
     request: pytest.FixtureRequest, shared: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
-    """A service of the file's own; or that of all files of SHARING, which the first starts and the last stops."""
-    tried = {"share": 0.4, "shadow": 0.4}  # of what `candidate` names, which at first is nothing
-    file, starting = request.node.nodeid, serving(tmp_path_factory.mktemp("serve"), canary=tried)
+    """A service of the file's own, with the settings in its SERVED; or that of all files of SHARING, which the first
+    starts and the last stops."""
+    settings = {"canary": {"share": 0.4, "shadow": 0.4}, **getattr(request.module, "SERVED", {})}
+    file, starting = request.node.nodeid, serving(tmp_path_factory.mktemp("serve"), **settings)
     if file not in SHARING:
         with starting as running:
             yield running

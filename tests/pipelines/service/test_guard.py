@@ -235,7 +235,8 @@ def test_an_application_below_a_prefix_asks_for_the_key_too() -> None:
             return (await client.post(path)).status_code
 
     asked_at = [("", "/v1/edit"), ("/aai", "/aai/v1/edit"), ("/v1", "/v1/v1/edit"), ("/aai", "/aai/healthz")]
-    assert [asyncio.run(ask(*where)) for where in asked_at] == [401, 401, 401, 200]
+    asked_at += [("/v1/registry", "/v1/registry/v1/edit"), ("/aai", "/aai/v1/registry"), ("", "/v1/registry/")]
+    assert [asyncio.run(ask(*where)) for where in asked_at] == [401, 401, 401, 200, 401, 200, 401]
 
 
 @pytest.mark.parametrize("sent", [{}, {"sec-fetch-site": "none"}, {"sec-fetch-site": "same-origin", "origin": "here"}])

@@ -29,7 +29,7 @@ class Echo:
 
     def __init__(self, wait_s: float = 0, replicas: int = 1) -> None:
         self.wait_s, self.replicas, self.cancelled = wait_s, replicas, 0
-        self.painted_by, self.is_full = self.model, False
+        self.painted_by, self.is_full, self.moves = self.model, False, 0
         self.stopped: set[int] = set()
         self.calls: list[tuple[str, dict[str, np.ndarray], Image.Image | None, PaintRequest]] = []
         self.masks: list[Image.Image | None] = []
@@ -63,6 +63,9 @@ class Echo:
 
     async def health(self) -> Health:
         return Health(replicas=self.replicas, queue_depth=0, painting=0)
+
+    async def moved(self) -> None:
+        self.moves += 1
 
 
 def ask(

@@ -7,7 +7,8 @@ from pipelines.service.guard import ApiError
 from pipelines.service.openapi import REFUSALS, Refusal
 from tests.pipelines.service.test_http import ask, code
 
-METHODS = {"/healthz": "get", "/v1/generate": "post", "/v1/edit": "post", "/v1/stylize": "post"}
+PAINTING = {"/v1/generate": "post", "/v1/edit": "post", "/v1/stylize": "post"}
+METHODS = {"/healthz": "get", "/v1/registry": "post", **PAINTING}
 
 
 def document() -> dict[str, Any]:
@@ -21,9 +22,9 @@ def test_every_refusal_is_told_with_its_body() -> None:
     assert Refusal.model_validate_json(bytes(body)).error.code == "code"
     for path, method in METHODS.items():
         told = api["paths"][path][method]["responses"]
-        assert path == "/healthz" or told.keys() == {"200", *map(str, REFUSALS)}
+        assert path not in PAINTING or told.keys() == {"200", *map(str, REFUSALS)}
         for status, answer in told.items():
-            if status == "200" or (status == "503" and path == "/healthz"):
+            if status in ("200", "202") or (status == "503" and path == "/healthz"):
                 continue
             assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal"), (path, status)
 
@@ -39,11 +40,18 @@ def test_pictures_are_told_with_their_types_and_keys() -> None:
 
 def test_openapi_lists_the_fields_and_their_bounds() -> None:
     api = ask("GET", "/openapi.json").json()
-    assert set(api["paths"]) == {"/healthz", "/v1/generate", "/v1/edit", "/v1/stylize"}
+    assert set(api["paths"]) == METHODS.keys()
     form = api["components"]["schemas"]["RepaintForm"]
     assert set(form["required"]) == {"audio", "image"}
     assert form["properties"]["steps"]["maximum"] == 100
     assert set(form["properties"]) == {"audio", "image", "mask", *PaintRequest.model_fields}
+
+
+def test_the_webhook_is_told_with_its_signature() -> None:
+    told = document()["paths"]["/v1/registry"]["post"]
+    assert told["security"] == [{"Signature": []}]
+    assert {each["name"] for each in told["parameters"]} == {"X-MLflow-Delivery-Id", "X-MLflow-Timestamp"}
+    assert told["responses"].keys() == {"202", *map(str, REFUSALS)} - {"422"}
 
 
 def test_another_method_is_told_which_ones_there_are_and_no_path_is_guessed() -> None:

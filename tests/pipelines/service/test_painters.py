@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,7 @@ class OnTrial:
 
     def __init__(self, bundle: str, folder: Path, **canary: float) -> None:
         self.folder = another(Path(bundle), folder)
-        self.painter = replica(bundle, canary=canary, batch_pictures=2)
+        self.painter = replica(bundle, canary=canary, batch_pictures=2, board="board")
         model = self.painter._serving.model.model_copy(update={"version": "4", "alias": "candidate"})
         self.painter.take_canary(str(self.folder), model)
         self.painter.trial.may_answer = True
@@ -204,7 +205,7 @@ def pixels_of(png: bytes) -> np.ndarray:
 @pytest.fixture
 def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trial, "start", lambda *_: None)  # there is no registry here
-    monkeypatch.setattr(PainterReplica, "_tell", lambda _: None)
+    monkeypatch.setattr(painters, "BoardClient", lambda _: SimpleNamespace(tell=lambda _: None, moved=None))
     monkeypatch.setattr(painters, "board_name", str)
 
 

@@ -4,6 +4,8 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,25 +127,60 @@ def test_a_store_that_vanished_is_not_made_anew(follower: Follower, tmp_path: Pa
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_it_looks_again_and_again_and_ends_with_the_process(follower: Follower) -> None:
-    follower.point(2)
+@contextmanager
+def watching(follower: Follower, every_s: float, moved: Callable[[float], bool]) -> Iterator[list[str]]:
+    """What is told while the watcher looks; it ends with the process, here as if this one ended."""
     before, told = set(threading.enumerate()), []
     main = threading.main_thread()
     is_alive: Any = type(main).is_alive.__get__(main)
     try:
-        follower.watcher.start(0.1, lambda: told.append(follower.watcher.served.version))
+        follower.watcher.start(every_s, lambda: told.append(follower.watcher.served.version), moved)
         (thread,) = set(threading.enumerate()) - before
         assert not thread.daemon
-        end_s = time.monotonic() + 30
-        while len(told) < 4:
-            assert time.monotonic() < end_s
-            time.sleep(0.05)
-        assert told[:3] == ["1", "2", "2"]  # before and after each look
+        yield told
     finally:
         main.is_alive = lambda: False  # type: ignore[method-assign]
         thread.join(30)
         main.is_alive = is_alive  # type: ignore[method-assign]
     assert not thread.is_alive()
+
+
+def until(true: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+
+
+def test_it_looks_again_and_again_and_ends_with_the_process(follower: Follower) -> None:
+    follower.point(2)
+    with watching(follower, 0.1, threading.Event().wait) as told:
+        until(lambda: len(told) >= 4)
+        assert told[:3] == ["1", "2", "2"]  # before and after each look
+
+
+def test_it_looks_at_once_when_the_alias_moved_and_otherwise_after_a_long_time(follower: Follower) -> None:
+    moves = threading.Semaphore(0)
+    with watching(follower, 3600, lambda wait_s: moves.acquire(timeout=wait_s)) as told:
+        for version in (2, 3):
+            follower.point(version)
+            moves.release()
+            until(lambda version=version: told[-1:] == [str(version)])  # type: ignore[misc]
+        assert told == ["1", "2", "2", "3"]
+
+
+def test_what_failed_is_tried_again_before_the_next_look_is_due(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a webhook that came while the registry was away would be for nothing."""
+    monkeypatch.setattr("pipelines.service.watching.AGAIN_S", 0.3)
+    follower.errors["2"] = UserError("tracking.uri", "u", "cannot be reached", "wait")
+    follower.point(2)
+    moves = threading.Semaphore(1)
+    with watching(follower, 3600, lambda wait_s: moves.acquire(timeout=wait_s)) as told:
+        until(lambda: len(follower.taken) >= 2)
+        del follower.errors["2"]
+        until(lambda: told[-1:] == ["2"])
 
 
 def test_what_cannot_change_is_named() -> None:
