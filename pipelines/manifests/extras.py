@@ -67,7 +67,7 @@ def _kind(values: Iterable[object]) -> str | None:
             continue
         if not isinstance(value, str | int | float | date):
             return None
-        if not _is_number(value):
+        if kind == NUMBER and not _is_number(value):
             kind = TEXT
     return kind
 

@@ -100,3 +100,16 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             read_manifest(*arguments)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-_gaZabcdef,30,dog barking,train\n",
+        '# Segments csv\n# YTID, start_seconds\n-_gaZabcdef, 30.0, 40.0, "/m/0bt9lr"\n',
+    ],
+)
+def test_a_list_of_ids_without_its_videos_names_the_missing_setting(text: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(UserError, match=r"is a VGGSound or AudioSet CSV.*; give media_root"):
+        read_manifest(str(tmp_path / "list.csv"))
