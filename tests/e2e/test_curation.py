@@ -202,20 +202,29 @@ def _kill_raylet(start: Callable[..., "subprocess.Popen[bytes]"], out: Path, wai
 # ---------------------------------------------------------------- B6: storage that fails
 
 
+def _curate(base: str) -> None:
+    settings = {"manifest": f"{base}/world/manifest.csv", "out": f"{base}/curated", "rows_per_shard": 16}
+    curate.run(curate.CONFIG.parse(settings))
+
+
 def _faulty_chain(s3: str, endpoint: str, clips: int, local: Path, *tables: str) -> dict[str, int]:
-    """curate, and featurize for its table, on S3 behind a proxy that spoils 1 request in 20, and on local files."""
+    """curate on S3 behind a proxy that spoils 1 request in 20, and on local files.
+
+    With "features" also featurize; both are then started as a user does.
+    """
     for base in (str(local), s3):
         write_world(storage.join(base, "world"), clips, seed=6, num_workers=1, progress=False)
     with faulty(endpoint, 0.05) as (address, counts):
         os.environ["AWS_ENDPOINT_URL"] = address
         s3fs.S3FileSystem.clear_instance_cache()
-        run("curate", run_dir=s3, rows_per_shard=16, tracking="null")
         if "features" in tables:
+            run("curate", run_dir=s3, rows_per_shard=16, tracking="null")
             run("featurize", run_dir=s3)
+        else:
+            _curate(s3)
         os.environ["AWS_ENDPOINT_URL"] = endpoint
         s3fs.S3FileSystem.clear_instance_cache()
-    settings = {"manifest": f"{local}/world/manifest.csv", "out": f"{local}/curated", "rows_per_shard": 16}
-    curate.run(curate.CONFIG.parse(settings))
+    _curate(str(local))
     if "features" in tables:
         run("featurize", run_dir=local)
     for name in tables:
@@ -239,6 +248,7 @@ def endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_b6_tables_from_a_failing_s3_server_are_whole(
     s3: str, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In this process; Ray's workers on S3: test_s3 of tests/pipelines/test_curate.py."""
     run_here(monkeypatch)
     counts = _faulty_chain(s3, endpoint, 48, tmp_path, "curated/accepted")
     assert counts["none"] > 50

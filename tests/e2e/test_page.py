@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+from aai.media.decode import decode_audio
+from aai.media.waveform import write_wav
 from aai.png import encode_png, sha256
 from aai.proof import ProofConfig, Prover, read_made
 from pipelines.registry import versions
@@ -23,15 +25,21 @@ from tests.pipelines.test_serve import BROWSER, KEY, Service, service  # noqa: F
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 FAKE_MICROPHONE = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+SUNG_HZ = 1200
+"""What is before the microphone: one tone that never ends, as a siren's or a machine's."""
 TONE = {"name": "Big dog.wav", "mimeType": "audio/wav", "buffer": wav()}
 OTHER = {"name": "rain.wav", "mimeType": "audio/wav", "buffer": wav(0.4)}
 PAINTED_MS = 60_000
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    sung = tmp_path_factory.mktemp("microphone") / "sung.wav"
+    time_s = np.arange(48_000) / 48_000
+    write_wav(str(sung), (0.4 * np.sin(2 * np.pi * SUNG_HZ * time_s)).astype(np.float32), 48_000)
     with sync_playwright() as engine:
-        arguments = ["--no-sandbox", "--disable-gpu", *FAKE_MICROPHONE]
+        heard = f"--use-file-for-fake-audio-capture={sung}"
+        arguments = ["--no-sandbox", "--disable-gpu", *FAKE_MICROPHONE, heard]
         running = engine.chromium.launch(executable_path=BROWSER, args=arguments)
         yield running
         running.close()
@@ -78,6 +86,13 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
+READ_FILE = """async input => {
+  const bytes = new Uint8Array(await document.querySelector(input).files[0].arrayBuffer());
+  return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+}"""
+"""The first file of an input, in base64."""
+
+
 def choose(page: Page, verb: str) -> None:
     page.locator(f"input[name=verb][value={verb}]").check(force=True)
 
@@ -101,10 +116,8 @@ def assert_fits(page: Page, tmp_path: Path, name: str) -> None:
     assert width <= window, name
 
 
-def test_an_upload_is_drawn_painted_and_shown_beside_its_floor(page: Page, service: Service) -> None:  # noqa: F811
-    page.locator("input[name=audio]").set_input_files(TONE)
-    canvas = page.locator(".sound canvas").first
-    expect(canvas).to_have_attribute("aria-label", "Spectrogram of Big dog.wav, 0.5 s")
+def assert_brightest(canvas: Locator, hz: float, what: str) -> None:
+    """The brightest row of a spectrogram is that of a tone."""
     bright = canvas.evaluate(
         """canvas => {
           const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -113,8 +126,15 @@ def test_an_upload_is_drawn_painted_and_shown_beside_its_floor(page: Page, servi
           return rows.indexOf(Math.max(...rows)) / (canvas.height - 1);
         }"""
     )
-    mel = np.log1p(np.array([40, 440, 8000]) / 700)
-    assert bright == pytest.approx((mel[2] - mel[1]) / (mel[2] - mel[0]), abs=0.03), "the 440 Hz of the tone"
+    mel = np.log1p(np.array([40, hz, 8000]) / 700)
+    assert bright == pytest.approx((mel[2] - mel[1]) / (mel[2] - mel[0]), abs=0.03), what
+
+
+def test_an_upload_is_drawn_painted_and_shown_beside_its_floor(page: Page, service: Service) -> None:  # noqa: F811
+    page.locator("input[name=audio]").set_input_files(TONE)
+    canvas = page.locator(".sound canvas").first
+    expect(canvas).to_have_attribute("aria-label", "Spectrogram of Big dog.wav, 0.5 s")
+    assert_brightest(canvas, 440, "the tone")
     page.locator("input[name=seed]").fill("7")
     paint(page)
     for place, strength in (("#pictures", "1"), ("#floor", "0")):
@@ -133,15 +153,24 @@ def test_an_upload_is_drawn_painted_and_shown_beside_its_floor(page: Page, servi
     expect(page.locator("#floor")).to_be_hidden()
 
 
-def test_a_recording_is_painted(page: Page) -> None:
-    record = page.locator(".record").first
+def test_what_the_microphone_hears_is_recorded_drawn_and_painted(page: Page) -> None:
+    """A steady tone: what cleans up speech would take it for noise, and remove it."""
+    record, canvas = page.locator(".record").first, page.locator(".sound canvas").first
     record.click()
-    expect(record).to_contain_text("Stop (4 s)")
+    expect(record).to_contain_text("Stop (3 s)")
     record.click()
-    expect(page.locator(".sound canvas").first).to_have_attribute("aria-label", re.compile(r"recording, [0-2]\.\d s"))
+    expect(canvas).to_have_attribute("aria-label", re.compile(r"Spectrogram of recording, [1-5]\.\d s"))
+    file = base64.b64decode(page.evaluate(READ_FILE, "input[name=audio]"))
+    samples = decode_audio(file, 10, 10**6, 16_000)
+    assert f"{len(samples) / 16_000:.1f} s" in (canvas.get_attribute("aria-label") or "")
+    second = samples[-24_000:-8_000]  # what switches itself on later has had its time
+    loudest_hz = np.abs(np.fft.rfft(second)).argmax()
+    assert (loudest_hz, np.abs(second).max()) == (pytest.approx(SUNG_HZ, abs=5), pytest.approx(0.4, abs=0.1))
+    assert_brightest(canvas, SUNG_HZ, "what was before the microphone")
     page.locator("input[name=num_images]").fill("2")
     paint(page)
     expect(page.locator("#pictures img")).to_have_count(2)
+    assert read_made(saved(page, "#pictures"))["sounds"] == {"sound": sha256(file)}, "the recording, and nothing else"
 
 
 def test_pixels_outside_the_brushed_mask_are_kept(page: Page) -> None:

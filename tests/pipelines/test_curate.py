@@ -155,7 +155,7 @@ def written(out: Path) -> dict[str, int]:
     return {f"{file.parent.name}/{file.name}": file.stat().st_mtime_ns for file in out.glob("*ed/*.parquet")}
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("shards_here")
 def test_a_killed_run_goes_on_and_ends_in_the_same_tables(tmp_path: Path) -> None:
     write_media(tmp_path / "media", 6)
     storage.write_bytes(str(tmp_path / "media/broken.mp4"), b"no clip")

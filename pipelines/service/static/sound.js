@@ -123,7 +123,9 @@ export class Sound {
   }
 
   async record(button) {
-    const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+    // As it is: what cleans up calls would remove rain, wind and engines.
+    const asItIs = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
+    const stream = await navigator.mediaDevices.getUserMedia({ audio: asItIs });
     const recorder = new MediaRecorder(stream), parts = [], label = button.querySelector("span");
     this.recorder = recorder;
     let left_s = LONGEST_S;

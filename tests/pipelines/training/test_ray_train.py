@@ -74,19 +74,25 @@ def make_parts() -> tuple[type, Callable[..., Any], Callable[..., Any]]:
     return Line, batches, make_work
 
 
+def nan_at(step: int, bad: int) -> float:
+    """What a step's data are multiplied by."""
+    return float("nan") if step == bad else 1.0
+
+
 def starts(folder: Path) -> list[int]:
     return [int(line) for line in (folder / "starts").read_text().split()]
 
 
-def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_and_ends_where_it_would_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step that is not finite is left out on the way, and its clips are named."""
     line, batches, make_work = make_parts()
-    settings = {"folder": str(tmp_path), "die_at": 9}
+    settings, out = {"folder": str(tmp_path), "nan_at": 2, "die_at": 9}, str(tmp_path / "out")
     seen: list[int] = []
 
     def call() -> Any:
-        return ray_train.train(
-            "test", make_work, settings, CLUSTER, str(tmp_path / "out"), "run1", CONFIG, lambda s, f: seen.append(s)
-        )
+        return ray_train.train("test", make_work, settings, CLUSTER, out, "run1", CONFIG, lambda s, f: seen.append(s))
 
     final = call()
     assert (final.step, final.precision, final.settings) == (12, "float32", {"inputs": 1})
@@ -94,31 +100,26 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(tmp_path: Path) 
     assert starts(tmp_path)[0] == 0
     assert starts(tmp_path)[1] in (4, 8)
     assert max(seen) == 12
-    whole = fit(line(), lambda first: batches(first, slice(None), lambda step: 1.0), CONFIG)
+    whole = fit(line(), lambda first: batches(first, slice(None), lambda step: nan_at(step, 2)), CONFIG)
     for name, value in whole.weights.items():
         torch.testing.assert_close(final.weights[name], value, atol=1e-5, rtol=1e-5)
-    history = following.history(str(tmp_path / "out"))
-    assert [(e["step"], "val" in e) for e in history] == [(s, False) for s in (2, 4, 6, 8, 10, 12)] + [(12, True)]
+    check_entries(out)
+    assert "test: step 3 was left out, not finite: clips c0, c1, c2, c3" in caplog.text
     again = call()  # the same call finds the finished run in storage
     assert again.step == 12
     assert all(torch.equal(again.weights[name], value) for name, value in final.weights.items())
     assert len(starts(tmp_path)) == 2  # and reads no data
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_its_clips_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    _, _, make_work = make_parts()
-    settings, out = {"folder": str(tmp_path), "nan_at": 2}, str(tmp_path / "out")
-    final = ray_train.train("test", make_work, settings, CLUSTER, out, "run1", CONFIG)
-    assert final.step == 12
-    assert all(weights.isfinite().all() for weights in final.weights.values())
-    entries = [entry for entry in following.history(out) if "learning_rate" in entry]
+def check_entries(out: str) -> None:
+    """One entry for every second step, one of the last validation; the step that was left out is in its lists."""
+    history = following.history(out)
+    assert [(e["step"], "val" in e) for e in history] == [(s, False) for s in (2, 4, 6, 8, 10, 12)] + [(12, True)]
+    entries = [entry for entry in history if "learning_rate" in entry]
     assert {entry["step"]: entry["skipped_steps"] for entry in entries} == {2: 0, 4: 1, 6: 0, 8: 0, 10: 0, 12: 0}
-    lines = [json.loads(line) for line in (tmp_path / "out" / following.SKIPPED).read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(out, following.SKIPPED).read_text().splitlines()]
     assert {(line["step"], line["rank"]) for line in lines} == {(3, 0), (3, 1)}
     assert lines[0]["clips"] == ["c0", "c1", "c2", "c3"]
-    assert "test: step 3 was left out, not finite: clips c0, c1, c2, c3" in caplog.text
 
 
 def test_a_nan_ends_the_run_where_none_is_allowed(tmp_path: Path) -> None:
