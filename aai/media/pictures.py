@@ -73,8 +73,8 @@ class Pictures:
         """
         span_s = self.shown_s[1] - self.shown_s[0]
         rate = (self.count - 1) / span_s if span_s > 0 else self.count / max(duration_s, 1e-3)
-        declared = float(self.stream.average_rate or self.stream.guessed_rate or 0)
-        return declared if abs(declared - rate) <= _SAME_RATE * rate else rate
+        declared = (float(told or 0) for told in (self.stream.average_rate, self.stream.guessed_rate))
+        return next((told for told in declared if abs(told - rate) <= _SAME_RATE * rate), rate)
 
     def begins_late(self) -> bool:
         """Whether the frame on show at start_s is missing: a file without an index was entered in the middle."""

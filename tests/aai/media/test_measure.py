@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -7,10 +8,11 @@ from PIL import Image
 
 from aai.media.decode import decode_clip
 from aai.media.limits import DecodeConfig
-from aai.media.measure import MEASURED_ROW, measure_bytes
+from aai.media.measure import DECODER, DECODER_VERSION, MEASURED_ROW, measure_bytes
 from aai.media.waveform import read_sound, sound_rate_hz
 from aai.schema import SIGNALS
-from tests.clips import make_clip
+from tests.clips import make_clip, remuxed
+from tests.formats import turned
 
 
 def test_a_good_clip_is_a_row_without_an_error() -> None:
@@ -57,3 +59,23 @@ def test_a_bad_clip_is_a_row_with_the_reason() -> None:
         assert row["message"]
         assert row["clip_id"]
         assert row["audio"] is None
+        assert row["decoder"] == DECODER
+
+
+MADE: dict[str, tuple[Callable[[], bytes], list[float]]] = {
+    "plain": (make_clip, [2.02, 96, 64, 10, 2, -12.1, 65.9]),
+    "5.1": (lambda: make_clip(layout="5.1", sample_rate_hz=48_000), [2.01, 96, 64, 10, 6, -6.2, 65.9]),
+    "late": (lambda: make_clip(start_s=1.5), [2.04, 96, 64, 10, 2, -12.1, 65.9]),
+    "uneven": (lambda: make_clip([0.0, 0.1, 0.15, 0.9, 1.0, 1.8]), [2.02, 96, 64, 2.8, 2, -12.1, 53.0]),
+    "sound first": (lambda: remuxed(make_clip(), "matroska", True), [2.04, 96, 64, 10, 2, -12.1, 65.9]),
+    "lying": (lambda: turned(make_clip(), 90), [2.02, 64, 96, 10, 2, -12.1, 65.9]),
+}
+NAMES = ("duration_s", "width", "height", "fps", "channels", "rms_db", "luma_mean")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_another_row_of_the_same_file_is_another_version_of_the_decoder(name: str) -> None:
+    """When this fails, count DECODER_VERSION up and write down the figures of now."""
+    make, figures = MADE[name]
+    row = measure_bytes(make(), None, None, DecodeConfig())
+    assert (DECODER_VERSION, [row[name] for name in NAMES]) == (2, pytest.approx(figures, abs=0.06))

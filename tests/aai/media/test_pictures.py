@@ -11,10 +11,12 @@ import pytest
 from av.video.reformatter import Interpolation
 
 from aai.media.decode import ClipError, DecodeConfig, DecodedClip, decode_clip
+from aai.media.duplicates import DuplicateConfig
 from aai.media.pictures import Pictures
 from aai.media.showing import whole_lines
+from aai.media.signals import video_hash
 from aai.toy import writer
-from tests.clips import make_clip, make_moving
+from tests.clips import make_clip, make_moving, remuxed
 
 CLIPS = Path(os.environ.get("AAI_REAL_CLIPS", Path(__file__).resolve().parents[4] / "shared" / "data" / "clips"))
 OPEN_GOP = {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}
@@ -149,6 +151,20 @@ def test_exact_on_real_clips(threads: int) -> None:
         assert_exact(decode_clip(path.read_bytes(), None, None, cfg), path.read_bytes(), size_px=224)
 
 
+@pytest.mark.parametrize("container", ["mp4", "matroska", "flv", "mpegts"])
+def test_the_frame_rate_is_that_of_the_frames(container: str) -> None:
+    """Matroska and FLV made so declare 1000, the resolution of their clock."""
+    uneven = [0, 0.04, 0.08, 0.12, 0.2, 0.21, 0.3, 0.45, 0.5, 0.6, 0.62, 0.7, 0.8, 0.9, 1.0, 1.3, 1.5, 1.7, 1.8, 1.9]
+    for times_s in (None, uneven):
+        data = remuxed(make_clip(times_s), container)
+        assert decode_clip(data, None, None, DecodeConfig()).fps == pytest.approx(10, rel=0.001)
+    assert decode_clip(data, 0.0, 0.5, DecodeConfig()).fps == pytest.approx(7 / 0.45, rel=0.01)  # of its own part
+
+
+def test_a_single_frame_has_the_rate_of_its_length() -> None:
+    assert 0 < decode_clip(make_clip([0.0]), None, None, DecodeConfig()).fps <= 1000
+
+
 @pytest.mark.parametrize(("frame_size_px", "kept"), [(32, (32, 48)), (64, (64, 96)), (224, (64, 96))])
 def test_a_small_source_is_not_enlarged(frame_size_px: int, kept: tuple[int, int]) -> None:
     clip = decode_clip(make_clip(size=(96, 64)), None, None, DecodeConfig(frame_size_px=frame_size_px))
@@ -171,3 +187,14 @@ def test_key_frames_and_bounded_errors() -> None:
     assert np.abs(np.array(auto.frame_pts_s) - targets).max() > 0.3  # key frames were taken
     assert np.array_equal(auto.frames[[1, 3]], exact.frames[[1, 3]])
     assert np.array_equal(auto.audio, exact.audio)
+
+
+def test_copies_with_other_key_frames_have_the_same_hash_under_exact_alone() -> None:
+    copies = [make_moving(num_frames=40, options={"g": g, "x264-params": "scenecut=0"}) for g in ("9", "40")]
+    bits = {}
+    for policy in ("exact", "auto"):
+        cfg = DecodeConfig.parse({"policy": policy})
+        ours, theirs = (video_hash(decode_clip(data, None, None, cfg).hash_luma) for data in copies)
+        bits[policy] = (int.from_bytes(ours) ^ int.from_bytes(theirs)).bit_count()
+    assert bits["exact"] <= 8
+    assert bits["auto"] > DuplicateConfig().max_video_bits
