@@ -4,6 +4,7 @@ import asyncio
 import io
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from PIL import Image
 
 from aai.bundle import read_bundle
 from aai.errors import UserError
+from aai.progress import DenoisingProgress
 from aai.proof import read_proof
 from aai.sampling import PaintRequest
+from aai.signatures import TrustConfig
 from pipelines.service.http import Verb
 from pipelines.service.painters import PainterReplica
 from tests.aai.test_addons import write_checker
@@ -194,3 +197,121 @@ def test_only_a_failed_device_makes_it_ill(
         if ill:
             with pytest.raises(RuntimeError, match="the device failed: CUDA error"):
                 painter.check_health()
+
+
+def places(painter: PainterReplica) -> int:
+    """How many are free."""
+    return painter._places._value
+
+
+@pytest.mark.parametrize(
+    ("most", "changes", "taken"),
+    [(8, {"num_images": 3}, 3), (8, {"reuse_steps": 2}, 8), (2, {"num_images": 4}, 2), (8, {"reuse_steps": 1}, 1)],
+)
+def test_a_request_takes_its_places_and_gives_all_back(
+    most: int, changes: dict[str, int], taken: int, painter: PainterReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than there are it cannot take; what shares no layers with others takes all."""
+    seen: list[int] = []
+    monkeypatch.setattr(painter, "_config", painter._config.model_copy(update={"batch_pictures": most}))
+    monkeypatch.setattr(painter, "_places", asyncio.Semaphore(most))
+    monkeypatch.setattr(
+        painter, "_paint", lambda *args: (seen.append(places(painter)), ([], painter._serving.model))[1]
+    )
+
+    async def one() -> None:
+        request = REQUEST.model_copy(update=changes)
+        await asyncio.wait_for(painter.paint("generate", TONE, [None, None], request, GIVEN), 20)
+        await asyncio.sleep(0)
+
+    LOOP.run(one())
+    assert (seen, places(painter)) == ([most - taken], most)
+
+
+def test_who_leaves_while_it_waits_for_places_keeps_none(painter: PainterReplica) -> None:
+    async def leave() -> None:
+        most = places(painter)
+        assert await painter._taken(most - 1) == most - 1
+        waiting = asyncio.create_task(painter._taken(3))
+        small = asyncio.create_task(painter._taken(1))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert (places(painter), small.done()) == (0, False), "it has one and is not overtaken"
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert await asyncio.wait_for(small, 20) == 1
+        painter._free(most)
+        assert places(painter) == most
+
+    LOOP.run(leave())
+
+
+def test_a_stream_that_is_closed_ends_the_painting(painter: PainterReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    async def endless(*args: Any) -> None:
+        args[-1](DenoisingProgress(1, 9))
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append(True)
+            raise
+
+    monkeypatch.setattr(painter, "paint", endless)
+
+    async def leave() -> None:
+        events = painter.paint_live("generate", TONE, [None, None], REQUEST, GIVEN)
+        assert (await anext(events))["step"] == 1
+        await events.aclose()  # type: ignore[attr-defined]
+        await asyncio.sleep(0)
+
+    LOOP.run(leave())
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("reuse_steps", [1, 2])
+def test_what_keeps_layers_is_painted_alone_and_by_the_model_that_began(
+    reuse_steps: int, painter: PainterReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, given = painter._serving, []
+    other = replace(before, model=before.model.model_copy(update={"version": "4"}))
+
+    def run(work: Any, stop: Any, seen: Any = None, alone: bool = False) -> list[Any]:
+        given.append(alone)
+        monkeypatch.setattr(painter, "_serving", other)  # another version is taken up meanwhile
+        return []
+
+    monkeypatch.setattr(painter._together, "run", run)
+    request = REQUEST.model_copy(update={"reuse_steps": reuse_steps})
+    _, model = painter._paint("generate", TONE, [None, None], request, threading.Event(), None)
+    assert (given, model.version) == ([reuse_steps > 1], "3")
+
+
+def test_only_a_version_that_fits_is_taken_up(
+    painter: PainterReplica, tiny_bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = painter._serving
+    monkeypatch.setattr(painter, "_serving", before)
+    strange = replace(before, foundation={"clip_revision": "another"})
+    with pytest.raises(UserError, match="foundation="):
+        painter._loaded(tiny_bundle, before.model, strange)
+    trust = TrustConfig(public_keys=("nobody.pub",))
+    with monkeypatch.context() as patch:
+        patch.setattr(painter, "_config", painter._config.model_copy(update={"trust": trust}))
+        with pytest.raises(UserError, match="is not signed"):
+            painter._loaded(tiny_bundle, before.model)
+        heard = painter._config.model.model_copy(update={"sample_rate_hz": 8_000})
+        patch.setattr(painter, "_config", painter._config.model_copy(update={"trust": TrustConfig(), "model": heard}))
+        with pytest.raises(UserError, match=r"encoder\.sample_rate_hz=16000: the service runs with 8000"):
+            painter._loaded(tiny_bundle, before.model, before)
+    found = replace(before, model=before.model.model_copy(update={"version": "4"}))
+    monkeypatch.setattr(painter, "_loaded", lambda *args: found)
+    with monkeypatch.context() as patch:
+        patch.setattr(before.painter, "generate", lambda *args: [Image.new("RGB", (8, 8), "grey")])
+        with pytest.raises(UserError, match="are of one colour"):
+            painter.take("uri", found.model)
+    assert (painter._serving.model.version, painter.watcher.served.version) == ("3", "3")
+    painter.take("uri", found.model)
+    assert (painter._serving.model.version, painter.watcher.served.version) == ("4", "4")
+    painter.watcher.served = before.model
