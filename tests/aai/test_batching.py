@@ -26,6 +26,7 @@ from aai.foundation.loaders import load_diffusion
 from aai.painter import Painter
 from aai.sampling import PaintRequest
 from tests.aai.test_painter import pixels, sound
+from tests.aai.twice import Twice, a_call, in_one_round
 from tests.tiny import write_published
 
 GIVEN = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
@@ -77,8 +78,9 @@ class Counted:
 
     def start(self, painter: Painter, wanted: Sequence[Wanted], pool: ThreadPoolExecutor) -> list[Future[np.ndarray]]:
         """All in one round: the first turn is another's until all have come."""
-        gate = threading.Event()
-        pool.submit(self.together.run, gate.wait, threading.Event())
+        turn, gate = threading.Event(), threading.Event()
+        pool.submit(self.together.run, lambda: (turn.set(), gate.wait()), threading.Event())
+        turn.wait()
         begun = [pool.submit(self.run, painter, one, threading.Event()) for one in wanted]
         self.wait_for(len(wanted))
         gate.set()
@@ -288,3 +290,81 @@ def test_many_that_come_and_go_at_random_all_end(painter: Painter, counted: Coun
         found = [done.result(120) for done in begun]
     assert {difference for difference in found if difference is not None} <= {0, 1}
     assert found.count(None) < 60
+
+
+# ---------------------------------------------------------------- calls alone, of a network of one product
+
+
+def test_calls_that_fit_are_one_and_each_gets_its_own_rows() -> None:
+    unet, told = Twice(), list[int]()
+    added = [{"text_embeds": torch.full((rows, 2), float(rows))} for rows in (2, 1, 3)]
+    calls = [a_call(i, len(a["text_embeds"]), added_cond_kwargs=a) for i, a in enumerate(added, 3)]
+    calls[1]["timestep"] = torch.tensor(4)
+    alone = [unet(**arguments)[0] for arguments in calls]
+    unet.rows.clear()
+    for found, wanted in zip(in_one_round(unet, calls, told.append), alone, strict=True):
+        assert torch.equal(found, wanted)
+        assert not found.requires_grad
+    assert unet.rows == told == [6]
+    assert unet.forward.__func__ is Twice.forward, "left as it was"  # type: ignore[attr-defined]
+
+
+def test_calls_that_do_not_fit_are_made_apart() -> None:
+    for changes in (
+        {"sample": torch.ones(2, 1, 2, 2, dtype=torch.float64)},
+        {"sample": torch.ones(2, 1, 4, 4)},
+        {"own": "of one request"},
+        {"added_cond_kwargs": {"text_embeds": torch.ones(2, 2)}},
+    ):
+        unet, calls = Twice(), [a_call(1), a_call(2, **changes), a_call(3)]
+        alone = [unet(**arguments)[0] for arguments in calls]
+        unet.rows.clear()
+        assert all(torch.equal(a, b) for a, b in zip(in_one_round(unet, calls), alone, strict=True))
+        assert sorted(unet.rows) == [2, 4], changes
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_halves_lose_none_and_a_call_too_large_alone_fails_alone(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = []
+
+    def empty() -> None:
+        emptied.append(True)
+        raise torch.AcceleratorError("the device failed")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    unet, calls = Twice(), [a_call(i) for i in range(count - 1)]
+    alone = [unet(**arguments)[0] for arguments in calls]
+    unet.most = 2
+    *found, large = in_one_round(unet, [*calls, a_call(9, rows=3)])
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert isinstance(large, torch.OutOfMemoryError)
+    assert emptied
+
+
+def test_a_thread_whose_request_has_ended_calls_as_before_and_one_that_is_stopped_gets_nothing() -> None:
+    unet = Twice()
+    together, stop = Together(unet), threading.Event()
+
+    def stopped() -> Any:
+        calls = iter((stop.set, lambda: None))
+        plain, unet.most = together._forward, 99
+
+        def forward(**arguments: Any) -> Any:
+            next(calls)()  # while its call is made
+            return plain(**arguments)
+
+        together._forward = forward
+        try:
+            return unet.forward(**a_call(1))
+        finally:
+            together._forward = plain
+
+    def work() -> Any:
+        with pytest.raises(StoppedError):
+            together.run(stopped, stop)
+        together.run(lambda: None, threading.Event())
+        return unet.forward(**a_call(1))[0]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result(30).shape == (2, 1, 2, 2)
+    together.close()

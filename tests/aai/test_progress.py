@@ -116,3 +116,22 @@ def test_a_prediction_without_a_flaw_shows_the_picture_itself(kind: str, painter
     assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
     guided = foreseen(pipe, noisy.repeat(2, 1, 1, 1), 300, torch.cat([told - 1, told - 1 + 1 / 3]), 1, 3.0)
     assert np.abs(np.asarray(guided, int) - np.asarray(wanted, int)).max() <= 1
+
+
+def test_a_scheduler_that_asks_once_more_has_no_step_more() -> None:
+    told: list[DenoisingProgress] = []
+    pipe = SimpleNamespace(scheduler=object())
+    seen = ProgressTracker(pipe, "generate", PaintRequest(steps=2), False, told.append)
+    for _ in range(3):
+        seen(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    assert [(stage.step, stage.steps) for stage in told] == [(1, 2), (2, 2), (2, 2)]
+
+
+def test_of_several_pictures_the_first_is_foreseen_by_its_own_rows(painter: Painter) -> None:
+    pipe, chance = painter.pipe, torch.Generator().manual_seed(1)
+    edge, channels = pipe.unet.config.sample_size, pipe.vae.config.latent_channels
+    rows = torch.randn(6, channels, edge, edge, generator=chance)
+    noisy, plain, guided = rows[:1], rows[2:3], rows[4:5]
+    alone = foreseen(pipe, noisy.repeat(2, 1, 1, 1), 300, torch.cat([plain, guided]), 1, 3.0)
+    of_two = foreseen(pipe, torch.cat([noisy, rows[1:2]] * 2), 300, rows[2:6], 2, 3.0)
+    assert np.abs(np.asarray(alone, int) - np.asarray(of_two, int)).max() <= 1

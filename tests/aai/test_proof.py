@@ -1,6 +1,7 @@
 """Pictures that prove their origin, and what becomes of the proof when somebody changes them."""
 
 import io
+import json
 import pickle
 import struct
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from aai.errors import UserError
 from aai.png import encode_png, same_picture
-from aai.proof import CHUNK, MADE_BY_A_MODEL, ProofConfig, Prover, has_manifest, read_proof
+from aai.proof import CHUNK, HOW, MADE_BY_A_MODEL, ProofConfig, Prover, has_manifest, read_made, read_proof
 from tests.certificates import certified
 
 MADE = {"seed": 3, "bundle": "b" * 16, "sounds": {"sound": "0" * 64}, "eta": 0.5, "mask": None, "prompt": "ü <sound>"}
@@ -169,3 +171,37 @@ def test_goes_to_another_process(prover: Prover, keys: Path) -> None:
 def test_painting_needs_no_c2pa() -> None:
     code = "import sys, aai.proof; aai.proof.Prover(aai.proof.ProofConfig()); sys.exit('c2pa' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_manifest_says_how_the_picture_was_made(prover: Prover) -> None:
+    import c2pa
+
+    with c2pa.Reader("image/png", io.BytesIO(prover.encode(picture(0), MADE))) as reader:
+        assertions = (reader.get_active_manifest() or {})["assertions"]
+    (how,) = [each["data"] for each in assertions if each["label"] == HOW]
+    assert json.loads(how["json"]) == MADE
+
+
+def test_without_a_manifest_damage_and_foreign_words_are_told_apart() -> None:
+    plain = encode_png(picture(0), MADE)
+    damaged = bytearray(plain)
+    damaged[len(plain) // 2] ^= 0xFF
+    for data in (bytes(damaged), plain[: len(plain) // 2]):
+        broken = read_proof(data)
+        assert (broken.state, dict(broken.made)) == ("broken", {})
+        assert broken.reasons[0].startswith("the file is damaged")
+    foreign = PngInfo()
+    foreign.add_text("aai", "[1, 2]")
+    sink = io.BytesIO()
+    picture(0).save(sink, "PNG", pnginfo=foreign)
+    assert (read_proof(sink.getvalue()).state, read_made(sink.getvalue())) == ("missing", {})
+    head, *rest = chunks(plain)
+    text = [chunk for chunk in rest if chunk[4:8] == b"tEXt"]
+    others = [chunk for chunk in rest if chunk[4:8] not in (b"tEXt", b"IEND")]
+    assert read_made(plain[:8] + b"".join([head, *others, *text, rest[-1]])) == MADE, "text behind the pixels"
+
+
+@pytest.mark.parametrize("alone", ["certificate", "private_key"])
+def test_a_certificate_and_its_key_belong_together(alone: str) -> None:
+    with pytest.raises(UserError, match="belong together"):
+        ProofConfig.parse({alone: "file.pem"})

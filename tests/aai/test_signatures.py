@@ -1,5 +1,7 @@
 """Signatures: whose bundle it is, and that nothing of it was changed since."""
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +11,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from aai import storage
 from aai.bundle import Bundle, read_bundle, sign_bundle, write_bundle
 from aai.errors import UserError
 from aai.signatures import (
@@ -20,6 +23,7 @@ from aai.signatures import (
     make_key,
     rehearse,
     sign,
+    signer_of,
 )
 from tests.aai.test_bundle import ADAPTER, ALIGNER, META, make_config, reseal
 from tests.certificates import PEM, certified, fingerprint
@@ -184,3 +188,34 @@ def test_settings_that_do_nothing_are_refused(given: dict[str, object]) -> None:
         SigningConfig.parse(given)
     with pytest.raises(UserError, match="make_key"):
         SigningConfig.parse({"private_key": "x", "certificate": "x", "make_key": True})
+
+
+def test_git_files_of_a_bundle_are_signed_too(bundle: Bundle, signing: SigningConfig) -> None:
+    (bundle.folder / ".gitattributes").write_text("* text")
+    sign(bundle.folder, signing)
+    (bundle.folder / ".gitattributes").write_text("* -text")
+    assert "changed since it was signed" in refusal(bundle.folder, trust(signing.private_key))
+
+
+def test_a_key_that_another_command_makes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o022)
+    try:
+        assert make_key(f"{tmp_path}/team.pem")
+        first = (tmp_path / "team.pem").read_bytes()
+        monkeypatch.setattr(storage, "exists", lambda uri: False)
+        assert not make_key(f"{tmp_path}/team.pem")
+        assert os.umask(0o022) == 0o022, "what else this process writes is not its owner's alone"
+    finally:
+        os.umask(before)
+    assert (tmp_path / "team.pem").read_bytes() == first
+
+
+@pytest.mark.parametrize("material", [{"x509CertificateChain": {"certificates": []}}, None, {"publicKey": {}}])
+def test_a_signature_in_ruins_is_of_nobody(material: object, tmp_path: Path) -> None:
+    (tmp_path / SIGNATURE).write_text(json.dumps({"verificationMaterial": material}))
+    assert signer_of(tmp_path) == "unknown"
+
+
+def test_a_registered_version_is_signed_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a registered version is not changed"):
+        check(tmp_path, trust("nobody"), "models:/toy/3")

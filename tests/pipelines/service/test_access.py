@@ -176,6 +176,7 @@ async def told(send: Send, status: int, *parts: bytes) -> None:
 
 def test_stages_follow_one_another_and_the_upload_ends_once() -> None:
     async def staged(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.02)
         for name in ("decode", "painters"):
             await receive()
             await asyncio.sleep(0.02)
@@ -186,7 +187,7 @@ def test_stages_follow_one_another_and_the_upload_ends_once() -> None:
     asyncio.run(ask())
     assert list(visits[0].stages_s) == ["upload", "decode", "painters"]
     assert sum(visits[0].stages_s.values()) <= visits[0].duration_s
-    assert visits[0].stages_s["upload"] < 0.02 <= min(visits[0].stages_s[name] for name in ("decode", "painters"))
+    assert min(visits[0].stages_s.values()) >= 0.02
 
 
 def test_a_client_that_leaves_within_a_stream_is_told(log: list[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """What a painter loads, and which bundles it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,15 @@ import pytest
 
 from aai.bundle import read_bundle
 from aai.errors import UserError
+from aai.signatures import TrustConfig
 from pipelines.service.loading import PainterConfig, first, loaded, try_out
 from tests.e2e.test_rollover import another
 
 
-def config(bundle: str, **model: Any) -> PainterConfig:
+def config(bundle: str, trust: TrustConfig | None = None, **model: Any) -> PainterConfig:
     told = {"name": "tiny", "version": "3", "sha": read_bundle(bundle).sha, "sample_rate_hz": 16_000, **model}
     given = {"bundle": bundle, "model": told, "registry": {}, "device": "cpu", "dtype": "float32", "stuck_s": 60}
-    return PainterConfig.parse({**given, "addons": {}, "proof": {}, "trust": {}})
+    return PainterConfig.parse({**given, "addons": {}, "proof": {}, "trust": trust or {}})
 
 
 def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle: str) -> None:
@@ -22,6 +24,15 @@ def test_another_bundle_than_the_service_was_started_for_is_refused(tiny_bundle:
         first(config(tiny_bundle, sha="0000"))
     with pytest.raises(UserError, match="the service runs with 8000; start the service again"):
         first(config(tiny_bundle, sample_rate_hz=8000))
+
+
+def test_a_version_of_another_foundation_or_of_nobodys_signature_is_refused(tiny_bundle: str) -> None:
+    c = config(tiny_bundle)
+    strange = replace(first(c), foundation={"clip_revision": "another"})
+    with pytest.raises(UserError, match="foundation="):
+        loaded(c, tiny_bundle, c.model, strange)
+    with pytest.raises(UserError, match="is not signed"):
+        loaded(config(tiny_bundle, TrustConfig(public_keys=("nobody.pub",))), tiny_bundle, c.model)
 
 
 def test_versions_share_their_foundation_with_the_frozen_clip(tiny_bundle: str, tmp_path: Path) -> None:

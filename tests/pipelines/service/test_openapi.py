@@ -60,3 +60,12 @@ def test_another_method_is_told_which_ones_there_are_and_no_path_is_guessed() ->
     assert response.headers["allow"] == "POST"
     for path in ("/v1/generate/", "/static"):  # a redirect would follow the Host header
         assert ask("GET", path).status_code == 404
+
+
+def test_every_status_and_null_picture_is_told() -> None:
+    assert set(REFUSALS) == {400, 401, 403, 404, 405, 408, 413, 422, 429, 500, 503}
+    told = document()["paths"]
+    assert told["/healthz"]["get"]["responses"].keys() == {"200", "403", "405", "500", "503"}
+    several = told["/v1/generate"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert several["properties"]["images"]["items"]["type"] == ["string", "null"]
+    assert set(several["required"]) == set(several["properties"])

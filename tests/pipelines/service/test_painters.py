@@ -5,8 +5,8 @@ import io
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,14 @@ from PIL import Image
 
 from aai.bundle import read_bundle
 from aai.errors import UserError
-from aai.painter import Painter
-from aai.proof import read_made, read_proof
+from aai.progress import DenoisingProgress
+from aai.proof import read_proof
 from aai.sampling import PaintRequest
 from pipelines.service import painters
-from pipelines.service.canary import Trial
 from pipelines.service.http import PaintJob, Verb
 from pipelines.service.painters import PainterReplica
 from tests.aai.test_addons import write_checker
 from tests.certificates import certified
-from tests.e2e.test_rollover import another
 
 LOOP = asyncio.Runner()
 """A painter lives in one event loop, as in a replica of Serve."""
@@ -173,100 +171,6 @@ def test_a_request_tells_how_far_it_is(painter: PainterReplica) -> None:
         LOOP.run(wrong())
 
 
-class OnTrial:
-    """A painter with a version on trial, and what its metrics are told."""
-
-    def __init__(self, bundle: str, folder: Path, **canary: float) -> None:
-        self.folder = another(Path(bundle), folder)
-        self.painter = replica(bundle, canary=canary, batch_pictures=2, board="board")
-        model = self.painter._serving.model.model_copy(update={"version": "4", "alias": "candidate"})
-        self.painter.take_canary(str(self.folder), model)
-        self.painter.trial.may_answer = True
-        self.told: list[tuple[Any, ...]] = []
-        self.apart: list[float] = []
-        self.painter._metrics.version = lambda *told: self.told.append(told[:4])  # type: ignore[method-assign]
-        self.painter._metrics.apart = lambda _, apart: self.apart.append(apart)  # type: ignore[method-assign]
-
-    async def paint(self, request: PaintRequest = REQUEST) -> tuple[bytes, str]:
-        (file,), model = await self.painter.paint(job("generate", request=request))
-        return file, model["version"]
-
-    async def and_unseen(self, *requests: PaintRequest) -> list[tuple[bytes, str]]:
-        """Paints, and waits for what is painted besides."""
-        painted = [await self.paint(request) for request in requests]
-        await asyncio.gather(*self.painter._unseen)
-        return painted
-
-
-def pixels_of(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)), int)
-
-
-@pytest.fixture
-def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trial, "start", lambda *_: None)  # there is no registry here
-    monkeypatch.setattr(painters, "BoardClient", lambda _: SimpleNamespace(tell=lambda _: None, moved=None))
-    monkeypatch.setattr(painters, "board_name", str)
-
-
-@pytest.mark.usefixtures("no_trial")
-def test_a_version_on_trial_answers_its_share(
-    tiny_bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried = OnTrial(tiny_bundle, tmp_path / "other", share=1)
-    png, version = LOOP.run(tried.paint())
-    ours = Painter.load(tried.folder).generate(TONE, REQUEST)[0]
-    assert version == "4"
-    assert np.array_equal(pixels_of(png), np.asarray(ours))
-    assert read_made(png)["model"] == "tiny/4"
-    tried.painter.trial.may_answer = False
-    served, version = LOOP.run(tried.paint())
-    assert version == "3"
-    tried.painter.trial.may_answer = True
-    with monkeypatch.context() as patch:
-        patch.setattr(tried.painter._canary.painter, "generate", lambda *_: 1 / 0)  # type: ignore[union-attr]
-        png, version = LOOP.run(tried.paint())
-    assert (version, np.array_equal(pixels_of(png), pixels_of(served))) == ("3", True)
-    assert tried.told == [
-        ("canary", "4", "ok", 1),
-        ("served", "3", "ok", 1),
-        ("canary", "4", "failed", 1),
-        ("served", "3", "ok", 1),
-    ]
-    tried.painter.end_canary()
-    assert LOOP.run(tried.paint())[1] == "3"
-    assert tried.painter.check_health() is None
-
-
-@pytest.mark.usefixtures("no_trial")
-def test_what_is_painted_unseen_is_compared_and_gives_way(tiny_bundle: str, tmp_path: Path) -> None:
-    tried = OnTrial(tiny_bundle, tmp_path / "other", shadow=1)
-    ((png, version),) = LOOP.run(tried.and_unseen(REQUEST))
-    theirs = np.asarray(Painter.load(tried.folder).generate(TONE, REQUEST)[0], int)
-    assert version == "3"
-    assert tried.told == [("served", "3", "ok", 1), ("shadow", "4", "ok", 1)]
-    assert tried.apart == pytest.approx([np.abs(pixels_of(png) - theirs).mean() / 255])
-    tried.told.clear()
-    long = REQUEST.model_copy(update={"steps": 100})
-    alone = REQUEST.model_copy(update={"reuse_steps": 2, "steps": 4})  # takes all places
-
-    async def others() -> None:
-        await tried.paint(long)
-        while not tried.painter._started_s:
-            await asyncio.sleep(0.01)
-        await tried.and_unseen(alone)
-
-    LOOP.run(asyncio.wait_for(others(), 120))
-    assert [told[:3] for told in tried.told] == [
-        ("served", "3", "ok"),
-        ("shadow", "4", "stopped"),
-        ("served", "3", "ok"),
-        ("shadow", "4", "skipped"),
-    ]
-    assert tried.painter._places._value == 2
-    assert not tried.painter._unseen
-
-
 def test_a_painter_is_ill_when_it_is_stuck_or_its_device_failed(
     painter: PainterReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,3 +198,107 @@ def test_only_a_failed_device_makes_it_ill(
         if ill:
             with pytest.raises(RuntimeError, match="the device failed: CUDA error"):
                 painter.check_health()
+
+
+def places(painter: PainterReplica) -> int:
+    """How many are free."""
+    return painter._places._value
+
+
+@pytest.mark.parametrize(
+    ("most", "changes", "taken"),
+    [(8, {"num_images": 3}, 3), (8, {"reuse_steps": 2}, 8), (2, {"num_images": 4}, 2), (8, {"reuse_steps": 1}, 1)],
+)
+def test_a_request_takes_its_places_and_gives_all_back(
+    most: int, changes: dict[str, int], taken: int, painter: PainterReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than there are it cannot take; what shares no layers with others takes all."""
+    seen: list[int] = []
+    monkeypatch.setattr(painter, "_config", painter._config.model_copy(update={"batch_pictures": most}))
+    monkeypatch.setattr(painter, "_places", asyncio.Semaphore(most))
+    monkeypatch.setattr(painter, "_paint", lambda *args: (seen.append(places(painter)), ([], painter._serving))[1])
+
+    async def one() -> None:
+        request = REQUEST.model_copy(update=changes)
+        await asyncio.wait_for(painter.paint(job("generate", request=request)), 20)
+        await asyncio.sleep(0)
+
+    LOOP.run(one())
+    assert (seen, places(painter)) == ([most - taken], most)
+
+
+def test_who_leaves_while_it_waits_for_places_keeps_none(painter: PainterReplica) -> None:
+    async def leave() -> None:
+        most = places(painter)
+        assert await painter._taken(most - 1) == most - 1
+        waiting = asyncio.create_task(painter._taken(3))
+        small = asyncio.create_task(painter._taken(1))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert (places(painter), small.done()) == (0, False), "it has one and is not overtaken"
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert await asyncio.wait_for(small, 20) == 1
+        painter._free(most)
+        assert places(painter) == most
+
+    LOOP.run(leave())
+
+
+def test_a_stream_that_is_closed_ends_the_painting(painter: PainterReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    async def endless(*args: Any) -> None:
+        args[-1](DenoisingProgress(1, 9))
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append(True)
+            raise
+
+    monkeypatch.setattr(painter, "paint", endless)
+
+    async def leave() -> None:
+        events = painter.paint_live(job("generate"))
+        assert (await anext(events))["step"] == 1
+        await events.aclose()  # type: ignore[attr-defined]
+        await asyncio.sleep(0)
+
+    LOOP.run(leave())
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("reuse_steps", [1, 2])
+def test_what_keeps_layers_is_painted_alone_and_by_the_model_that_began(
+    reuse_steps: int, painter: PainterReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, given = painter._serving, []
+    other = replace(before, model=before.model.model_copy(update={"version": "4"}))
+
+    def run(work: Any, stop: Any, seen: Any = None, alone: bool = False) -> list[Any]:
+        given.append(alone)
+        monkeypatch.setattr(painter, "_serving", other)  # another version is taken up meanwhile
+        return []
+
+    monkeypatch.setattr(painter._together, "run", run)
+    request = REQUEST.model_copy(update={"reuse_steps": reuse_steps})
+    _, serving = painter._paint(job("generate", request=request), threading.Event(), None)
+    assert (given, serving.model.version) == ([reuse_steps > 1], "3")
+
+
+def test_only_a_version_that_paints_is_taken_up(
+    painter: PainterReplica, tiny_bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = painter._serving
+    monkeypatch.setattr(painter, "_serving", before)
+    found = replace(before, model=before.model.model_copy(update={"version": "4"}))
+    monkeypatch.setattr(painters, "loaded", lambda *args: found)
+    with monkeypatch.context() as patch:
+        patch.setattr(before.painter, "generate", lambda *args: [Image.new("RGB", (8, 8), "grey")])
+        with pytest.raises(UserError, match="are of one colour"):
+            painter.take("uri", found.model)
+    assert (painter._serving.model.version, painter.watcher.served.version) == ("3", "3")
+    painter.take("uri", found.model)
+    assert (painter._serving.model.version, painter.watcher.served.version) == ("4", "4")
+    painter.watcher.served = before.model

@@ -104,6 +104,7 @@ def test_serve_finds_it_by_the_variable() -> None:
 
 def test_every_error_in_plain_text_is_ours_and_only_those() -> None:
     assert asked(PlainTextResponse("no request", 400)).json()["error"]["code"] == "http_400"
+    assert "retry-after" not in asked(PlainTextResponse("of no use to ask again", 502)).headers
     page = asked(Response("<p>gone</p>", 404, media_type="text/html"))
     assert (page.status_code, page.text) == (404, "<p>gone</p>")
 

@@ -297,6 +297,7 @@ def test_a_request_is_told_with_its_key_its_seconds_and_its_stages(told: Told) -
     metrics = GatewayMetrics(120, 16)
     visit = Visit("generate", "id", 0, status=200, told={"key": "ann"}, stages_s={"upload": 0.25})
     visit.begin_s -= 10
+    visit.ended_s = visit.begin_s + 0.25  # of the upload
     metrics.visit(visit)
     metrics.visit(Visit("page", "id", 0, status=404, told={"code": "http_404"}, stages_s={"upload": 9.0}))
     seconds = [value for name, value, _ in told if name == "aai_request_duration_seconds"]

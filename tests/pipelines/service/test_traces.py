@@ -113,3 +113,11 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"traces\.endpoint=http://x: needs the package .*pip install 'aai\[traces\]'"):
         TracesConfig(endpoint="http://x").options()
+
+
+def test_as_many_are_traced_as_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENDPOINT, "http://before")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "ours")
+    options = TracesConfig(endpoint="http://127.0.0.1:4318/v1/traces", share=0.25).options()
+    assert (options["enabled"], options["sampling_ratio"]) == (True, 0.25)
+    assert (os.environ[ENDPOINT], os.environ["OTEL_SERVICE_NAME"]) == ("http://127.0.0.1:4318/v1/traces", "ours")
