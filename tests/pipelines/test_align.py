@@ -26,10 +26,14 @@ from pipelines.settings import ClusterConfig
 from pipelines.training import following, ray_train
 from pipelines.training.recipe import Trained
 from pipelines.training.stage import validates
-from tests.pipelines.conftest import no_models_here
+from tests.pipelines.conftest import no_models_here, run_here
 from tests.tiny import BACKBONES, write_ast, write_clap, write_clip, write_clip_table, write_diffusion
 
 ENCODER = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_mel_bins": 32, "head_size": 32}
+
+
+def featurized(clips: str, out: Path, foundation: dict[str, str]) -> featurize.FeaturizeConfig:
+    return featurize.FeaturizeConfig.parse({"input": clips, "out": str(out), "foundation": foundation})
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +44,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
     clips = str(write_clip_table(root / "accepted", 3, 16))
     sharp = str(write_clip_table(root / "accepted_48k", 1, 8, sample_rate_hz=48_000))
     connect(ClusterConfig())
-    for source, features in ((clips, "features"), (sharp, "features_48k")):
-        table = {"input": source, "out": str(root / features), "foundation": foundation}
-        featurize.run(featurize.FeaturizeConfig.parse(table))
+    featurize.run(featurized(clips, root / "features", foundation))
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)  # once is enough on Ray
+        featurize.run(featurized(sharp, root / "features_48k", foundation))
     yield {
         "features": str(root / "features"),
         "out": str(root / "align"),

@@ -25,6 +25,7 @@ from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
 from pipelines.tune import TuneConfig
+from tests.pipelines.conftest import run_here
 from tests.tiny import write_clip, write_clip_table, write_diffusion
 
 ENCODER = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_mel_bins": 32, "head_size": 32}
@@ -39,9 +40,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     clip = write_clip(folder / "clip")
     foundation = {"clip": str(clip), "diffusion": str(write_diffusion(folder / "diffusion", clip))}
     clips = str(write_clip_table(folder / "accepted", 3, 16))
-    connect(ClusterConfig())
     table = {"input": clips, "out": str(folder / "features"), "foundation": foundation}
-    featurize.run(featurize.FeaturizeConfig.parse(table))
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        featurize.run(featurize.FeaturizeConfig.parse(table))
+    connect(ClusterConfig())
     base = {
         "features": str(folder / "features"),
         "out": str(folder / "align"),
@@ -210,7 +213,9 @@ def test_features_without_a_val_split_are_refused(root: Path, tmp_path: Path) ->
         tune.run(config)
 
 
+@pytest.mark.accept
 def test_a_metric_that_no_validation_has_is_refused_at_the_first(root: Path, tmp_path: Path) -> None:
+    """A sample: what ends everything, in tuning/test_sweep.py."""
     with pytest.raises(UserError, match=r"metric=val_a2v_r2: no validation has .*val_a2t_r1, val_a2v_r1, val_label1"):
         tune.run(settings(root, out=str(tmp_path / "out"), metric="val_a2v_r2"))
     assert sorted(path.name for path in (tmp_path / "out" / "trials").iterdir()) == ["000"]

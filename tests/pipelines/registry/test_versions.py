@@ -156,8 +156,13 @@ def serving(folder: Path, store: str, artifacts: str = "", workers: int = 1, tls
             server.wait(timeout=20)
 
 
-def test_a_tracking_server_stores_and_returns_bundles(cfg: TrackingConfig, tmp_path: Path) -> None:
-    with serving(tmp_path, cfg.uri) as address:
+def test_a_tracking_server_of_a_private_authority_stores_and_returns_bundles(
+    cfg: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers over plain HTTP: tests/e2e/test_promotions.py."""
+    key, certificate = for_this_machine(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
+    with serving(tmp_path, cfg.uri, tls=f"--ssl-keyfile={key} --ssl-certfile={certificate}") as address:
         remote = TrackingConfig(uri=address, experiment="remote", model_name="toy")
         made = make_bundle(tmp_path / "1", 1)
         versions.set_alias(remote, "champion", versions.register(remote, made.folder, {"r1": 1}, {"a": "b"}))
@@ -170,18 +175,6 @@ def test_a_tracking_server_stores_and_returns_bundles(cfg: TrackingConfig, tmp_p
         shutil.rmtree(tmp_path / "served")
         with pytest.raises(UserError, match=r"^bundle=models:/toy/1: the registered version holds no bundle"):
             versions.resolve_bundle("models:/toy/1", remote, str(tmp_path / "into"))
-
-
-def test_a_server_of_a_private_authority_is_used(
-    cfg: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key, certificate = for_this_machine(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
-    with serving(tmp_path, cfg.uri, tls=f"--ssl-keyfile={key} --ssl-certfile={certificate}") as address:
-        remote = TrackingConfig(uri=address, experiment="remote", model_name="toy")
-        made = make_bundle(tmp_path / "1", 1)
-        versions.set_alias(remote, "champion", versions.register(remote, made.folder, {}, {}))
-        assert read_bundle(versions.resolve_bundle("models:/toy@champion", remote)).sha == made.sha
 
 
 def wait_for(cfg: TrackingConfig, log: Path) -> None:
