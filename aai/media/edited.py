@@ -22,6 +22,8 @@ _PARTNERS = 8
 _MIN_WORDS = 8
 _CHUNK = 4_000_000
 _SHIFTS = 2 * 4096  # more than a print has words, either way
+_UNSHIFTED = 2
+"""Words: what a codec's delay may shift a sound."""
 _APART, _LIKELY_BITS = 5, 9
 """Words that a quick look compares lie so far apart that they say different things, and differ in so many bits."""
 _MIRROR = np.packbits(np.arange(1, 65) % 9 % 2).view(np.uint64)[0]
@@ -171,5 +173,5 @@ def _agreeing(prints: Prints, tried: np.ndarray, cfg: EditedConfig) -> Iterator[
         alike = prints.sounds_alike(left, right, shift, cfg)
         left, right, shift = left[alike], right[alike], shift[alike]
         alike = prints.picture_bits(left, right, shift * STEP_S) <= cfg.max_picture_bits
-        alike |= prints.same_motion(left, right, cfg)
+        alike |= (np.abs(shift) <= _UNSHIFTED) & prints.same_motion(left, right, cfg)
         yield np.stack([left[alike], right[alike]], axis=1)
