@@ -250,15 +250,18 @@ def written_by(uri: str) -> str:
     return (pq.read_schema(path, filesystem=fs).metadata or {}).get(METADATA_KEY, UNKNOWN.encode()).decode()
 
 
-def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Reads one Parquet file, or all Parquet files of a folder in name order."""
+def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
+    """Reads one Parquet file, or all Parquet files of a folder in name order.
+
+    schema: what the table ought to have; a column of it that a file of an earlier version lacks is null.
+    """
     files = [uri] if uri.endswith(".parquet") else list_files(uri, ".parquet")
     if not files:
         raise UserError("table", uri, "holds no Parquet files", "run the stage that writes it first")
     tables = []
     for file in files:
         fs, path = filesystem(file)
-        tables.append(pq.read_table(path, columns=columns, filesystem=fs, partitioning=None))
+        tables.append(pq.read_table(path, columns=columns, filesystem=fs, partitioning=None, schema=schema))
     return pa.concat_tables(tables)
 
 

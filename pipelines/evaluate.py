@@ -19,7 +19,7 @@ from aai.digest import digest
 from aai.encoders.aligner import encoder_config
 from aai.errors import UserError
 from aai.features import FeatureManifest
-from aai.media.duplicates import DuplicateConfig
+from aai.media.duplicates import WholeConfig
 from aai.sampling import SamplingConfig
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
@@ -98,7 +98,7 @@ class EvaluateConfig(RayVerbConfig):
     """Clips of one unit of listening."""
     cases_per_shard: int = pydantic.Field(25, ge=1)
     """Pictures of one unit of painting, which is also a batch."""
-    duplicates: DuplicateConfig = DuplicateConfig()
+    duplicates: WholeConfig = WholeConfig()
     """How alike a held-out clip and a training clip are that count as `near_overlap`; as in curate."""
     request: SamplingConfig = SamplingConfig(steps=10)
     """How pictures are painted; prompt and seed are the condition's."""

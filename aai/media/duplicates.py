@@ -8,6 +8,7 @@ import numpy as np
 import pydantic
 
 from aai.config import Config
+from aai.media.edited import PICTURE_PRINT_BYTES, EditedConfig, Prints, edited_pairs_of
 
 BANDS = 16
 """Parts of a video hash by which near duplicates are looked for, each on its own."""
@@ -18,8 +19,13 @@ SPLIT_RANK = {EXCLUDED_SPLIT: -1, "test": 0, "val": 1}
 """Held-out data wins: a clip of test is never dropped for one of train. Any other split ranks as train."""
 
 
-class DuplicateConfig(Config):
-    """How alike two clips have to be; both sound and picture must agree."""
+def split_rank(split: str) -> int:
+    """Which of several splits keeps what stands in all of them: the lowest."""
+    return SPLIT_RANK.get(split, len(SPLIT_RANK))
+
+
+class WholeConfig(Config):
+    """How alike two clips have to be as wholes; both sound and picture must agree."""
 
     enabled: bool = True
     """Look for duplicates at all."""
@@ -29,9 +35,15 @@ class DuplicateConfig(Config):
     """Largest Hamming distance of the 256-bit audio hashes; unrelated sounds differ in about 128."""
 
 
+class DuplicateConfig(WholeConfig):
+    """How alike two clips have to be: as wholes, or as an edited copy is like its original."""
+
+    edited: EditedConfig = EditedConfig()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HashedClip:
-    """What duplicates are told by: the hash of the content, and those of what is seen and heard."""
+    """What duplicates are told by: the hash of the content, and prints of what is seen and heard."""
 
     clip_id: str
     uri: str
@@ -40,10 +52,14 @@ class HashedClip:
     """256 bits."""
     audio_hash: bytes
     """256 bits."""
+    duration_s: float = 0.0
+    picture_print: bytes | None = None
+    """None: not measured, as in tables of earlier versions."""
+    sound_print: bytes | None = None
 
 
 def words(hashes: Sequence[bytes]) -> np.ndarray:
-    """256-bit hashes as uint64 [N, 4]."""
+    """Hashes of one length as uint64 [N, W]: W = 4 for 256 bits."""
     return np.frombuffer(b"".join(hashes), np.uint64).reshape(len(hashes), -1)
 
 
@@ -72,36 +88,41 @@ def _expand(own: np.ndarray, first: np.ndarray, last: np.ndarray) -> Iterator[tu
         yield own[left], np.repeat(first[rows], counts[rows]) + within
 
 
-def near_pairs_of(
-    video: np.ndarray, audio: np.ndarray, cfg: DuplicateConfig, band: int, part: int = 0, parts: int = 1
-) -> np.ndarray:
-    """Index pairs int64 [P, 2] that are alike and agree in one band of the video hash up to a bit.
+def near_pairs_of(prints: Prints, cfg: DuplicateConfig, band: int, part: int = 0, parts: int = 1) -> np.ndarray:
+    """Index pairs int64 [P, 2] of clips that are alike as a whole and agree in one band of the video hash up to a bit.
 
-    video, audio: uint64 [N, 4]. part of parts: the share of the work that is done here. By the pigeonhole principle
-    every pair with up to 31 differing bits is found in one of the bands.
+    part of parts: the share of the work that is done here. By the pigeonhole principle every pair with up to 31
+    differing bits is found in one of the bands.
     """
-    keys = video.view(np.uint16).reshape(len(video), BANDS)[:, band]
+    keys = prints.video.view(np.uint16).reshape(-1, BANDS)[:, band]
     order = np.argsort(keys, kind="stable")
-    keys, video, audio = keys[order], video[order], audio[order]  # what is compared lies together
+    keys, video, audio = keys[order], prints.video[order], prints.audio[order]  # what is compared lies together
     found = [np.zeros((0, 2), np.int64)]
     word = np.ascontiguousarray(video[:, (band // 4 + 1) % 4])  # another than the band's: a quick look at a quarter
+    most = max(cfg.max_video_bits, cfg.edited.max_video_bits) if cfg.edited.enabled else cfg.max_video_bits
     for left, right in _candidates(keys, part, parts):
-        close = np.bitwise_count(word[left] ^ word[right]) <= cfg.max_video_bits
+        close = np.bitwise_count(word[left] ^ word[right]) <= most
         left, right = left[close], right[close]
-        close = hamming(video[left], video[right]) <= cfg.max_video_bits
-        left, right = left[close], right[close]
-        close = hamming(audio[left], audio[right]) <= cfg.max_audio_bits
-        found.append(np.stack([order[left[close]], order[right[close]]], axis=1))
+        bits = hamming(video[left], video[right])
+        left, right, bits = (values[bits <= most] for values in (left, right, bits))
+        close = (bits <= cfg.max_video_bits) & (hamming(audio[left], audio[right]) <= cfg.max_audio_bits)
+        left, right = order[left], order[right]
+        if cfg.edited.enabled:
+            close |= (bits <= cfg.edited.max_video_bits) & prints.same_motion(left, right, cfg.edited)
+        found.append(np.stack([left[close], right[close]], axis=1))
     return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
 
 
-Search = Callable[[np.ndarray, np.ndarray, DuplicateConfig], np.ndarray]
-"""video and audio hashes uint64 [N, 4] -> index pairs [P, 2] that are alike."""
+Search = Callable[[Prints, DuplicateConfig], np.ndarray]
+"""Prints of N clips -> index pairs [P, 2] that are alike."""
 
 
-def near_pairs(video: np.ndarray, audio: np.ndarray, cfg: DuplicateConfig) -> np.ndarray:
+def near_pairs(prints: Prints, cfg: DuplicateConfig) -> np.ndarray:
     """All pairs that are alike, found in this process."""
-    return np.unique(np.concatenate([near_pairs_of(video, audio, cfg, band) for band in range(BANDS)]), axis=0)
+    found = [near_pairs_of(prints, cfg, band) for band in range(BANDS)]
+    if cfg.edited.enabled:
+        found.append(edited_pairs_of(prints, cfg.edited))
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def find_duplicates(
@@ -119,7 +140,7 @@ def find_duplicates(
 
     def rank(index: int) -> tuple[int, str, int]:
         clip = clips[index]
-        return SPLIT_RANK.get(clip.split, len(SPLIT_RANK)), clip.clip_id, index
+        return split_rank(clip.split), clip.clip_id, index
 
     order = sorted(range(len(clips)), key=rank)
     near = _neighbours(clips, order, cfg, search)
@@ -146,12 +167,26 @@ def _neighbours(
     clips: Sequence[HashedClip], order: Sequence[int], cfg: DuplicateConfig, search: Search
 ) -> dict[str, list[int]]:
     """{clip_id: clips alike}. Copies of one clip are compared once: a thousand of them are no million pairs."""
-    first_of = {clips[index].clip_id: index for index in reversed(order)}
-    first = list(first_of.values())
-    video = words([clips[index].video_hash for index in first])
-    audio = words([clips[index].audio_hash for index in first])
+    first_of: dict[str, int] = {}
+    for index in order:
+        first_of.setdefault(clips[index].clip_id, index)
+    first = list(first_of.values())  # what wins comes first: where many share a word, it is compared with all of them
     near: dict[str, list[int]] = defaultdict(list)
-    for left, right in search(video, audio, cfg).tolist():
+    for left, right in search(_prints_of([clips[index] for index in first]), cfg).tolist():
         near[clips[first[left]].clip_id].append(first[right])
         near[clips[first[right]].clip_id].append(first[left])
     return near
+
+
+def _prints_of(clips: Sequence[HashedClip]) -> Prints:
+    sounds = [np.frombuffer(clip.sound_print or b"", np.uint32) for clip in clips]
+    pictures = [clip.picture_print or bytes(PICTURE_PRINT_BYTES) for clip in clips]
+    return Prints(
+        video=words([clip.video_hash for clip in clips]),
+        audio=words([clip.audio_hash for clip in clips]),
+        pictures=words(pictures),
+        words=np.concatenate(sounds),
+        starts=np.cumsum([0, *map(len, sounds)]),
+        duration_s=np.array([clip.duration_s for clip in clips]),
+        group=np.unique([f"{clip.split} {clip.uri}" for clip in clips], return_inverse=True)[1],
+    )

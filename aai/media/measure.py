@@ -11,6 +11,7 @@ from PIL import Image
 
 from aai.media.decode import decode_clip
 from aai.media.limits import ClipError, DecodeConfig
+from aai.media.prints import picture_print, sound_print
 from aai.media.ranged import Content, hash_of
 from aai.media.signals import measure
 from aai.media.waveform import encode_flac
@@ -27,6 +28,8 @@ _FIELDS = [
     CLIP_TABLE.field("clip_id"),
     CLIP_TABLE.field("content_hash"),
     *SIGNALS,
+    pa.field("picture_print", pa.binary()),  # `prints.py`; null in tables of earlier versions
+    pa.field("sound_print", pa.binary()),
     CLIP_TABLE.field("audio"),
     CLIP_TABLE.field("frames"),
     CLIP_TABLE.field("frame_pts_s"),
@@ -77,6 +80,8 @@ def measure_bytes(
         return row | {
             "clip_id": clip_id(content_hash, start_s, end_s),
             "content_hash": content_hash,
+            "picture_print": picture_print(clip.hash_luma),
+            "sound_print": sound_print(clip.audio, cfg.sample_rate_hz),
             "audio": encode_flac(clip.audio, cfg.sample_rate_hz),
             "frames": [_jpeg(frame) for frame in clip.frames],
             "frame_pts_s": clip.frame_pts_s,

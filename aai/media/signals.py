@@ -40,19 +40,27 @@ def motion(luma: np.ndarray) -> float:
     return float(np.mean(np.abs(np.diff(luma.astype(np.int16), axis=0))))
 
 
-def video_hash(luma: np.ndarray) -> bytes:
-    """256-bit perceptual hash of 4 small grey pictures [4, 32, 32], 64 bits each.
+def picture_bits(pictures: np.ndarray) -> np.ndarray:
+    """pHash of grey pictures [N, h, w]: bool [N, 64], which low frequencies of the DCT lie above their median."""
+    rows, columns = (_waves(size) for size in pictures.shape[1:])
+    waves = rows @ pictures @ columns.T
+    waves = waves.reshape(len(pictures), -1)[:, 1:65]  # without the mean brightness
+    bits: np.ndarray = waves > np.median(waves, axis=1, keepdims=True)
+    return bits
 
-    pHash: which of 64 low frequencies of the DCT lie above their median. It survives
-    re-encoding, scaling and brightness changes.
-    """
-    size = luma.shape[-1]
+
+def _waves(size: int) -> np.ndarray:
     basis = np.cos(np.pi / size * np.arange(9)[:, None] * (np.arange(size) + 0.5))  # of the DCT, up to its scale
     basis[0] *= np.sqrt(0.5)
-    waves = basis @ luma @ basis.T
-    waves = waves.reshape(len(luma), -1)[:, 1:65]  # without the mean brightness
-    bits = waves > np.median(waves, axis=1, keepdims=True)
-    return np.packbits(bits).tobytes()
+    return basis
+
+
+def video_hash(luma: np.ndarray) -> bytes:
+    """256-bit perceptual hash of 4 small grey pictures [4, 32, 32], 64 bits each (`picture_bits`).
+
+    It survives re-encoding, scaling and brightness changes.
+    """
+    return np.packbits(picture_bits(luma)).tobytes()
 
 
 def audio_hash(audio: np.ndarray, sample_rate_hz: int) -> bytes:

@@ -12,7 +12,7 @@ from aai.media.filters import RULES, FilterConfig
 from aai.schema import SIGNALS
 from pipelines.curation.card_data import Entry, Rows
 
-STAGES = ("read", "decode", "score", "filter", "correspondence", "duplicate")
+STAGES = ("read", "decode", "score", "filter", "correspondence", "source", "duplicate")
 """Stages in the order in which a row meets them; any other comes after."""
 CORRESPONDENCE = ("WRONG_AUDIO", "av_similarity", "correspondence.threshold", "", +1)
 """The filter whose threshold is set from shuffled pairs and not by a setting; see RULES."""

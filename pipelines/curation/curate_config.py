@@ -1,5 +1,6 @@
 """Settings of `aai curate`: the manifest, how long videos are cut, the models that look, and when to stop."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -18,6 +19,7 @@ from pipelines.curation.layout import ACCEPTED, REJECTED
 from pipelines.curation.own_signals import SignalConfig, SignalName, check_signals
 from pipelines.manifests.listed import read_list
 from pipelines.manifests.row import ManifestRow
+from pipelines.manifests.sources import place_of, source_of
 from pipelines.manifests.table import named_splits, read_manifest, with_val_share
 from pipelines.settings import Choice, DType, Plan, RayVerbConfig, RunsConfig
 
@@ -172,6 +174,12 @@ class CurateConfig(RayVerbConfig):
     """What the manifest's splits are called here, where not train, val and test: {validation: val, eval: test}."""
     val_share: float = pydantic.Field(0, ge=0, lt=1)
     """Share of train's files, chosen by a hash of their URIs, that become the split val: for data that has none."""
+    split_by: Literal["clip", "source"] = "clip"
+    """What stays in one split. source: the video that clips came from: `val_share` draws videos, and a clip whose video
+    is in a split held out before its own (test, then val) is rejected (CROSS_SPLIT_SOURCE)."""
+    source_pattern: str | None = None
+    """Regular expression with one group: in a file's name, the video that it was cut from, such as
+    ([\\w-]{11})_\\d+ for ID_START.mp4. Empty, or not found: the file itself is the video."""
     cut: CutConfig = CutConfig()
     rows_per_shard: int = pydantic.Field(128, ge=1)
     """Rows of one unit of work, and of one Parquet file."""
@@ -205,6 +213,17 @@ class CurateConfig(RayVerbConfig):
         if isinstance(scores, dict) and "foundation" in data:
             data = {**data, "scores": {"foundation": data["foundation"], **scores}}
         return data
+
+    @pydantic.field_validator("source_pattern")
+    @classmethod
+    def _one_group(cls, value: str | None) -> str | None:
+        try:
+            groups = re.compile(value).groups if value is not None else 1
+        except re.error as error:
+            raise ValueError(f"is no regular expression ({error})") from error
+        if groups != 1:
+            raise ValueError(f"has {groups} groups; put parentheses around what names the video, and only there")
+        return value
 
     @pydantic.field_validator("retry", mode="before")
     @classmethod
@@ -268,10 +287,14 @@ class CurateConfig(RayVerbConfig):
         if not self.val_share:
             return rows, {}
         train = _rows_of_train(rows)
-        rows = with_val_share(rows, self.val_share)
+        rows = with_val_share(rows, self.val_share, self.source_of if self.split_by == "source" else place_of)
         moved = train - _rows_of_train(rows)
         why = f"{moved:,} of train's {train:,} rows become the split val, by a hash of where their files lie"
         return rows, {"val_share": Choice(value=self.val_share, why=why)}
+
+    def source_of(self, row: ManifestRow) -> str:
+        """The video that a clip came from."""
+        return source_of(row, self.source_pattern)
 
     def excluded(self) -> frozenset[str]:
         """The entries of `exclude`. Raises UserError for a file that is absent or says nothing."""
@@ -284,6 +307,8 @@ class CurateConfig(RayVerbConfig):
             decode["max_bytes"] = MAX_BYTES_BEFORE
         measured = {"version": VERSION, "decode": decode}
         judged = self.model_dump(mode="json", include={"filters", "duplicates", "flag_only"})
+        if self.split_by == "source":
+            judged["source_pattern"] = self.source_pattern
         if self.exclude is not None:
             judged["exclude"] = sorted(self.excluded())
         if self.signals:

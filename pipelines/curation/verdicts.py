@@ -10,13 +10,13 @@ import pyarrow.compute as pc
 
 from aai import storage
 from aai.digest import stored_digest
-from aai.media.duplicates import EXCLUDED, EXCLUDED_SPLIT, HashedClip, find_duplicates
+from aai.media.duplicates import EXCLUDED, EXCLUDED_SPLIT, HashedClip, find_duplicates, split_rank
 from aai.media.filters import FilterConfig, broken_rules
 from aai.media.measure import MeasuredRow
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIMILARITIES
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.layout import ACCEPTED, MEASURED, REJECTED, shard_file
-from pipelines.curation.measuring import SMALL
+from pipelines.curation.measuring import MEASURED_TABLE, SMALL
 from pipelines.curation.near import spread_near_pairs
 from pipelines.curation.own_signals import SignalConfig, signal_reasons
 from pipelines.curation.similarity import Null, read_scores
@@ -30,6 +30,8 @@ DIGEST = b"aai.judged"
 """Where the tables carry the digest of what they were made of."""
 EXCLUDE = "exclude"
 """Stage of the reasons against clips that must not be kept, not even flagged or as a thumbnail."""
+HASHED = ("clip_id", "video_hash", "audio_hash", "duration_s", "picture_print", "sound_print")
+"""What duplicates are told by."""
 Reason = tuple[str, str, str]
 """stage, code, message."""
 Measured = Mapping[str, pa.Table]
@@ -59,7 +61,7 @@ def read_measured(
     """
     found = {}
     for name, keys in shards.items():
-        table = storage.read_table(shard_file(out, MEASURED, name), SMALL)
+        table = storage.read_table(shard_file(out, MEASURED, name), SMALL, MEASURED_TABLE)
         table = table.filter(pc.is_in(table["key"], pa.array(keys, pa.string())))
         scores = read_scores(out, name, names) if scored else None
         # An undecodable clip has no scores: it is not found there, and its place is null.
@@ -91,6 +93,8 @@ def judge(
         null = Null.measure(out, list(measured), rows, good, config.scores.false_accept_rate)
     if null:
         _judge_correspondence(verdicts, measured, null)
+    if config.split_by == "source":
+        _judge_sources(verdicts, measured, rows, config)
     _judge_duplicates(verdicts, measured, rows, config, out)
     return verdicts, null
 
@@ -128,12 +132,15 @@ def _hashed(
     """The wanted clips, by key, as duplicates are looked for; excluded ones are of a split that wins."""
     keys, clips = [], []
     for table in measured.values():
-        columns = [table[name].to_pylist() for name in ("key", "clip_id", "video_hash", "audio_hash")]
-        for key, clip_id, video, audio in zip(*columns, strict=True):
+        columns = table.select(("key", *HASHED)).to_pydict()
+        for key, *values in zip(*columns.values(), strict=True):
             if key in wanted:
                 keys.append(key)
                 uri, split = rows[key].uri, EXCLUDED_SPLIT if key in excluded else rows[key].split
-                clips.append(HashedClip(clip_id=clip_id, uri=uri, split=split, video_hash=video, audio_hash=audio))
+                clips.append(HashedClip(uri=uri, split=split, **dict(zip(HASHED, values, strict=True))))
+    if unprinted := sum(clip.sound_print is None for clip in clips):
+        log.warning("curate: %d of %d clips were measured by a version that made no prints: edited copies of them are"
+                    " not looked for; curate into another out to measure them anew", unprinted, len(clips))  # fmt: skip
     return keys, clips
 
 
@@ -156,6 +163,22 @@ def _judge_correspondence(verdicts: Verdicts, measured: Measured, null: Null) ->
         for key, value in zip(table["key"].to_pylist(), table["av_similarity"].to_pylist(), strict=True):
             if unlike := null.against(value):
                 verdicts.add(key, "correspondence", "WRONG_AUDIO", unlike)
+
+
+def _judge_sources(
+    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig
+) -> None:
+    """Speaks against the clips whose video stands in a split that is held out before theirs."""
+    good = list(_undisputed(measured, verdicts))
+    first: dict[str, ManifestRow] = {}
+    for key in good:
+        row, source = rows[key], config.source_of(rows[key])
+        first[source] = min(first.get(source, row), row, key=lambda row: split_rank(row.split))
+    for key in good:
+        source = config.source_of(rows[key])
+        if (other := first[source]).split != rows[key].split:
+            where = f"its video, {source}, is in split {other.split}, too ({other.uri})"
+            verdicts.add(key, "source", "CROSS_SPLIT_SOURCE", where)
 
 
 def _judge_duplicates(

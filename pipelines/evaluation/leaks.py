@@ -4,13 +4,13 @@ and another content, and still gives its answers away."""
 import numpy as np
 import pyarrow.compute as pc
 
-from aai.media.duplicates import DuplicateConfig, hamming, words
+from aai.media.duplicates import WholeConfig, hamming, words
 from pipelines.evaluation.clips import EvaluatedClips, index
 
 HASHES = ("video_hash", "audio_hash")
 
 
-def near_overlap(clips: EvaluatedClips, table: str, cfg: DuplicateConfig) -> int | None:
+def near_overlap(clips: EvaluatedClips, table: str, cfg: WholeConfig) -> int | None:
     """How many held-out clips look and sound like a training clip, by the perceptual hashes of a ClipTable.
 
     table: the ClipTable that the features were made from. None where a clip of either side has no hashes there, or cfg

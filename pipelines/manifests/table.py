@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from aai.errors import UserError
 from aai.schema import MANIFEST_OPTIONAL, MANIFEST_REQUIRED, MEDIA_SUFFIXES, SPLITS
 from pipelines.manifests.extras import carried
 from pipelines.manifests.row import ManifestRow, RawRow, checked_row
+from pipelines.manifests.sources import place_of
 from pipelines.manifests.tar import REST, refuse_compressed, tars_rows
 from pipelines.manifests.youtube import is_youtube, youtube_rows
 
@@ -98,17 +99,17 @@ def _usual_split(name: str) -> str:
     return "?"
 
 
-def with_val_share(rows: Iterable[ManifestRow], share: float) -> list[ManifestRow]:
+def with_val_share(
+    rows: Iterable[ManifestRow], share: float, name_of: Callable[[ManifestRow], str] = place_of
+) -> list[ManifestRow]:
     """The rows, with about this share of train's files moved to the split val.
 
-    A file, or a tar's member, is chosen by the hash of where it lies and of nothing else: all clips of a file stay
-    together, and the choice is the same however often, and with whatever other clips, it is made.
+    A file, or a tar's member, is chosen by the hash of where it lies (or of `name_of`) and of nothing else: all clips
+    of a file stay together, and the choice is the same however often, and with whatever other clips, it is made.
     """
     out = []
     for row in rows:
-        part = storage.member(row.uri)
-        name = f"{part.file}/{part.name}" if part else row.uri
-        chance = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
+        chance = int(hashlib.sha256(name_of(row).encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
         out.append(replace(row, split="val") if row.split == "train" and chance < share else row)
     return out
 

@@ -26,6 +26,8 @@ def config(**settings: Any) -> CurateConfig:
         ({"filters": {"min_caption_similarity": 0.2}}, r"needs scores\.caption=true"),
         ({"val_share": 1.0}, "val_share"),
         ({"split_names": {"validation": "dev"}}, "split_names"),
+        ({"source_pattern": "("}, "is no regular expression"),
+        ({"source_pattern": "a.+_"}, "has 0 groups; put parentheses around what names the video"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -57,6 +59,9 @@ DECODE, JUDGE = {"decode"}, {"judge"}
         ({"decode": {"policy": "keyframe"}}, DECODE),
         ({"filters": {"min_duration_s": 3}}, JUDGE),
         ({"duplicates": {"enabled": False}}, JUDGE),
+        ({"duplicates": {"edited": {"enabled": False}}}, JUDGE),
+        ({"split_by": "source"}, JUDGE),
+        ({"source_pattern": "(.*)_"}, set()),  # clips, not videos, stay in one split
         ({"flag_only": True}, JUDGE),
     ],
 )
@@ -116,3 +121,14 @@ def test_own_signals_and_scores_make_other_tables_and_what_is_said_of_them_does_
     assert len({plain["judge"], *signals}) == 3
     prompts = [config(scores={"prompts": {"dog": ("a dog", other)}}).digests()["judge"] for other in ("a cat", "x")]
     assert len({plain["judge"], *prompts}) == 3
+
+
+def test_videos_are_drawn_for_the_validation_where_splits_are_by_source(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("uri\n" + "".join(f"video{i % 200:06d}_{i:03d}.mp4\n" for i in range(2000)))
+    split = CurateConfig(manifest=str(manifest), out="out", val_share=0.2, split_by="source", source_pattern="(.*)_")
+    splits = {}
+    for row in split.rows():
+        splits.setdefault(split.source_of(row), set()).add(row.split)
+    assert all(len(of_video) == 1 for of_video in splits.values())
+    assert 20 < sum(of_video == {"val"} for of_video in splits.values()) < 60

@@ -1,5 +1,7 @@
 """The search for near duplicates, spread over workers."""
 
+import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from aai import storage
 from aai.media.duplicates import BANDS, DuplicateConfig, near_pairs, near_pairs_of
+from aai.media.edited import Prints
 from pipelines.curation import near
 from pipelines.curation.layout import NEAR
 from pipelines.engine.cluster import shutdown
@@ -15,8 +18,9 @@ from pipelines.settings import ClusterConfig
 CFG = DuplicateConfig()
 
 
-def hashes(clips: int, copies: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Random hashes uint64 [N, 4]; the last ones are copies of the first ones with some bits flipped."""
+def prints(clips: int, copies: int, cut: int = 0, words: int = 20, seed: int = 0) -> Prints:
+    """Random prints; the last clips are copies of the first ones with some bits flipped. `cut` clips in the middle have
+    the sound and the pictures of the one after them, but for a beginning, and another hash."""
     rng = np.random.default_rng(seed)
     video, audio = rng.integers(0, 2**64, (2, clips, 4), dtype=np.uint64)
     for i in range(copies):
@@ -24,18 +28,30 @@ def hashes(clips: int, copies: int, seed: int = 0) -> tuple[np.ndarray, np.ndarr
             of[clips - 1 - i] = of[i]
             for bit in rng.choice(256, bits, replace=False):
                 of[clips - 1 - i, bit // 64] ^= np.uint64(1 << int(bit % 64))
-    return video, audio
+    pictures = rng.integers(0, 2**64, (clips, 27), dtype=np.uint64)
+    sounds = rng.integers(1, 2**32, (clips, words), dtype=np.uint32)
+    for i in range(clips // 2, clips // 2 + 2 * cut, 2):
+        sounds[i, :-5], pictures[i] = sounds[i + 1, 5:], pictures[i + 1]
+    return Prints(
+        video=video,
+        audio=audio,
+        pictures=pictures,
+        words=sounds.reshape(-1),
+        starts=np.arange(clips + 1) * words,
+        duration_s=np.full(clips, words * 0.064),
+        group=np.arange(clips),
+    )
 
 
 def test_shares_of_the_work_add_up() -> None:
-    video, audio = hashes(3000, 200)
-    expected = near_pairs(video, audio, CFG)
+    data = prints(3000, 200)
+    expected = near_pairs(data, CFG)
     assert expected.tolist() == sorted([i, 2999 - i] for i in range(200))
     for parts in (1, 3, 7):
-        shares = [near_pairs_of(video, audio, CFG, band, part, parts) for band in range(BANDS) for part in range(parts)]
+        shares = [near_pairs_of(data, CFG, band, part, parts) for band in range(BANDS) for part in range(parts)]
         assert np.array_equal(np.unique(np.concatenate(shares), axis=0), expected)
-        alone = [len(near_pairs_of(video, audio, CFG, 0, part, parts)) for part in range(parts)]
-        assert sum(alone) == len(near_pairs_of(video, audio, CFG, 0)), "no pair is looked at twice"
+        alone = [len(near_pairs_of(data, CFG, 0, part, parts)) for part in range(parts)]
+        assert sum(alone) == len(near_pairs_of(data, CFG, 0)), "no pair is looked at twice"
 
 
 def test_work_per_task_is_bounded() -> None:
@@ -48,20 +64,27 @@ def test_work_per_task_is_bounded() -> None:
 def test_workers_find_what_one_process_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near, "SPREAD_FROM", 100)
     monkeypatch.setattr(near, "PAIRS_PER_TASK", 800)
-    video, audio = hashes(1000, 60)
+    monkeypatch.setattr(near, "WORDS_PER_TASK", 3000)
+    data = prints(1000, 60, cut=30)
     storage.write_bytes(storage.join(str(tmp_path), NEAR, "pairs", "old.parquet"), b"left over by a killed run")
-    found = near.spread_near_pairs(video, audio, CFG, str(tmp_path), ClusterConfig(num_workers=2))
-    assert np.array_equal(found, near_pairs(video, audio, CFG))
-    assert len(found) == 60
+    found = near.spread_near_pairs(data, CFG, str(tmp_path), ClusterConfig(num_workers=2))
+    assert np.array_equal(found, near_pairs(data, CFG))
+    assert len(found) == 60 + 30
     assert not storage.list_files(storage.join(str(tmp_path), NEAR))
 
 
 @pytest.mark.accept
 def test_rays_workers_find_what_one_process_finds_among_many(tmp_path: Path) -> None:
-    video, audio = hashes(near.SPREAD_FROM + 20_000, 500)
+    """200,000 clips of 10 s: what the search costs stands in the output."""
+    data = prints(2 * near.SPREAD_FROM, 500, cut=500, words=150)
+    began = time.monotonic()
+    expected = near_pairs(data, CFG)
+    alone_s, began = time.monotonic() - began, time.monotonic()
     try:
-        found = near.spread_near_pairs(video, audio, CFG, str(tmp_path), ClusterConfig(num_workers=2))
+        found = near.spread_near_pairs(data, CFG, str(tmp_path), ClusterConfig(num_workers=2))
     finally:
         shutdown()
-    assert len(found) == 500
-    assert np.array_equal(found, near_pairs(video, audio, CFG))
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"one process {alone_s:.0f} s, two workers {time.monotonic() - began:.0f} s, {peak_gb:.1f} GB")
+    assert len(found) == 500 + 500
+    assert np.array_equal(found, expected)

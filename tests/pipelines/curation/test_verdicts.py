@@ -136,3 +136,32 @@ def test_the_digest_is_of_all_that_the_tables_hold(out: str) -> None:
     other = {**ROWS, "good": ManifestRow(uri="/good.mp4", caption="another", labels=("dog",), split="val")}
     assert of() == of(dict(ROWS))
     assert len({of(), of(other), of(reasons=("A",)), of(reasons=("A", "B")), of(flag_only=True)}) == 5
+
+
+def test_a_video_stands_in_one_split_where_splits_are_by_source(out: str) -> None:
+    """Of "good" and "gone", two parts of a video, the one that is held out stays; a clip that is refused holds none."""
+    rows = {
+        "good": ManifestRow(uri="/film_1.mp4", split="train"),
+        "gone": ManifestRow(uri="/film_2.mp4", split="val"),
+        "short": ManifestRow(uri="/film_3.mp4", split="test"),
+    }
+    measured = read_measured(out, {"shard-00000": [*rows]}, False)
+    by_source = {"split_by": "source", "source_pattern": "(.*)_"}
+    for settings, expected in (({}, {}), (by_source, {"good": "CROSS_SPLIT_SOURCE"})):
+        config = CurateConfig(manifest="m.csv", out="out", duplicates={"enabled": False}, **settings).fitted()[0]
+        found, _ = judge(measured, rows, config, out)
+        del found.reasons["short"]
+        assert {key: reason[1] for key, [reason] in found.reasons.items()} == expected
+    assert "film, is in split val, too (/film_2.mp4)" in found.reasons["good"][0][2]
+
+
+def test_clips_measured_before_there_were_prints_are_judged_by_their_hashes(
+    out: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = shard_file(out, MEASURED, "shard-00000")
+    storage.write_table(file, storage.read_table(file).drop_columns(["picture_print", "sound_print"]))
+    config = CurateConfig(manifest="m.csv", out="out").fitted()[0]
+    rows = dict.fromkeys(("good", "gone"), ROWS["good"])
+    found, _ = judge(read_measured(out, {"shard-00000": [*rows]}, False), rows, config, out)
+    assert [reason[1] for reasons in found.reasons.values() for reason in reasons] == ["NEAR_DUPLICATE"]
+    assert "2 of 2 clips were measured by a version that made no prints" in caplog.text

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from aai import storage
-from aai.media.duplicates import DuplicateConfig
+from aai.media.duplicates import WholeConfig
 from pipelines.evaluation.clips import EvaluatedClips
 from pipelines.evaluation.leaks import near_overlap
 
@@ -29,7 +29,7 @@ TRAIN = {"t0": (SEEN, HEARD), "t1": (drawn(), drawn())}
 
 
 def found(
-    folder: Path, test: dict[str, tuple[bytes | None, bytes | None]], cfg: DuplicateConfig | None = None
+    folder: Path, test: dict[str, tuple[bytes | None, bytes | None]], cfg: WholeConfig | None = None
 ) -> int | None:
     rows = [
         {"clip_id": name, "video_hash": video, "audio_hash": audio} for name, (video, audio) in (TRAIN | test).items()
@@ -37,7 +37,7 @@ def found(
     types = pa.schema([("clip_id", pa.string()), ("video_hash", pa.binary()), ("audio_hash", pa.binary())])
     storage.write_table(f"{folder}/shard-0.parquet", pa.Table.from_pylist(rows, schema=types))
     sides = (pa.table({"clip_id": list(names)}) for names in (test, TRAIN))
-    return near_overlap(EvaluatedClips(*sides), str(folder), cfg or DuplicateConfig())
+    return near_overlap(EvaluatedClips(*sides), str(folder), cfg or WholeConfig())
 
 
 def test_both_sound_and_pictures_must_be_alike(tmp_path: Path) -> None:
@@ -48,12 +48,12 @@ def test_both_sound_and_pictures_must_be_alike(tmp_path: Path) -> None:
         "another clip": (drawn(), drawn()),
     }
     assert found(tmp_path, test) == 1
-    assert found(tmp_path, test, DuplicateConfig(max_video_bits=25)) == 2
-    assert found(tmp_path, test, DuplicateConfig(max_audio_bits=65)) == 2
+    assert found(tmp_path, test, WholeConfig(max_video_bits=25)) == 2
+    assert found(tmp_path, test, WholeConfig(max_audio_bits=65)) == 2
 
 
 def test_what_was_not_looked_at_is_no_zero(tmp_path: Path) -> None:
     assert found(tmp_path, {"a": (None, HEARD), "b": (SEEN, None)}) is None
     assert found(tmp_path, {"a": (drawn(), drawn()), "b": (None, HEARD)}) is None, "one that nobody looked at"
     assert found(tmp_path, {"a": (drawn(), drawn())}) == 0
-    assert found(tmp_path, {"a": (drawn(), drawn())}, DuplicateConfig(enabled=False)) is None
+    assert found(tmp_path, {"a": (drawn(), drawn())}, WholeConfig(enabled=False)) is None

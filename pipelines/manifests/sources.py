@@ -1,0 +1,19 @@
+"""Which video a clip came from: its file, or what several files cut from one video have in common in their names."""
+
+import re
+
+from aai import storage
+from pipelines.manifests.row import ManifestRow
+
+
+def place_of(row: ManifestRow) -> str:
+    """The file, or the member of a tar, that a clip lies in."""
+    part = storage.member(row.uri)
+    return f"{part.file}/{part.name}" if part else row.uri
+
+
+def source_of(row: ManifestRow, pattern: str | None) -> str:
+    """The video that a clip came from: what the group of `pattern` finds in its file's name, else `place_of` it."""
+    place = place_of(row)
+    match = re.search(pattern, place.rsplit("/", 1)[-1]) if pattern else None
+    return (match[1] if match else None) or place
