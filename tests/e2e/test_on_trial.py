@@ -17,6 +17,12 @@ from pipelines.service import painters
 from pipelines.service.canary import Trial
 from tests.e2e.test_rollover import another
 from tests.pipelines.service.test_painters import LOOP, REQUEST, TONE, job, replica
+from tests.pipelines.test_serve import write_tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_bundle(tmp_path_factory.mktemp("tried")))
 
 
 class OnTrial:
