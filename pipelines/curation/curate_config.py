@@ -11,6 +11,7 @@ from aai.digest import stored_digest
 from aai.foundation.identity import FoundationSpec, identity, pinned_by
 from aai.foundation.sizes import picture_sizes
 from aai.media.duplicates import DuplicateConfig
+from aai.media.edited import EditedConfig
 from aai.media.filters import FilterConfig
 from aai.media.limits import DecodeConfig
 from aai.schema import VERSION
@@ -307,6 +308,8 @@ class CurateConfig(RayVerbConfig):
             decode["max_bytes"] = MAX_BYTES_BEFORE
         measured = {"version": VERSION, "decode": decode}
         judged = self.model_dump(mode="json", include={"filters", "duplicates", "flag_only"})
+        if self.duplicates.edited == EditedConfig():  # folders of before there were prints are gone on with
+            del judged["duplicates"]["edited"]
         if self.split_by == "source":
             judged["source_pattern"] = self.source_pattern
         if self.exclude is not None:
