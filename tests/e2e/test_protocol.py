@@ -118,17 +118,18 @@ def test_a_sample_of_schedules_loses_and_doubles_nothing(name: str) -> None:
 
 
 def test_a_sample_of_crash_points() -> None:
-    assert [run_crashes(name, twice=False)[2] for name in ("lock", "ledger", "compact", "evaluate")] == [[]] * 4
+    assert [run_crashes(name, twice=False)[2] for name in ("lock", "ledger", "compact")] == [[]] * 3
 
 
 def test_hypothesis_finds_no_schedule_for_the_lock() -> None:
     choose_schedules("lock", 20)
 
 
-@pytest.mark.parametrize(
-    "name", ["batches named by count are overwritten", "a shard is done by one of its two tables", "two drivers race"
-             " for the lock", "previous moves before the alias"]
-)  # fmt: skip
+SAMPLE = ("batches named by count are overwritten", "two drivers race for the lock", "a shard is done by its name",
+          "a move is not written down", "shards are numbered by another size")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLE)
 def test_a_planted_bug_is_found(name: str) -> None:
     _, seed, found = seed_that_finds(name, 2000)
     assert seed is not None, "not found"
