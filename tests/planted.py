@@ -69,9 +69,6 @@ BUGS = {
     "workers write without asking": bug(
         "curate", shards, "_Actor.work", ("storage.guarded(*self.guards)", "storage.guarded()")
     ),
-    "the lock of another is given back": bug(
-        "lock", lock, "_give_back", ('(_read(where) or {}).get("holder") == mine["holder"]', "True")
-    ),
     "batches named by count are overwritten": bug(
         "ledger", ledger, "Ledger.add", ("if storage.exists(batch):", "if False:"), ("new=True", "new=False")
     ),

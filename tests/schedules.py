@@ -62,10 +62,9 @@ def drive(world: World, protocol: Protocol, variant: int, name: str, after_s: fl
             protocol.drive(variant)
         except UserError as error:
             process.error = error
-            # A late second DELETE of a driver that died while it gave the lock back may take it: nobody is named then.
-            if "was taken over by process" in str(error) and not any(
-                each.has_slept for each in [process, *process.workers]
-            ):
+            # A DELETE that arrives twice may free the lock of who came after: then nobody is named (docs/protocol.md).
+            told = "was taken over by process" in str(error)
+            if told and not any(each.has_slept for each in [process, *process.workers]):
                 world.broken.append(f"{name} was alive, and lost its lock: {error}")
         except Exception as error:
             process.error = error

@@ -181,7 +181,7 @@ class World:
             raise Killed
         may_sleep = task.is_beat or not (writes or path.endswith("/_lock"))  # else a write comes late after its check
         late_s = 0.0
-        if may_sleep and not self.calm and self.rng.random() < 0.01:
+        if may_sleep and not self.calm and self.rng.random() < (0.04 if task.is_beat else 0.01):
             late_s = self.rng.choice((5.0, 200.0))  # a thread that gets no core
             process.has_slept = True
             if self.rng.random() < 0.5:
