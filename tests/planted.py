@@ -47,7 +47,6 @@ def bug(protocol: str, module: ModuleType, function: str, *changes: tuple[str, s
     return Bug(protocol, module, function, changes)
 
 
-BEAT_OVER = 'json.dumps(mine | {"beat": time.time()}).encode(), over=tag)'
 BUGS = {
     "the lock of another is not heeded": bug(
         "lock", lock, "_take", ("and not _is_over(where, found)", "and False"), ("time.sleep(1.5 * BEAT_S)", "pass")
@@ -58,7 +57,6 @@ BUGS = {
          "elif _written(where, data) and False:"),
     ),
     "who takes over does not wait for late writes": bug("lock", lock, "_take", ("time.sleep(1.5 * BEAT_S)", "pass")),
-    "a late beat takes the lock back": bug("lock", lock, "_refresh", (BEAT_OVER, BEAT_OVER.replace(", over=tag", ""))),
     "no beat": bug("lock", lock, "_lease", ("beat.start()", "ended.set(), beat.start()")),
     "a lease is judged by one look at the clock": bug(
         "lock", lock, "_is_over", ("time.sleep(watch_s)", "pass"), ("_read(where) in (found, None)", "True")
