@@ -13,7 +13,8 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,27 +193,76 @@ def _refuse_member(uri: str) -> None:
         raise ValueError(f"{uri} is a member of a tar: it can only be read")
 
 
-def write_bytes(uri: str, data: bytes, new: bool = False) -> None:
+Guard = Callable[[str], None]
+"""Asked with the absolute URI of a file right before it is written or removed; refuses by raising."""
+_GUARDS: ContextVar[tuple[Guard, ...]] = ContextVar("guards", default=())
+
+
+@contextlib.contextmanager
+def guarded(*guards: Guard) -> Iterator[None]:
+    """While the body runs, this thread writes and removes only what these, and those of before, let through."""
+    token = _GUARDS.set((*_GUARDS.get(), *guards))
+    try:
+        yield
+    finally:
+        _GUARDS.reset(token)
+
+
+def guards() -> tuple[Guard, ...]:
+    """Those in force: for workers, who are other processes."""
+    return _GUARDS.get()
+
+
+def _ask_guards(uri: str) -> None:
+    for guard in _GUARDS.get():
+        guard(absolute(uri))
+
+
+def tag_of(uri: str) -> str | None:
+    """What `write_bytes` takes as `over`: the ETag under s3://, None where there is no file, or none of that kind."""
+    fs, path = filesystem(uri)
+    try:
+        return fs.info(path).get("ETag")
+    except FileNotFoundError:
+        return None
+
+
+def _is_refused(error: OSError) -> bool:
+    """Whether a server refused a write because of its condition; servers differ in how they say so."""
+    answer = getattr(error.__cause__, "response", {}).get("Error", {})
+    return answer.get("Code") in ("PreconditionFailed", "ConditionalRequestConflict", "412")
+
+
+def write_bytes(uri: str, data: bytes, new: bool = False, over: str | None = None) -> None:
     """Writes a file in one step: a reader, or a kill, never sees half of it.
 
-    new: raise FileExistsError where one is there; on S3 only servers that honour `If-None-Match` do.
+    new: raise FileExistsError where one is there; over: raise it where the file's tag (see `tag_of`) is another by now.
+    On S3 only servers that honour `If-None-Match` and `If-Match` do, on disk `over` is not looked at.
     """
     _refuse_member(uri)
     fs, path = filesystem(uri)
     if uri.startswith("s3://"):  # a PUT is atomic
-        fs.pipe_file(path, data, mode="create" if new else "overwrite")
+        _ask_guards(uri)
+        condition = {"IfNoneMatch": "*"} if new else {"IfMatch": over} if over else {}
+        try:
+            fs.pipe_file(path, data, **condition)
+        except OSError as error:
+            if _is_refused(error):
+                raise FileExistsError(uri) from error
+            raise
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_bytes(data)
-    if not new:
-        temporary.replace(target)
-        return
     try:
-        target.hardlink_to(temporary)  # unlike a rename, it fails where the name is taken
+        temporary.write_bytes(data)
+        _ask_guards(uri)
+        if new:
+            target.hardlink_to(temporary)  # unlike a rename, it fails where the name is taken
+        else:
+            temporary.replace(target)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(uri: str) -> Any:
@@ -305,6 +355,7 @@ def remove(uri: str) -> None:
     _refuse_member(uri)
     fs, path = filesystem(uri)
     if fs.exists(path):
+        _ask_guards(uri)
         fs.rm(path, recursive=True)
 
 
@@ -344,6 +395,7 @@ def writing(uri: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="aai-") as folder:
             local = Path(folder) / "content"
             yield local
+            _ask_guards(uri)
             fs.put_file(str(local), path)  # an upload in parts shows when it is complete
         return
     target = Path(path)
@@ -351,6 +403,7 @@ def writing(uri: str) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
+        _ask_guards(uri)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -179,12 +179,11 @@ def _judge(
     further = columns(row.extra for row in rows.values())
     signals = describe_signals(measured, config.signals, config.scores.names)
     todo = judge_shards(measured, shards, rows, verdicts, config.flag_only, further, list(signals))
-    written = storage.shard_names(storage.join(out, ACCEPTED))
-    for name in written - set(shards):  # none of its clips is wanted any more
-        for folder in (ACCEPTED, REJECTED):
+    for folder in (ACCEPTED, REJECTED):  # each by itself: a kill may have left one of a shard's two tables
+        for name in storage.shard_names(storage.join(out, folder)) - set(shards):  # none of its clips is wanted
             storage.remove(shard_file(out, folder, name))
     args = {"out": out, "flag_only": config.flag_only}
-    done = _done_as(_footers(out, ACCEPTED, JUDGED))
+    done = _done_as(_footers(out, REJECTED, JUDGED), _footers(out, ACCEPTED, JUDGED))
     run_shards("curate: split", todo, JudgeWorker, args, config.cluster, done, os.path.dirname(out), stateful=False)
     return {
         "correspondence": null.describe() if null else None,
@@ -206,9 +205,9 @@ def _footers(out: str, folder: str, key: bytes) -> dict[str, str]:
         return dict(zip(names, pool.map(read, names), strict=True))
 
 
-def _done_as(digests: Mapping[str, str]) -> Callable[[ScoreShard | JudgeShard], bool]:
-    """Whether a shard's table was made of what it would be made of now."""
-    return lambda shard: digests.get(shard.name) == shard.digest
+def _done_as(*tables: Mapping[str, str]) -> Callable[[ScoreShard | JudgeShard], bool]:
+    """Whether each of a shard's tables was made of what it would be made of now."""
+    return lambda shard: all(digests.get(shard.name) == shard.digest for digests in tables)
 
 
 def _write_card(config: CurateConfig, out: str, result: Mapping[str, Any]) -> None:

@@ -190,7 +190,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return found
     clips = find_clips(config.features, config.clips, config.split, config.max_clips)
     check_conditions(config.pictures, clips.labels, config.judge, bundle.config)
-    config = config.model_copy(update={"dtype": settled_dtype(config, stamp)})
+    config = config.model_copy(update=settled(config, stamp))
     cases, samples = plan_pictures(config, clips)
     listen(config, clips, cases)
     paint(config, cases)
@@ -232,14 +232,19 @@ def refuse_foreign(out: str) -> None:
         raise UserError("out", out, "is not empty, nor written by evaluate", "choose another folder")
 
 
-def settled_dtype(config: EvaluateConfig, stamp: dict[str, str]) -> str:
-    """What `dtype` stands for in this evaluation, noted when it begins: one that goes on keeps it."""
+def settled(config: EvaluateConfig, stamp: dict[str, str]) -> dict[str, Any]:
+    """What `dtype` stands for in this evaluation, and the sizes of its shards; one that goes on keeps them.
+
+    A shard's number means other clips where shards have another size.
+    """
     started = storage.join(config.out, STARTED)
+    kept = {name: getattr(config, name) for name in ("clips_per_shard", "cases_per_shard")}
     if storage.exists(started):
-        return str(storage.read_json(started)["dtype"])
-    dtype = worker_dtype(config.dtype, config.worker_device, config.cluster, config.out)
-    storage.write_json(started, {**stamp, "dtype": dtype})
-    return dtype
+        before = storage.read_json(started)
+        return {name: before.get(name, value) for name, value in kept.items()} | {"dtype": before["dtype"]}
+    kept["dtype"] = worker_dtype(config.dtype, config.worker_device, config.cluster, config.out)
+    storage.write_json(started, {**stamp, **kept})
+    return kept
 
 
 def plan_pictures(config: EvaluateConfig, clips: EvaluatedClips) -> tuple[list[Case], dict[str, Any]]:

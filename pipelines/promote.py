@@ -199,13 +199,13 @@ def promote(config: PromoteConfig) -> Promotion:
         if not passed and not forced:
             _mark_refused(cfg, version, tags)
         elif current != version:
-            mine.check()
-            _note_move(audit, version, current)
             if current and not _same_bundle(cfg, current, bundle):  # one that lost its files is no way back
                 previous = current
             previous = None if previous == version else previous
             tags[figures_tag(alias)] = numbers(figures)
             tags[evaluation_tag(alias)] = {"sha": figures["sha"], "run": evaluation.run_id}
+            mine.check()
+            _note_move(audit, version, current)
             move_alias(cfg, alias, Move(version=version, previous=previous, tags=tags))
         result = Promotion(
             name=cfg.model_name,

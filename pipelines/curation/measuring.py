@@ -195,10 +195,22 @@ def _retried(config: CurateConfig, ledger: Ledger, keys: Sequence[str]) -> list[
     return entries
 
 
+def _measured(ledger: Ledger) -> set[str]:
+    """The shards whose table is there, and of the clips that the plan has under this name."""
+
+    def is_of_the_plan(name: str) -> bool:
+        keys = storage.read_table(shard_file(ledger.out, MEASURED, name), ["key"])["key"].to_pylist()
+        return keys == [entry.key for entry in ledger.shards[name]]
+
+    names = sorted(storage.shard_names(storage.join(ledger.out, MEASURED)) & set(ledger.shards))
+    with ThreadPoolExecutor(16) as pool:
+        return {name for name, is_so in zip(names, pool.map(is_of_the_plan, names), strict=True) if is_so}
+
+
 def _write_known(out: str, ledger: Ledger, done: set[str]) -> None:
     """Where the good clips of the finished shards lie, so that the same content is not decoded again."""
     places: dict[str, tuple[str, int]] = {}
-    for name in sorted(done & set(ledger.shards)):
+    for name in sorted(done):
         table = storage.read_table(shard_file(out, MEASURED, name), ["clip_id", "code"])
         ids, codes = table["clip_id"].to_pylist(), table["code"].to_pylist()
         for row, (clip, code) in enumerate(zip(ids, codes, strict=True)):
@@ -217,9 +229,9 @@ def measure_rows(
 ) -> tuple[Ledger, Counter[str]]:
     """Plans what is new, or to be tried again, and measures every shard that is missing."""
     ledger = Ledger(out)
+    done = _measured(ledger)
     again = _retried(config, ledger, keys) if config.retry else []
     new = [_entry(keys[i], rows[i]) for i in ledger.missing(keys)]
-    done = storage.shard_names(storage.join(out, MEASURED))
     if done and new:
         _write_known(out, ledger, done)
     added = ledger.add([*again, *new], config.rows_per_shard)

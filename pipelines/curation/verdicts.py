@@ -257,7 +257,7 @@ class JudgeWorker:
                 continue
             judged = self._judged(row, clips[row["key"]])
             (rejected if judged["code"] else accepted).append(judged)
-        # accepted/ is written last: when it is there, both are.
+        # One after the other: a shard is done when both carry its digest.
         for folder, rows, schema in ((REJECTED, rejected, REJECT_TABLE), (ACCEPTED, accepted, CLIP_TABLE)):
             schema = _widened(schema, shard.columns).with_metadata({DIGEST: shard.digest.encode()})
             table = pa.Table.from_pylist(rows, schema=schema)

@@ -4,6 +4,10 @@ On disk the kernel holds the lock (flock on OUT/_lock) and drops it with the pro
 and on a file system without locks, OUT/_lock is a lease: its holder refreshes it, and one that was not refreshed for
 LEASE_S is taken over. Of two drivers that start at once the server's conditional write lets one through; where the
 server ignores conditions, both write, wait SETTLE_S, and the one that is read back goes on.
+
+Workers outlive a killed driver for a while. So whatever is written into the folder, by the driver or by a worker,
+first looks whether OUT/_lock is still that driver's (`Fence`), and who takes a folder over waits until what was on its
+way has arrived. docs/protocol.md has the whole of it.
 """
 
 import errno
@@ -18,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
@@ -34,6 +39,9 @@ BEAT_S = 10.0
 LEASE_S = 60.0
 """How long after its last refresh a lease can be taken over."""
 SETTLE_S = 1.0
+"""How long a write that has no condition is given to be seen by the other driver."""
+LATE_S = 1.0
+"""On disk, how long a write of a killed driver's worker is given to be over; under s3:// 1.5 beats."""
 LOST = signal.SIGUSR1
 """What a driver sends itself when its lease was taken over."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -57,11 +65,28 @@ def locked(run: Callable[[C], dict[str, Any]]) -> Callable[[C], dict[str, Any]]:
 @contextmanager
 def output_lock(out: str) -> Iterator[None]:
     """While the body runs, no other driver gets the lock of the folder or s3:// prefix `out`. Raises UserError."""
-    out = storage.absolute(out)
+    out = storage.absolute(out).rstrip("/")
     with ExitStack() as stack:
         if out.startswith("s3://") or not stack.enter_context(_kernel_lock(out)):
             stack.enter_context(_lease(out))
         yield
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Lets a driver's and its workers' writes through as long as the lock of `out` is that driver's."""
+
+    out: str
+    holder: str
+
+    def __call__(self, uri: str) -> None:
+        """See `aai.storage.Guard`. Raises UserError when another driver took the folder over, or this one let it go."""
+        where = storage.join(self.out, LOCK)
+        if not uri.startswith(f"{self.out}/") or uri == where:
+            return
+        found = _read(where) or {}
+        if found.get("holder") != self.holder:
+            raise _busy(self.out, found, "was taken over by")
 
 
 def is_empty(out: str) -> bool:
@@ -75,11 +100,15 @@ def _record() -> Record:
     return who | {"started": started, "beat": time.time()}
 
 
-def _busy(out: str, record: Record | None) -> UserError:
+def _busy(out: str, record: Record | None, rule: str = "is being written by") -> UserError:
     who = "another process"
     if record and "holder" in record:
         who = f"process {record['pid']} on {record['host']} since {record['started']}"
-    return UserError("out", out, f"is being written by {who}", "wait for its end, or give another folder")
+    return UserError("out", out, f"{rule} {who}", "wait for its end, or give another folder")
+
+
+def _tell_of_takeover(where: str, found: Record) -> None:
+    log.warning("%s: process %s on %s has ended without giving it back", where, found.get("pid"), found.get("host"))
 
 
 def _parsed(data: bytes) -> Record:
@@ -99,9 +128,9 @@ def _kernel_lock(out: str) -> Iterator[bool]:
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError("out", out, "is a file", "give a folder")
-    was_there = folder.is_dir()
+    was_there, mine = folder.is_dir(), _record()
     try:
-        descriptor = _locked_file(out)
+        descriptor, before = _locked_file(out, mine)
     except OSError as error:
         if error.errno in _READ_ONLY and was_there:
             yield True  # nobody can write here; a finished result can be read
@@ -111,7 +140,11 @@ def _kernel_lock(out: str) -> Iterator[bool]:
             raise
         return
     try:
-        yield True
+        if before:
+            _tell_of_takeover(str(folder / LOCK), before)
+            time.sleep(LATE_S)
+        with storage.guarded(Fence(out, mine["holder"])):
+            yield True
     finally:
         (folder / LOCK).unlink(missing_ok=True)  # before it is unlocked: it is still ours
         os.close(descriptor)
@@ -119,23 +152,23 @@ def _kernel_lock(out: str) -> Iterator[bool]:
             folder.rmdir()
 
 
-def _locked_file(out: str) -> int:
-    """The descriptor of OUT/_lock, locked, with our record in it."""
+def _locked_file(out: str, mine: Record) -> tuple[int, Record]:
+    """The descriptor of OUT/_lock, locked, with our record in it; and the record that a killed driver left there."""
     path = Path(out) / LOCK
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.pread(descriptor, 4096, 0)
-            if held and "holder" not in _parsed(held):
+            held = _parsed(os.pread(descriptor, 4096, 0))
+            if os.fstat(descriptor).st_size and "holder" not in held:
                 raise UserError("out", out, f"holds a file {LOCK} of something else", "choose another folder")
             if os.path.samestat(path.stat(), os.fstat(descriptor)):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(_record()).encode(), 0)
-                return descriptor
+                os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+                return descriptor, held
         except BlockingIOError as error:
-            busy = _busy(out, _parsed(os.pread(descriptor, 4096, 0)))
+            busy = _busy(out, _holder_of(descriptor))
             os.close(descriptor)
             raise busy from error
         except FileNotFoundError:
@@ -148,6 +181,15 @@ def _locked_file(out: str) -> int:
         os.close(descriptor)  # its holder removed it between our opening and our locking: try the new one
 
 
+def _holder_of(descriptor: int) -> Record:
+    """What stands in a file that another process has locked; it may be about to write that."""
+    for _ in range(20):
+        if found := _parsed(os.pread(descriptor, 4096, 0)):
+            break
+        time.sleep(0.05)
+    return found
+
+
 # ---------------------------------------------------------------- by lease
 
 
@@ -157,7 +199,7 @@ def _lease(out: str) -> Iterator[None]:
     _take(out, where, mine)
     ended = threading.Event()
     beat = threading.Thread(target=_refresh, args=(where, mine, ended), name="output-lock", daemon=True)
-    with _stoppable():
+    with _stoppable(), storage.guarded(Fence(out, mine["holder"])):
         beat.start()
         try:
             yield
@@ -201,21 +243,24 @@ def _read(where: str) -> Record | None:
 
 def _take(out: str, where: str, mine: Record) -> None:
     """Writes our record; raises UserError when the lease is another's."""
-    found = _read(where)
+    tag, found = storage.tag_of(where), _read(where)  # in this order: a tag never is of a later content than is read
     if found is not None and not _is_over(where, found):
         raise _busy(out, found)
     data = json.dumps(mine).encode()
-    _written(where, data, new=found is None)
-    if found is not None or _written(where, data, new=True):  # the second time only where conditions are ignored
+    if found is not None:
+        _written(where, data, over=tag)
+        _tell_of_takeover(where, found)
+        time.sleep(1.5 * BEAT_S)
+    elif _written(where, data, new=True) and _written(where, data, new=True):  # only where conditions are ignored
         time.sleep(SETTLE_S)
     now = _read(where)
     if (now or {}).get("holder") != mine["holder"]:
         raise _busy(out, now)
 
 
-def _written(where: str, data: bytes, new: bool) -> bool:
+def _written(where: str, data: bytes, new: bool = False, over: str | None = None) -> bool:
     try:
-        storage.write_bytes(where, data, new=new)
+        storage.write_bytes(where, data, new, over)
     except FileExistsError:
         return False
     return True
@@ -223,7 +268,7 @@ def _written(where: str, data: bytes, new: bool) -> bool:
 
 def _is_over(where: str, found: Record) -> bool:
     """Whether a lease's holder is gone: by its clock, and as seen by ours, since clocks of two hosts may differ."""
-    watch_s = 1.5 * BEAT_S
+    watch_s = 3 * BEAT_S
     if time.time() - found.get("beat", float("inf")) < LEASE_S - watch_s:
         return False
     time.sleep(watch_s)
@@ -233,11 +278,11 @@ def _is_over(where: str, found: Record) -> bool:
 def _refresh(where: str, mine: Record, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
         try:
-            found = _read(where) or {}
+            tag, found = storage.tag_of(where), _read(where) or {}
             if found.get("holder") != mine["holder"]:
                 log.error("%s was taken over by process %s on %s", where, found.get("pid"), found.get("host"))
                 signal.pthread_kill(threading.main_thread().ident or 0, LOST)  # ends even a waiting call
                 return
-            storage.write_bytes(where, json.dumps(mine | {"beat": time.time()}).encode())
+            _written(where, json.dumps(mine | {"beat": time.time()}).encode(), over=tag)  # else the next beat tells
         except Exception as error:  # the network may be away for a while; the lease is longer than a few beats
             log.warning("the lock %s could not be refreshed (%s)", where, error)

@@ -27,12 +27,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar, cast, get_type_hints
 
 import pydantic
 from tqdm import tqdm
 
+from aai import storage
 from aai.errors import UserError
 from pipelines.engine.cluster import connect, native_stderr_held
 from pipelines.settings import ClusterConfig
@@ -76,14 +77,20 @@ class Worker(Protocol[S_in, R_out]):
         """Does one shard's work and writes its files."""
 
 
+@cache
+def _adapter(kind: type[Any]) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
+
+
 def _pack(record: Shard | Result) -> Any:
     """A record as JSON values."""
-    return pydantic.TypeAdapter(type(record)).dump_python(record, mode="json")
+    kind: Any = type(record)
+    return _adapter(kind).dump_python(record, mode="json")
 
 
-def _unpack(kind: type[R], values: Any) -> R:
-    """A record from JSON values."""
-    return pydantic.TypeAdapter(kind).validate_python(values)
+def _unpack(kind: Any, values: Any) -> Any:
+    """A record of a kind from JSON values."""
+    return _adapter(kind).validate_python(values)
 
 
 def _records(worker_cls: Callable[..., Worker[S, R]]) -> tuple[type[S], type[R]]:
@@ -96,11 +103,17 @@ class _Actor:
     """Ray Data's side of a worker: shards, results and errors travel as JSON text, a type that cannot drift.
 
     Ray would hand an error on as text of its own; this way a UserError is still one in the driver. The worker is
-    made on the first shard, so that an error in making it takes the same way.
+    made on the first shard, so that an error in making it takes the same way. guards: the driver's, which also ask of
+    what a worker writes whether that driver may write here still.
     """
 
-    def __init__(self, worker_cls: Callable[..., Worker[Any, Any]], worker_args: Mapping[str, Any]) -> None:
-        self.make = partial(worker_cls, **worker_args)
+    def __init__(
+        self,
+        worker_cls: Callable[..., Worker[Any, Any]],
+        worker_args: Mapping[str, Any],
+        guards: tuple[storage.Guard, ...],
+    ) -> None:
+        self.make, self.guards = partial(worker_cls, **worker_args), guards
         self.shard_type, _ = _records(worker_cls)
         self.worker: Worker[Any, Any] | None = None
 
@@ -113,7 +126,8 @@ class _Actor:
         try:
             self.worker = self.worker or self.make()
             started_s = time.monotonic()
-            result = self.worker(_unpack(self.shard_type, values))
+            with storage.guarded(*self.guards):
+                result = self.worker(_unpack(self.shard_type, values))
             call = (os.getpid(), result.rows, started_s, time.monotonic())
             return json.dumps({"result": _pack(result), "call": call})
         except UserError as error:
@@ -150,8 +164,8 @@ def recorded(bare: bool = False) -> Iterator[list[Stage]]:
         _RECORD.reset(token)
 
 
-def _once(batch: dict[str, Any], worker_cls: Callable[..., Worker[Any, Any]], worker_args: Mapping[str, Any]) -> Any:
-    return _Actor(worker_cls, worker_args)(batch)
+def _once(batch: dict[str, Any], **arguments: Any) -> Any:
+    return _Actor(**arguments)(batch)
 
 
 def _raise_for(name: str, answer: Mapping[str, Any]) -> None:
@@ -206,7 +220,8 @@ def run_shards(
     if not bare:
         connect(cluster, log_dir)
     texts = [json.dumps(_pack(shard)) for shard in todo]
-    job = _Job(texts, worker_cls, dict(worker_args), cluster, stateful)
+    actor = {"worker_cls": worker_cls, "worker_args": dict(worker_args), "guards": storage.guards()}
+    job = _Job(texts, actor, cluster, stateful)
     _, result_type = _records(worker_cls)
     stream = _pool_answers if bare else _ray_answers
     results: list[R] = []
@@ -236,8 +251,8 @@ class _Job:
     """The shards that are to be done, as JSON text, and who does them."""
 
     shards: list[str]
-    worker_cls: Callable[..., Worker[Any, Any]]
-    worker_args: dict[str, Any]
+    actor: dict[str, Any]
+    """The arguments of an _Actor."""
     cluster: ClusterConfig
     stateful: bool
 
@@ -250,9 +265,9 @@ _pooled: _Actor
 """The worker of a process of the bare pool."""
 
 
-def _start_pooled(worker_cls: Callable[..., Worker[Any, Any]], worker_args: Mapping[str, Any]) -> None:
+def _start_pooled(arguments: Mapping[str, Any]) -> None:
     global _pooled
-    _pooled = _Actor(worker_cls, worker_args)
+    _pooled = _Actor(**arguments)
 
 
 def _work_pooled(text: str) -> str:
@@ -261,8 +276,8 @@ def _work_pooled(text: str) -> str:
 
 def _pool_answers(job: _Job) -> Iterator[str]:
     """The answers of a plain pool of fresh processes, one worker in each."""
-    context, arguments = multiprocessing.get_context("spawn"), (job.worker_cls, job.worker_args)
-    with ProcessPoolExecutor(job.workers, context, _start_pooled, arguments) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(job.workers, context, _start_pooled, (job.actor,)) as pool:
         for future in as_completed([pool.submit(_work_pooled, text) for text in job.shards]):
             yield future.result()
 
@@ -273,13 +288,12 @@ def _ray_answers(job: _Job) -> Iterator[str]:
 
     _quiet_ray_data()
     resources = {"batch_size": 1, "num_cpus": job.cluster.cpus_per_worker, "num_gpus": job.cluster.gpus_per_worker}
-    arguments = {"worker_cls": job.worker_cls, "worker_args": job.worker_args}
     dataset = ray.data.from_items([{"shard": text} for text in job.shards], override_num_blocks=len(job.shards))
     if job.stateful:
         pool = ray.data.ActorPoolStrategy(size=job.workers)
-        dataset = dataset.map_batches(_Actor, fn_constructor_kwargs=arguments, compute=pool, **resources)
+        dataset = dataset.map_batches(_Actor, fn_constructor_kwargs=job.actor, compute=pool, **resources)
     else:
         tasks = ray.data.TaskPoolStrategy(size=job.workers)
-        dataset = dataset.map_batches(_once, fn_kwargs=arguments, compute=tasks, **resources)
+        dataset = dataset.map_batches(_once, fn_kwargs=job.actor, compute=tasks, **resources)
     for row in dataset.iter_rows():
         yield str(row["answer"])

@@ -30,7 +30,7 @@ HOLD = """
 @pytest.fixture(params=["local", "s3"])
 def out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An output folder of either kind, with leases of 3 s."""
-    for name, value in (("BEAT_S", 0.2), ("LEASE_S", 3.0), ("SETTLE_S", 0.2)):
+    for name, value in (("BEAT_S", 0.2), ("LEASE_S", 3.0), ("SETTLE_S", 0.2), ("LATE_S", 0.2)):
         monkeypatch.setattr(lock, name, value)
     return str(tmp_path / "out") if request.param == "local" else f"{request.getfixturevalue('s3')}/out"
 
@@ -88,6 +88,20 @@ def test_a_killed_driver_blocks_nobody_for_longer_than_its_lease(out: str) -> No
         else:
             assert not refusals
     assert storage.list_files(out) == []
+
+
+def test_workers_of_a_driver_that_is_gone_write_nothing(out: str) -> None:
+    with output_lock(out):
+        storage.write_bytes(storage.join(out, "mine"), b"1")
+        workers = storage.guards()
+    for change in (lambda: storage.write_bytes(storage.join(out, "mine"), b"2"), lambda: storage.remove(out + "/mine")):
+        with output_lock(out), storage.guarded(*workers), pytest.raises(UserError, match="was taken over by process"):
+            change()
+        with storage.guarded(*workers), pytest.raises(UserError, match="was taken over by another process"):
+            change()
+    with storage.guarded(*workers):
+        storage.write_bytes(f"{out}-beside", b"1")  # not theirs to ask about
+    assert storage.read_bytes(storage.join(out, "mine")) == b"1"
 
 
 def test_one_of_many_drivers_that_start_at_once_goes_on(out: str) -> None:
