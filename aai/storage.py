@@ -13,8 +13,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from aai.errors import UserError
+from aai.fencing import ask_guards
 from aai.version import METADATA_KEY, UNKNOWN, code_version
 
 SCHEMES = ("file", "s3")
@@ -193,31 +193,6 @@ def _refuse_member(uri: str) -> None:
         raise ValueError(f"{uri} is a member of a tar: it can only be read")
 
 
-Guard = Callable[[str], None]
-"""Asked with the absolute URI of a file right before it is written or removed; refuses by raising."""
-_GUARDS: ContextVar[tuple[Guard, ...]] = ContextVar("guards", default=())
-
-
-@contextlib.contextmanager
-def guarded(*guards: Guard) -> Iterator[None]:
-    """While the body runs, this thread writes and removes only what these, and those of before, let through."""
-    token = _GUARDS.set((*_GUARDS.get(), *guards))
-    try:
-        yield
-    finally:
-        _GUARDS.reset(token)
-
-
-def guards() -> tuple[Guard, ...]:
-    """Those in force: for workers, who are other processes."""
-    return _GUARDS.get()
-
-
-def _ask_guards(uri: str) -> None:
-    for guard in _GUARDS.get():
-        guard(absolute(uri))
-
-
 def tag_of(uri: str) -> str | None:
     """What `write_bytes` takes as `over`: the ETag under s3://, None where there is no file, or none of that kind."""
     fs, path = filesystem(uri)
@@ -242,7 +217,7 @@ def write_bytes(uri: str, data: bytes, new: bool = False, over: str | None = Non
     _refuse_member(uri)
     fs, path = filesystem(uri)
     if uri.startswith("s3://"):  # a PUT is atomic
-        _ask_guards(uri)
+        ask_guards(absolute(uri))
         condition = {"IfNoneMatch": "*"} if new else {"IfMatch": over} if over else {}
         try:
             fs.pipe_file(path, data, **condition)
@@ -256,7 +231,7 @@ def write_bytes(uri: str, data: bytes, new: bool = False, over: str | None = Non
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_bytes(data)
-        _ask_guards(uri)
+        ask_guards(absolute(uri))
         if new:
             target.hardlink_to(temporary)  # unlike a rename, it fails where the name is taken
         else:
@@ -355,7 +330,7 @@ def remove(uri: str) -> None:
     _refuse_member(uri)
     fs, path = filesystem(uri)
     if fs.exists(path):
-        _ask_guards(uri)
+        ask_guards(absolute(uri))
         fs.rm(path, recursive=True)
 
 
@@ -395,7 +370,7 @@ def writing(uri: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="aai-") as folder:
             local = Path(folder) / "content"
             yield local
-            _ask_guards(uri)
+            ask_guards(absolute(uri))
             fs.put_file(str(local), path)  # an upload in parts shows when it is complete
         return
     target = Path(path)
@@ -403,7 +378,7 @@ def writing(uri: str) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        _ask_guards(uri)
+        ask_guards(absolute(uri))
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

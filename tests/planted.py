@@ -65,7 +65,7 @@ BUGS = {
         "lock", lock, "Fence.__call__", ('found.get("holder") != self.holder', "False")
     ),
     "workers write without asking": bug(
-        "curate", shards, "_Actor.work", ("storage.guarded(*self.guards)", "storage.guarded()")
+        "curate", shards, "_Actor.work", ("fencing.guarded(*self.guards)", "fencing.guarded()")
     ),
     "batches named by count are overwritten": bug(
         "ledger", ledger, "Ledger.add", ("if storage.exists(batch):", "if False:"), ("new=True", "new=False")

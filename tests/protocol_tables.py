@@ -32,7 +32,7 @@ class StillChild:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def measure(self, content: bytes, start_s: float | None, end_s: float | None) -> dict[str, Any]:
+    def measure(self, content: bytes, *_: Any) -> dict[str, Any]:
         said = json.loads(content)
         sha = hashlib.sha256(content).hexdigest()
         if "code" in said:
@@ -47,8 +47,9 @@ class StillChild:
         }  # fmt: skip
 
 
-def all_near_pairs(video: np.ndarray, audio: np.ndarray, cfg: Any) -> np.ndarray:
+def all_near_pairs(prints: Any, cfg: Any) -> np.ndarray:
     """What the search by bands finds, for a handful of clips."""
+    video, audio = prints.video, prints.audio
     left, right = np.triu_indices(len(video), 1)
     near_ones = (hamming(video[left], video[right]) <= cfg.max_video_bits) & (
         hamming(audio[left], audio[right]) <= cfg.max_audio_bits

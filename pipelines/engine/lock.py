@@ -28,7 +28,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aai import storage
+from aai import fencing, storage
 from aai.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Fence:
     holder: str
 
     def __call__(self, uri: str) -> None:
-        """See `aai.storage.Guard`. Raises UserError when another driver took the folder over, or this one let it go."""
+        """See `aai.fencing.Guard`. Raises UserError when another driver took the folder over, or this one let it go."""
         where = storage.join(self.out, LOCK)
         if not uri.startswith(f"{self.out}/") or uri == where:
             return
@@ -143,7 +143,7 @@ def _kernel_lock(out: str) -> Iterator[bool]:
         if before:
             _tell_of_takeover(str(folder / LOCK), before)
             time.sleep(LATE_S)
-        with storage.guarded(Fence(out, mine["holder"])):
+        with fencing.guarded(Fence(out, mine["holder"])):
             yield True
     finally:
         (folder / LOCK).unlink(missing_ok=True)  # before it is unlocked: it is still ours
@@ -199,7 +199,7 @@ def _lease(out: str) -> Iterator[None]:
     _take(out, where, mine)
     ended = threading.Event()
     beat = threading.Thread(target=_refresh, args=(where, mine, ended), name="output-lock", daemon=True)
-    with _stoppable(), storage.guarded(Fence(out, mine["holder"])):
+    with _stoppable(), fencing.guarded(Fence(out, mine["holder"])):
         beat.start()
         try:
             yield

@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeVar, cast, get_type_hints
 import pydantic
 from tqdm import tqdm
 
-from aai import storage
+from aai import fencing
 from aai.errors import UserError
 from pipelines.engine.cluster import connect, native_stderr_held
 from pipelines.settings import ClusterConfig
@@ -111,7 +111,7 @@ class _Actor:
         self,
         worker_cls: Callable[..., Worker[Any, Any]],
         worker_args: Mapping[str, Any],
-        guards: tuple[storage.Guard, ...],
+        guards: tuple[fencing.Guard, ...],
     ) -> None:
         self.make, self.guards = partial(worker_cls, **worker_args), guards
         self.shard_type, _ = _records(worker_cls)
@@ -126,7 +126,7 @@ class _Actor:
         try:
             self.worker = self.worker or self.make()
             started_s = time.monotonic()
-            with storage.guarded(*self.guards):
+            with fencing.guarded(*self.guards):
                 result = self.worker(_unpack(self.shard_type, values))
             call = (os.getpid(), result.rows, started_s, time.monotonic())
             return json.dumps({"result": _pack(result), "call": call})
@@ -220,7 +220,7 @@ def run_shards(
     if not bare:
         connect(cluster, log_dir)
     texts = [json.dumps(_pack(shard)) for shard in todo]
-    actor = {"worker_cls": worker_cls, "worker_args": dict(worker_args), "guards": storage.guards()}
+    actor = {"worker_cls": worker_cls, "worker_args": dict(worker_args), "guards": fencing.guards()}
     job = _Job(texts, actor, cluster, stateful)
     _, result_type = _records(worker_cls)
     stream = _pool_answers if bare else _ray_answers

@@ -226,23 +226,3 @@ def test_copies_of_s3_folders_do_not_pile_up(s3: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, text=True)
     assert Path(done.stdout.strip()).parent == tmp_path
     assert list(tmp_path.iterdir()) == []
-
-
-def test_guards_are_asked_right_before_a_change(tmp_path: Path) -> None:
-    file, asked = str(tmp_path / "a"), list[str]()
-
-    def refuse(uri: str) -> None:
-        asked.append(uri)
-        raise PermissionError(uri)
-
-    storage.write_bytes(file, b"before")
-    with storage.guarded(refuse):
-        assert storage.guards() == (refuse,)
-        for change in (lambda: storage.write_bytes(file, b"after"), lambda: storage.remove(file)):
-            with pytest.raises(PermissionError):
-                change()
-        with pytest.raises(PermissionError), storage.writing(file) as local:
-            local.write_bytes(b"after")
-    assert (asked, storage.guards()) == ([file] * 3, ())
-    assert storage.read_bytes(file) == b"before"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]

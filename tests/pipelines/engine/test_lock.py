@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aai import storage
+from aai import fencing, storage
 from aai.errors import UserError
 from pipelines.engine import lock
 from pipelines.engine.lock import LOCK, is_empty, output_lock
@@ -93,13 +93,13 @@ def test_a_killed_driver_blocks_nobody_for_longer_than_its_lease(out: str) -> No
 def test_workers_of_a_driver_that_is_gone_write_nothing(out: str) -> None:
     with output_lock(out):
         storage.write_bytes(storage.join(out, "mine"), b"1")
-        workers = storage.guards()
+        workers = fencing.guards()
     for change in (lambda: storage.write_bytes(storage.join(out, "mine"), b"2"), lambda: storage.remove(out + "/mine")):
-        with output_lock(out), storage.guarded(*workers), pytest.raises(UserError, match="was taken over by process"):
+        with output_lock(out), fencing.guarded(*workers), pytest.raises(UserError, match="was taken over by process"):
             change()
-        with storage.guarded(*workers), pytest.raises(UserError, match="was taken over by another process"):
+        with fencing.guarded(*workers), pytest.raises(UserError, match="was taken over by another process"):
             change()
-    with storage.guarded(*workers):
+    with fencing.guarded(*workers):
         storage.write_bytes(f"{out}-beside", b"1")  # not theirs to ask about
     assert storage.read_bytes(storage.join(out, "mine")) == b"1"
 
