@@ -91,6 +91,8 @@ class Together:
         self._came: queue.SimpleQueue[Seat | None] = queue.SimpleQueue()
         self._given_back = threading.Semaphore(0)
         self._own = threading.local()
+        self._only: Seat | None = None
+        """The request of the round, where there is one alone."""
         unet.forward = self._called
         self._rounds = threading.Thread(target=self._go_round, name="together", daemon=True)
         self._rounds.start()
@@ -128,7 +130,7 @@ class Together:
         if seat.stop.is_set():
             raise StoppedError
         call = Call(self._signature.bind(*args, **kwargs).arguments)
-        if seat.alone:
+        if seat.alone or (self._only is seat and self._came.empty()):  # nobody to wait for: no change of threads
             self._make([call])
         else:
             seat.call = call
@@ -153,7 +155,9 @@ class Together:
                     return
                 here.append(new)
             calls: list[Call] = []
+            self._only = here[0] if len(here) == 1 else None
             for seat in here:
+                seat.call = None
                 seat.mine.release()
                 self._given_back.acquire()
                 if not seat.ended and seat.call is not None:
