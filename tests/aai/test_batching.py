@@ -368,3 +368,25 @@ def test_a_thread_whose_request_has_ended_calls_as_before_and_one_that_is_stoppe
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(work).result(30).shape == (2, 1, 2, 2)
     together.close()
+
+
+def test_a_request_that_is_alone_changes_no_threads() -> None:
+    """Each change costs milliseconds on a busy machine; a test of above shows that others still join it."""
+    threads: list[int] = []
+
+    class Unet:
+        def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor]:
+            threads.append(threading.get_ident())
+            return (sample,)
+
+    unet = Unet()
+    together = Together(unet)
+
+    def work() -> int:
+        for _ in range(3):
+            unet.forward(torch.zeros(1))
+        return threading.get_ident()
+
+    mine = together.run(work, threading.Event())
+    together.close()
+    assert threads == [mine] * 3
