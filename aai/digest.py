@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -22,3 +23,15 @@ def stored_digest(value: Any, length: int = 16, sort_keys: bool = False) -> str:
     """
     text = json.dumps(value, sort_keys=sort_keys)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def stored_digest_of_lists(lists: Iterable[Iterable[Any]], length: int = 16) -> str:
+    """`stored_digest` of a list of lists with sorted keys, whose items need not all be there at once."""
+    sha, encode = hashlib.sha256(b"["), json.JSONEncoder(sort_keys=True).encode
+    for number, items in enumerate(lists):
+        sha.update(b", [" if number else b"[")
+        for place, item in enumerate(items):
+            sha.update(f"{', ' if place else ''}{encode(item)}".encode())
+        sha.update(b"]")
+    sha.update(b"]")
+    return sha.hexdigest()[:length]

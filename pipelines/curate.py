@@ -14,27 +14,28 @@ import argparse
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import numpy as np
 
 from aai import storage
-from aai.digest import stored_digest
+from aai.digest import stored_digest_of_lists
 from aai.errors import UserError
 from aai.version import code_version
 from pipelines.curation import similarity
+from pipelines.curation.card_data import Rows
+from pipelines.curation.clip_keys import Keyed, Keys
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.cut import cut_rows
-from pipelines.curation.layout import ACCEPTED, REJECTED, SCORED, shard_file
+from pipelines.curation.layout import ACCEPTED, REJECTED, SCORED, WAITING, shard_file, shard_of
 from pipelines.curation.ledger import row_keys
 from pipelines.curation.measuring import check_ratio, measure_rows
+from pipelines.curation.outcome import Outcome
 from pipelines.curation.similarity import CaptionedClip, Null, ScoreShard
 from pipelines.curation.verdicts import DIGEST as JUDGED
 from pipelines.curation.verdicts import JudgeShard, JudgeWorker, judge, judge_shards, read_measured
+from pipelines.engine.columns import read_footers
 from pipelines.engine.lock import is_empty, locked
 from pipelines.engine.shards import run_shards
 from pipelines.manifests.row import ManifestRow
@@ -43,6 +44,8 @@ from pipelines.registry import store
 log = logging.getLogger(__name__)
 
 CONFIG = CurateConfig
+ALONE_UP_TO = 2000
+"""Clips that are split sooner by the driver itself than Ray is started."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -70,6 +73,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
     if config.tracking:
         store.check(config.tracking)
     config, chosen = config.fitted()
+    rows: Sequence[ManifestRow]
     rows, carved = config.listed()
     chosen |= carved
     for name, choice in chosen.items():
@@ -83,30 +87,30 @@ def run(config: CurateConfig) -> dict[str, Any]:
     _open(out, settings, config.rejudge)
     rows = cut_rows(rows, config.cut, config.decode, out, config.cluster, os.path.dirname(out))
     keys = row_keys(rows)
-    settings["input"] = stored_digest([keys, [row.content() for row in rows]], sort_keys=True)
+    settings["input"] = stored_digest_of_lists([keys, (row.content() for row in rows)])
     where = storage.join(out, "curate.json")
     earlier = storage.read_json(where) if storage.exists(where) else None
     if earlier and not config.retry and all(earlier.get(name) == value for name, value in settings.items()):
         log.info("curate: up to date: %s", _summary(earlier, config.out))
         return dict(earlier)
     storage.remove(where)
-    ledger, counts = measure_rows(config, out, rows, keys)
-    by_key = dict(zip(keys, rows, strict=True))
-    shards = {name: [entry.key for entry in entries] for name, entries in ledger.valid(set(keys)).items()}
+    shards, counts = measure_rows(config, out, rows, keys)
+    by_key = Keyed(keys, rows)
     if config.scores.enabled:
         _score(config, out, shards, by_key)
-    null = _judge(config, out, shards, by_key)
-    result = settings | _totals(out, len(rows), chosen["decode.frame_size_px"].value)
-    result |= {
+    totals, judged, null = _judge(config, out, shards, by_key)
+    result = settings | totals | {
+        "small_sources": _small_sources(judged, chosen["decode.frame_size_px"].value),
+        "hours": judged.hours(judged.accepted),
         "correspondence": null.describe() if null else None,
         "chosen": {name: choice.model_dump() for name, choice in chosen.items()},
         "measured": counts["measured"],
         "reused": counts["reused"],
         "seconds": round(time.monotonic() - begin, 1),
         "written_by": code_version(),
-    }
+    }  # fmt: skip
     check_ratio(config, result["rejected"], len(rows), f"({result['by_code']})")
-    _write_card(config, out, result)
+    _write_card(config, out, result, judged)
     storage.write_json(where, result)
     log.info("curate: %s", _summary(result, config.out))
     return result
@@ -134,16 +138,18 @@ def _open(out: str, digests: Mapping[str, int | str], rejudge: bool) -> None:
         storage.write_json(started, digests)
 
 
-def _score(config: CurateConfig, out: str, shards: Mapping[str, list[str]], rows: Mapping[str, ManifestRow]) -> None:
+def _score(config: CurateConfig, out: str, shards: Mapping[str, Keys], rows: Mapping[str, ManifestRow]) -> None:
     """Scores every shard whose scores are missing, or of other models or captions."""
     from pipelines.curation.scores import ScoreWorker  # only here: torch takes seconds to import
 
     models = config.scores.content_digest()
-    todo = []
-    for name, keys in shards.items():
-        clips = [CaptionedClip(key, rows[key].caption) for key in keys]
-        of_shard = similarity.shard_digest(models, clips)
-        todo.append(ScoreShard(name=name, rows=len(keys), clips=clips, digest=of_shard))
+
+    def wanted() -> Iterator[ScoreShard]:
+        for name, keys in shards.items():
+            clips = [CaptionedClip(key, rows[key].caption) for key in keys]
+            of_shard = similarity.shard_digest(models, clips)
+            yield ScoreShard(name=name, rows=len(keys), clips=clips, digest=of_shard)
+
     cluster = config.cluster
     args = {
         "out": out,
@@ -151,51 +157,76 @@ def _score(config: CurateConfig, out: str, shards: Mapping[str, list[str]], rows
         "threads": max(1, int(cluster.cpus_per_worker)),
         "gpu": cluster.gpus_per_worker > 0,
     }
-    done = _done_as(_footers(out, SCORED, similarity.DIGEST))
-    run_shards("curate: score", todo, ScoreWorker, args, cluster, done, os.path.dirname(out))
+    made_of = {name: digest for name, (digest, _) in _footers(out, SCORED, similarity.DIGEST).items()}
+
+    def is_done(shard: ScoreShard) -> bool:
+        return made_of.get(shard.name) == shard.digest
+
+    logs, waiting = os.path.dirname(out), storage.join(out, WAITING)
+    run_shards("curate: score", wanted(), ScoreWorker, args, cluster, is_done, logs, waiting=waiting)
 
 
 def _judge(
-    config: CurateConfig, out: str, shards: Mapping[str, list[str]], rows: Mapping[str, ManifestRow]
-) -> Null | None:
+    config: CurateConfig, out: str, shards: Mapping[str, Keys], rows: Mapping[str, ManifestRow]
+) -> tuple[dict[str, Any], Rows, Null | None]:
     """Writes accepted/ and rejected/ as the manifest and the settings now want them.
 
-    Returns what the similarity of sound and pictures is by chance, where a bundle tells it.
+    Returns their counts and their small columns, and what the similarity of sound and pictures is by chance, where a
+    bundle tells it.
     """
     measured = read_measured(out, shards, config.scores.enabled)
     verdicts, null = judge(measured, rows, config, out)
-    todo = judge_shards(measured, shards, rows, verdicts, config.flag_only)
-    written = storage.shard_names(storage.join(out, ACCEPTED))
-    for name in written - set(shards):  # none of its clips is wanted any more
+    made_of = _footers(out, ACCEPTED, JUDGED)
+    for name in made_of.keys() - shards.keys():  # none of its clips is wanted any more
         for folder in (ACCEPTED, REJECTED):
             storage.remove(shard_file(out, folder, name))
+    rejected = storage.shard_names(storage.join(out, REJECTED))
+    accepted = 0
+
+    def is_done(shard: JudgeShard) -> bool:
+        nonlocal accepted
+        digest, size = made_of.get(shard.name, ("", 0))
+        if digest != shard.digest or shard.name not in rejected:
+            return False
+        accepted += size
+        return True
+
+    outcome = Outcome(out, measured, config.flag_only)
+    todo = outcome.watch(judge_shards(measured, shards, rows, verdicts, config.flag_only))
     args = {"out": out, "flag_only": config.flag_only}
-    done = _done_as(_footers(out, ACCEPTED, JUDGED))
-    run_shards("curate: split", todo, JudgeWorker, args, config.cluster, done, os.path.dirname(out), stateful=False)
-    return null
+    logs, waiting = os.path.dirname(out), storage.join(out, WAITING)
+    results = run_shards(
+        "curate: split", todo, JudgeWorker, args, config.cluster, is_done, logs, False, waiting=waiting,
+        alone_up_to=ALONE_UP_TO,
+    )  # fmt: skip
+    accepted += sum(result.rows - (result.rejected or 0) for result in results)
+    judged = outcome.rows()
+    if (len(rows), accepted) != (len(judged.accepted), judged.accepted.sum()):
+        raise RuntimeError(f"curate: {len(rows)} rows in, {judged.accepted.sum()} taken, but {accepted} accepted")
+    totals = {
+        "rows_in": len(rows),
+        "accepted": accepted,
+        "rejected": len(rows) - accepted,
+        "by_code": outcome.codes(),
+        "flagged": outcome.flags(),
+        "transient": int(judged.transient.sum()),
+    }
+    return totals, judged, null
 
 
-def _footers(out: str, folder: str, key: bytes) -> dict[str, str]:
-    """{shard: what its table carries under `key`}; small reads, many at once."""
-
-    def read(name: str) -> str:
-        fs, path = storage.filesystem(shard_file(out, folder, name))
-        return dict(pq.read_schema(path, filesystem=fs).metadata or {}).get(key, b"").decode()
-
-    names = sorted(storage.shard_names(storage.join(out, folder)))
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(names, pool.map(read, names), strict=True))
+def _footers(out: str, folder: str, key: bytes) -> dict[str, tuple[str, int]]:
+    """{shard: what its table carries under `key`, and its rows}."""
+    files = storage.file_sizes(storage.join(out, folder), ".parquet")
+    found = {}
+    for file, footer in zip(files, read_footers(files), strict=True):
+        found[shard_of(file)] = ((footer.metadata or {}).get(key, b"").decode(), footer.num_rows)
+    return found
 
 
-def _done_as(digests: Mapping[str, str]) -> Callable[[ScoreShard | JudgeShard], bool]:
-    """Whether a shard's table was made of what it would be made of now."""
-    return lambda shard: digests.get(shard.name) == shard.digest
-
-
-def _write_card(config: CurateConfig, out: str, result: Mapping[str, Any]) -> None:
+def _write_card(config: CurateConfig, out: str, result: Mapping[str, Any], judged: Rows) -> None:
     from pipelines.curation.card import log_card, write_card  # only here: plots are a heavy import
 
-    card = write_card(out, config.filters.model_dump(), result)
+    card = write_card(out, config.filters.model_dump(), result, judged)
     if config.tracking:
         log_card(config.tracking, "curate", out, card)
 
@@ -203,29 +234,10 @@ def _write_card(config: CurateConfig, out: str, result: Mapping[str, Any]) -> No
 # ---------------------------------------------------------------- its result
 
 
-def _totals(out: str, rows_in: int, frame_size_px: float) -> dict[str, Any]:
-    """Counts from the tables themselves."""
-    taken = storage.read_table(storage.join(out, ACCEPTED), ["duration_s", "flags", "width", "height"])
-    reasons = storage.read_table(storage.join(out, REJECTED), ["code", "transient"])
-    codes, transient = reasons["code"].to_pylist(), reasons["transient"].to_pylist()
-    short_px = pc.min_element_wise(taken["width"], taken["height"]).to_pylist()
-    if rows_in != len(taken) + len(codes):
-        raise RuntimeError(f"curate: {rows_in} rows in, but {len(taken)} accepted and {len(codes)} rejected")
-    flags = Counter(pc.list_flatten(taken["flags"]).to_pylist())
-    return {
-        "rows_in": rows_in,
-        "accepted": len(taken),
-        "rejected": len(codes),
-        "by_code": _counts(Counter(codes)),
-        "flagged": _counts(flags),
-        "transient": sum(transient),
-        "small_sources": sum(edge_px < frame_size_px for edge_px in short_px),
-        "hours": round(sum(taken["duration_s"].to_pylist()) / 3600, 4),
-    }
-
-
-def _counts(counter: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
+def _small_sources(judged: Rows, frame_size_px: float) -> int:
+    """Accepted clips whose source is smaller than pictures would be kept."""
+    short_px = np.fmin(judged.values["width"], judged.values["height"])
+    return int((short_px[judged.accepted] < frame_size_px).sum())
 
 
 def _summary(result: Mapping[str, Any], out: str) -> str:

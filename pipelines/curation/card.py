@@ -36,13 +36,16 @@ Clips = Mapping[int, Entry]
 KEPT, THIS, ELSE = COLOURS[0], COLOURS[1], "#8d929b"
 
 
-def write_card(out: str, config_filters: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+def write_card(
+    out: str, config_filters: Mapping[str, Any], result: Mapping[str, Any], rows: Rows | None = None
+) -> dict[str, Any]:
     """Writes OUT/card.json and OUT/card.html about OUT/accepted and OUT/rejected; returns what card.json holds.
 
     config_filters: the thresholds (FilterConfig as a mapping; null = not in force). result: what curate.json holds;
-    `correspondence` in it, where there is one, has threshold, false_accept_rate, null and matched.
+    `correspondence` in it, where there is one, has threshold, false_accept_rate, null and matched. rows: the tables'
+    small columns, where they are known already; otherwise they are read.
     """
-    rows = read_rows(out)
+    rows = rows or read_rows(out)
     found = figures_of.rules(config_filters, result)
     groups, ordered = figures_of.duplicates(rows)
     card: dict[str, Any] = {

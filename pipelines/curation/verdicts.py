@@ -4,21 +4,27 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from aai import storage
 from aai.digest import stored_digest
-from aai.media.duplicates import EXCLUDED, EXCLUDED_SPLIT, HashedClip, find_duplicates
-from aai.media.filters import FilterConfig, broken_rules
+from aai.media.duplicates import EXCLUDED
+from aai.media.filters import FilterConfig, broken_rules, may_break
 from aai.media.measure import MeasuredRow
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIMILARITIES
+from pipelines.curation.clip_keys import Keys
 from pipelines.curation.curate_config import CurateConfig
+from pipelines.curation.doubles import find_doubles
 from pipelines.curation.layout import ACCEPTED, MEASURED, REJECTED, shard_file
 from pipelines.curation.measuring import SMALL
 from pipelines.curation.near import spread_near_pairs
-from pipelines.curation.similarity import Null, read_scores
+from pipelines.curation.similarity import Null, scored_files
+from pipelines.curation.table_slices import TableSlices
+from pipelines.engine.columns import read_columns
 from pipelines.engine.shards import Result, Shard
 from pipelines.manifests.row import ManifestRow
 
@@ -30,6 +36,10 @@ EXCLUDE = "exclude"
 """Stage of the reasons against clips that must not be kept, not even flagged or as a thumbnail."""
 Reason = tuple[str, str, str]
 """stage, code, message."""
+WHY = ("stage", "code", "message", "transient")
+"""What the RejectTable says of a clip."""
+_READ = [name for name in SMALL if name != "content_hash"]  # which only `exclude` asks for
+_SIMILAR = [field.name for field in SIMILARITIES]
 Measured = Mapping[str, pa.Table]
 """By shard: the small columns of its wanted clips and their scores, one row a clip."""
 
@@ -44,24 +54,29 @@ class Verdicts:
         """Notes one more reason."""
         self.reasons.setdefault(key, []).append((stage, code, message))
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self.reasons
 
 
-def read_measured(out: str, shards: Mapping[str, Sequence[str]], scored: bool) -> dict[str, pa.Table]:
+def read_measured(out: str, shards: Mapping[str, Keys], scored: bool) -> TableSlices:
     """The small columns of the shards' wanted clips (shard -> keys), with their scores: null where there are none."""
-    found = {}
-    for name, keys in shards.items():
-        table = storage.read_table(shard_file(out, MEASURED, name), SMALL)
-        table = table.filter(pc.is_in(table["key"], pa.array(keys, pa.string())))
-        scores = read_scores(out, name) if scored else None
-        # An undecodable clip has no scores: it is not found there, and its place is null.
-        places = pc.index_in(table["key"], scores["key"].combine_chunks()) if scores is not None else None
-        for field in SIMILARITIES:
-            values = pa.nulls(len(table), field.type) if scores is None else scores[field.name].take(places)
-            table = table.append_column(field, values)
-        found[name] = table
+    sizes = storage.file_sizes(storage.join(out, MEASURED), ".parquet")
+    tables = read_columns({file: sizes[file] for file in (shard_file(out, MEASURED, n) for n in shards)}, _READ)
+    similar = read_columns(scored_files(out, shards), ["key", *_SIMILAR]) if scored else repeat(None)
+    found = TableSlices()
+    for (name, keys), table, scores in zip(shards.items(), tables, similar, strict=False):
+        wanted = pa.array([key.decode() for key in keys.packed.tolist()], pa.string())
+        found.add(name, _with_scores(table.filter(pc.is_in(table["key"], wanted)), scores))
     return found
+
+
+def _with_scores(table: pa.Table, scores: pa.Table | None) -> pa.Table:
+    # An undecodable clip has no scores: it is not found there, and its place is null.
+    places = pc.index_in(table["key"], scores["key"].combine_chunks()) if scores is not None else None
+    for field in SIMILARITIES:
+        values = pa.nulls(len(table), field.type) if scores is None else scores[field.name].take(places)
+        table = table.append_column(field, values)
+    return table
 
 
 # ---------------------------------------------------------------- what speaks against clips
@@ -79,8 +94,7 @@ def judge(
     _exclude(verdicts, measured, rows, config, out)
     _judge_signals(verdicts, measured, config.filters)
     if config.scores.bundle:
-        good = set(_undisputed(measured, verdicts))
-        null = Null.measure(out, list(measured), rows, good, config.scores.false_accept_rate)
+        null = Null.measure(out, measured, rows, verdicts, config.scores.false_accept_rate)
     if null:
         _judge_correspondence(verdicts, measured, null)
     _judge_duplicates(verdicts, measured, rows, config, out)
@@ -96,42 +110,32 @@ def _exclude(
         return
     named: set[str] = set()
     matched: set[str] = set()
-    for table in measured.values():
-        columns = [table[name].to_pylist() for name in ("key", "clip_id", "content_hash")]
-        for key, clip_id, content_hash in zip(*columns, strict=True):
-            if hits := listed.intersection((clip_id, content_hash, rows[key].uri)):
-                matched |= hits
-                named.add(key)
-                verdicts.add(key, EXCLUDE, EXCLUDED, "is named in the list of clips to leave out")
+    for key, clip_id, content_hash in _contents(out, measured):
+        if key in rows and (hits := listed.intersection((clip_id, content_hash, rows[key].uri))):
+            matched |= hits
+            named.add(key)
+            verdicts.add(key, EXCLUDE, EXCLUDED, "is named in the list of clips to leave out")
     log.info("curate: %d clips are left out by %s, of whose %d entries %d name none here",
              len(named), config.exclude, len(listed), len(listed) - len(matched))  # fmt: skip
-    decoded = [key for table in measured.values() for key in table["key"].filter(table["code"].is_null()).to_pylist()]
-    keys, clips = _hashed(measured, rows, set(decoded), named)
     alike = config.duplicates.model_copy(update={"enabled": True})
     search = partial(spread_near_pairs, out=out, cluster=config.cluster)
-    for index, (code, message) in find_duplicates(clips, alike, search).items():
-        if code == EXCLUDED and keys[index] not in named:
-            verdicts.add(keys[index], EXCLUDE, code, message)
+    for key, (code, message) in find_doubles(measured, rows, (), named, alike, search).items():
+        if code == EXCLUDED and key not in named:
+            verdicts.add(key, EXCLUDE, code, message)
 
 
-def _hashed(
-    measured: Measured, rows: Mapping[str, ManifestRow], wanted: set[str], excluded: Collection[str] = ()
-) -> tuple[list[str], list[HashedClip]]:
-    """The wanted clips, by key, as duplicates are looked for; excluded ones are of a split that wins."""
-    keys, clips = [], []
-    for table in measured.values():
-        columns = [table[name].to_pylist() for name in ("key", "clip_id", "video_hash", "audio_hash")]
-        for key, clip_id, video, audio in zip(*columns, strict=True):
-            if key in wanted:
-                keys.append(key)
-                uri, split = rows[key].uri, EXCLUDED_SPLIT if key in excluded else rows[key].split
-                clips.append(HashedClip(clip_id=clip_id, uri=uri, split=split, video_hash=video, audio_hash=audio))
-    return keys, clips
+def _contents(out: str, shards: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """key, clip_id and content_hash of all clips of these shards."""
+    sizes = storage.file_sizes(storage.join(out, MEASURED), ".parquet")
+    files = {file: sizes[file] for file in (shard_file(out, MEASURED, name) for name in shards)}
+    for table in read_columns(files, ["key", "clip_id", "content_hash"]):
+        yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
 def _judge_signals(verdicts: Verdicts, measured: Measured, filters: FilterConfig) -> None:
     for table in measured.values():
-        for row in table.filter(table["code"].is_null()).to_pylist():
+        good = table.filter(table["code"].is_null())
+        for row in good.filter(may_break(good, filters)).to_pylist():
             for code, message in broken_rules(row, filters):
                 verdicts.add(row["key"], "filter", code, message)
 
@@ -146,18 +150,9 @@ def _judge_correspondence(verdicts: Verdicts, measured: Measured, null: Null) ->
 def _judge_duplicates(
     verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
 ) -> None:
-    keys, clips = _hashed(measured, rows, set(_undisputed(measured, verdicts)))
     search = partial(spread_near_pairs, out=out, cluster=config.cluster)
-    for index, (code, message) in find_duplicates(clips, config.duplicates, search).items():
-        verdicts.add(keys[index], "duplicate", code, message)
-
-
-def _undisputed(measured: Measured, verdicts: Verdicts) -> Iterator[str]:
-    """Keys of the clips that could be decoded and that nothing speaks against so far."""
-    for table in measured.values():
-        for key in table["key"].filter(table["code"].is_null()).to_pylist():
-            if key not in verdicts:
-                yield key
+    for key, (code, message) in find_doubles(measured, rows, verdicts, (), config.duplicates, search).items():
+        verdicts.add(key, "duplicate", code, message)
 
 
 # ---------------------------------------------------------------- writing the tables
@@ -219,24 +214,30 @@ class JudgeWorker:
     def _judged(self, measured: MeasuredRow, clip: JudgedClip) -> MeasuredRow:
         """The row of either table: `code` tells which."""
         row = measured | clip.content()
-        is_excluded = any(stage == EXCLUDE for stage, _, _ in clip.reasons)
-        if row["code"] is None and clip.reasons and (is_excluded or not self.flag_only):
-            stage, code, message = clip.reasons[0]
-            row |= {"stage": stage, "code": code, "message": message, "transient": False}
+        row |= final(measured, clip.reasons, self.flag_only)
         if row["code"]:
+            is_excluded = any(stage == EXCLUDE for stage, _, _ in clip.reasons)
             return row | {"thumbnail": None if is_excluded else (row["frames"] or [None])[0]}
-        return row | {"flags": [code for _, code, _ in clip.reasons]}
+        return row
+
+
+def final(measured: Mapping[str, Any], reasons: Sequence[Reason], flag_only: bool) -> MeasuredRow:
+    """What becomes of a clip: WHY of one that is rejected, else code=None and its flags."""
+    if measured["code"] is not None:
+        return {name: measured[name] for name in WHY}
+    if reasons and (not flag_only or any(stage == EXCLUDE for stage, _, _ in reasons)):
+        return dict(zip(WHY, (*reasons[0], False), strict=True))
+    return {"code": None, "flags": [code for _, code, _ in reasons]}
 
 
 def judge_shards(
     measured: Measured,
-    shards: Mapping[str, Sequence[str]],
+    shards: Mapping[str, Keys],
     rows: Mapping[str, ManifestRow],
     verdicts: Verdicts,
     flag_only: bool,
-) -> list[JudgeShard]:
+) -> Iterator[JudgeShard]:
     """What each JudgeWorker needs: its clips with provenance, scores and reasons, under a digest of all that."""
-    out = []
     for name, keys in shards.items():
         columns = [measured[name][column].to_pylist() for column in ("key", "caption_similarity", "av_similarity")]
         scores = {key: (of_caption, of_sound) for key, of_caption, of_sound in zip(*columns, strict=True)}
@@ -250,5 +251,4 @@ def judge_shards(
                 )
             )
         digest = stored_digest([[clip.content() for clip in clips], flag_only])
-        out.append(JudgeShard(name=name, rows=len(clips), clips=clips, digest=digest))
-    return out
+        yield JudgeShard(name=name, rows=len(clips), clips=clips, digest=digest)

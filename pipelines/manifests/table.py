@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 
 import pyarrow as pa
@@ -31,21 +31,29 @@ def read_manifest(
     CSV. Relative URIs count from the manifest's folder. label_names: AudioSet's class_labels_indices.csv.
     Raises UserError for a missing or empty manifest, a missing column or a wrong value.
     """
+    return list(manifest_rows(manifest, media_root, default_split, label_names))
+
+
+def manifest_rows(
+    manifest: str, media_root: str | None = None, default_split: str = "train", label_names: str | None = None
+) -> Iterator[ManifestRow]:
+    """As `read_manifest`, one row after the other: those of a table are never all in memory as objects."""
     if not storage.exists(manifest):
         raise UserError("manifest", manifest, "does not exist", "give a CSV, a Parquet file, a tar or a folder")
     refuse_compressed(manifest)
     if manifest.endswith(".parquet"):
         raw = _from_parquet(manifest)
     elif manifest.endswith(TEXTS) and media_root:
-        raw = youtube_rows(manifest, _text(manifest), media_root, default_split, label_names)
+        raw = iter(youtube_rows(manifest, _text(manifest), media_root, default_split, label_names))
     elif manifest.endswith(TEXTS):
         raw = _from_csv(manifest)
     else:
-        raw = _from_files(manifest)
-    rows = [checked_row(row, manifest, number, default_split) for number, row in enumerate(raw, start=1)]
-    if not rows:
+        raw = iter(_from_files(manifest))
+    number = 0
+    for number, row in enumerate(raw, start=1):
+        yield checked_row(row, manifest, number, default_split)
+    if not number:
         raise UserError("manifest", manifest, "names no clips", "give a manifest with at least one row")
-    return rows
 
 
 _USUAL_NAMES = {
@@ -56,24 +64,22 @@ _USUAL_NAMES = {
 """What splits are called elsewhere; only ever suggested, since "eval" is validation to some."""
 
 
-def named_splits(manifest: str, rows: Sequence[ManifestRow], split_names: Mapping[str, str]) -> list[ManifestRow]:
+def named_splits(manifest: str, rows: Iterable[ManifestRow], split_names: Mapping[str, str]) -> Iterator[ManifestRow]:
     """The rows with their splits renamed by `split_names`.
 
-    Raises UserError for a split that is then not one of SPLITS: no stage would use its clips.
+    Raises UserError, after the last row, for a split that is then not one of SPLITS: no stage would use its clips.
     """
-    renamed = []
-    for row in rows:
+    setting: dict[str, str] = {}
+    rule = ""
+    for number, row in enumerate(rows, start=1):
         split = split_names.get(row.split, row.split)
-        renamed.append(row if split == row.split else replace(row, split=split))
-    unknown = [number for number, row in enumerate(renamed) if row.split not in SPLITS]
-    if not unknown:
-        return renamed
-    setting = {}
-    for number in unknown:
-        setting[renamed[number].split] = _usual_split(renamed[number].split)
+        if split not in SPLITS:
+            rule = rule or f"row {number} ({row.uri}): split is {split!r}, not one of {', '.join(SPLITS)}"
+            setting[split] = _usual_split(split)
+        yield row if split == row.split else replace(row, split=split)
+    if not setting:
+        return
     pairs = ", ".join(f"{json.dumps(name, ensure_ascii=False)}: {split}" for name, split in setting.items())
-    first = renamed[unknown[0]]
-    rule = f"row {unknown[0] + 1} ({first.uri}): split is {first.split!r}, not one of {', '.join(SPLITS)}"
     remedy = f"rename it, or pass --set 'split_names={{{pairs}}}'"
     if "?" in setting.values():
         remedy += f" with one of {', '.join(SPLITS)} for each ?"
@@ -94,13 +100,15 @@ def with_val_share(rows: Iterable[ManifestRow], share: float) -> list[ManifestRo
     A file, or a tar's member, is chosen by the hash of where it lies and of nothing else: all clips of a file stay
     together, and the choice is the same however often, and with whatever other clips, it is made.
     """
-    out = []
-    for row in rows:
-        part = storage.member(row.uri)
-        name = f"{part.file}/{part.name}" if part else row.uri
-        chance = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
-        out.append(replace(row, split="val") if row.split == "train" and chance < share else row)
-    return out
+    return [val_or_train(row, share) for row in rows]
+
+
+def val_or_train(row: ManifestRow, share: float) -> ManifestRow:
+    """One row; see `with_val_share`."""
+    part = storage.member(row.uri)
+    name = f"{part.file}/{part.name}" if part else row.uri
+    chance = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
+    return replace(row, split="val") if row.split == "train" and chance < share else row
 
 
 def _check_columns(manifest: str, found: Iterable[str]) -> None:
@@ -115,14 +123,16 @@ def _check_columns(manifest: str, found: Iterable[str]) -> None:
             )
 
 
-def _from_parquet(manifest: str) -> list[RawRow]:
+def _from_parquet(manifest: str) -> Iterator[RawRow]:
     try:
         table = pq.read_table(io.BytesIO(storage.read_bytes(manifest)))
     except pa.ArrowInvalid as error:
         raise UserError("manifest", manifest, f"is not Parquet ({error})", "write it anew") from error
     _check_columns(manifest, table.column_names)
     known = [name for name in _COLUMNS if name in table.column_names]
-    return [RawRow(**row) for row in table.select(known).to_pylist()]
+    for batch in table.select(known).to_batches(max_chunksize=4096):
+        for row in batch.to_pylist():
+            yield RawRow(**row)
 
 
 def _text(manifest: str) -> str:
@@ -132,19 +142,21 @@ def _text(manifest: str) -> str:
         raise UserError("manifest", manifest, "is not UTF-8 text", "save it as UTF-8") from error
 
 
-def _from_csv(manifest: str) -> list[RawRow]:
-    text = _text(manifest)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if manifest.endswith(".tsv") else ",")
-    header = reader.fieldnames or []
-    if "uri" not in header and is_youtube(text):
-        rule = "is a VGGSound or AudioSet CSV, which names videos by their ids"
-        raise UserError("manifest", manifest, rule, "give media_root, the folder of its videos")
-    _check_columns(manifest, header)
-    known = [name for name in _COLUMNS if name in header]
-    rows = []
-    for line in reader:
-        rows.append(RawRow(**{name: line[name] for name in known}))
-    return rows
+def _from_csv(manifest: str) -> Iterator[RawRow]:
+    data = storage.read_bytes(manifest)
+    lines = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")  # all at once, text takes four times as much
+    try:
+        reader = csv.DictReader(lines, delimiter="\t" if manifest.endswith(".tsv") else ",")
+        header = reader.fieldnames or []
+        if "uri" not in header and is_youtube(_text(manifest)):
+            rule = "is a VGGSound or AudioSet CSV, which names videos by their ids"
+            raise UserError("manifest", manifest, rule, "give media_root, the folder of its videos")
+        _check_columns(manifest, header)
+        known = [name for name in _COLUMNS if name in header]
+        for line in reader:
+            yield RawRow(**{name: line[name] for name in known})
+    except UnicodeDecodeError as error:
+        raise UserError("manifest", manifest, "is not UTF-8 text", "save it as UTF-8") from error
 
 
 def _from_files(place: str) -> list[RawRow]:
