@@ -154,7 +154,7 @@ def _refuse_member(uri: str) -> None:
         raise ValueError(f"{uri} is a member of a tar: it can only be read")
 
 
-def write_bytes(uri: str, data: bytes, new: bool = False) -> None:
+def write_bytes(uri: str, data: bytes | memoryview, new: bool = False) -> None:
     """Writes a file in one step: a reader, or a kill, never sees half of it.
 
     new: raise FileExistsError where one is there; on S3 only servers that honour `If-None-Match` do.
@@ -203,7 +203,8 @@ def write_table(
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **written_by})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=row_group_size, **parquet_options(compressed))
-    write_bytes(uri, sink.getvalue().to_pybytes(), new)
+    data = sink.getvalue()
+    write_bytes(uri, data.to_pybytes() if uri.startswith("s3://") else memoryview(data), new)
 
 
 def written_by(uri: str) -> str:

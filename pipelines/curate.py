@@ -175,7 +175,7 @@ def _judge(
     bundle tells it.
     """
     measured = read_measured(out, shards, config.scores.enabled)
-    verdicts, null = judge(measured, rows, config, out)
+    verdicts, null = judge(measured, rows, config, out, let_go=True)
     made_of = _footers(out, ACCEPTED, JUDGED)
     for name in made_of.keys() - shards.keys():  # none of its clips is wanted any more
         for folder in (ACCEPTED, REJECTED):

@@ -5,7 +5,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 import pytest
@@ -37,7 +37,8 @@ def counted(patch: pytest.MonkeyPatch, delay_s: float = 0) -> Iterator[Counter[s
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await asyncio.open_connection(target.hostname, target.port)
-        await asyncio.gather(pump(reader, up_writer, True), pump(up_reader, writer, False))
+        with suppress(asyncio.CancelledError):  # of `_end`; asyncio would log it
+            await asyncio.gather(pump(reader, up_writer, True), pump(up_reader, writer, False))
 
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(connect, "127.0.0.1", 0))

@@ -62,7 +62,8 @@ def _words_of(column: pa.ChunkedArray) -> np.ndarray:
 
 def _as_column(hashes: np.ndarray) -> pa.Array:
     """The reverse: binary(32) [N] of uint64 [N, 4]."""
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(hashes), [None, pa.py_buffer(hashes.tobytes())])
+    data = pa.py_buffer(np.ascontiguousarray(hashes))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(hashes), [None, data])
 
 
 def parts_of(clips: int) -> int:

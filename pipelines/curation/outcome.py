@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from pipelines.curation.card_data import NUMBERS, Gathered, Rows, table_files
 from pipelines.curation.layout import ACCEPTED, REJECTED, shard_file
+from pipelines.curation.table_slices import TableSlices
 from pipelines.curation.verdicts import WHY, JudgedClip, JudgeShard, final
 
 _LABELS = pa.list_(pa.string())
@@ -17,19 +18,20 @@ _LABELS = pa.list_(pa.string())
 class Outcome:
     """The small columns of accepted/ and rejected/, gathered while the shards are judged."""
 
-    def __init__(self, out: str, measured: Mapping[str, pa.Table], flag_only: bool) -> None:
+    def __init__(self, out: str, measured: TableSlices, flag_only: bool) -> None:
         self.out, self.measured, self.flag_only = out, measured, flag_only
         self._gathered = Gathered()
         self._names: list[str] = []
-        self._rejected: list[pa.Table] = []
+        self._rejected = TableSlices()
         self._codes: Counter[str] = Counter()
         self._flags: Counter[str] = Counter()
 
     def watch(self, shards: Iterable[JudgeShard]) -> Iterator[JudgeShard]:
-        """Hands the shards on, and takes note of them."""
+        """Hands the shards on, takes note of them, and lets go of what was measured of them."""
         for shard in shards:
             self._names.append(shard.name)
             self._add(self.measured[shard.name], {clip.key: clip for clip in shard.clips})
+            self.measured.drop_before(shard.name)
             yield shard
 
     def _add(self, table: pa.Table, clips: Mapping[str, JudgedClip]) -> None:
@@ -51,13 +53,13 @@ class Outcome:
         self._codes.update(left_out["code"].to_pylist())
         self._flags.update(flag for clip_flags in flags for flag in clip_flags)
         self._gathered.add(taken)
-        self._rejected.append(left_out)
+        self._rejected.add(self._names[-1], left_out)
 
     def rows(self) -> Rows:
         """All of it, as the data card takes it; once the tables are written."""
-        for table in self._rejected:
+        for name, table in self._rejected.items():
             self._gathered.add(table)
-        self._rejected = []
+            self._rejected.drop_before(name)
         sizes: dict[str, int] = {}
         for folder, there in zip((ACCEPTED, REJECTED), table_files(self.out), strict=True):
             files = [shard_file(self.out, folder, name) for name in self._names]

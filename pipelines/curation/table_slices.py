@@ -1,21 +1,22 @@
 """Many small tables of one form as slices of a few large ones: ten thousand of their own would take several times as
 much memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import pyarrow as pa
 
-GROUP_ROWS = 65_536
+GROUP_ROWS = 16_384
 
 
 class TableSlices(Mapping[str, pa.Table]):
     """Tables by name, in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._groups: list[pa.Table] = []
+        self._groups: list[pa.Table | None] = []
         self._places: dict[str, tuple[int, int, int]] = {}
         self._loose: list[pa.Table] = []
         self._loose_rows = 0
+        self._gone = 0
 
     def add(self, name: str, table: pa.Table) -> None:
         """Adds a table; all have the same columns."""
@@ -33,7 +34,23 @@ class TableSlices(Mapping[str, pa.Table]):
         group, start, size = self._places[name]
         if group == len(self._groups):
             self._join()
-        return self._groups[group].slice(start, size)
+        if (found := self._groups[group]) is None:
+            raise KeyError(f"{name} was let go")
+        return found.slice(start, size)
+
+    def drop_columns(self, names: Collection[str]) -> None:
+        """From now on no table has them."""
+        if self._loose:
+            self._join()
+        for number in range(self._gone, len(self._groups)):
+            if (group := self._groups[number]) is not None:
+                self._groups[number] = group.drop_columns(list(names))
+
+    def drop_before(self, name: str) -> None:
+        """Lets go of the tables before this one: they are not asked for any more."""
+        while self._gone < self._places[name][0]:
+            self._groups[self._gone] = None
+            self._gone += 1
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

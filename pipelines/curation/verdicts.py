@@ -40,7 +40,7 @@ WHY = ("stage", "code", "message", "transient")
 """What the RejectTable says of a clip."""
 _READ = [name for name in SMALL if name != "content_hash"]  # which only `exclude` asks for
 _SIMILAR = [field.name for field in SIMILARITIES]
-Measured = Mapping[str, pa.Table]
+Measured = TableSlices
 """By shard: the small columns of its wanted clips and their scores, one row a clip."""
 
 
@@ -74,8 +74,8 @@ def _with_scores(table: pa.Table, scores: pa.Table | None) -> pa.Table:
     # An undecodable clip has no scores: it is not found there, and its place is null.
     places = pc.index_in(table["key"], scores["key"].combine_chunks()) if scores is not None else None
     for field in SIMILARITIES:
-        values = pa.nulls(len(table), field.type) if scores is None else scores[field.name].take(places)
-        table = table.append_column(field, values)
+        values = pa.nulls(len(table)) if scores is None else scores[field.name].take(places)
+        table = table.append_column(field.name, values)
     return table
 
 
@@ -83,12 +83,12 @@ def _with_scores(table: pa.Table, scores: pa.Table | None) -> pa.Table:
 
 
 def judge(
-    measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
+    measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str, let_go: bool = False
 ) -> tuple[Verdicts, Null | None]:
     """Reasons against the clips; and what the similarity of sound and pictures is by chance, where it was measured.
 
     rows: by key. Only clips that pass all else are looked at for duplicates. out: where workers may share what that
-    needs.
+    needs. let_go: see `find_doubles`.
     """
     verdicts, null = Verdicts(), None
     _exclude(verdicts, measured, rows, config, out)
@@ -97,7 +97,10 @@ def judge(
         null = Null.measure(out, measured, rows, verdicts, config.scores.false_accept_rate)
     if null:
         _judge_correspondence(verdicts, measured, null)
-    _judge_duplicates(verdicts, measured, rows, config, out)
+    search = partial(spread_near_pairs, out=out, cluster=config.cluster)
+    doubles = find_doubles(measured, rows, verdicts, (), config.duplicates, search, let_go)
+    for key, (code, message) in doubles.items():
+        verdicts.add(key, "duplicate", code, message)
     return verdicts, null
 
 
@@ -145,14 +148,6 @@ def _judge_correspondence(verdicts: Verdicts, measured: Measured, null: Null) ->
         for key, value in zip(table["key"].to_pylist(), table["av_similarity"].to_pylist(), strict=True):
             if unlike := null.against(value):
                 verdicts.add(key, "correspondence", "WRONG_AUDIO", unlike)
-
-
-def _judge_duplicates(
-    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
-) -> None:
-    search = partial(spread_near_pairs, out=out, cluster=config.cluster)
-    for key, (code, message) in find_doubles(measured, rows, verdicts, (), config.duplicates, search).items():
-        verdicts.add(key, "duplicate", code, message)
 
 
 # ---------------------------------------------------------------- writing the tables

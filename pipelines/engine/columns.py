@@ -17,8 +17,8 @@ from fsspec import AbstractFileSystem
 
 from aai import storage
 
-THREADS = 32
-"""Files that are read at once: on S3 nearly all the time is waiting."""
+THREADS = {"s3": 32, "file": 4}
+"""Files that are read at once: on S3 nearly all the time is waiting, and files on disk may be large."""
 T = TypeVar("T")
 
 
@@ -64,10 +64,11 @@ def open_parquet(uri: str, size_bytes: int | None = None) -> pq.ParquetFile:
 def read_each(read: Callable[[str, int], T], files: Mapping[str, int]) -> Iterator[T]:
     """What `read(uri, bytes)` gives of each file, in the order of the files."""
     waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
+    threads = THREADS["s3" if any(uri.startswith("s3://") for uri in files) else "file"]
+    with ThreadPoolExecutor(threads) as pool:
         for uri, size_bytes in files.items():
             waiting.append(pool.submit(read, uri, size_bytes))
-            if len(waiting) == THREADS:
+            if len(waiting) == threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -13,7 +13,7 @@ from pipelines.manifests.row import ManifestRow
 
 BLOCK_ROWS = 256
 """Rows that are made at once; the last few blocks are kept, since neighbours are asked for one after the other."""
-BLOCKS_KEPT = 16
+BLOCKS_KEPT = 4
 _PACK_ROWS = 16_384
 _TABLE = pa.schema(
     [

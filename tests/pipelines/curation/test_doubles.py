@@ -6,12 +6,13 @@ import pytest
 
 from aai.media.duplicates import EXCLUDED_SPLIT, DuplicateConfig, HashedClip, find_duplicates, near_pairs
 from pipelines.curation.doubles import find_doubles
+from pipelines.curation.table_slices import TableSlices
 from pipelines.manifests.row import ManifestRow
 
 CFG = DuplicateConfig()
 
 
-def clips(seed: int, count: int = 400) -> tuple[dict[str, pa.Table], dict[str, ManifestRow]]:
+def clips(seed: int, count: int = 400) -> tuple[TableSlices, dict[str, ManifestRow]]:
     """Shards of clips by key with chains of near copies, exact copies (of other splits, too), and undecodable ones."""
     rng = np.random.default_rng(seed)
     hashes = [rng.bytes(64) for _ in range(count)]
@@ -24,7 +25,7 @@ def clips(seed: int, count: int = 400) -> tuple[dict[str, pa.Table], dict[str, M
         if rng.random() < 0.3:
             ids[to] = ids[of]
             hashes[to] = hashes[of]
-    rows, shards = {}, {}
+    rows, shards = {}, TableSlices()
     for start in range(0, count, 50):
         keys = [f"k{number:04d}" for number in range(start, start + 50)]
         bad = rng.random(50) < 0.1
@@ -32,8 +33,8 @@ def clips(seed: int, count: int = 400) -> tuple[dict[str, pa.Table], dict[str, M
         for name, part in (("video_hash", slice(0, 32)), ("audio_hash", slice(32, 64))):
             values = [hashed[part] for hashed in hashes[start : start + 50]]
             columns[name] = [None if is_bad else value for value, is_bad in zip(values, bad, strict=True)]
-        shards[f"shard-{start}"] = pa.table(columns, schema=pa.schema({**dict.fromkeys(columns, pa.string()),
-                                            "video_hash": pa.binary(), "audio_hash": pa.binary()}))  # fmt: skip
+        schema = pa.schema({name: pa.binary() if "hash" in name else pa.string() for name in columns})
+        shards.add(f"shard-{start}", pa.table(columns, schema=schema))
         for key in keys:
             split = str(rng.choice(["train", "val", "test"], p=[0.6, 0.2, 0.2]))
             rows[key] = ManifestRow(uri=f"/{key}.mp4", split=split)
@@ -41,7 +42,7 @@ def clips(seed: int, count: int = 400) -> tuple[dict[str, pa.Table], dict[str, M
 
 
 def one_by_one(
-    shards: dict[str, pa.Table], rows: dict[str, ManifestRow], against: set[str], excluded: set[str]
+    shards: TableSlices, rows: dict[str, ManifestRow], against: set[str], excluded: set[str]
 ) -> dict[str, tuple[str, str]]:
     """All clips as objects."""
     keys, hashed = [], []
@@ -84,3 +85,10 @@ def test_nothing_to_compare() -> None:
     shards, rows = clips(0, 50)
     assert find_doubles(shards, rows, (), (), CFG.model_copy(update={"enabled": False}), near_pairs) == {}
     assert find_doubles(shards, rows, set(rows), (), CFG, near_pairs) == {}
+
+
+def test_hashes_may_be_let_go() -> None:
+    shards, rows = clips(1)
+    kept = find_doubles(shards, rows, (), (), CFG, near_pairs)
+    assert find_doubles(shards, rows, (), (), CFG, near_pairs, let_go=True) == kept
+    assert shards["shard-50"].column_names == ["key", "clip_id", "code"]

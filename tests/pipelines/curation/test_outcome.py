@@ -10,9 +10,15 @@ from pipelines import curate
 from pipelines.curation.card_data import Rows, read_rows
 from pipelines.curation.outcome import Outcome
 from tests import scale
+from tests.pipelines.conftest import run_shards_here
 
 
-@pytest.mark.usefixtures("shards_here")
+@pytest.fixture(autouse=True)
+def split_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables are written in this process."""
+    monkeypatch.setattr(curate, "run_shards", run_shards_here)
+
+
 @pytest.mark.parametrize("flag_only", [False, True])
 def test_the_tables_need_not_be_read_back(flag_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, told = str(tmp_path / "out"), list[Rows]()
@@ -36,7 +42,6 @@ def test_the_tables_need_not_be_read_back(flag_only: bool, tmp_path: Path, monke
     assert result["hours"] == read.hours(read.accepted)
 
 
-@pytest.mark.usefixtures("shards_here")
 def test_a_table_that_lost_its_rows_is_noticed(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     scale.write_measured(out, 200, 50)
