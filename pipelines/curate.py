@@ -25,13 +25,13 @@ from aai.errors import UserError
 from aai.version import code_version
 from pipelines.curation import similarity
 from pipelines.curation.card_data import Rows
-from pipelines.curation.clip_keys import Keyed, Keys
+from pipelines.curation.clip_keys import ClipKeys, Keyed
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.cut import cut_rows
 from pipelines.curation.layout import ACCEPTED, REJECTED, SCORED, WAITING, shard_file, shard_of
 from pipelines.curation.ledger import row_keys
 from pipelines.curation.measuring import check_ratio, measure_rows
-from pipelines.curation.outcome import Outcome
+from pipelines.curation.outcome import JudgedTables
 from pipelines.curation.similarity import CaptionedClip, Null, ScoreShard
 from pipelines.curation.verdicts import DIGEST as JUDGED
 from pipelines.curation.verdicts import JudgeShard, JudgeWorker, judge, judge_shards, read_measured
@@ -138,7 +138,7 @@ def _open(out: str, digests: Mapping[str, int | str], rejudge: bool) -> None:
         storage.write_json(started, digests)
 
 
-def _score(config: CurateConfig, out: str, shards: Mapping[str, Keys], rows: Mapping[str, ManifestRow]) -> None:
+def _score(config: CurateConfig, out: str, shards: Mapping[str, ClipKeys], rows: Mapping[str, ManifestRow]) -> None:
     """Scores every shard whose scores are missing, or of other models or captions."""
     from pipelines.curation.scores import ScoreWorker  # only here: torch takes seconds to import
 
@@ -167,7 +167,7 @@ def _score(config: CurateConfig, out: str, shards: Mapping[str, Keys], rows: Map
 
 
 def _judge(
-    config: CurateConfig, out: str, shards: Mapping[str, Keys], rows: Mapping[str, ManifestRow]
+    config: CurateConfig, out: str, shards: Mapping[str, ClipKeys], rows: Mapping[str, ManifestRow]
 ) -> tuple[dict[str, Any], Rows, Null | None]:
     """Writes accepted/ and rejected/ as the manifest and the settings now want them.
 
@@ -191,7 +191,7 @@ def _judge(
         accepted += size
         return True
 
-    outcome = Outcome(out, measured, config.flag_only)
+    outcome = JudgedTables(out, measured, config.flag_only)
     todo = outcome.watch(judge_shards(measured, shards, rows, verdicts, config.flag_only))
     args = {"out": out, "flag_only": config.flag_only}
     logs, waiting = os.path.dirname(out), storage.join(out, WAITING)

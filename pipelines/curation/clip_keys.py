@@ -11,7 +11,7 @@ _DECODED = 4096
 T = TypeVar("T")
 
 
-class Keys(Sequence[str]):
+class ClipKeys(Sequence[str]):
     """Short ASCII texts: bytes [N] of one length, texts only as they are asked for."""
 
     def __init__(self, keys: "np.ndarray | Iterable[str]") -> None:
@@ -19,13 +19,13 @@ class Keys(Sequence[str]):
         self.packed = given
 
     @classmethod
-    def of_column(cls, column: pa.ChunkedArray) -> "Keys":
+    def of_column(cls, column: pa.ChunkedArray) -> "ClipKeys":
         """The keys of a column of texts."""
         starts = range(0, len(column), _DECODED)
         return cls.joined(cls(column.slice(start, _DECODED).to_pylist()) for start in starts)
 
     @classmethod
-    def joined(cls, parts: Iterable["Keys"]) -> "Keys":
+    def joined(cls, parts: Iterable["ClipKeys"]) -> "ClipKeys":
         """The keys of all parts."""
         return cls(np.concatenate([np.empty(0, np.bytes_), *(part.packed for part in parts)]))
 
@@ -35,10 +35,10 @@ class Keys(Sequence[str]):
     @overload
     def __getitem__(self, place: int) -> str: ...
     @overload
-    def __getitem__(self, place: slice) -> "Keys": ...
-    def __getitem__(self, place: int | slice) -> "str | Keys":
+    def __getitem__(self, place: slice) -> "ClipKeys": ...
+    def __getitem__(self, place: int | slice) -> "str | ClipKeys":
         found = self.packed[place]
-        return Keys(found) if isinstance(place, slice) else bytes(found).decode()
+        return ClipKeys(found) if isinstance(place, slice) else bytes(found).decode()
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), _DECODED):
@@ -49,7 +49,7 @@ class Keys(Sequence[str]):
         return isinstance(key, str) and self.place(key) is not None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Keys) and np.array_equal(self.packed, other.packed)
+        return isinstance(other, ClipKeys) and np.array_equal(self.packed, other.packed)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -61,10 +61,10 @@ class Keys(Sequence[str]):
 
     def place(self, key: str) -> int | None:
         """Where a key stands first, if it does."""
-        found = int(self.places(Keys(np.array([key.encode()])))[0])
+        found = int(self.places(ClipKeys(np.array([key.encode()])))[0])
         return None if found < 0 else found
 
-    def places(self, keys: "Keys") -> np.ndarray:
+    def places(self, keys: "ClipKeys") -> np.ndarray:
         """int64: where each of `keys` stands here first; -1 for those that do not."""
         order, ascending = self._sorted
         if not len(order):
@@ -83,7 +83,7 @@ class Keys(Sequence[str]):
 class Keyed(Mapping[str, T], Generic[T]):
     """What stands in `values`, by the key in its place; keys are unique."""
 
-    def __init__(self, keys: Keys, values: Sequence[T]) -> None:
+    def __init__(self, keys: ClipKeys, values: Sequence[T]) -> None:
         self._keys, self._items = keys, values
         self._next = 0  # most who ask go through all in order
 

@@ -13,7 +13,7 @@ from aai.media.duplicates import (
     Search,
     find_duplicates,
 )
-from pipelines.curation.clip_keys import Keys
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.table_slices import TableSlices
 from pipelines.manifests.row import ManifestRow
 
@@ -63,21 +63,21 @@ def _good(table: pa.Table, names: Collection[str], against: Container[str]) -> p
 
 def _contents(
     measured: TableSlices, rows: Mapping[str, ManifestRow], against: Container[str], excluded: Collection[str]
-) -> tuple[Keys, np.ndarray]:
+) -> tuple[ClipKeys, np.ndarray]:
     """The clip ids of all clips that are compared, and int8 [N]: the rank of each one's split."""
-    ids, ranks = [Keys([])], [np.empty(0, np.int8)]
+    ids, ranks = [ClipKeys([])], [np.empty(0, np.int8)]
     for table in measured.values():
         good = _good(table, ["clip_id"], against)
-        ids.append(Keys.of_column(good["clip_id"]))
+        ids.append(ClipKeys.of_column(good["clip_id"]))
         splits = [EXCLUDED_SPLIT if key in excluded else rows[key].split for key in good["key"].to_pylist()]
         ranks.append(np.array([SPLIT_RANK.get(split, len(SPLIT_RANK)) for split in splits], np.int8))
-    return Keys.joined(ids), np.concatenate(ranks)
+    return ClipKeys.joined(ids), np.concatenate(ranks)
 
 
 class _Copies:
     """Clips of the same content: only the one that is kept first is compared with others."""
 
-    def __init__(self, ids: Keys, ranks: np.ndarray) -> None:
+    def __init__(self, ids: ClipKeys, ranks: np.ndarray) -> None:
         order = np.argsort(ranks, kind="stable")
         _, firsts, of, self.counts = np.unique(
             ids.packed[order], return_index=True, return_inverse=True, return_counts=True

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from aai import storage
 from aai.errors import UserError
-from pipelines.curation.clip_keys import Keys
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.layout import PLAN
 from pipelines.curation.stamps import Stamps
 from pipelines.engine.columns import read_columns
@@ -35,12 +35,12 @@ BATCH_TABLE = pa.schema(
 )
 
 
-def row_keys(rows: Sequence[ManifestRow]) -> Keys:
+def row_keys(rows: Sequence[ManifestRow]) -> ClipKeys:
     """One key per manifest row; a clip that is listed twice has two."""
     stamps, parts = Stamps(), []
     for start in range(0, len(rows), KEYED_AT_ONCE):
         parts.append(_keys(rows[start : start + KEYED_AT_ONCE], stamps))
-    keys = Keys.joined(parts)
+    keys = ClipKeys.joined(parts)
     again = np.flatnonzero(keys.places(keys) != np.arange(len(keys)))
     if len(again):
         _number(keys, again, rows, stamps)
@@ -57,11 +57,11 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _keys(rows: Sequence[ManifestRow], stamps: Stamps) -> Keys:
-    return Keys(_hash(text) for text in _texts(rows, stamps))
+def _keys(rows: Sequence[ManifestRow], stamps: Stamps) -> ClipKeys:
+    return ClipKeys(_hash(text) for text in _texts(rows, stamps))
 
 
-def _number(keys: Keys, again: np.ndarray, rows: Sequence[ManifestRow], stamps: Stamps) -> None:
+def _number(keys: ClipKeys, again: np.ndarray, rows: Sequence[ManifestRow], stamps: Stamps) -> None:
     """Gives each further listing of a clip a key of its own."""
     seen: Counter[str] = Counter()
     for place in again.tolist():
@@ -121,7 +121,7 @@ class Ledger:
         """Reads the batches that are there."""
         self.out = out
         self.shards = _Shards()
-        self._parts: list[Keys] = []
+        self._parts: list[ClipKeys] = []
         self.batches = 0
         for batch in read_columns(storage.file_sizes(storage.join(out, PLAN), ".parquet"), BATCH_TABLE.names):
             self._take(batch)
@@ -129,12 +129,12 @@ class Ledger:
     def _take(self, batch: pa.Table) -> None:
         self.batches += 1
         self.shards.take(batch)
-        self._parts.append(Keys.of_column(batch["key"]))
+        self._parts.append(ClipKeys.of_column(batch["key"]))
 
     @property
-    def keys(self) -> Keys:
+    def keys(self) -> ClipKeys:
         """Of all clips of all shards, in their order; those that were tried again stand there twice."""
-        return Keys.joined(self._parts)
+        return ClipKeys.joined(self._parts)
 
     def add(self, entries: Sequence[Entry], rows_per_shard: int) -> list[str]:
         """Gives clips to new shards, and keeps that; returns the shards' names.
@@ -163,11 +163,11 @@ class Ledger:
         self._take(table)
         return list(self.shards)[first:]
 
-    def missing(self, keys: Keys) -> Iterator[int]:
+    def missing(self, keys: ClipKeys) -> Iterator[int]:
         """Places of the keys that no shard holds yet."""
         return iter(np.flatnonzero(self.keys.places(keys) < 0).tolist())
 
-    def valid(self, keys: Keys) -> dict[str, Keys]:
+    def valid(self, keys: ClipKeys) -> dict[str, ClipKeys]:
         """Shards with the keys of those of their clips that are wanted and were not tried again in a later shard."""
         mine = self.keys
         wanted = (keys.places(mine) >= 0) & mine.are_last()
@@ -175,5 +175,5 @@ class Ledger:
         for name in self.shards:
             part = slice(start, start := start + self.shards.rows(name))
             if wanted[part].any():
-                valid[name] = Keys(mine.packed[part][wanted[part]])
+                valid[name] = ClipKeys(mine.packed[part][wanted[part]])
         return valid

@@ -21,7 +21,7 @@ from aai.media.child import MediaChild
 from aai.media.filters import RULES, FilterConfig, broken_rules
 from aai.media.limits import ClipError, DecodeConfig
 from aai.media.measure import MEASURED_ROW, MeasuredRow, clip_id
-from pipelines.curation.clip_keys import Keys
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.known_clips import KnownClips, write_known
 from pipelines.curation.layout import MEASURED, WAITING, shard_file, shard_of
@@ -137,7 +137,7 @@ def check_ratio(config: CurateConfig, rejected: int, rows: int, when: str) -> No
         )
 
 
-def _retried(config: CurateConfig, ledger: Ledger, keys: Keys) -> list[Entry]:
+def _retried(config: CurateConfig, ledger: Ledger, keys: ClipKeys) -> list[Entry]:
     """The clips that --retry names. Raises UserError for a code that no undecodable row has."""
     wanted, found, entries = set(config.retry), Counter[str](), []
     valid, files = ledger.valid(keys), storage.file_sizes(storage.join(ledger.out, MEASURED), ".parquet")
@@ -164,8 +164,8 @@ def _retried(config: CurateConfig, ledger: Ledger, keys: Keys) -> list[Entry]:
 
 
 def measure_rows(
-    config: CurateConfig, out: str, rows: Sequence[ManifestRow], keys: Keys
-) -> tuple[dict[str, Keys], Counter[str]]:
+    config: CurateConfig, out: str, rows: Sequence[ManifestRow], keys: ClipKeys
+) -> tuple[dict[str, ClipKeys], Counter[str]]:
     """Plans what is new, or to be tried again, and measures every shard that is missing.
 
     Returns the shards with the keys of their wanted clips, and how many were measured and reused.

@@ -15,7 +15,7 @@ from pipelines.curation.verdicts import WHY, JudgedClip, JudgeShard, final
 _LABELS = pa.list_(pa.string())
 
 
-class Outcome:
+class JudgedTables:
     """The small columns of accepted/ and rejected/, gathered while the shards are judged."""
 
     def __init__(self, out: str, measured: TableSlices, flag_only: bool) -> None:

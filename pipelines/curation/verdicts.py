@@ -16,7 +16,7 @@ from aai.media.duplicates import EXCLUDED
 from aai.media.filters import FilterConfig, broken_rules, may_break
 from aai.media.measure import MeasuredRow
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIMILARITIES
-from pipelines.curation.clip_keys import Keys
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.doubles import find_doubles
 from pipelines.curation.layout import ACCEPTED, MEASURED, REJECTED, shard_file
@@ -58,7 +58,7 @@ class Verdicts:
         return key in self.reasons
 
 
-def read_measured(out: str, shards: Mapping[str, Keys], scored: bool) -> TableSlices:
+def read_measured(out: str, shards: Mapping[str, ClipKeys], scored: bool) -> TableSlices:
     """The small columns of the shards' wanted clips (shard -> keys), with their scores: null where there are none."""
     sizes = storage.file_sizes(storage.join(out, MEASURED), ".parquet")
     tables = read_columns({file: sizes[file] for file in (shard_file(out, MEASURED, n) for n in shards)}, _READ)
@@ -227,7 +227,7 @@ def final(measured: Mapping[str, Any], reasons: Sequence[Reason], flag_only: boo
 
 def judge_shards(
     measured: Measured,
-    shards: Mapping[str, Keys],
+    shards: Mapping[str, ClipKeys],
     rows: Mapping[str, ManifestRow],
     verdicts: Verdicts,
     flag_only: bool,

@@ -38,7 +38,7 @@ class Judged(Exception):
 def held_bytes(out: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """What the driver holds of Python's and Arrow's memory when it has judged all rows; nothing is written."""
 
-    def rows(self: outcome.Outcome) -> None:
+    def rows(self: outcome.JudgedTables) -> None:
         raise Judged(tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes())
 
     def consume(name: str, shards: Iterable[Any], *args: Any, **settings: Any) -> list[Any]:
@@ -46,7 +46,7 @@ def held_bytes(out: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
     before = pa.total_allocated_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(outcome.Outcome, "rows", rows)
+        patch.setattr(outcome.JudgedTables, "rows", rows)
         patch.setattr(curate, "run_shards", consume)
         tracemalloc.start()
         with pytest.raises(Judged) as judged:

@@ -7,7 +7,7 @@ import pytest
 
 from aai import storage
 from aai.errors import UserError
-from pipelines.curation.clip_keys import Keys
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.ledger import Entry, Ledger, row_keys
 from pipelines.manifests.row import ManifestRow
 
@@ -55,7 +55,7 @@ def test_batches_add_up_and_survive(tmp_path: Path) -> None:
     assert ledger.add([], rows_per_shard=2) == []
     again = Ledger(str(tmp_path))
     assert again.shards == ledger.shards
-    assert list(again.missing(Keys(["c", "d", "a", "e"]))) == [1, 3]
+    assert list(again.missing(ClipKeys(["c", "d", "a", "e"]))) == [1, 3]
     assert again.add(entries("d"), rows_per_shard=2) == ["shard-00002"]
     assert planned(str(tmp_path)) == {"shard-00000": ["a", "b"], "shard-00001": ["c"], "shard-00002": ["d"]}
 
@@ -84,5 +84,5 @@ def test_what_was_tried_again_counts_where_it_was_tried_last(tmp_path: Path) -> 
     ledger = Ledger(str(tmp_path))
     ledger.add(entries("a", "b", "c"), rows_per_shard=2)
     ledger.add(entries("b"), rows_per_shard=2)
-    valid = {name: list(found) for name, found in ledger.valid(Keys(["b", "a"])).items()}
+    valid = {name: list(found) for name, found in ledger.valid(ClipKeys(["b", "a"])).items()}
     assert valid == {"shard-00000": ["a"], "shard-00002": ["b"]}

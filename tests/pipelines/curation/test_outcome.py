@@ -8,7 +8,7 @@ import pytest
 from aai import storage
 from pipelines import curate
 from pipelines.curation.card_data import Rows, read_rows
-from pipelines.curation.outcome import Outcome
+from pipelines.curation.outcome import JudgedTables
 from tests import scale
 from tests.pipelines.conftest import run_shards_here
 
@@ -23,8 +23,8 @@ def split_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tables_need_not_be_read_back(flag_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, told = str(tmp_path / "out"), list[Rows]()
     scale.write_measured(out, 600, 50)
-    kept = Outcome.rows
-    monkeypatch.setattr(Outcome, "rows", lambda self: told.append(kept(self)) or told[0])
+    kept = JudgedTables.rows
+    monkeypatch.setattr(JudgedTables, "rows", lambda self: told.append(kept(self)) or told[0])
     storage.remove(f"{out}/_started.json")
     storage.write_json(f"{out}/_started.json", scale.settings(out, flag_only=flag_only).fitted()[0].digests())
     result = curate.run(scale.settings(out, flag_only=flag_only))

@@ -9,7 +9,7 @@ import pytest
 from aai import storage
 from aai.errors import UserError
 from aai.schema import CLIP_TABLE, REJECT_TABLE
-from pipelines.curation.clip_keys import Keys
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.layout import MEASURED, shard_file
 from pipelines.curation.measuring import MEASURED_TABLE
@@ -45,7 +45,7 @@ def out(tmp_path: Path) -> str:
 
 def judged(out: str, flag_only: bool, config: CurateConfig = CONFIG) -> tuple[list[Any], list[Any]]:
     """The rows of accepted/ and rejected/."""
-    shards = {"shard-00000": Keys(KEYS)}
+    shards = {"shard-00000": ClipKeys(KEYS)}
     measured = read_measured(out, shards, scored=False)
     found, null = judge(measured, ROWS, config, out)
     assert null is None
@@ -62,7 +62,7 @@ def judged(out: str, flag_only: bool, config: CurateConfig = CONFIG) -> tuple[li
 
 
 def test_only_wanted_clips_are_read_and_have_no_scores_where_nobody_looked(out: str) -> None:
-    table = read_measured(out, {"shard-00000": Keys(["torn", "good"])}, scored=False)["shard-00000"]
+    table = read_measured(out, {"shard-00000": ClipKeys(["torn", "good"])}, scored=False)["shard-00000"]
     assert table["key"].to_pylist() == ["good", "torn"]
     assert table["av_similarity"].to_pylist() == [None, None]
     assert "audio" not in table.column_names
@@ -88,8 +88,11 @@ def test_a_clip_that_a_filter_refuses_takes_no_twin_with_it(out: str) -> None:
     """ "short" has the same hashes as "good": were it compared, one of the two would be a duplicate."""
     accepted, _ = judged(out, flag_only=False, config=CurateConfig(manifest="m.csv", out="out").fitted()[0])
     assert [row["uri"] for row in accepted] == ["/good.mp4"]
-    found, _ = judge(read_measured(out, {"shard-00000": Keys(["good", "gone"])}, False), {**ROWS, "gone": ROWS["good"]},
-                     CurateConfig(manifest="m.csv", out="out").fitted()[0], out)  # fmt: skip
+    measured = read_measured(out, {"shard-00000": ClipKeys(["good", "gone"])}, False)
+    config = CurateConfig(manifest="m.csv", out="out").fitted()[0]
+    found, _ = judge(measured, {**ROWS, "gone": ROWS["good"]}, config, out)
+    again, _ = judge(measured, {**ROWS, "gone": ROWS["good"]}, config, out)  # what it is given stays as it is
+    assert again.reasons == found.reasons
     assert [reason[1] for reasons in found.reasons.values() for reason in reasons] == ["NEAR_DUPLICATE"]
 
 
@@ -105,7 +108,7 @@ def test_an_excluded_clip_is_kept_in_no_form_and_no_twin_takes_its_place(
     good = next(row for row in rejected if row["uri"] == "/good.mp4")
     assert (good["stage"], good["code"], good["thumbnail"]) == ("exclude", "EXCLUDED", None)
     rows = {**ROWS, "gone": ROWS["good"].__class__(uri="/gone.mp4", split="test")}
-    found, _ = judge(read_measured(out, {"shard-00000": Keys(["good", "gone"])}, False), rows, config, out)
+    found, _ = judge(read_measured(out, {"shard-00000": ClipKeys(["good", "gone"])}, False), rows, config, out)
     assert {key: [reason[:2] for reason in reasons] for key, reasons in found.reasons.items()} == {
         "good": [("exclude", "EXCLUDED")],
         "gone": [("exclude", "EXCLUDED")],  # the same hashes, and of a split that else wins
@@ -125,7 +128,7 @@ def test_the_list_is_part_of_how_clips_are_judged(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_of_all_that_the_tables_hold(out: str) -> None:
-    shards = {"shard-00000": Keys(KEYS)}
+    shards = {"shard-00000": ClipKeys(KEYS)}
     measured = read_measured(out, shards, scored=False)
 
     def of(rows: dict[str, ManifestRow] = ROWS, reasons: tuple[str, ...] = (), flag_only: bool = False) -> str:
