@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from aai.version import METADATA_KEY, UNKNOWN, code_version
 SCHEMES = ("file", "s3")
 PATIENCE = {"retries": {"mode": "standard", "total_max_attempts": 16}}
 """botocore's: waits that double up to 20 s between tries."""
+CONNECTIONS = {"max_pool_connections": 32}
+"""botocore's, too: requests that one process has under way at once."""
 _MEMBER = re.compile(r"(?P<file>.+?\.tar)#(?P<offset>[0-9]+),(?P<size>[0-9]+),(?P<name>.*)", re.I | re.S)
 
 
@@ -83,8 +85,8 @@ def filesystem(uri: str, patient: bool = False) -> tuple[AbstractFileSystem, str
         # Servers other than AWS reject the newer trailing checksums.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-        options = {"config_kwargs": PATIENCE} if patient or _patient else {}
-        return fsspec.filesystem("s3", use_listings_cache=False, **options), uri.split("://", 1)[1]
+        client = CONNECTIONS | (PATIENCE if patient or _patient else {})
+        return fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=client), uri.split("://", 1)[1]
     # Only this prefix is cut: a name may itself hold "://" or start with "-".
     return fsspec.filesystem("file"), os.path.abspath(uri.removeprefix("file://"))
 
@@ -116,41 +118,17 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
     return sorted(prefix + found for found in fs.find(path) if found.endswith(suffix))
 
 
+def file_sizes(uri: str, suffix: str = "") -> dict[str, int]:
+    """{file: bytes} of `list_files`, out of the same listing."""
+    fs, path = filesystem(uri)
+    prefix = "s3://" if uri.startswith("s3://") else ""
+    found = {prefix + name: int(about["size"]) for name, about in fs.find(path, detail=True).items()}
+    return {name: found[name] for name in sorted(found) if name.endswith(suffix)}
+
+
 def shard_names(folder: str) -> set[str]:
     """Names of a folder's Parquet files, without their ending."""
     return {file.rsplit("/", 1)[1].removesuffix(".parquet") for file in list_files(folder, ".parquet")}
-
-
-def stamps(uris: Iterable[str]) -> dict[str, str]:
-    """What tells a file's present content from an earlier one, without reading it: size and time of change, or ETag.
-
-    One listing for each folder. A file that is not there has the stamp "missing"; a member has its tar's.
-    """
-    folders: dict[str, list[tuple[str, str]]] = {}
-    for uri in uris:
-        file = file_of(uri)
-        folders.setdefault(os.path.dirname(file), []).append((uri, file))
-    found: dict[str, str] = {}
-    for folder, members in folders.items():
-        if folder.startswith("s3://"):
-            fs, path = filesystem(folder)
-            listed = {entry["name"]: entry for entry in fs.ls(path, detail=True)} if fs.exists(path) else {}
-            for uri, file in members:
-                entry = listed.get(file.removeprefix("s3://"))
-                found[uri] = f"{entry.get('ETag')}:{entry['size']}" if entry else "missing"
-        else:
-            files = {file for _, file in members}
-            local = {file: _local_stamp(file) for file in files}
-            found |= {uri: local[file] for uri, file in members}
-    return found
-
-
-def _local_stamp(uri: str) -> str:
-    try:
-        stat = os.stat(filesystem(uri)[1])
-    except OSError:
-        return "missing"
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
@@ -208,7 +186,7 @@ def _is_refused(error: OSError) -> bool:
     return answer.get("Code") in ("PreconditionFailed", "ConditionalRequestConflict", "412")
 
 
-def write_bytes(uri: str, data: bytes, new: bool = False, over: str | None = None) -> None:
+def write_bytes(uri: str, data: bytes | memoryview, new: bool = False, over: str | None = None) -> None:
     """Writes a file in one step: a reader, or a kill, never sees half of it.
 
     new: raise FileExistsError where one is there; over: raise it where the file's tag (see `tag_of`) is another by now.
@@ -266,7 +244,8 @@ def write_table(
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **written_by})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=row_group_size, **parquet_options(compressed))
-    write_bytes(uri, sink.getvalue().to_pybytes(), new)
+    data = sink.getvalue()
+    write_bytes(uri, data.to_pybytes() if uri.startswith("s3://") else memoryview(data), new)
 
 
 def written_by(uri: str) -> str:
@@ -288,20 +267,6 @@ def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | N
         fs, path = filesystem(file)
         tables.append(pq.read_table(path, columns=columns, filesystem=fs, partitioning=None, schema=schema))
     return pa.concat_tables(tables)
-
-
-def read_row(uri: str, row: int) -> dict[str, Any]:
-    """One row of a Parquet file, by its place; reads no more than its row group."""
-    fs, path = filesystem(uri)
-    with fs.open(path, "rb") as handle:
-        file = pq.ParquetFile(handle)
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if row < size:
-                found: dict[str, Any] = file.read_row_group(group).slice(row, 1).to_pylist()[0]
-                return found
-            row -= size
-    raise IndexError(f"{uri} has no such row")
 
 
 def read_rows(uri: str, rows: Sequence[int], columns: list[str] | None = None) -> pa.Table:

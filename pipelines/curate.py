@@ -14,40 +14,45 @@ import argparse
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import numpy as np
 
 from aai import storage
-from aai.digest import stored_digest
+from aai.digest import stored_digest_of_lists
 from aai.errors import UserError
 from aai.media.measure import DECODER
 from aai.version import code_version
 from pipelines.curation import similarity
+from pipelines.curation.card_data import Rows
+from pipelines.curation.clip_keys import ClipKeys, Keyed
 from pipelines.curation.croissant import AboutConfig
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.cut import cut_rows
-from pipelines.curation.decoders import current_decoders
-from pipelines.curation.layout import ACCEPTED, REJECTED, SCORED, shard_file
+from pipelines.curation.decoders import current_decoders, tell_older
+from pipelines.curation.layout import ACCEPTED, REJECTED, SCORED, WAITING, shard_file, shard_of
 from pipelines.curation.ledger import row_keys
+from pipelines.curation.measured import MeasuredTables
 from pipelines.curation.measuring import check_ratio, measure_rows
+from pipelines.curation.outcome import JudgedTables
 from pipelines.curation.own_signals import check_signals, describe_signals, join_signals, signal_rules
 from pipelines.curation.similarity import CaptionedClip, ScoreShard
 from pipelines.curation.verdicts import DIGEST as JUDGED
 from pipelines.curation.verdicts import JudgeShard, JudgeWorker, judge, judge_shards, read_measured
+from pipelines.engine.columns import read_footers
 from pipelines.engine.lock import is_empty, locked
 from pipelines.engine.shards import run_shards
 from pipelines.manifests.extras import columns
+from pipelines.manifests.packed import extras_of
 from pipelines.manifests.row import ManifestRow
 from pipelines.registry import store
 
 log = logging.getLogger(__name__)
 
 CONFIG = CurateConfig
+ALONE_UP_TO = 2000
+"""Clips that are split sooner by the driver itself than Ray is started."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -75,6 +80,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
     if config.tracking:
         store.check(config.tracking)
     config, chosen = config.fitted()
+    rows: Sequence[ManifestRow]
     rows, carved = config.listed()
     chosen |= carved
     for name, choice in chosen.items():
@@ -89,10 +95,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
     _open(out, settings, config.rejudge)
     rows = cut_rows(rows, config.cut, config.decode, out, config.cluster, os.path.dirname(out))
     keys = row_keys(rows)
-    given = [keys, [row.content() for row in rows], *([sources] if sources else [])]
-    if config.about != AboutConfig():
-        given.append(config.about.model_dump(mode="json"))
-    settings["input"] = stored_digest(given, sort_keys=True)
+    settings["input"] = _input(config, rows, keys, sources)
     where = storage.join(out, "curate.json")
     earlier = storage.read_json(where) if storage.exists(where) else None
     if earlier and not config.retry and all(earlier.get(name) == value for name, value in settings.items()):
@@ -100,29 +103,38 @@ def run(config: CurateConfig) -> dict[str, Any]:
         current_decoders(out, earlier, keys)
         return dict(earlier)
     storage.remove(where)
-    ledger, counts = measure_rows(config, out, rows, keys)
-    by_key = dict(zip(keys, rows, strict=True))
-    shards = {name: [entry.key for entry in entries] for name, entries in ledger.valid(set(keys)).items()}
+    measured = MeasuredTables(out, compares=config.duplicates.enabled or config.exclude is not None)
+    shards, counts = measure_rows(config, out, rows, keys, measured)
+    by_key = Keyed(keys, rows)
     if config.scores.enabled:
         _score(config, out, shards, by_key)
-    judged = _judge(config, out, shards, by_key)
-    result = settings | _totals(out, len(rows), chosen["decode.frame_size_px"].value)
-    result |= judged | {
+    found, judged = _judge(config, measured, shards, by_key)
+    result = settings | found | {
+        "small_sources": _small_sources(judged, chosen["decode.frame_size_px"].value),
+        "hours": judged.hours(judged.accepted),
         "chosen": {name: choice.model_dump() for name, choice in chosen.items()},
         "measured": counts["measured"],
         "reused": counts["reused"],
-        "decoders": current_decoders(out, earlier, keys) if counts["earlier"] else [DECODER],
         "seconds": round(time.monotonic() - begin, 1),
         "written_by": code_version(),
-    }
+    }  # fmt: skip
     check_ratio(config, result["rejected"], len(rows), f"({result['by_code']})")
-    _write_card(config, out, result)
+    _write_card(config, out, result, judged)
     storage.write_json(where, result)
     log.info("curate: %s", _summary(result, config.out))
     return result
 
 
 # ---------------------------------------------------------------- its steps
+
+
+def _input(config: CurateConfig, rows: Sequence[ManifestRow], keys: ClipKeys, sources: str | None) -> str:
+    """Digest of what goes in: the clips and what is said of them. sources: of signals that come from elsewhere."""
+    given: list[Iterable[Any]] = [keys, (row.content() for row in rows)]
+    further: list[Any] = [sources] if sources else []
+    if config.about != AboutConfig():
+        further.append(config.about.model_dump(mode="json"))
+    return stored_digest_of_lists(given, further)
 
 
 def _open(out: str, digests: Mapping[str, int | str], rejudge: bool) -> None:
@@ -144,16 +156,18 @@ def _open(out: str, digests: Mapping[str, int | str], rejudge: bool) -> None:
         storage.write_json(started, digests)
 
 
-def _score(config: CurateConfig, out: str, shards: Mapping[str, list[str]], rows: Mapping[str, ManifestRow]) -> None:
+def _score(config: CurateConfig, out: str, shards: Mapping[str, ClipKeys], rows: Mapping[str, ManifestRow]) -> None:
     """Scores every shard whose scores are missing, or of other models or captions."""
     from pipelines.curation.scores import ScoreWorker  # only here: torch takes seconds to import
 
     models = config.scores.content_digest()
-    todo = []
-    for name, keys in shards.items():
-        clips = [CaptionedClip(key, rows[key].caption) for key in keys]
-        of_shard = similarity.shard_digest(models, clips)
-        todo.append(ScoreShard(name=name, rows=len(keys), clips=clips, digest=of_shard))
+
+    def wanted() -> Iterator[ScoreShard]:
+        for name, keys in shards.items():
+            clips = [CaptionedClip(key, rows[key].caption) for key in keys]
+            of_shard = similarity.shard_digest(models, clips)
+            yield ScoreShard(name=name, rows=len(keys), clips=clips, digest=of_shard)
+
     cluster = config.cluster
     args = {
         "out": out,
@@ -161,59 +175,88 @@ def _score(config: CurateConfig, out: str, shards: Mapping[str, list[str]], rows
         "threads": max(1, int(cluster.cpus_per_worker)),
         "gpu": cluster.gpus_per_worker > 0,
     }
-    done = _done_as(_footers(out, SCORED, similarity.DIGEST))
-    run_shards("curate: score", todo, ScoreWorker, args, cluster, done, os.path.dirname(out))
+    made_of = {name: digest for name, (digest, _) in _footers(out, SCORED, similarity.DIGEST).items()}
+
+    def is_done(shard: ScoreShard) -> bool:
+        return made_of.get(shard.name) == shard.digest
+
+    logs, waiting = os.path.dirname(out), storage.join(out, WAITING)
+    run_shards("curate: score", wanted(), ScoreWorker, args, cluster, is_done, logs, waiting=waiting)
 
 
 def _judge(
-    config: CurateConfig, out: str, shards: Mapping[str, list[str]], rows: Mapping[str, ManifestRow]
-) -> dict[str, Any]:
+    config: CurateConfig, tables: MeasuredTables, shards: Mapping[str, ClipKeys], rows: Keyed[ManifestRow]
+) -> tuple[dict[str, Any], Rows]:
     """Writes accepted/ and rejected/ as the manifest and the settings now want them.
 
-    Returns what curate.json tells of it: the similarity of sound and pictures by chance, where a bundle tells it, and
-    the columns and signals that are not measured here.
+    Returns what curate.json tells of it, and the tables' small columns.
     """
-    measured = read_measured(out, shards, config.scores.enabled, config.scores.names)
+    out, names = tables.out, config.scores.names
+    measured, decoders = read_measured(tables, shards, config.scores.enabled, names)
     measured = join_signals(measured, rows, config.signals, config.manifest)
-    verdicts, null = judge(measured, rows, config, out)
-    further = columns(row.extra for row in rows.values())
-    signals = describe_signals(measured, config.signals, config.scores.names)
+    verdicts, null = judge(measured, tables.prints, rows, config, out)
+    further = columns(extras_of(rows.in_order))
+    signals = describe_signals(measured, config.signals, names)
+    outcome = JudgedTables(out, measured, config.flag_only, list(signals))
     todo = judge_shards(measured, shards, rows, verdicts, config.flag_only, further, list(signals))
-    for folder in (ACCEPTED, REJECTED):  # each by itself: a kill may have left one of a shard's two tables
-        for name in storage.shard_names(storage.join(out, folder)) - set(shards):  # none of its clips is wanted
-            storage.remove(shard_file(out, folder, name))
-    args = {"out": out, "flag_only": config.flag_only}
-    done = _done_as(_footers(out, REJECTED, JUDGED), _footers(out, ACCEPTED, JUDGED))
-    run_shards("curate: split", todo, JudgeWorker, args, config.cluster, done, os.path.dirname(out), stateful=False)
+    accepted = _split(config, out, outcome.watch(todo), shards)
+    judged = outcome.rows()
+    if (len(rows), accepted) != (len(judged.accepted), judged.accepted.sum()):
+        raise RuntimeError(f"curate: {len(rows)} rows in, {judged.accepted.sum()} taken, but {accepted} accepted")
+    read_by = decoders.read_by()
+    tell_older(read_by)
     return {
+        "rows_in": len(rows),
+        "accepted": accepted,
+        "rejected": len(rows) - accepted,
+        "by_code": outcome.codes(),
+        "flagged": outcome.flags(),
+        "transient": int(judged.transient.sum()),
         "correspondence": null.describe() if null else None,
         "columns": further,
         "signals": signals,
         "signal_rules": [list(rule) for rule in signal_rules(config.signals)],
-    }
+        "decoders": list(read_by) or [DECODER],
+    }, judged
 
 
-def _footers(out: str, folder: str, key: bytes) -> dict[str, str]:
-    """{shard: what its table carries under `key`}; small reads, many at once."""
+def _split(config: CurateConfig, out: str, todo: Iterable[JudgeShard], shards: Collection[str]) -> int:
+    """Writes the two tables of each shard, as far as they are not there; returns how many clips are accepted."""
+    made_of = {folder: _footers(out, folder, JUDGED) for folder in (ACCEPTED, REJECTED)}
+    for folder, found in made_of.items():  # each by itself: a kill may have left one of a shard's two tables
+        for name in set(found) - set(shards):  # none of its clips is wanted any more
+            storage.remove(shard_file(out, folder, name))
+    accepted = 0
 
-    def read(name: str) -> str:
-        fs, path = storage.filesystem(shard_file(out, folder, name))
-        return dict(pq.read_schema(path, filesystem=fs).metadata or {}).get(key, b"").decode()
+    def is_done(shard: JudgeShard) -> bool:
+        nonlocal accepted
+        if any(found.get(shard.name, ("", 0))[0] != shard.digest for found in made_of.values()):
+            return False
+        accepted += made_of[ACCEPTED][shard.name][1]
+        return True
 
-    names = sorted(storage.shard_names(storage.join(out, folder)))
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(names, pool.map(read, names), strict=True))
+    args = {"out": out, "flag_only": config.flag_only}
+    logs, waiting = os.path.dirname(out), storage.join(out, WAITING)
+    results = run_shards(
+        "curate: split", todo, JudgeWorker, args, config.cluster, is_done, logs, False, waiting=waiting,
+        alone_up_to=ALONE_UP_TO,
+    )  # fmt: skip
+    return accepted + sum(result.rows - (result.rejected or 0) for result in results)
 
 
-def _done_as(*tables: Mapping[str, str]) -> Callable[[ScoreShard | JudgeShard], bool]:
-    """Whether each of a shard's tables was made of what it would be made of now."""
-    return lambda shard: all(digests.get(shard.name) == shard.digest for digests in tables)
+def _footers(out: str, folder: str, key: bytes) -> dict[str, tuple[str, int]]:
+    """{shard: what its table carries under `key`, and its rows}."""
+    files = storage.file_sizes(storage.join(out, folder), ".parquet")
+    found = {}
+    for file, footer in zip(files, read_footers(files), strict=True):
+        found[shard_of(file)] = ((footer.metadata or {}).get(key, b"").decode(), footer.num_rows)
+    return found
 
 
-def _write_card(config: CurateConfig, out: str, result: Mapping[str, Any]) -> None:
+def _write_card(config: CurateConfig, out: str, result: Mapping[str, Any], judged: Rows) -> None:
     from pipelines.curation.card import log_card, write_card  # only here: plots are a heavy import
 
-    card = write_card(out, config.filters.model_dump(), result, config.about)
+    card = write_card(out, config.filters.model_dump(), result, judged, config.about)
     if config.tracking:
         log_card(config.tracking, "curate", out, card)
 
@@ -221,29 +264,10 @@ def _write_card(config: CurateConfig, out: str, result: Mapping[str, Any]) -> No
 # ---------------------------------------------------------------- its result
 
 
-def _totals(out: str, rows_in: int, frame_size_px: float) -> dict[str, Any]:
-    """Counts from the tables themselves."""
-    taken = storage.read_table(storage.join(out, ACCEPTED), ["duration_s", "flags", "width", "height"])
-    reasons = storage.read_table(storage.join(out, REJECTED), ["code", "transient"])
-    codes, transient = reasons["code"].to_pylist(), reasons["transient"].to_pylist()
-    short_px = pc.min_element_wise(taken["width"], taken["height"]).to_pylist()
-    if rows_in != len(taken) + len(codes):
-        raise RuntimeError(f"curate: {rows_in} rows in, but {len(taken)} accepted and {len(codes)} rejected")
-    flags = Counter(pc.list_flatten(taken["flags"]).to_pylist())
-    return {
-        "rows_in": rows_in,
-        "accepted": len(taken),
-        "rejected": len(codes),
-        "by_code": _counts(Counter(codes)),
-        "flagged": _counts(flags),
-        "transient": sum(transient),
-        "small_sources": sum(edge_px < frame_size_px for edge_px in short_px),
-        "hours": round(sum(taken["duration_s"].to_pylist()) / 3600, 4),
-    }
-
-
-def _counts(counter: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
+def _small_sources(judged: Rows, frame_size_px: float) -> int:
+    """Accepted clips whose source is smaller than pictures would be kept."""
+    short_px = np.fmin(judged.values["width"], judged.values["height"])
+    return int((short_px[judged.accepted] < frame_size_px).sum())
 
 
 def _summary(result: Mapping[str, Any], out: str) -> str:

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pydantic
 import torch
 from PIL import Image
@@ -38,6 +37,7 @@ from aai.media.waveform import encode_wav, read_samples, sound_rate_hz
 from aai.precision import dtype_of
 from aai.version import code_version
 from pipelines.engine.cluster import worker_dtype
+from pipelines.engine.columns import read_columns, read_footers
 from pipelines.engine.lock import locked
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.settings import DType, Plan, RayVerbConfig
@@ -246,20 +246,24 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _footer(uri: str) -> dict[bytes, bytes]:
-    fs, path = storage.filesystem(uri)
-    return dict(pq.read_schema(path, filesystem=fs).metadata or {})
+Footers = Mapping[str, Mapping[bytes, bytes]]
+"""By file: what it carries about its own making."""
+
+
+def _footers(out: str) -> Footers:
+    files = storage.file_sizes(out, ".parquet")
+    return dict(zip(files, (footer.metadata or {} for footer in read_footers(files)), strict=True))
 
 
 def list_shards(config: FeaturizeConfig) -> list[FeaturizeShard]:
     """One shard for each file of the input that has rows. Raises UserError when there is none."""
     shards = []
-    for file in storage.list_files(config.input, ".parquet"):
-        table = storage.read_table(file, columns=["clip_id", "caption", "split"])
+    files = storage.file_sizes(config.input, ".parquet")
+    tables = read_columns(files, ["clip_id", "caption", "split"])
+    for (file, size_bytes), table in zip(files.items(), tables, strict=True):
         if table.num_rows:
-            fs, path = storage.filesystem(file)
             name = file.rsplit("/", 1)[1]
-            fingerprint = _hash([name, fs.size(path), table.to_pylist()])
+            fingerprint = _hash([name, size_bytes, table.to_pylist()])
             places = {"input": file, "output": storage.join(config.out, name)}
             shards.append(FeaturizeShard(name=name, rows=table.num_rows, fingerprint=fingerprint, **places))
     if not shards:
@@ -273,21 +277,23 @@ def run(config: FeaturizeConfig) -> dict[str, Any]:
     begin = time.monotonic()
     config = config.model_copy(update={"input": storage.absolute(config.input), "out": storage.absolute(config.out)})
     shards = list_shards(config)
-    config = config.model_copy(update={"dtype": _settled_dtype(config)})
+    made = _footers(config.out)
+    config = config.model_copy(update={"dtype": _settled_dtype(config, made)})
     digest = config.content_digest()
     input_fingerprint = _hash([shard.fingerprint for shard in shards])
-    if (found := up_to_date(config, digest, input_fingerprint)) is not None:
+    if (found := up_to_date(config, made, digest, input_fingerprint)) is not None:
         log.info("featurize: up to date -> %s", config.out)
         return figures(found)
     first = storage.read_rows(shards[0].input, [0], list(enlarging.COLUMNS))  # tells most mistakes before any work
     count_enlarged(shards[0].input, first, picture_sizes(config.foundation), config.allow_upsampling)
     storage.remove(storage.join(config.out, MANIFEST))
     wanted = {shard.output for shard in shards}
-    for file in storage.list_files(config.out, ".parquet"):
+    for file in made:
         if storage.absolute(file) not in wanted:
             storage.remove(file)
     args = {"config": config.model_dump(mode="json"), "digest": digest}
-    run_shards("featurize", shards, FeaturizeWorker, args, config.cluster, partial(_done, digest=digest), config.out)
+    is_done = partial(_done, made=made, digest=digest)
+    run_shards("featurize", shards, FeaturizeWorker, args, config.cluster, is_done, config.out)
     manifest = _manifest(config, shards, digest, input_fingerprint, time.monotonic() - begin)
     storage.write_json(storage.join(config.out, MANIFEST), manifest.model_dump(mode="json"))
     rows = sum(manifest.rows.values())
@@ -302,12 +308,12 @@ def run(config: FeaturizeConfig) -> dict[str, Any]:
     return figures(manifest)
 
 
-def _settled_dtype(config: FeaturizeConfig) -> str:
+def _settled_dtype(config: FeaturizeConfig, made: Footers) -> str:
     """What `dtype` stands for in this table; the digest has it, since features differ by it."""
     if config.dtype == "auto":
-        for file in storage.list_files(config.out, ".parquet"):
-            if made := json.loads(_footer(file).get(SHAPES_KEY, b"{}")).get("dtype"):
-                return str(made)
+        for metadata in made.values():
+            if dtype := json.loads(metadata.get(SHAPES_KEY, b"{}")).get("dtype"):
+                return str(dtype)
     return worker_dtype(config.dtype, "cuda" if config.on_gpu else "cpu", config.cluster, config.out)
 
 
@@ -316,9 +322,9 @@ def figures(manifest: FeatureManifest) -> dict[str, Any]:
     return {"rows": manifest.rows, "seconds": manifest.seconds, "fingerprint": manifest.fingerprint}
 
 
-def up_to_date(config: FeaturizeConfig, digest: str, input_fingerprint: str) -> FeatureManifest | None:
+def up_to_date(config: FeaturizeConfig, made: Footers, digest: str, input_fingerprint: str) -> FeatureManifest | None:
     """The finished table, if it is of these settings and clips. Raises UserError when the settings were others."""
-    digests = {_footer(file).get(METADATA_KEY, b"").decode() for file in storage.list_files(config.out, ".parquet")}
+    digests = {metadata.get(METADATA_KEY, b"").decode() for metadata in made.values()}
     if digests - {digest}:
         rule = "holds a table made with other settings"
         raise UserError("out", config.out, rule, "give another folder, or delete it")
@@ -328,11 +334,9 @@ def up_to_date(config: FeaturizeConfig, digest: str, input_fingerprint: str) -> 
     return manifest if (manifest.settings_digest, manifest.input_fingerprint) == (digest, input_fingerprint) else None
 
 
-def _done(shard: FeaturizeShard, digest: str) -> bool:
+def _done(shard: FeaturizeShard, made: Footers, digest: str) -> bool:
     """Whether a shard's output is there, with these settings and of these very clips."""
-    if not storage.exists(shard.output):
-        return False
-    metadata = _footer(shard.output)
+    metadata = made.get(shard.output, {})
     shapes = json.loads(metadata.get(SHAPES_KEY, b"{}"))
     if "sample_rate_hz" not in shapes:  # of a table begun before the rate was read off the clips
         return False
@@ -343,7 +347,8 @@ def _manifest(
     config: FeaturizeConfig, shards: list[FeaturizeShard], digest: str, input_fingerprint: str, seconds: float
 ) -> FeatureManifest:
     """The manifest, from what the finished files carry. Raises UserError when their shapes differ."""
-    found = [json.loads(_footer(shard.output)[SHAPES_KEY]) for shard in shards]
+    made = _footers(config.out)
+    found = [json.loads(made[shard.output][SHAPES_KEY]) for shard in shards]
     rows: Counter[str] = Counter()
     enlarged: Counter[str] = Counter()
     for shapes in found:

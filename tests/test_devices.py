@@ -40,7 +40,7 @@ from aai.strips import paint_strip
 from pipelines.adapt import AdaptConfig, AdaptRecipe
 from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.curation.curate_config import ScoreConfig
-from pipelines.curation.measuring import MEASURED_TABLE
+from pipelines.curation.measured import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker
 from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
 from pipelines.evaluation.cases import PICTURES, Case, PictureShard, PictureWorker

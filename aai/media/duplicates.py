@@ -1,8 +1,9 @@
 """Exact and near duplicates by content: which of them stays is decided by split, then by id."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pydantic
@@ -42,12 +43,19 @@ class DuplicateConfig(WholeConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HashedClip:
-    """What duplicates are told by: the hash of the content, and prints of what is seen and heard."""
+class NamedClip:
+    """What decides which of several clips is kept."""
 
     clip_id: str
+    """Clips of the same bytes and window have the same."""
     uri: str
     split: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HashedClip(NamedClip):
+    """What duplicates are told by: the hash of the content, and prints of what is seen and heard."""
+
     video_hash: bytes
     """256 bits."""
     audio_hash: bytes
@@ -137,20 +145,22 @@ def find_duplicates(
     """
     if not cfg.enabled or len(clips) < 2:
         return {}
+    return dropped(clips, _neighbours(clips, cfg, search))
 
-    def rank(index: int) -> tuple[int, str, int]:
-        clip = clips[index]
-        return split_rank(clip.split), clip.clip_id, index
 
-    order = sorted(range(len(clips)), key=rank)
-    near = _neighbours(clips, order, cfg, search)
+def dropped(clips: Sequence[NamedClip], near: Mapping[str, Iterable[int]]) -> dict[int, tuple[str, str]]:
+    """As `find_duplicates`, where it is known already what is alike.
+
+    near: {clip_id: places in `clips` of those like it}; of copies of one clip the one that is kept first stands there.
+    """
     kept_ids: dict[str, int] = {}
     kept: set[int] = set()
-    dropped: dict[int, tuple[str, str]] = {}
-    for index in order:
+    found: dict[int, tuple[str, str]] = {}
+    rank = partial(_rank, clips)
+    for index in sorted(range(len(clips)), key=rank):
         clip = clips[index]
         same = kept_ids.get(clip.clip_id)
-        alike = [same] if same is not None else sorted(kept.intersection(near[clip.clip_id]), key=rank)
+        alike = [same] if same is not None else sorted(kept.intersection(near.get(clip.clip_id, ())), key=rank)
         if not alike or clip.split == EXCLUDED_SPLIT:
             kept.add(index)
             kept_ids.setdefault(clip.clip_id, index)
@@ -159,16 +169,20 @@ def find_duplicates(
         code = "EXACT_DUPLICATE" if same is not None else "NEAR_DUPLICATE"
         if other.split != clip.split:
             code = EXCLUDED if other.split == EXCLUDED_SPLIT else "CROSS_SPLIT_DUPLICATE"
-        dropped[index] = (code, f"same clip as {other.uri} ({other.clip_id}) of split {other.split}")
-    return dropped
+        found[index] = (code, f"same clip as {other.uri} ({other.clip_id}) of split {other.split}")
+    return found
 
 
-def _neighbours(
-    clips: Sequence[HashedClip], order: Sequence[int], cfg: DuplicateConfig, search: Search
-) -> dict[str, list[int]]:
+def _rank(clips: Sequence[NamedClip], index: int) -> tuple[int, str, int]:
+    """What is kept first."""
+    clip = clips[index]
+    return split_rank(clip.split), clip.clip_id, index
+
+
+def _neighbours(clips: Sequence[HashedClip], cfg: DuplicateConfig, search: Search) -> dict[str, list[int]]:
     """{clip_id: clips alike}. Copies of one clip are compared once: a thousand of them are no million pairs."""
     first_of: dict[str, int] = {}
-    for index in order:
+    for index in sorted(range(len(clips)), key=partial(_rank, clips)):
         first_of.setdefault(clips[index].clip_id, index)
     first = list(first_of.values())  # what wins comes first: where many share a word, it is compared with all of them
     near: dict[str, list[int]] = defaultdict(list)

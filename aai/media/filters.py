@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pydantic
 
 from aai.config import Config
@@ -60,6 +62,17 @@ RULES: tuple[tuple[str, str, str, str, int], ...] = (
 
 A rule without a threshold is off, a signal that was not measured breaks none.
 """
+
+
+def may_break(signals: pa.Table, cfg: FilterConfig) -> pa.Array:
+    """bool [N]: for which rows of a table of signals `broken_rules` names a rule; all at once."""
+    broken = np.zeros(signals.num_rows, bool)
+    for _, signal, threshold, _, sign in RULES:
+        if (limit := getattr(cfg, threshold)) is not None:
+            values = signals[signal].cast(pa.float64())
+            good = sign * (values.to_numpy() - limit) >= 0
+            broken |= np.asarray(values.is_valid()) & ~good
+    return pa.array(broken)
 
 
 def broken_rules(signals: Mapping[str, Any], cfg: FilterConfig) -> list[tuple[str, str]]:

@@ -40,16 +40,20 @@ _NOTHING_SAID = AboutConfig()
 
 
 def write_card(
-    out: str, config_filters: Mapping[str, Any], result: Mapping[str, Any], about: AboutConfig = _NOTHING_SAID
+    out: str,
+    config_filters: Mapping[str, Any],
+    result: Mapping[str, Any],
+    rows: Rows | None = None,
+    about: AboutConfig = _NOTHING_SAID,
 ) -> dict[str, Any]:
     """Writes OUT/card.json, OUT/card.html and OUT/croissant.json about OUT/accepted and OUT/rejected; returns what
     card.json holds.
 
     config_filters: the thresholds (FilterConfig as a mapping; null = not in force). result: what curate.json holds;
-    `correspondence` in it, where there is one, has threshold, false_accept_rate, null and matched. about: for
-    croissant.json.
+    `correspondence` in it, where there is one, has threshold, false_accept_rate, null and matched. rows: the tables'
+    small columns, where they are known already; otherwise they are read. about: for croissant.json.
     """
-    rows = read_rows(out, list(result.get("signals", ())))
+    rows = rows or read_rows(out, list(result.get("signals", ())))
     found = figures_of.rules(config_filters, result)
     groups, ordered = figures_of.duplicates(rows)
     card: dict[str, Any] = {

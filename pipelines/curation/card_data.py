@@ -1,7 +1,7 @@
 """What a data card reads of curate's tables: the small columns of all rows, and a few rows in full."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from aai import storage
 from aai.schema import SIGNALS, SIMILARITIES
+from pipelines.engine.columns import open_parquet, read_columns
 
 NUMBERS = [f.name for f in (*SIGNALS, *SIMILARITIES) if not pa.types.is_binary(f.type)]
 """Signals that are numbers."""
@@ -41,6 +41,8 @@ class Rows:
     """The small columns of all N rows: those of accepted/, then those of rejected/, each in table order."""
 
     files: list[str]
+    sizes: list[int]
+    """Bytes of each file."""
     starts: np.ndarray
     """int64 [files + 1]: the row each file begins with, and N."""
     accepted: np.ndarray
@@ -60,6 +62,8 @@ class Rows:
     splits: Counter[tuple[str, bool]]
     """Rows by (split, accepted)."""
     duplicates: Duplicates
+    ids: pa.ChunkedArray
+    """clip_id of the accepted rows."""
 
     def bits(self, codes: Iterable[str]) -> np.uint64:
         """The mark of some codes; those that no row has are left out."""
@@ -80,19 +84,23 @@ def read_rows(out: str, own: Sequence[str] = ()) -> Rows:
 
     own: signals beside NUMBERS.
     """
-    accepted, rejected = (storage.list_files(storage.join(out, name), ".parquet") for name in (ACCEPTED, REJECTED))
-    gathered = _Gathered([*NUMBERS, *own])
-    small = [*NUMBERS, *own, "labels", "split"]
-    jobs = [(file, [*small, "flags"]) for file in accepted]
-    jobs += [(file, [*small, "stage", "code", "message", "transient"]) for file in rejected]
-    with ThreadPoolExecutor(_THREADS) as pool:  # on S3 nearly all the time is waiting
-        for table in pool.map(lambda job: storage.read_table(*job), jobs):
-            gathered.add(table)
-    return gathered.rows([*accepted, *rejected])
+    accepted, rejected = table_files(out)
+    gathered = Gathered([*NUMBERS, *own])
+    small = ["clip_id", *NUMBERS, *own, "labels", "split"]
+    for table in read_columns(accepted, [*small, "flags"]):
+        gathered.add(table)
+    for table in read_columns(rejected, [*small, "stage", "code", "message", "transient"]):
+        gathered.add(table)
+    return gathered.rows(accepted | rejected)
 
 
-class _Gathered:
-    """The columns of the files read so far."""
+def table_files(out: str) -> list[dict[str, int]]:
+    """The files of OUT/accepted and of OUT/rejected, with their sizes in bytes."""
+    return [storage.file_sizes(storage.join(out, name), ".parquet") for name in (ACCEPTED, REJECTED)]
+
+
+class Gathered:
+    """The small columns of files, one after the other: those of accepted/ first."""
 
     def __init__(self, numbers: Sequence[str] = NUMBERS) -> None:
         self.counts: list[int] = [0]
@@ -103,6 +111,7 @@ class _Gathered:
         self.labels: Counter[tuple[str, str, bool]] = Counter()
         self.splits: Counter[tuple[str, bool]] = Counter()
         self.duplicates = Duplicates()
+        self.ids: list[pa.ChunkedArray] = []
 
     def add(self, table: pa.Table) -> None:
         """Adds one file of either table."""
@@ -111,6 +120,7 @@ class _Gathered:
             self.values[name].append(table[name].cast(pa.float64()).to_numpy())
         self.parts["accepted"].append(np.full(size, taken))
         if taken:
+            self.ids.append(table["clip_id"])
             parents, flags = _flat(table["flags"])
             marks = np.zeros(size, np.uint64)
             np.bitwise_or.at(marks, parents.to_numpy(), self._bit(flags))
@@ -151,19 +161,21 @@ class _Gathered:
         for row in pc.value_counts(table["split"]).to_pylist():
             self.splits[row["values"], taken] += row["counts"]
 
-    def rows(self, files: list[str]) -> Rows:
-        """Everything, joined."""
+    def rows(self, files: Mapping[str, int]) -> Rows:
+        """Everything, joined. files: what was added, with its sizes in bytes. Ends the gathering."""
         empty = {"accepted": bool, "marks": np.uint64, "stage": np.int8, "transient": bool}
         joined = {name: np.concatenate([np.empty(0, empty[name]), *parts]) for name, parts in self.parts.items()}
         return Rows(
-            files=files,
+            files=list(files),
+            sizes=list(files.values()),
             starts=np.cumsum(self.counts),
-            values={name: np.concatenate([np.empty(0), *parts]) for name, parts in self.values.items()},
+            values={name: np.concatenate([np.empty(0), *self.values.pop(name)]) for name in list(self.values)},
             codes=self.codes,
             stages=self.stages,
             labels=self.labels,
             splits=self.splits,
             duplicates=self.duplicates,
+            ids=pa.chunked_array([chunk for column in self.ids for chunk in column.chunks], pa.string()),
             **{name: part.astype(empty[name]) for name, part in joined.items()},
         )
 
@@ -182,17 +194,9 @@ def _places(column: pa.Array, known: list[str]) -> np.ndarray:
 
 def locate(rows: Rows, ids: Iterable[str]) -> dict[str, int]:
     """The row of each accepted clip by its id; ids that are not there are left out."""
-    wanted = pa.array(sorted(set(ids)), pa.string())
-    found: dict[str, int] = {}
-    if not len(wanted):
-        return found
-    for file, start in zip(rows.files, rows.starts[:-1], strict=True):
-        if start >= rows.accepted.sum():
-            break
-        column = storage.read_table(file, ["clip_id"])["clip_id"]
-        for place in np.flatnonzero(pc.is_in(column, wanted).to_numpy()):
-            found.setdefault(column[int(place)].as_py(), int(start + place))
-    return found
+    wanted = sorted(set(ids))
+    places = pc.index_in(pa.array(wanted, pa.string()), rows.ids).to_pylist()
+    return {clip: place for clip, place in zip(wanted, places, strict=True) if place is not None}
 
 
 def fetch(rows: Rows, wanted: Iterable[int], pictures: bool = True) -> dict[int, Entry]:
@@ -206,20 +210,19 @@ def fetch(rows: Rows, wanted: Iterable[int], pictures: bool = True) -> dict[int,
     jobs = []
     for file, numbers in by_file.items():
         within = [row - int(rows.starts[file]) for row in numbers]
-        jobs.append((rows.files[file], within, pictures))
+        jobs.append((rows.files[file], rows.sizes[file], within, pictures))
     found: dict[int, Entry] = {}
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         parts = pool.map(lambda job: _read_some(*job), jobs)
         for numbers, part in zip(by_file.values(), parts, strict=True):
             found.update(zip(numbers, part, strict=True))
     return found
 
 
-def _read_some(file: str, numbers: Sequence[int], pictures: bool) -> list[Entry]:
+def _read_some(file: str, size_bytes: int, numbers: Sequence[int], pictures: bool) -> list[Entry]:
     """Rows of one file, in the order of their ascending numbers."""
-    fs, path = storage.filesystem(file)
     out: list[Entry] = []
-    with pq.ParquetFile(path, filesystem=fs) as table:
+    with open_parquet(file, size_bytes) as table:
         taken = "flags" in table.schema_arrow.names
         picture = "frames" if taken else "thumbnail"
         columns = ["clip_id", "uri", "split", *([] if taken else ["message"]), *([picture] if pictures else [])]

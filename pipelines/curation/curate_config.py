@@ -1,6 +1,7 @@
 """Settings of `aai curate`: the manifest, how long videos are cut, the models that look, and when to stop."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -19,9 +20,10 @@ from pipelines.curation.croissant import AboutConfig
 from pipelines.curation.layout import ACCEPTED, REJECTED
 from pipelines.curation.own_signals import SignalConfig, SignalName, check_signals
 from pipelines.manifests.listed import read_list
+from pipelines.manifests.packed import PackedRows
 from pipelines.manifests.row import ManifestRow
 from pipelines.manifests.sources import place_of, source_of
-from pipelines.manifests.table import named_splits, read_manifest, with_val_share
+from pipelines.manifests.table import manifest_rows, named_splits, val_or_train
 from pipelines.settings import Choice, DType, Plan, RayVerbConfig, RunsConfig
 
 Split = Literal["train", "val", "test"]
@@ -276,19 +278,20 @@ class CurateConfig(RayVerbConfig):
         }
         return self.model_copy(update={"decode": decode, "filters": filters}), chosen
 
-    def rows(self) -> list[ManifestRow]:
+    def rows(self) -> Sequence[ManifestRow]:
         """The manifest's rows with their splits by our names and with `val_share`, before any cutting."""
         return self.listed()[0]
 
-    def listed(self) -> tuple[list[ManifestRow], dict[str, Choice]]:
+    def listed(self) -> tuple[PackedRows, dict[str, Choice]]:
         """See `rows`; besides, where `val_share` is set, how many rows it moved."""
         further = self.manifest_columns
-        rows = read_manifest(self.manifest, self.media_root, self.default_split, self.label_names, further)
-        rows = named_splits(self.manifest, rows, self.split_names)
+        given = manifest_rows(self.manifest, self.media_root, self.default_split, self.label_names, further)
+        rows = PackedRows(named_splits(self.manifest, given, self.split_names))
         if not self.val_share:
             return rows, {}
         train = _rows_of_train(rows)
-        rows = with_val_share(rows, self.val_share, self.source_of if self.split_by == "source" else place_of)
+        name_of = self.source_of if self.split_by == "source" else place_of
+        rows = PackedRows(val_or_train(row, self.val_share, name_of) for row in rows)
         moved = train - _rows_of_train(rows)
         why = f"{moved:,} of train's {train:,} rows become the split val, by a hash of where their files lie"
         return rows, {"val_share": Choice(value=self.val_share, why=why)}
@@ -326,5 +329,5 @@ class CurateConfig(RayVerbConfig):
         }
 
 
-def _rows_of_train(rows: list[ManifestRow]) -> int:
+def _rows_of_train(rows: Sequence[ManifestRow]) -> int:
     return sum(row.split == "train" for row in rows)

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from aai import storage
@@ -19,8 +19,10 @@ from aai.media.ranged import HashedRanges
 from aai.media.shots import Probe, probe_from_json, probe_to_json, require_shots
 from pipelines.curation.curate_config import CutConfig
 from pipelines.curation.layout import CUT
+from pipelines.curation.stamps import stamps_of
 from pipelines.engine.ranges import open_file
 from pipelines.engine.shards import Result, Shard, run_shards
+from pipelines.manifests.packed import PackedRows
 from pipelines.manifests.row import ManifestRow
 from pipelines.settings import ClusterConfig
 
@@ -114,7 +116,7 @@ class CutWorker:
 def _keys(uris: Sequence[str], cfg: CutConfig) -> dict[str, str]:
     """{uri: key}: what was found under a key holds for as long as the file and what is looked for stay the same."""
     wanted = [cfg.mode, cfg.max_file_s, *([cfg.shot_threshold] if cfg.mode == "shots" else [])]
-    stamps = storage.stamps(uris)
+    stamps = stamps_of(uris)
     return {uri: stored_digest([uri, stamps[uri], *wanted], length=24) for uri in uris}
 
 
@@ -151,26 +153,24 @@ def cut_rows(
     out: str,
     cluster: ClusterConfig,
     log_dir: str | None = None,
-) -> list[ManifestRow]:
+) -> Sequence[ManifestRow]:
     """The manifest's rows in their order, those of whole files replaced by their clips.
 
     out: folder or s3:// prefix; what was found stays in out/_cut. A file that cannot be looked through, or is no longer
     than one clip, stays one row. Raises UserError where shots are asked for and PySceneDetect is missing.
     """
+    if cfg.mode == "none":
+        return rows
     uris = list(dict.fromkeys(row.uri for row in rows if _is_whole_file(row)))
-    if cfg.mode == "none" or not uris:
-        return list(rows)
+    if not uris:
+        return rows
     keys = _keys(uris, cfg)
     shards = _shards(keys, _known(out), _FILES_PER_SHARD[cfg.mode])
     arguments = {"out": out, "cut": cfg.model_dump(), "decode": decode_cfg.model_dump()}
     run_shards("cut", shards, CutWorker, arguments, cluster, log_dir=log_dir, unit="file")
     found = _known(out)
-    cut: list[ManifestRow] = []
-    for row in rows:
-        if _is_whole_file(row):
-            cut += _clips(row, found[keys[row.uri]], cfg)
-        else:
-            cut.append(row)
+    parts = (_clips(row, found[keys[row.uri]], cfg) if _is_whole_file(row) else [row] for row in rows)
+    cut = PackedRows(chain.from_iterable(parts))
     failed = sum(isinstance(found[key], ClipError) for key in keys.values())
     log.info("cut: %d rows -> %d clips; %d of %d files cannot be cut", len(rows), len(cut), failed, len(uris))
     return cut

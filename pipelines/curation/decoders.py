@@ -2,68 +2,70 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from aai import storage
 from aai.media.measure import DECODER
-from pipelines.curation.layout import MEASURED, shard_file
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.ledger import Ledger
+from pipelines.curation.measured import MeasuredTables
 
 log = logging.getLogger(__name__)
 
 FIRST = "1"
 """Stands for rows that name no decoder."""
-_COLUMNS = ("key", "stage", "code", "decoder")
-_THREADS = 16
+COLUMNS = ["decoder", "stage", "code"]
 ReadBy = dict[str, dict[str, Any]]
 """By decoder: `rows`, and of these the `undecodable` ones by code."""
 
 
-def current_decoders(out: str, earlier: Mapping[str, Any] | None, keys: Sequence[str]) -> list[str]:
-    """Who read the rows of a finished curation; rows of others than today's decoder are told of.
+class DecoderCounts:
+    """Counts rows, and codes of those that could not be decoded, by who decoded them; unread files are no one's."""
 
-    earlier: what the run before told, which spares reading the tables where it knew of none but today's.
+    def __init__(self) -> None:
+        self._rows, self._codes = Counter[str](), Counter[tuple[str, str]]()
+
+    def add(self, table: pa.Table) -> None:
+        """Adds the clips of a measured table; it needs COLUMNS."""
+        decoded = pc.fill_null(pc.equal(table["stage"], "decode"), True)
+        table = table.select(COLUMNS).filter(decoded)
+        named = table.set_column(0, "decoder", pc.fill_null(table["decoder"], FIRST))
+        for found in named.group_by(["decoder", "code"]).aggregate([([], "count_all")]).to_pylist():
+            self._rows[found["decoder"]] += found["count_all"]
+            if found["code"]:
+                self._codes[found["decoder"], found["code"]] += found["count_all"]
+
+    def read_by(self) -> ReadBy:
+        """What was counted."""
+        return {
+            name: {
+                "rows": count,
+                "undecodable": {code: n for (by, code), n in sorted(self._codes.items()) if by == name},
+            }
+            for name, count in sorted(self._rows.items())
+        }
+
+
+def current_decoders(out: str, earlier: Mapping[str, Any], keys: ClipKeys) -> None:
+    """Tells of the rows of a finished curation that others than today's decoder read.
+
+    earlier: its curate.json, which spares reading the tables where it knows of none but today's.
     """
-    if earlier and earlier.get("decoders") == [DECODER]:
-        return [DECODER]
-    shards = {name: [entry.key for entry in entries] for name, entries in Ledger(out).valid(set(keys)).items()}
-    counted = read_by(out, shards)
+    if earlier.get("decoders") == [DECODER]:
+        return
+    counts, shards = DecoderCounts(), Ledger(out).valid(keys)
+    for _, table in MeasuredTables(out).wanted(shards):
+        counts.add(table)
+    tell_older(counts.read_by())
+
+
+def tell_older(counted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warns of rows that another decoder than this one read."""
     if told := older_rows(counted):
         log.warning("curate: %s", told)
-    return list(counted)
-
-
-def read_by(out: str, shards: Mapping[str, Sequence[str]]) -> ReadBy:
-    """Counts the wanted clips of the measured shards (shard -> keys) by who decoded them; unread files are no one's."""
-    rows, codes = Counter[str](), Counter[tuple[str, str]]()
-    with ThreadPoolExecutor(_THREADS) as pool:  # on S3 nearly all the time is waiting
-        tables = pool.map(lambda name: _columns(shard_file(out, MEASURED, name)), shards)
-        for table, keys in zip(tables, shards.values(), strict=True):
-            wanted = pc.is_in(table["key"], pa.array(keys, pa.string()))
-            decoded = pc.fill_null(pc.equal(table["stage"], "decode"), True)
-            table = table.filter(pc.and_(wanted, decoded))
-            names = [name or FIRST for name in table["decoder"].to_pylist()]
-            rows.update(names)
-            codes.update((name, code) for name, code in zip(names, table["code"].to_pylist(), strict=True) if code)
-    return {
-        name: {"rows": count, "undecodable": {code: n for (by, code), n in sorted(codes.items()) if by == name}}
-        for name, count in sorted(rows.items())
-    }
-
-
-def _columns(file: str) -> pa.Table:
-    fs, path = storage.filesystem(file)
-    with pq.ParquetFile(path, filesystem=fs) as table:
-        found = table.read([name for name in _COLUMNS if name in table.schema_arrow.names])
-    return (
-        found if "decoder" in found.column_names else found.append_column("decoder", pa.nulls(len(found), pa.string()))
-    )
 
 
 def older_rows(counted: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -9,7 +9,9 @@ CUT = "_cut"
 MEASURED = "_measured"
 """Every clip as it was decoded, good or not; no captions, no splits."""
 KNOWN = "_known.parquet"
-"""clip_id, shard and row of all clips measured before this run."""
+"""clip_id, shard and row of all clips measured before this run, by clip_id."""
+WAITING = "_waiting"
+"""What workers need to know of their shards, only while they run."""
 SCORED = "_scored"
 """What models said of the good clips."""
 NEAR = "_near"
@@ -23,3 +25,8 @@ REJECTED = "rejected"
 def shard_file(out: str, folder: str, name: str) -> str:
     """Where the table of a shard lies."""
     return storage.join(out, folder, f"{name}.parquet")
+
+
+def shard_of(file: str) -> str:
+    """The reverse: the shard whose table a file is."""
+    return file.rsplit("/", 1)[1].removesuffix(".parquet")

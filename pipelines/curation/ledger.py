@@ -8,16 +8,22 @@ several batches was tried again; its last shard holds the valid result.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 
 from aai import storage
 from aai.errors import UserError
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.layout import PLAN
+from pipelines.curation.stamps import Stamps
+from pipelines.engine.columns import read_columns
 from pipelines.manifests.row import ManifestRow
 
+KEYED_AT_ONCE = 65_536
 BATCH_TABLE = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -29,16 +35,39 @@ BATCH_TABLE = pa.schema(
 )
 
 
-def row_keys(rows: Sequence[ManifestRow]) -> list[str]:
+def row_keys(rows: Sequence[ManifestRow]) -> ClipKeys:
     """One key per manifest row; a clip that is listed twice has two."""
-    stamps = storage.stamps([row.uri for row in rows])
-    seen: Counter[str] = Counter()
-    keys = []
-    for row in rows:
-        text = json.dumps([row.uri, row.start_s, row.end_s, stamps[row.uri]])
-        keys.append(hashlib.sha256(f"{text}{seen[text] or ''}".encode()).hexdigest()[:24])
-        seen[text] += 1
+    stamps, parts = Stamps(), []
+    for start in range(0, len(rows), KEYED_AT_ONCE):
+        parts.append(_keys(rows[start : start + KEYED_AT_ONCE], stamps))
+    keys = ClipKeys.joined(parts)
+    again = np.flatnonzero(keys.places(keys) != np.arange(len(keys)))
+    if len(again):
+        _number(keys, again, rows, stamps)
     return keys
+
+
+def _texts(rows: Sequence[ManifestRow], stamps: Stamps) -> list[str]:
+    """What a key is the hash of, but for the number of a clip that is listed again."""
+    found = stamps.of([row.uri for row in rows])
+    return [json.dumps([row.uri, row.start_s, row.end_s, stamp]) for row, stamp in zip(rows, found, strict=True)]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _keys(rows: Sequence[ManifestRow], stamps: Stamps) -> ClipKeys:
+    return ClipKeys(_hash(text) for text in _texts(rows, stamps))
+
+
+def _number(keys: ClipKeys, again: np.ndarray, rows: Sequence[ManifestRow], stamps: Stamps) -> None:
+    """Gives each further listing of a clip a key of its own."""
+    seen: Counter[str] = Counter()
+    for place in again.tolist():
+        (text,) = _texts([rows[place]], stamps)
+        seen[text] += 1
+        keys.packed[place] = _hash(f"{text}{seen[text]}").encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +80,61 @@ class Entry:
     end_s: float | None
 
 
+class _Shards(Mapping[str, list[Entry]]):
+    """The clips of each shard, in the order of the batches; objects only as they are asked for."""
+
+    def __init__(self) -> None:
+        self._batches: list[pa.Table] = []
+        self._places: dict[str, tuple[int, int, int]] = {}
+
+    def take(self, batch: pa.Table) -> None:
+        """Adds a batch, in which the clips of a shard stand together."""
+        names = batch["shard"].combine_chunks().dictionary_encode()
+        starts = np.flatnonzero(np.diff(names.indices.to_numpy(), prepend=-1)).tolist()
+        for start, end in pairwise([*starts, len(batch)]):
+            self._places[names[start].as_py()] = (len(self._batches), start, end - start)
+        self._batches.append(batch.drop_columns("shard"))
+
+    def rows(self, name: str) -> int:
+        """How many clips a shard has."""
+        return self._places[name][2]
+
+    def keys(self) -> KeysView[str]:
+        """The shards' names."""
+        return self._places.keys()
+
+    def __getitem__(self, name: str) -> list[Entry]:
+        batch, start, size = self._places[name]
+        return [Entry(**row) for row in self._batches[batch].slice(start, size).to_pylist()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 class Ledger:
     """The plan of one output folder."""
 
     def __init__(self, out: str) -> None:
         """Reads the batches that are there."""
         self.out = out
-        self.shards: dict[str, list[Entry]] = {}
-        self.shard_of: dict[str, str] = {}
+        self.shards = _Shards()
+        self._parts: list[ClipKeys] = []
         self.batches = 0
-        for file in storage.list_files(storage.join(out, PLAN), ".parquet"):
-            self._take(storage.read_table(file))
+        for batch in read_columns(storage.file_sizes(storage.join(out, PLAN), ".parquet"), BATCH_TABLE.names):
+            self._take(batch)
 
     def _take(self, batch: pa.Table) -> None:
         self.batches += 1
-        columns = [batch[name].to_pylist() for name in BATCH_TABLE.names]
-        for key, uri, start_s, end_s, shard in zip(*columns, strict=True):
-            self.shards.setdefault(shard, []).append(Entry(key, uri, start_s, end_s))
-            self.shard_of[key] = shard
+        self.shards.take(batch)
+        self._parts.append(ClipKeys.of_column(batch["key"]))
+
+    @property
+    def keys(self) -> ClipKeys:
+        """Of all clips of all shards, in their order; those that were tried again stand there twice."""
+        return ClipKeys.joined(self._parts)
 
     def add(self, entries: Sequence[Entry], rows_per_shard: int) -> list[str]:
         """Gives clips to new shards, and keeps that; returns the shards' names.
@@ -100,15 +166,23 @@ class Ledger:
         self._take(table)
         return list(self.shards)[first:]
 
-    def missing(self, keys: Sequence[str]) -> Iterator[int]:
+    def missing(self, keys: ClipKeys) -> Iterator[int]:
         """Places of the keys that no shard holds yet."""
-        return (place for place, key in enumerate(keys) if key not in self.shard_of)
+        return iter(np.flatnonzero(self.keys.places(keys) < 0).tolist())
 
-    def valid(self, keys: set[str]) -> dict[str, list[Entry]]:
-        """Shards with those of their clips that are wanted and were not tried again in a later shard."""
-        valid: dict[str, list[Entry]] = {}
-        for name, entries in self.shards.items():
-            wanted = [entry for entry in entries if entry.key in keys and self.shard_of[entry.key] == name]
-            if wanted:
-                valid[name] = wanted
+    def keys_by_shard(self) -> Iterator[tuple[str, ClipKeys]]:
+        """Each shard with the keys of all of its clips."""
+        mine, start = self.keys, 0
+        for name in self.shards:
+            yield name, mine[start : (start := start + self.shards.rows(name))]
+
+    def valid(self, keys: ClipKeys) -> dict[str, ClipKeys]:
+        """Shards with the keys of those of their clips that are wanted and were not tried again in a later shard."""
+        mine = self.keys
+        wanted = (keys.places(mine) >= 0) & mine.are_last()
+        valid, start = {}, 0
+        for name in self.shards:
+            part = slice(start, start := start + self.shards.rows(name))
+            if wanted[part].any():
+                valid[name] = ClipKeys(mine.packed[part][wanted[part]])
         return valid

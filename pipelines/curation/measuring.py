@@ -8,10 +8,9 @@ The table knows no captions and no splits, so that a changed manifest costs no d
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -22,11 +21,15 @@ from aai.errors import UserError
 from aai.media.child import MediaChild
 from aai.media.filters import RULES, FilterConfig, broken_rules
 from aai.media.limits import ClipError, DecodeConfig
-from aai.media.measure import MEASURED_ROW, MeasuredRow, clip_id
+from aai.media.measure import MeasuredRow, clip_id
 from aai.media.ranged import Content, hash_of
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.curate_config import CurateConfig
-from pipelines.curation.layout import KNOWN, MEASURED, shard_file
+from pipelines.curation.known_clips import KnownClips, write_known
+from pipelines.curation.layout import MEASURED, WAITING, shard_file, shard_of
 from pipelines.curation.ledger import Entry, Ledger
+from pipelines.curation.measured import MEASURED_TABLE, MeasuredTables
+from pipelines.engine.columns import read_columns
 from pipelines.engine.ranges import open_file
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.row import ManifestRow
@@ -37,11 +40,10 @@ READ_AHEAD = 3
 """Files read while one is decoded."""
 TRANSIENT = "TRANSIENT"
 """Stands for every code in --retry that may pass next time."""
+BATCH_ROWS = 65_536
+"""About how many clips are planned in one file."""
 EARLY_ROWS = 500
 """Rows after which a job with too many rejects is stopped."""
-MEASURED_TABLE = pa.schema([pa.field("key", pa.string(), nullable=False), *MEASURED_ROW])
-SMALL = [name for name in MEASURED_TABLE.names if name not in ("audio", "frames", "frame_pts_s", "decoder")]
-"""The columns that judging needs."""
 
 
 class ReadFile(NamedTuple):
@@ -75,6 +77,7 @@ class MeasureWorker:
     def __init__(self, out: str, decode: dict[str, Any], filters: dict[str, Any]) -> None:
         self.out, self.decode, self.filters = out, DecodeConfig.parse(decode), FilterConfig.parse(filters)
         self.child = MediaChild(self.decode)
+        self.known = KnownClips(out)
 
     def __call__(self, shard: MeasureShard) -> MeasureResult:
         """Measures the shard's clips."""
@@ -84,13 +87,13 @@ class MeasureWorker:
             for clip in clips:
                 if isinstance(found, ClipError):
                     row = _unread(found)
-                elif known := self._known(found.content_hash, clip):
+                elif known := self.known.find(clip_id(found.content_hash, clip.start_s, clip.end_s)):
                     row, reused = known, reused + 1
                 else:
                     row = self.child.measure(found.content, clip.start_s, clip.end_s, found.content_hash)
                 rows.append({**row, "key": clip.key})
         table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
-        storage.write_table(shard_file(self.out, MEASURED, shard.name), table, row_group_size=64)
+        storage.write_table(shard_file(self.out, MEASURED, shard.name), table)
         rejected = sum(bool(row.get("code") or broken_rules(row, self.filters)) for row in rows)
         return MeasureResult(rows=len(rows), rejected=rejected, reused=reused)
 
@@ -108,26 +111,6 @@ class MeasureWorker:
             while waiting:
                 clips, future = waiting.popleft()
                 yield clips, future.result()
-
-    @cached_property
-    def _places(self) -> dict[str, tuple[str, int]]:
-        """{clip_id: (shard, row)} of what earlier runs measured."""
-        where = storage.join(self.out, KNOWN)
-        if not storage.exists(where):
-            return {}
-        table = storage.read_table(where)
-        places = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
-        return dict(zip(table["clip_id"].to_pylist(), places, strict=True))
-
-    def _known(self, content_hash: str, clip: Entry) -> MeasuredRow | None:
-        """An earlier run's row of the same content and window: moved, copied and touched files are not decoded."""
-        if not self._places:
-            return None
-        place = self._places.get(clip_id(content_hash, clip.start_s, clip.end_s))
-        if place is None:
-            return None
-        row: MeasuredRow = storage.read_row(shard_file(self.out, MEASURED, place[0]), place[1])
-        return row
 
 
 def _read(uri: str, max_bytes: int, hashes: Mapping[str, str]) -> ReadFile | ClipError:
@@ -170,23 +153,24 @@ def check_ratio(config: CurateConfig, rejected: int, rows: int, when: str) -> No
         )
 
 
-def _retried(config: CurateConfig, ledger: Ledger, keys: Sequence[str]) -> list[Entry]:
+def _retried(config: CurateConfig, ledger: Ledger, keys: ClipKeys) -> list[Entry]:
     """The clips that --retry names. Raises UserError for a code that no undecodable row has."""
     wanted, found, entries = set(config.retry), Counter[str](), []
-    for name, valid in ledger.valid(set(keys)).items():
-        file = shard_file(ledger.out, MEASURED, name)
-        if not storage.exists(file):
-            continue
-        here = {entry.key: entry for entry in valid}
-        table = storage.read_table(file, ["key", "code", "transient"])
+    valid, files = ledger.valid(keys), storage.file_sizes(storage.join(ledger.out, MEASURED), ".parquet")
+    files = {file: size for file, size in files.items() if shard_of(file) in valid}
+    for file, table in zip(files, read_columns(files, ["key", "code", "transient"]), strict=True):
         failed = table.filter(table["code"].is_valid())
+        if not len(failed):
+            continue
+        name, again = shard_of(file), set[str]()
         columns = [failed[column].to_pylist() for column in ("key", "code", "transient")]
         for key, code, transient in zip(*columns, strict=True):
-            if key not in here:
+            if key not in valid[name]:
                 continue
             found[code] += 1
             if code in wanted or (TRANSIENT in wanted and transient):
-                entries.append(here[key])
+                again.add(key)
+        entries += [entry for entry in ledger.shards[name] if entry.key in again]
     if unknown := wanted - set(found) - {TRANSIENT}:
         known = ", ".join(f"{code} ({count})" for code, count in found.most_common()) or "none"
         verdict = unknown & {rule[0] for rule in RULES}
@@ -195,50 +179,27 @@ def _retried(config: CurateConfig, ledger: Ledger, keys: Sequence[str]) -> list[
     return entries
 
 
-def _measured(ledger: Ledger) -> set[str]:
-    """The shards whose table is there, and of the clips that the plan has under this name."""
-
-    def is_of_the_plan(name: str) -> bool:
-        keys = storage.read_table(shard_file(ledger.out, MEASURED, name), ["key"])["key"].to_pylist()
-        return keys == [entry.key for entry in ledger.shards[name]]
-
-    names = sorted(storage.shard_names(storage.join(ledger.out, MEASURED)) & set(ledger.shards))
-    with ThreadPoolExecutor(16) as pool:
-        return {name for name, is_so in zip(names, pool.map(is_of_the_plan, names), strict=True) if is_so}
-
-
-def _write_known(out: str, ledger: Ledger, done: set[str]) -> None:
-    """Where the good clips of the finished shards lie, so that the same content is not decoded again."""
-    places: dict[str, tuple[str, int]] = {}
-    for name in sorted(done):
-        table = storage.read_table(shard_file(out, MEASURED, name), ["clip_id", "code"])
-        ids, codes = table["clip_id"].to_pylist(), table["code"].to_pylist()
-        for row, (clip, code) in enumerate(zip(ids, codes, strict=True)):
-            if clip and not code:
-                places[clip] = (name, row)
-    columns = {
-        "clip_id": pa.array(list(places), pa.string()),
-        "shard": pa.array([shard for shard, _ in places.values()], pa.string()),
-        "row": pa.array([row for _, row in places.values()], pa.int64()),
-    }
-    storage.write_table(storage.join(out, KNOWN), pa.table(columns), row_group_size=65_536)
-
-
 def measure_rows(
-    config: CurateConfig, out: str, rows: Sequence[ManifestRow], keys: Sequence[str]
-) -> tuple[Ledger, Counter[str]]:
-    """Plans what is new, or to be tried again, and measures every shard that is missing."""
+    config: CurateConfig, out: str, rows: Sequence[ManifestRow], keys: ClipKeys, measured: MeasuredTables
+) -> tuple[dict[str, ClipKeys], Counter[str]]:
+    """Plans what is new, or to be tried again, and measures every shard that is missing.
+
+    Returns the shards with the keys of their wanted clips, and how many were there, measured and reused.
+    """
     ledger = Ledger(out)
-    done = _measured(ledger)
+    done = measured.of_the_plan(ledger)
     again = _retried(config, ledger, keys) if config.retry else []
-    new = [_entry(keys[i], rows[i]) for i in ledger.missing(keys)]
+    new = list(ledger.missing(keys))
     if done and new:
-        _write_known(out, ledger, done)
-    added = ledger.add([*again, *new], config.rows_per_shard)
-    if ledger.batches > 1 and added:
+        write_known(out, done & ledger.shards.keys())
+    added = ledger.add(again, config.rows_per_shard)
+    at_once = max(1, BATCH_ROWS // config.rows_per_shard) * config.rows_per_shard
+    for start in range(0, len(new), at_once):
+        entries = [_entry(keys[i], rows[i]) for i in new[start : start + at_once]]
+        added += ledger.add(entries, config.rows_per_shard)
+    if added and added != list(ledger.shards):
         log.info("curate: %d new or changed rows, %d to try again", len(new), len(again))
     hashes = {row.uri: row.content_hash for row in rows if row.content_hash}
-    shards = [_shard(name, entries, hashes) for name, entries in ledger.shards.items()]
     args = {"out": out, "decode": config.decode.model_dump(), "filters": config.filters.model_dump()}
     counts = Counter({"earlier": len(done)})
     watch = _RejectWatch(config, len(rows))
@@ -247,18 +208,23 @@ def measure_rows(
         counts.update({"measured": result.rows, "reused": result.reused})
         watch(result)
 
-    logs = os.path.dirname(out)
+    shards, logs, waiting = _shards(ledger, done, hashes), os.path.dirname(out), storage.join(out, WAITING)
 
     def is_done(shard: MeasureShard) -> bool:
         return shard.name in done
 
-    run_shards("curate", shards, MeasureWorker, args, config.cluster, is_done, logs, on_result=on_result)
-    return ledger, counts
+    run_shards(
+        "curate", shards, MeasureWorker, args, config.cluster, is_done, logs, on_result=on_result, waiting=waiting
+    )
+    return ledger.valid(keys), counts
 
 
-def _shard(name: str, clips: list[Entry], hashes: Mapping[str, str]) -> MeasureShard:
-    known = {clip.uri: hashes[clip.uri] for clip in clips if clip.uri in hashes}
-    return MeasureShard(name=name, rows=len(clips), clips=clips, hashes=known)
+def _shards(ledger: Ledger, done: Container[str], hashes: Mapping[str, str]) -> Iterator[MeasureShard]:
+    """All shards of the plan; of those that are done nobody needs the clips."""
+    for name in ledger.shards:
+        clips = [] if name in done else ledger.shards[name]
+        known = {clip.uri: hashes[clip.uri] for clip in clips if clip.uri in hashes}
+        yield MeasureShard(name=name, rows=ledger.shards.rows(name), clips=clips, hashes=known)
 
 
 def _entry(key: str, row: ManifestRow) -> Entry:

@@ -4,7 +4,7 @@ Such a signal has a number for each clip, is a column of both tables, and is jud
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -18,6 +18,8 @@ from aai.config import Config
 from aai.digest import digest
 from aai.errors import UserError
 from aai.schema import CLIP_TABLE, REJECT_TABLE
+from pipelines.curation.stamps import stamps_of
+from pipelines.curation.table_slices import TableSlices
 from pipelines.manifests.extras import NUMBER, columns
 from pipelines.manifests.row import ManifestRow, absolute_uri
 
@@ -128,39 +130,51 @@ def _stamps(name: str, signal: SignalConfig, table: str) -> list[str]:
     kind = schema.field(column).type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise UserError(setting, files[0], f"column {column} holds {kind}, no numbers", remedy)
-    return [f"{file} {stamp}" for file, stamp in storage.stamps(files).items()]
+    return [f"{file} {stamp}" for file, stamp in stamps_of(files).items()]
 
 
 # ---------------------------------------------------------------- their values
 
 
 def join_signals(
-    measured: Measured, rows: Mapping[str, ManifestRow], signals: Mapping[str, SignalConfig], manifest: str
-) -> dict[str, pa.Table]:
-    """`measured` with a float64 column for each signal that it does not have yet; null where a clip has no value.
+    measured: TableSlices, rows: Mapping[str, ManifestRow], signals: Mapping[str, SignalConfig], manifest: str
+) -> TableSlices:
+    """`measured`, which is let go, with a float64 column for each signal that it does not have yet; null where a clip
+    has no value.
 
     rows: by key. Relative URIs of a table count from the manifest, as its own do. Raises UserError for a table that has
     two values for one clip.
     """
-    joined = dict(measured)
     if not signals or not measured:
-        return joined
+        return measured
     clips = pa.concat_tables([table.select(["key", "clip_id"]) for table in measured.values()])
-    mine = [rows[key] for key in clips["key"].to_pylist()]
-    clips = clips.append_column("uri", pa.array([row.uri for row in mine], pa.string()))
+    clips = clips.append_column("uri", pa.array((row.uri for row in _in_order(clips, rows)), pa.string()))
+    columns: dict[str, pa.ChunkedArray] = {}
     for name, signal in signals.items():
         if name in next(iter(measured.values())).column_names:  # a model told it
             continue
         if signal.table is None:
-            values = pa.chunked_array([pa.array([row.extra.get(name) for row in mine], pa.float64())])
+            values = pa.array((row.extra.get(name) for row in _in_order(clips, rows)), pa.float64())
+            columns[name] = pa.chunked_array([values])
         else:
-            values = _from_table(name, signal, signal.table, clips, manifest)
-        first = 0
-        for shard, table in joined.items():
-            joined[shard] = table.append_column(name, values.slice(first, len(table)))
-            first += len(table)
-        log.info("curate: %s: %d of %d rows have no value", name, values.null_count, len(values))
+            columns[name] = _from_table(name, signal, signal.table, clips, manifest)
+        log.info("curate: %s: %d of %d rows have no value", name, columns[name].null_count, len(clips))
+    joined, first = TableSlices(), 0
+    for shard, table in measured.items():
+        rows_here = len(table)
+        for name, values in columns.items():
+            table = table.append_column(name, values.slice(first, rows_here))
+        first += rows_here
+        joined.add(shard, table)
+        measured.drop_before(shard)
     return joined
+
+
+def _in_order(clips: pa.Table, rows: Mapping[str, ManifestRow]) -> Iterator[ManifestRow]:
+    """The rows of the clips; not all at once."""
+    for part in clips.select(["key"]).to_batches(max_chunksize=4096):
+        for key in part.column(0).to_pylist():
+            yield rows[key]
 
 
 def _from_table(name: str, signal: SignalConfig, table: str, clips: pa.Table, manifest: str) -> pa.ChunkedArray:

@@ -1,7 +1,7 @@
 """What models said of the clips: the table of similarities, and how alike sound and pictures are by chance."""
 
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from aai.correspondence import sample
 from aai.digest import stored_digest
 from aai.schema import SIMILARITIES
 from pipelines.curation.layout import SCORED, shard_file
+from pipelines.engine.columns import read_columns
 from pipelines.engine.shards import Shard
 from pipelines.manifests.row import ManifestRow
 
@@ -65,15 +66,25 @@ def read_scores(out: str, shard: str, names: Sequence[str] = ()) -> pa.Table:
     return storage.read_table(shard_file(out, SCORED, shard), ["key", *similarities, *names])
 
 
-def sample_embeddings(out: str, shards: Sequence[str], among: Set[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Keys and unit embeddings audio [n, D], image [n, D] of an even sample of the clips `among`, flat in memory."""
+def scored_files(out: str, shards: Collection[str]) -> dict[str, int]:
+    """The tables of these shards with their sizes, in the order of the shards."""
+    sizes = storage.file_sizes(storage.join(out, SCORED), ".parquet")
+    return {file: sizes[file] for file in (shard_file(out, SCORED, shard) for shard in shards)}
+
+
+def sample_embeddings(
+    out: str, shards: Collection[str], against: Container[str]
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Keys and unit embeddings audio [n, D], image [n, D] of an even sample of clips, flat in memory.
+
+    against: keys of clips that are not among them.
+    """
     keys: list[str] = []
     vectors: list[np.ndarray] = []
-    for shard in shards:
-        table = storage.read_table(shard_file(out, SCORED, shard), ["key", *EMBEDDINGS])
+    for table in read_columns(scored_files(out, shards), ["key", *EMBEDDINGS]):
         both = [table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in EMBEDDINGS]
         pairs = np.stack([flat.reshape(len(table), -1) for flat in both], axis=1)  # [n, 2, D]
-        chosen = [i for i, key in enumerate(table["key"].to_pylist()) if key in among]
+        chosen = [i for i, key in enumerate(table["key"].to_pylist()) if key not in against]
         keys, vectors = [*keys, *table["key"].take(chosen).to_pylist()], [*vectors, *pairs[chosen]]
         kept = sample(keys)
         keys, vectors = [keys[i] for i in kept], [vectors[i] for i in kept]
@@ -87,14 +98,15 @@ class Null:
     def __init__(self, null: np.ndarray, matched: np.ndarray, false_accept_rate: float) -> None:
         self.false_accept_rate = false_accept_rate
         self.threshold = correspondence.threshold(null, false_accept_rate)
-        self.null, self.matched = null, matched
+        self.null, self.matched = np.sort(null), matched
 
     @classmethod
     def measure(
-        cls, out: str, shards: Sequence[str], rows: Mapping[str, ManifestRow], among: Set[str], rate: float
+        cls, out: str, shards: Collection[str], rows: Mapping[str, ManifestRow], against: Container[str], rate: float
     ) -> "Null | None":
-        """From the scored clips `among` (keys); None, with a warning, when they are too few to tell what chance is."""
-        keys, audio, image = sample_embeddings(out, shards, among)
+        """From the scored clips that are not in `against` (keys); None, with a warning, when they are too few to tell
+        what chance is."""
+        keys, audio, image = sample_embeddings(out, shards, against)
         if len(keys) < correspondence.MIN_CLIPS:
             log.warning("curate: correspondence is not judged: %d clips tell nothing of chance", len(keys))
             return None
@@ -106,7 +118,7 @@ class Null:
         """What to say against a clip with this similarity, if anything."""
         if av_similarity is None or av_similarity >= self.threshold:
             return None
-        share = float((self.null >= av_similarity).mean())
+        share = (len(self.null) - np.searchsorted(self.null, av_similarity)) / len(self.null)
         return (
             f"av_similarity {av_similarity:.3f} is below {self.threshold:.3f}: "
             f"{share:.0%} of shuffled pairs are as alike, false_accept_rate {self.false_accept_rate:g}"

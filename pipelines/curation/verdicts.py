@@ -4,22 +4,29 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from aai import storage
 from aai.digest import stored_digest
-from aai.media.duplicates import EXCLUDED, EXCLUDED_SPLIT, HashedClip, find_duplicates, split_rank
-from aai.media.filters import FilterConfig, broken_rules
+from aai.media.duplicates import EXCLUDED, split_rank
+from aai.media.filters import FilterConfig, broken_rules, may_break
 from aai.media.measure import MeasuredRow
 from aai.schema import CLIP_TABLE, REJECT_TABLE, SIMILARITIES
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.curate_config import CurateConfig
+from pipelines.curation.decoders import DecoderCounts
+from pipelines.curation.doubles import find_doubles
 from pipelines.curation.layout import ACCEPTED, MEASURED, REJECTED, shard_file
-from pipelines.curation.measuring import MEASURED_TABLE, SMALL
+from pipelines.curation.measured import MeasuredTables
 from pipelines.curation.near import spread_near_pairs
 from pipelines.curation.own_signals import SignalConfig, signal_reasons
-from pipelines.curation.similarity import Null, read_scores
+from pipelines.curation.similarity import Null, scored_files
+from pipelines.curation.table_slices import TableSlices
+from pipelines.engine.columns import read_columns
 from pipelines.engine.shards import Result, Shard
 from pipelines.manifests.extras import NUMBER
 from pipelines.manifests.row import ManifestRow
@@ -30,11 +37,12 @@ DIGEST = b"aai.judged"
 """Where the tables carry the digest of what they were made of."""
 EXCLUDE = "exclude"
 """Stage of the reasons against clips that must not be kept, not even flagged or as a thumbnail."""
-HASHED = ("clip_id", "video_hash", "audio_hash", "duration_s", "picture_print", "sound_print")
-"""What duplicates are told by."""
 Reason = tuple[str, str, str]
 """stage, code, message."""
-Measured = Mapping[str, pa.Table]
+WHY = ("stage", "code", "message", "transient")
+"""What the RejectTable says of a clip."""
+_SIMILAR = [field.name for field in SIMILARITIES]
+Measured = TableSlices
 """By shard: the small columns of its wanted clips and their scores, one row a clip."""
 
 
@@ -48,59 +56,69 @@ class Verdicts:
         """Notes one more reason."""
         self.reasons.setdefault(key, []).append((stage, code, message))
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self.reasons
 
 
 def read_measured(
-    out: str, shards: Mapping[str, Sequence[str]], scored: bool, names: Sequence[str] = ()
-) -> dict[str, pa.Table]:
+    measured: MeasuredTables, shards: Mapping[str, ClipKeys], scored: bool, names: Sequence[str] = ()
+) -> tuple[TableSlices, DecoderCounts]:
     """The small columns of the shards' wanted clips (shard -> keys), with their scores: null where there are none.
 
-    names: signals that models told beside SIMILARITIES.
+    names: signals that models told beside SIMILARITIES. Besides, who decoded the clips.
     """
-    found = {}
-    for name, keys in shards.items():
-        table = storage.read_table(shard_file(out, MEASURED, name), SMALL, MEASURED_TABLE)
-        table = table.filter(pc.is_in(table["key"], pa.array(keys, pa.string())))
-        scores = read_scores(out, name, names) if scored else None
-        # An undecodable clip has no scores: it is not found there, and its place is null.
-        places = pc.index_in(table["key"], scores["key"].combine_chunks()) if scores is not None else None
-        for score in (*SIMILARITIES, *(pa.field(name, pa.float64()) for name in names)):
-            values = pa.nulls(len(table), score.type) if scores is None else scores[score.name].take(places)
-            table = table.append_column(score, values)
-        found[name] = table
-    return found
+    similar = read_columns(scored_files(measured.out, shards), ["key", *_SIMILAR, *names]) if scored else repeat(None)
+    found, decoders = TableSlices(), DecoderCounts()
+    for (name, table), scores in zip(measured.wanted(shards), similar, strict=False):
+        decoders.add(table)
+        found.add(name, _with_scores(table.drop_columns("decoder"), scores, names))
+    return found, decoders
+
+
+def _with_scores(table: pa.Table, scores: pa.Table | None, names: Sequence[str]) -> pa.Table:
+    # An undecodable clip has no scores: it is not found there, and its place is null.
+    places = pc.index_in(table["key"], scores["key"].combine_chunks()) if scores is not None else None
+    for score in (*SIMILARITIES, *(pa.field(name, pa.float64()) for name in names)):
+        values = pa.nulls(len(table), score.type) if scores is None else scores[score.name].take(places)
+        table = table.append_column(score, values)
+    return table
 
 
 # ---------------------------------------------------------------- what speaks against clips
 
 
 def judge(
-    measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
+    measured: Measured, prints: Mapping[str, pa.Table], rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
 ) -> tuple[Verdicts, Null | None]:
     """Reasons against the clips; and what the similarity of sound and pictures is by chance, where it was measured.
 
-    rows: by key. Only clips that pass all else are looked at for duplicates. out: where workers may share what that
-    needs.
+    prints: by shard, see `find_doubles`; rows: by key. Only clips that pass all else are looked at for duplicates.
+    out: where workers may share what that needs.
     """
     verdicts, null = Verdicts(), None
-    _exclude(verdicts, measured, rows, config, out)
+    _exclude(verdicts, measured, prints, rows, config, out)
     _judge_signals(verdicts, measured, config.filters)
     _judge_own_signals(verdicts, measured, config.signals)
     if config.scores.bundle:
-        good = set(_undisputed(measured, verdicts))
-        null = Null.measure(out, list(measured), rows, good, config.scores.false_accept_rate)
+        null = Null.measure(out, measured, rows, verdicts, config.scores.false_accept_rate)
     if null:
         _judge_correspondence(verdicts, measured, null)
     if config.split_by == "source":
         _judge_sources(verdicts, measured, rows, config)
-    _judge_duplicates(verdicts, measured, rows, config, out)
+    search = partial(spread_near_pairs, out=out, cluster=config.cluster)
+    doubles = find_doubles(measured, prints, rows, verdicts, (), config.duplicates, search)
+    for key, (code, message) in doubles.items():
+        verdicts.add(key, "duplicate", code, message)
     return verdicts, null
 
 
 def _exclude(
-    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
+    verdicts: Verdicts,
+    measured: Measured,
+    prints: Mapping[str, pa.Table],
+    rows: Mapping[str, ManifestRow],
+    config: CurateConfig,
+    out: str,
 ) -> None:
     """Speaks against the clips that are named by id, content or URI, and against all that look and sound like them."""
     listed = config.excluded()
@@ -108,45 +126,32 @@ def _exclude(
         return
     named: set[str] = set()
     matched: set[str] = set()
-    for table in measured.values():
-        columns = [table[name].to_pylist() for name in ("key", "clip_id", "content_hash")]
-        for key, clip_id, content_hash in zip(*columns, strict=True):
-            if hits := listed.intersection((clip_id, content_hash, rows[key].uri)):
-                matched |= hits
-                named.add(key)
-                verdicts.add(key, EXCLUDE, EXCLUDED, "is named in the list of clips to leave out")
+    for key, clip_id, content_hash in _contents(out, measured):
+        if key in rows and (hits := listed.intersection((clip_id, content_hash, rows[key].uri))):
+            matched |= hits
+            named.add(key)
+            verdicts.add(key, EXCLUDE, EXCLUDED, "is named in the list of clips to leave out")
     log.info("curate: %d clips are left out by %s, of whose %d entries %d name none here",
              len(named), config.exclude, len(listed), len(listed) - len(matched))  # fmt: skip
-    decoded = [key for table in measured.values() for key in table["key"].filter(table["code"].is_null()).to_pylist()]
-    keys, clips = _hashed(measured, rows, set(decoded), named)
     alike = config.duplicates.model_copy(update={"enabled": True})
     search = partial(spread_near_pairs, out=out, cluster=config.cluster)
-    for index, (code, message) in find_duplicates(clips, alike, search).items():
-        if code == EXCLUDED and keys[index] not in named:
-            verdicts.add(keys[index], EXCLUDE, code, message)
+    for key, (code, message) in find_doubles(measured, prints, rows, (), named, alike, search).items():
+        if code == EXCLUDED and key not in named:
+            verdicts.add(key, EXCLUDE, code, message)
 
 
-def _hashed(
-    measured: Measured, rows: Mapping[str, ManifestRow], wanted: set[str], excluded: Collection[str] = ()
-) -> tuple[list[str], list[HashedClip]]:
-    """The wanted clips, by key, as duplicates are looked for; excluded ones are of a split that wins."""
-    keys, clips = [], []
-    for table in measured.values():
-        columns = table.select(("key", *HASHED)).to_pydict()
-        for key, *values in zip(*columns.values(), strict=True):
-            if key in wanted:
-                keys.append(key)
-                uri, split = rows[key].uri, EXCLUDED_SPLIT if key in excluded else rows[key].split
-                clips.append(HashedClip(uri=uri, split=split, **dict(zip(HASHED, values, strict=True))))
-    if unprinted := sum(clip.sound_print is None for clip in clips):
-        log.warning("curate: %d of %d clips were measured by a version that made no prints: edited copies of them are"
-                    " not looked for; curate into another out to measure them anew", unprinted, len(clips))  # fmt: skip
-    return keys, clips
+def _contents(out: str, shards: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """key, clip_id and content_hash of all clips of these shards."""
+    sizes = storage.file_sizes(storage.join(out, MEASURED), ".parquet")
+    files = {file: sizes[file] for file in (shard_file(out, MEASURED, name) for name in shards)}
+    for table in read_columns(files, ["key", "clip_id", "content_hash"]):
+        yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
 def _judge_signals(verdicts: Verdicts, measured: Measured, filters: FilterConfig) -> None:
     for table in measured.values():
-        for row in table.filter(table["code"].is_null()).to_pylist():
+        good = table.filter(table["code"].is_null())
+        for row in good.filter(may_break(good, filters)).to_pylist():
             for code, message in broken_rules(row, filters):
                 verdicts.add(row["key"], "filter", code, message)
 
@@ -169,25 +174,17 @@ def _judge_sources(
     verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig
 ) -> None:
     """Speaks against the clips whose video stands in a split that is held out before theirs."""
-    good = list(_undisputed(measured, verdicts))
-    first: dict[str, ManifestRow] = {}
-    for key in good:
-        row, source = rows[key], config.source_of(rows[key])
-        first[source] = min(first.get(source, row), row, key=lambda row: split_rank(row.split))
-    for key in good:
+    first: dict[str, tuple[int, str, str]] = {}
+    for key in _undisputed(measured, verdicts):
+        row = rows[key]
+        source, place = config.source_of(row), (split_rank(row.split), row.split, row.uri)
+        if source not in first or place[0] < first[source][0]:
+            first[source] = place
+    for key in list(_undisputed(measured, verdicts)):
         source = config.source_of(rows[key])
-        if (other := first[source]).split != rows[key].split:
-            where = f"its video, {source}, is in split {other.split}, too ({other.uri})"
-            verdicts.add(key, "source", "CROSS_SPLIT_SOURCE", where)
-
-
-def _judge_duplicates(
-    verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow], config: CurateConfig, out: str
-) -> None:
-    keys, clips = _hashed(measured, rows, set(_undisputed(measured, verdicts)))
-    search = partial(spread_near_pairs, out=out, cluster=config.cluster)
-    for index, (code, message) in find_duplicates(clips, config.duplicates, search).items():
-        verdicts.add(keys[index], "duplicate", code, message)
+        _, split, uri = first[source]
+        if split != rows[key].split:
+            verdicts.add(key, "source", "CROSS_SPLIT_SOURCE", f"its video, {source}, is in split {split}, too ({uri})")
 
 
 def _undisputed(measured: Measured, verdicts: Verdicts) -> Iterator[str]:
@@ -267,13 +264,20 @@ class JudgeWorker:
     def _judged(self, measured: MeasuredRow, clip: JudgedClip) -> MeasuredRow:
         """The row of either table: `code` tells which."""
         row = measured | clip.content() | clip.columns()
-        is_excluded = any(stage == EXCLUDE for stage, _, _ in clip.reasons)
-        if row["code"] is None and clip.reasons and (is_excluded or not self.flag_only):
-            stage, code, message = clip.reasons[0]
-            row |= {"stage": stage, "code": code, "message": message, "transient": False}
+        row |= final(measured, clip.reasons, self.flag_only)
         if row["code"]:
+            is_excluded = any(stage == EXCLUDE for stage, _, _ in clip.reasons)
             return row | {"thumbnail": None if is_excluded else (row["frames"] or [None])[0]}
-        return row | {"flags": [code for _, code, _ in clip.reasons]}
+        return row
+
+
+def final(measured: Mapping[str, Any], reasons: Sequence[Reason], flag_only: bool) -> MeasuredRow:
+    """What becomes of a clip: WHY of one that is rejected, else code=None and its flags."""
+    if measured["code"] is not None:
+        return {name: measured[name] for name in WHY}
+    if reasons and (not flag_only or any(stage == EXCLUDE for stage, _, _ in reasons)):
+        return dict(zip(WHY, (*reasons[0], False), strict=True))
+    return {"code": None, "flags": [code for _, code, _ in reasons]}
 
 
 def _widened(schema: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
@@ -284,18 +288,17 @@ def _widened(schema: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
 
 def judge_shards(
     measured: Measured,
-    shards: Mapping[str, Sequence[str]],
+    shards: Mapping[str, ClipKeys],
     rows: Mapping[str, ManifestRow],
     verdicts: Verdicts,
     flag_only: bool,
     further: Mapping[str, str] | None = None,
     signals: Sequence[str] = (),
-) -> list[JudgeShard]:
+) -> Iterator[JudgeShard]:
     """What each JudgeWorker needs: its clips with provenance, scores and reasons, under a digest of all that.
 
     further: the manifest's further columns, {name: number or text}; signals: columns of `measured` that go along.
     """
-    out = []
     columns = {**(further or {}), **dict.fromkeys(signals, NUMBER)}
     for name, keys in shards.items():
         told = measured[name].select(["key", "caption_similarity", "av_similarity", *signals]).to_pylist()
@@ -311,5 +314,4 @@ def judge_shards(
                 )
             )  # fmt: skip
         content = [[clip.content() for clip in clips], flag_only, *([columns] if columns else [])]
-        out.append(JudgeShard(name=name, rows=len(clips), clips=clips, digest=stored_digest(content), columns=columns))
-    return out
+        yield JudgeShard(name=name, rows=len(clips), clips=clips, digest=stored_digest(content), columns=columns)

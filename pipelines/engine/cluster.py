@@ -50,6 +50,11 @@ def _link_logs(log_dir: str | None, session: str) -> None:
         log.debug("no link to Ray's logs: %s", error)
 
 
+def is_connected() -> bool:
+    """Whether this process has started or joined Ray; asking does not even import it."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
 def connect(cluster: ClusterConfig, log_dir: str | None = None, metrics_port: int = 0) -> None:
     """Starts Ray here or joins the cluster at `cluster.address`; does nothing when already connected.
 

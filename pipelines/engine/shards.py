@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from aai import fencing
 from aai.errors import UserError
-from pipelines.engine.cluster import connect, native_stderr_held
+from pipelines.engine.cluster import connect, is_connected, native_stderr_held
+from pipelines.engine.waiting import WaitingTexts, text_at
 from pipelines.settings import ClusterConfig
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class _Actor:
 
     def work(self, text: str) -> str:
         """A shard's answer: `result` and `call` (see Stage), or `user_error`, or `error` with the shard's name."""
-        values = json.loads(text)
+        values = json.loads(text_at(text))
         try:
             self.worker = self.worker or self.make()
             started_s = time.monotonic()
@@ -193,7 +194,7 @@ def _quiet_ray_data() -> None:
 
 def run_shards(
     name: str,
-    shards: Sequence[S],
+    shards: Iterable[S],
     worker_cls: Callable[..., Worker[S, R]],
     worker_args: Mapping[str, Any],
     cluster: ClusterConfig,
@@ -202,33 +203,60 @@ def run_shards(
     stateful: bool = True,
     unit: str = "clip",
     on_result: Callable[[R], None] = lambda result: None,
+    waiting: str | None = None,
+    alone_up_to: int = 0,
 ) -> list[R]:
     """Runs every shard that is not `done`, and returns the results of those that ran, in any order.
 
     name and unit: of the progress line; worker_cls and its keyword arguments must be importable on every node.
     stateful: keep one worker per process; False makes a worker for each shard and saves the start of the processes.
     on_result: sees every result as it comes, and may raise to stop the job. A worker's UserError is raised as it is,
-    any other error of a worker as a RuntimeError with its last line.
+    any other error of a worker as a RuntimeError with its last line. waiting: folder or s3:// prefix in which the
+    records of many or large shards wait for their workers, where the driver should not hold them all.
+    alone_up_to: a job of no more units than these is done in this process, unless Ray is started anyway.
     """
-    todo = [shard for shard in shards if not done(shard)]
-    if len(todo) < len(shards):
-        log.info("%s: %d of %d shards are there already", name, len(shards) - len(todo), len(shards))
-    if not todo:
+    texts, total, there = WaitingTexts(waiting), 0, 0
+    for shard in shards:
+        if done(shard):
+            there += 1
+        else:
+            texts.add(json.dumps(_pack(shard)))
+            total += shard.rows
+    if there:
+        log.info("%s: %d of %d shards are there already", name, there, there + len(texts))
+    if not len(texts):
         return []
+    try:
+        actor = {"worker_cls": worker_cls, "worker_args": dict(worker_args), "guards": fencing.guards()}
+        job = _Job(texts.places(), actor, cluster, stateful)
+        return _run(name, job, total, log_dir, unit, on_result, alone=total <= alone_up_to)
+    finally:
+        texts.remove()
+
+
+def _run(
+    name: str,
+    job: "_Job",
+    total: int,
+    log_dir: str | None,
+    unit: str,
+    on_result: Callable[[R], None],
+    alone: bool,
+) -> list[R]:
+    """The results of a job's shards; total: their units of work."""
     stages, bare = _RECORD.get() or ([], False)
     stages.append(stage := Stage(name, time.monotonic()))
-    if not bare:
-        connect(cluster, log_dir)
-    texts = [json.dumps(_pack(shard)) for shard in todo]
-    actor = {"worker_cls": worker_cls, "worker_args": dict(worker_args), "guards": fencing.guards()}
-    job = _Job(texts, actor, cluster, stateful)
-    _, result_type = _records(worker_cls)
     stream = _pool_answers if bare else _ray_answers
+    if alone and job.cluster.address is None and not is_connected():
+        stream = _own_answers
+    elif not bare:
+        connect(job.cluster, log_dir)
+    _, result_type = _records(job.actor["worker_cls"])
     results: list[R] = []
     rejected = 0
     with (
         native_stderr_held() as terminal,
-        tqdm(total=sum(s.rows for s in todo), desc=name, unit=unit, mininterval=1.0, file=terminal) as bar,
+        tqdm(total=total, desc=name, unit=unit, mininterval=1.0, file=terminal) as bar,
     ):
         for text in stream(job):
             answer = json.loads(text)
@@ -240,15 +268,15 @@ def run_shards(
                 bar.set_postfix(rejected=rejected, refresh=False)
             bar.update(result.rows)
             on_result(result)
-    if len(results) != len(todo):
-        raise RuntimeError(f"{name}: {len(results)} results for {len(todo)} shards")
+    if len(results) != len(job.shards):
+        raise RuntimeError(f"{name}: {len(results)} results for {len(job.shards)} shards")
     stage.returned_s = time.monotonic()
     return results
 
 
 @dataclass(frozen=True)
 class _Job:
-    """The shards that are to be done, as JSON text, and who does them."""
+    """The shards that are to be done, as JSON text or where that waits, and who does them."""
 
     shards: list[str]
     actor: dict[str, Any]
@@ -272,6 +300,13 @@ def _start_pooled(arguments: Mapping[str, Any]) -> None:
 
 def _work_pooled(text: str) -> str:
     return _pooled.work(text)
+
+
+def _own_answers(job: _Job) -> Iterator[str]:
+    """The answers of a worker in this very process, where the driver's guards are in force already."""
+    actor = _Actor(**{**job.actor, "guards": ()})
+    for text in job.shards:
+        yield actor.work(text)
 
 
 def _pool_answers(job: _Job) -> Iterator[str]:

@@ -23,20 +23,22 @@ Extra = Mapping[str, str | float]
 """A row's further columns by name, without the empty ones."""
 
 
-def carried(manifest: str, given: Sequence[Mapping[str, object]], wanted: Sequence[str] | None) -> list[Extra]:
-    """The further columns of each row: all values of a column are numbers, or all are text.
+def kinds_of(manifest: str, rows: Iterable[Mapping[str, object]], wanted: Sequence[str] | None) -> dict[str, str]:
+    """{column: NUMBER or TEXT} of the further columns that travel: all values of one are numbers, or all are text.
 
-    given: by row, as they were read. wanted: the columns that are meant; None = all that hold numbers or text.
-    Raises UserError for a column that is not there, for too many, and for a text that is too long.
+    rows: as they were read. wanted: the columns that are meant; None = all that hold numbers or text.
+    Raises UserError for a column that is not there, and for too many.
     """
-    names = dict.fromkeys(name for row in given for name in row)  # in the order of the manifest
-    if wanted is not None and (absent := [name for name in wanted if name not in names]):
-        found = ", ".join(names) or "none"
-        rule = f"is no further column of {manifest} (found: {found})"
+    found: dict[str, str | None] = {}  # in the order of the manifest
+    for row in rows:
+        for name, value in row.items():
+            found[name] = _kind(found.get(name, NUMBER), value)
+    if wanted is not None and (absent := [name for name in wanted if name not in found]):
+        rule = f"is no further column of {manifest} (found: {', '.join(found) or 'none'})"
         raise UserError("manifest_columns", absent[0], rule, "name one of these")
     kinds: dict[str, str] = {}
-    for name in names if wanted is None else wanted:
-        if kind := _kind(row.get(name) for row in given):
+    for name in found if wanted is None else wanted:
+        if kind := found[name]:
             kinds[name] = kind
         elif wanted is not None:
             raise UserError("manifest_columns", name, f"holds neither numbers nor text in {manifest}", "leave it out")
@@ -47,7 +49,21 @@ def carried(manifest: str, given: Sequence[Mapping[str, object]], wanted: Sequen
         raise UserError("manifest", manifest, rule, "name those that are meant in manifest_columns")
     if kinds:
         log.info("manifest: with each clip travels its %s", ", ".join(kinds))
-    return [_of_row(manifest, number, row, kinds) for number, row in enumerate(given, start=1)]
+    return kinds
+
+
+def carried(manifest: str, number: int, row: Mapping[str, object], kinds: Mapping[str, str]) -> Extra:
+    """What travels with the row of this number. Raises UserError for a text that is too long."""
+    out: dict[str, str | float] = {}
+    for name, kind in kinds.items():
+        value = row.get(name)
+        if _is_empty(value):
+            continue
+        if len(text := str(value)) > MAX_CHARS:
+            rule = f"row {number}: {name} has {len(text)} characters, more than {MAX_CHARS}"
+            raise UserError("manifest", manifest, rule, "shorten it, or leave the column out of manifest_columns")
+        out[f"manifest_{name}" if name in RESERVED else name] = float(text) if kind == NUMBER else text
+    return out
 
 
 def columns(rows: Iterable[Extra]) -> dict[str, str]:
@@ -59,17 +75,13 @@ def columns(rows: Iterable[Extra]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _kind(values: Iterable[object]) -> str | None:
-    """NUMBER, TEXT, or None for a column of other things (lists, bytes)."""
-    kind = NUMBER
-    for value in values:
-        if _is_empty(value):
-            continue
-        if not isinstance(value, str | int | float | date):
-            return None
-        if kind == NUMBER and not _is_number(value):
-            kind = TEXT
-    return kind
+def _kind(kind: str | None, value: object) -> str | None:
+    """What a column of this kind is with one value more: NUMBER, TEXT, or None for other things (lists, bytes)."""
+    if kind is None or _is_empty(value):
+        return kind
+    if not isinstance(value, str | int | float | date):
+        return None
+    return kind if kind == NUMBER and _is_number(value) else TEXT
 
 
 def _is_number(value: object) -> bool:
@@ -83,16 +95,3 @@ def _is_number(value: object) -> bool:
 def _is_empty(value: object) -> bool:
     """pandas writes NaN for an empty cell."""
     return value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))
-
-
-def _of_row(manifest: str, number: int, row: Mapping[str, object], kinds: Mapping[str, str]) -> Extra:
-    out: dict[str, str | float] = {}
-    for name, kind in kinds.items():
-        value = row.get(name)
-        if _is_empty(value):
-            continue
-        if len(text := str(value)) > MAX_CHARS:
-            rule = f"row {number}: {name} has {len(text)} characters, more than {MAX_CHARS}"
-            raise UserError("manifest", manifest, rule, "shorten it, or leave the column out of manifest_columns")
-        out[f"manifest_{name}" if name in RESERVED else name] = float(text) if kind == NUMBER else text
-    return out

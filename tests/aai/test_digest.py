@@ -1,6 +1,6 @@
 """Digests name what tables were made of: two that agree by chance, or differ by it, cost a recomputation or a lie."""
 
-from aai.digest import digest, stored_digest
+from aai.digest import digest, stored_digest, stored_digest_of_lists
 
 
 def test_equal_values_have_equal_digests_whatever_the_order_of_their_keys() -> None:
@@ -17,3 +17,11 @@ def test_digests_are_those_of_every_machine_and_version() -> None:
     assert digest({"a": [1, "ö"]}) == "28d7f3579955e3f6"
     assert stored_digest({"b": 1, "a": 2}) == "6f21dfd78e16c056"
     assert stored_digest({"b": 1, "a": 2}, sort_keys=True) == "21501dbaf73f5223"
+
+
+def test_long_lists_need_not_be_there_at_once() -> None:
+    keys, rows = ["k1", "k2 ö"], [{"b": 1.5, "a": None}, {"b": [True], "a": "x"}]
+    for lists in ([keys, rows], [[], rows], [keys], []):
+        for further in ([], ["sources", {"b": 1, "a": 2}]):
+            one_by_one = ((item for item in items) for items in lists)
+            assert stored_digest_of_lists(one_by_one, further) == stored_digest([*lists, *further], sort_keys=True)

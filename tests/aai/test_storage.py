@@ -104,17 +104,13 @@ def test_names_that_only_look_like_members(tmp_path: Path, monkeypatch: pytest.M
     assert storage.absolute("file://x/../a.tar#1,2,../b") == f"{tmp_path}/a.tar#1,2,../b"
 
 
-def test_stamps_tell_changed_files(base: str) -> None:
-    one, two, tar = (storage.join(base, name) for name in ("a/one.mp4", "b/two.mp4", "b/t.tar"))
-    for uri in (one, two, tar):
-        storage.write_bytes(uri, b"1")
-    inside = storage.Member(tar, 0, 1, "x/y.mp4").uri
-    before = storage.stamps([one, two, tar, inside, storage.join(base, "c/none.mp4")])
-    assert before[inside] == before[tar] != "missing"
-    assert before[storage.join(base, "c/none.mp4")] == "missing"
-    storage.write_bytes(tar, b"12")
-    after = storage.stamps([one, two, tar, inside])
-    assert {uri for uri in after if after[uri] != before[uri]} == {tar, inside}
+def test_sizes_come_with_the_listing(base: str) -> None:
+    for name, data in (("f/b.x", b"12"), ("f/sub/a.x", b"1"), ("f/c.y", b"123")):
+        storage.write_bytes(storage.join(base, name), data)
+    folder = storage.join(base, "f")
+    assert list(storage.file_sizes(folder, ".x").items()) == [(f"{folder}/b.x", 2), (f"{folder}/sub/a.x", 1)]
+    assert list(storage.file_sizes(folder)) == storage.list_files(folder)
+    assert storage.file_sizes(storage.join(base, "absent")) == {}
 
 
 def test_tables_come_back_in_file_order(base: str) -> None:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ def tone(tmp_path: Path) -> str:
 
 def run_shards_here(
     name: str,
-    shards: Sequence[Any],
+    shards: Iterable[Any],
     worker_cls: Callable[..., Any],
     worker_args: Mapping[str, Any],
     cluster: Any,
@@ -83,6 +83,8 @@ def run_shards_here(
     stateful: bool = True,
     unit: str = "clip",
     on_result: Callable[[Any], None] = lambda result: None,
+    waiting: str | None = None,
+    alone_up_to: int = 0,
 ) -> list[Any]:
     """`run_shards` in this process, one shard after the other; records travel as JSON text as they do there."""
     worker, results = worker_cls(**worker_args), []

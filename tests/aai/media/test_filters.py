@@ -1,6 +1,8 @@
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from aai.media.filters import RULES, FilterConfig, broken_rules
+from aai.media.filters import RULES, FilterConfig, broken_rules, may_break
 
 GOOD = {
     "duration_s": 2.0, "width": 128, "height": 128, "fps": 8.0, "av_gap_s": 0.02, "rms_db": -25.0,
@@ -48,6 +50,22 @@ def test_every_broken_rule_is_told_in_order() -> None:
     assert [code for code, _ in found] == ["SILENT", "MOSTLY_SILENT", "FROZEN_VIDEO"]
     order = [rule[0] for rule in RULES]
     assert [order.index(code) for code, _ in found] == sorted(order.index(code) for code, _ in found)
+
+
+def test_all_rows_at_once_tell_the_same_as_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(500):
+        row: dict[str, float | None] = {**GOOD, "caption_similarity": None}
+        for name in rng.choice(list(row), 2):
+            row[name] = rng.choice([None, 0.0, 1e9, float("nan"), -1e9])
+        rows.append({name: None if value is None else float(value) for name, value in row.items()})
+    signals = pa.Table.from_pylist(rows, pa.schema(dict.fromkeys(rows[0], pa.float64())))
+    for cfg in (FilterConfig(), FilterConfig(min_caption_similarity=0.2, still_motion=0.7)):
+        expected = [bool(broken_rules(row, cfg)) for row in rows]
+        assert may_break(signals, cfg).to_pylist() == expected
+        assert 50 < sum(expected) < 450
+    assert may_break(signals.slice(0, 0), FilterConfig()).to_pylist() == []
 
 
 def test_a_rule_without_threshold_or_signal_is_off() -> None:

@@ -2,24 +2,29 @@
 
 import pyarrow as pa
 
-from pipelines.curation.card_data import NUMBERS, Rows, _Gathered
+from pipelines.curation.card_data import NUMBERS, Gathered, Rows
 from pipelines.curation.card_figures import Rule, borderline, correspondence, labels, moves, rules
 
 
 def test_splits_without_end_are_summed_up() -> None:
-    rows = _Gathered()
+    rows = Gathered()
     names = [f"s{i}" for i in range(20)] + ["train"] * 30
     columns = {name: pa.array([1.0] * 50) for name in NUMBERS}
     columns |= {"labels": pa.array([["a", "b"]] * 50), "split": pa.array(names), "flags": pa.array([["F"]] * 50)}
+    columns["clip_id"] = pa.array(["c"] * 50)
     rows.add(pa.table(columns))
-    found = labels(rows.rows(["x"]))
+    found = labels(rows.rows({"x": 1}))
     assert len(found["splits"]) == 9
     assert sum(part["accepted"] for part in found["splits"].values()) == 50
     assert found["rows"][0]["splits"]["train"] == 30
     assert sum(found["rows"][1]["splits"].values()) == 50
 
 
-SMALL = {name: pa.float64() for name in NUMBERS} | {"labels": pa.list_(pa.string()), "split": pa.string()}
+SMALL = {name: pa.float64() for name in NUMBERS} | {
+    "clip_id": pa.string(),
+    "labels": pa.list_(pa.string()),
+    "split": pa.string(),
+}
 TAKEN = pa.schema(SMALL | {"flags": pa.list_(pa.string())})
 TEXTS = dict.fromkeys(("stage", "code", "message"), pa.string())
 DROPPED = pa.schema(SMALL | TEXTS | {"transient": pa.bool_()})
@@ -27,12 +32,12 @@ DROPPED = pa.schema(SMALL | TEXTS | {"transient": pa.bool_()})
 
 def rows_of(rms_db: list[float], num_dropped: int) -> Rows:
     """Accepted clips of these levels, all else alike; and silent ones at -70 dB."""
-    same = dict.fromkeys(NUMBERS, 1.0) | {"labels": ["a"], "split": "t", "flags": []}
+    same = dict.fromkeys(NUMBERS, 1.0) | {"clip_id": "c", "labels": ["a"], "split": "t", "flags": []}
     same |= {"stage": "filter", "code": "SILENT", "message": "low", "transient": False}
-    rows = _Gathered()
+    rows = Gathered()
     rows.add(pa.Table.from_pylist([same | {"rms_db": level} for level in rms_db], TAKEN))
     rows.add(pa.Table.from_pylist([same | {"rms_db": -70.0}] * num_dropped, DROPPED))
-    return rows.rows(["x", "y"])
+    return rows.rows({"x": 1, "y": 1})
 
 
 QUIET = Rule("SILENT", "rms_db", "silent_rms_db", "dBFS", +1, -60.0)

@@ -25,7 +25,7 @@ RESULT: dict[str, Any] = {"written_by": "1.0 (commit abc)"}
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("croissant")
     write_tables(folder)
-    card.write_card(str(folder), FilterConfig().model_dump(), RESULT, ABOUT)
+    card.write_card(str(folder), FilterConfig().model_dump(), RESULT, about=ABOUT)
     return folder
 
 

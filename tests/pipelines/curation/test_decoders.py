@@ -8,10 +8,11 @@ import pytest
 
 from aai import storage
 from aai.media.measure import DECODER
-from pipelines.curation.decoders import current_decoders, older_rows, read_by
+from pipelines.curation.clip_keys import ClipKeys
+from pipelines.curation.decoders import DecoderCounts, current_decoders, older_rows
 from pipelines.curation.layout import MEASURED, shard_file
 from pipelines.curation.ledger import Entry, Ledger
-from pipelines.curation.measuring import MEASURED_TABLE
+from pipelines.curation.measured import MEASURED_TABLE, MeasuredTables
 
 OLD = [
     ("a", None, None), ("b", "decode", "NO_AUDIO"), ("c", "decode", "UNREADABLE"), ("d", "read", "IO_ERROR"),
@@ -32,23 +33,26 @@ def out(tmp_path: Path) -> str:
 
 
 def test_rows_are_counted_by_who_decoded_them(out: str) -> None:
-    assert read_by(out, {"shard-00000": ["a", "b", "c", "d"], "shard-00001": ["e", "f"]}) == {
+    counts = DecoderCounts()
+    for _, table in MeasuredTables(out).wanted({"shard-00000": ClipKeys("abcd"), "shard-00001": ClipKeys("ef")}):
+        counts.add(table)
+    assert counts.read_by() == {
         "1": {"rows": 3, "undecodable": {"NO_AUDIO": 1, "UNREADABLE": 1}},
         DECODER: {"rows": 2, "undecodable": {"NO_VIDEO": 1}},
     }
 
 
 def test_a_run_over_older_rows_says_what_may_be_done(out: str, caplog: pytest.LogCaptureFixture) -> None:
-    keys = list("abcdef")
+    keys = ClipKeys("abcdef")
     with caplog.at_level(logging.WARNING):
-        assert current_decoders(out, None, keys) == ["1", DECODER]
+        current_decoders(out, {}, keys)
     assert caplog.messages == [
         f"curate: of 5 decoded rows 3 by 1 and not by {DECODER}; they stay; --retry NO_AUDIO,UNREADABLE tries the 2 "
         "again that could not be decoded; another out decodes all anew"
     ]
     caplog.clear()
-    assert current_decoders(out, {"decoders": [DECODER]}, keys) == [DECODER]  # known: the tables are not read
-    assert current_decoders(out, None, ["e", "f"]) == [DECODER]
+    current_decoders("/nowhere", {"decoders": [DECODER]}, keys)  # known: the tables are not read
+    current_decoders(out, {}, ClipKeys("ef"))
     assert not caplog.messages
 
 

@@ -13,8 +13,9 @@ from aai.media.measure import measure_bytes
 from aai.media.ranged import hash_of
 from pipelines.curation import measuring
 from pipelines.curation.curate_config import CurateConfig
+from pipelines.curation.known_clips import write_known
 from pipelines.curation.layout import KNOWN, MEASURED, shard_file
-from pipelines.curation.ledger import Entry, Ledger
+from pipelines.curation.ledger import Entry
 from pipelines.curation.measuring import MeasureResult, MeasureShard, MeasureWorker
 from pipelines.engine import ranges
 from tests.clips import make_clip, make_moving
@@ -55,11 +56,9 @@ def test_the_same_content_and_window_is_taken_from_earlier_shards(
     measured: tuple[Path, list[Entry], MeasureResult], tmp_path: Path
 ) -> None:
     out, clips, _ = measured
-    ledger = Ledger(str(out))
-    ledger.add(clips, rows_per_shard=10)
-    measuring._write_known(str(out), ledger, {"shard-00000"})
+    write_known(str(out), {"shard-00000"})
     known = storage.read_table(f"{out}/{KNOWN}")
-    assert known["row"].to_pylist() == [0, 3, 4]  # what could not be decoded is tried again
+    assert sorted(known["row"].to_pylist()) == [0, 3, 4]  # what could not be decoded is tried again
     copy = f"{tmp_path}/copy.mp4"
     storage.write_bytes(copy, storage.read_bytes(clips[0].uri))
     again = [Entry("a", copy, 0.5, 1.5), Entry("b", copy, 0.0, 1.5), Entry("c", copy, None, None)]

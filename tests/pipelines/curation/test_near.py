@@ -2,9 +2,12 @@
 
 import resource
 import time
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from aai import storage
@@ -43,6 +46,38 @@ def prints(clips: int, copies: int, cut: int = 0, words: int = 20, seed: int = 0
     )
 
 
+def source(data: Prints, at_once: int = 300) -> near.PrintSource:
+    """The prints as measured columns, in tables whose clips are not in order; the first clip has none of today's."""
+    order = np.random.default_rng(0).permutation(len(data.video))
+
+    def tables() -> Iterator[pa.Table]:
+        for start in range(0, len(order), at_once):
+            here = order[start : start + at_once]
+            sounds = [data.words[data.starts[i] : data.starts[i + 1]].tobytes() for i in here]
+            columns = [[row.tobytes() for row in values[here]] for values in (data.video, data.audio, data.pictures)]
+            hashed = pa.table([pa.array(column, pa.binary()) for column in (*columns, sounds)], list(near.HASHED))
+            duration_s = pa.chunked_array([data.duration_s[here]])
+            # What a worker wrote, and a reader filtered, begins anywhere in its buffers.
+            padded = pa.concat_tables([hashed.slice(0, 1), hashed]).combine_chunks().slice(1)
+            yield near.print_table(here, padded, duration_s, data.group[here])
+
+    return near.PrintSource(len(order), tables)
+
+
+def test_prints_come_back_by_number_out_of_measured_columns() -> None:
+    data = prints(700, 10)
+    for at_once in (1, 300, 700):
+        found = near.prints_of(source(data, at_once).tables())
+        for field in fields(Prints):
+            assert np.array_equal(getattr(found, field.name), getattr(data, field.name)), field.name
+    nothing = pa.table({name: pa.array([bytes(32), None], pa.binary()) for name in near.HASHED})
+    nothing = nothing.set_column(2, "picture_print", pa.nulls(2, pa.binary()))
+    nothing = nothing.set_column(3, "sound_print", pa.nulls(2, pa.binary()))
+    found = near.prints_of([near.print_table(np.arange(2), nothing, pa.chunked_array([[1.0, 2.0]]), np.arange(2))])
+    assert (found.starts.tolist(), found.pictures.any()) == ([0, 0, 0], False)
+    assert len(near.prints_of([]).video) == 0
+
+
 def test_shares_of_the_work_add_up() -> None:
     data = prints(3000, 200)
     expected = near_pairs(data, CFG)
@@ -65,9 +100,10 @@ def test_workers_find_what_one_process_finds(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(near, "SPREAD_FROM", 100)
     monkeypatch.setattr(near, "PAIRS_PER_TASK", 800)
     monkeypatch.setattr(near, "WORDS_PER_TASK", 3000)
+    monkeypatch.setattr(near, "PART_ROWS", 500)
     data = prints(1000, 60, cut=30)
     storage.write_bytes(storage.join(str(tmp_path), NEAR, "pairs", "old.parquet"), b"left over by a killed run")
-    found = near.spread_near_pairs(data, CFG, str(tmp_path), ClusterConfig(num_workers=2))
+    found = near.spread_near_pairs(source(data), CFG, str(tmp_path), ClusterConfig(num_workers=2))
     assert np.array_equal(found, near_pairs(data, CFG))
     assert len(found) == 60 + 30
     assert not storage.list_files(storage.join(str(tmp_path), NEAR))
@@ -81,7 +117,7 @@ def test_rays_workers_find_what_one_process_finds_among_many(tmp_path: Path) -> 
     expected = near_pairs(data, CFG)
     alone_s, began = time.monotonic() - began, time.monotonic()
     try:
-        found = near.spread_near_pairs(data, CFG, str(tmp_path), ClusterConfig(num_workers=2))
+        found = near.spread_near_pairs(source(data), CFG, str(tmp_path), ClusterConfig(num_workers=2))
     finally:
         shutdown()
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -14,6 +14,7 @@ from aai.errors import UserError
 from pipelines.__main__ import load_config
 from pipelines.curate import CurateConfig, run
 from pipelines.curation.own_signals import SignalConfig, check_signals, join_signals, signal_reasons
+from pipelines.curation.table_slices import TableSlices
 from pipelines.manifests.row import ManifestRow
 from tests.clips import make_clip
 
@@ -22,13 +23,13 @@ KEYS = ["a", "b", "c"]
 ROWS = {key: ManifestRow(uri=f"/data/{key}.mp4", split="train", extra={"given": i + 0.5}) for i, key in enumerate(KEYS)}
 
 
-def measured() -> dict[str, pa.Table]:
+def measured() -> TableSlices:
     """Two shards; the clip c could not be decoded."""
-    shards = {}
+    shards = TableSlices()
     for name, keys in (("0", KEYS[:2]), ("1", KEYS[2:])):
         ids, codes = [f"id-{k}" if k != "c" else None for k in keys], [None if k != "c" else "TORN" for k in keys]
         columns = {"key": keys, "clip_id": pa.array(ids, pa.string()), "code": pa.array(codes, pa.string())}
-        shards[name] = pa.table(columns)
+        shards.add(name, pa.table(columns))
     return shards
 
 

@@ -19,7 +19,7 @@ from aai.foundation.tagger import SoundTagger
 from pipelines.curate import CurateConfig
 from pipelines.curate import run as curate
 from pipelines.curation.curate_config import ScoreConfig
-from pipelines.curation.measuring import MEASURED_TABLE
+from pipelines.curation.measured import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker, check_sound
 from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
 from pipelines.engine.shards import Result

@@ -1,5 +1,6 @@
 """What speaks against measured clips, and the two tables that come of it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 from aai import storage
 from aai.errors import UserError
 from aai.schema import CLIP_TABLE, REJECT_TABLE
+from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.layout import MEASURED, shard_file
-from pipelines.curation.measuring import MEASURED_TABLE
+from pipelines.curation.measured import MEASURED_TABLE, MeasuredTables
+from pipelines.curation.spilled import SpilledTables
+from pipelines.curation.table_slices import TableSlices
 from pipelines.curation.verdicts import DIGEST, JudgeWorker, Verdicts, judge, judge_shards, read_measured
 from pipelines.manifests.row import ManifestRow
 
@@ -42,11 +46,17 @@ def out(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+def told(out: str, keys: Iterable[str]) -> tuple[TableSlices, SpilledTables]:
+    """What the driver reads of these clips of the shard."""
+    tables = MeasuredTables(out, compares=True)
+    return read_measured(tables, {"shard-00000": ClipKeys(keys)}, scored=False)[0], tables.prints
+
+
 def judged(out: str, flag_only: bool, config: CurateConfig = CONFIG) -> tuple[list[Any], list[Any]]:
     """The rows of accepted/ and rejected/."""
-    shards = {"shard-00000": KEYS}
-    measured = read_measured(out, shards, scored=False)
-    found, null = judge(measured, ROWS, config, out)
+    shards = {"shard-00000": ClipKeys(KEYS)}
+    measured, prints = told(out, KEYS)
+    found, null = judge(measured, prints, ROWS, config, out)
     assert null is None
     for shard in judge_shards(measured, shards, ROWS, found, flag_only):
         result = JudgeWorker(out, flag_only)(shard)
@@ -61,7 +71,7 @@ def judged(out: str, flag_only: bool, config: CurateConfig = CONFIG) -> tuple[li
 
 
 def test_only_wanted_clips_are_read_and_have_no_scores_where_nobody_looked(out: str) -> None:
-    table = read_measured(out, {"shard-00000": ["torn", "good"]}, scored=False)["shard-00000"]
+    table = told(out, ["torn", "good"])[0]["shard-00000"]
     assert table["key"].to_pylist() == ["good", "torn"]
     assert table["av_similarity"].to_pylist() == [None, None]
     assert "audio" not in table.column_names
@@ -87,8 +97,11 @@ def test_a_clip_that_a_filter_refuses_takes_no_twin_with_it(out: str) -> None:
     """ "short" has the same hashes as "good": were it compared, one of the two would be a duplicate."""
     accepted, _ = judged(out, flag_only=False, config=CurateConfig(manifest="m.csv", out="out").fitted()[0])
     assert [row["uri"] for row in accepted] == ["/good.mp4"]
-    found, _ = judge(read_measured(out, {"shard-00000": ["good", "gone"]}, False), {**ROWS, "gone": ROWS["good"]},
-                     CurateConfig(manifest="m.csv", out="out").fitted()[0], out)  # fmt: skip
+    measured = told(out, ["good", "gone"])
+    config = CurateConfig(manifest="m.csv", out="out").fitted()[0]
+    found, _ = judge(*measured, {**ROWS, "gone": ROWS["good"]}, config, out)
+    again, _ = judge(*measured, {**ROWS, "gone": ROWS["good"]}, config, out)  # what it is given stays as it is
+    assert again.reasons == found.reasons
     assert [reason[1] for reasons in found.reasons.values() for reason in reasons] == ["NEAR_DUPLICATE"]
 
 
@@ -104,7 +117,7 @@ def test_an_excluded_clip_is_kept_in_no_form_and_no_twin_takes_its_place(
     good = next(row for row in rejected if row["uri"] == "/good.mp4")
     assert (good["stage"], good["code"], good["thumbnail"]) == ("exclude", "EXCLUDED", None)
     rows = {**ROWS, "gone": ROWS["good"].__class__(uri="/gone.mp4", split="test")}
-    found, _ = judge(read_measured(out, {"shard-00000": ["good", "gone"]}, False), rows, config, out)
+    found, _ = judge(*told(out, ["good", "gone"]), rows, config, out)
     assert {key: [reason[:2] for reason in reasons] for key, reasons in found.reasons.items()} == {
         "good": [("exclude", "EXCLUDED")],
         "gone": [("exclude", "EXCLUDED")],  # the same hashes, and of a split that else wins
@@ -124,14 +137,14 @@ def test_the_list_is_part_of_how_clips_are_judged(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_of_all_that_the_tables_hold(out: str) -> None:
-    shards = {"shard-00000": KEYS}
-    measured = read_measured(out, shards, scored=False)
+    shards = {"shard-00000": ClipKeys(KEYS)}
+    measured, _ = told(out, KEYS)
 
     def of(rows: dict[str, ManifestRow] = ROWS, reasons: tuple[str, ...] = (), flag_only: bool = False) -> str:
         found = Verdicts()
         for code in reasons:
             found.add("good", "filter", code, "so")
-        return judge_shards(measured, shards, rows, found, flag_only)[0].digest
+        return next(judge_shards(measured, shards, rows, found, flag_only)).digest
 
     other = {**ROWS, "good": ManifestRow(uri="/good.mp4", caption="another", labels=("dog",), split="val")}
     assert of() == of(dict(ROWS))
@@ -145,11 +158,11 @@ def test_a_video_stands_in_one_split_where_splits_are_by_source(out: str) -> Non
         "gone": ManifestRow(uri="/film_2.mp4", split="val"),
         "short": ManifestRow(uri="/film_3.mp4", split="test"),
     }
-    measured = read_measured(out, {"shard-00000": [*rows]}, False)
+    measured = told(out, rows)
     by_source = {"split_by": "source", "source_pattern": "(.*)_"}
     for settings, expected in (({}, {}), (by_source, {"good": "CROSS_SPLIT_SOURCE"})):
         config = CurateConfig(manifest="m.csv", out="out", duplicates={"enabled": False}, **settings).fitted()[0]
-        found, _ = judge(measured, rows, config, out)
+        found, _ = judge(*measured, rows, config, out)
         del found.reasons["short"]
         assert {key: reason[1] for key, [reason] in found.reasons.items()} == expected
     assert "film, is in split val, too (/film_2.mp4)" in found.reasons["good"][0][2]
@@ -162,6 +175,6 @@ def test_clips_measured_before_there_were_prints_are_judged_by_their_hashes(
     storage.write_table(file, storage.read_table(file).drop_columns(["picture_print", "sound_print"]))
     config = CurateConfig(manifest="m.csv", out="out").fitted()[0]
     rows = dict.fromkeys(("good", "gone"), ROWS["good"])
-    found, _ = judge(read_measured(out, {"shard-00000": [*rows]}, False), rows, config, out)
+    found, _ = judge(*told(out, rows), rows, config, out)
     assert [reason[1] for reasons in found.reasons.values() for reason in reasons] == ["NEAR_DUPLICATE"]
     assert "2 of 2 clips were measured by a version that made no prints" in caplog.text

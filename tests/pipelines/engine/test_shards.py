@@ -147,3 +147,33 @@ def test_ray_is_recorded_alike(tmp_path: Path) -> None:
     with recorded() as stages:
         results = run_shards("test", [make(i) for i in range(3)], Writer, {"folder": str(tmp_path)}, CLUSTER)
     assert {pid for pid, _, _, _ in stages[0].calls} == {result.pid for result in results}
+
+
+def test_records_that_wait_in_files_reach_their_workers(tmp_path: Path) -> None:
+    waiting = tmp_path / "out/_waiting"
+    shards = (make(i) for i in range(5))  # made as they are asked for
+    results = run_shards(
+        "test", shards, Writer, {"folder": str(tmp_path)}, CLUSTER, lambda shard: shard.name == "s1",
+        waiting=str(waiting),
+    )  # fmt: skip
+    assert sorted(result.name for result in results) == ["s0", "s2", "s3", "s4"]
+    assert [(tmp_path / f"s{i}").read_text() for i in (0, 2, 3, 4)] == ["♪\n", "♪\n", "None\n", "♪\n"]
+    assert not list(waiting.parent.rglob("*.parquet"))
+    with pytest.raises(UserError, match="clips=3: is wrong; mend it"):
+        run_shards("test", [make(7, mistake=True)], Writer, {"folder": str(tmp_path)}, CLUSTER, waiting=str(waiting))
+    assert not list(waiting.parent.rglob("*.parquet"))
+
+
+def test_a_small_job_is_done_here_where_ray_would_have_to_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pids(count: int, cluster: ClusterConfig = CLUSTER) -> set[int]:
+        shards = [make(i) for i in range(count)]
+        return {r.pid for r in run_shards("test", shards, Writer, {"folder": str(tmp_path)}, cluster, alone_up_to=20)}
+
+    assert os.getpid() not in pids(2)  # Ray is there anyway
+    monkeypatch.setattr("pipelines.engine.shards.is_connected", lambda: False)
+    assert pids(2) == {os.getpid()}
+    assert os.getpid() not in pids(3)  # 30 units of work
+    with pytest.raises(UserError, match="clips=3: is wrong; mend it"):
+        run_shards("test", [make(0, mistake=True)], Writer, {"folder": str(tmp_path)}, CLUSTER, alone_up_to=20)

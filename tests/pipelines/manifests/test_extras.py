@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aai.errors import UserError
-from pipelines.manifests.extras import MAX_CHARS, MAX_COLUMNS, NUMBER, TEXT, carried, columns
+from pipelines.manifests.extras import MAX_CHARS, MAX_COLUMNS, NUMBER, TEXT, carried, columns, kinds_of
 from pipelines.manifests.table import read_manifest
 
 
@@ -79,10 +79,12 @@ def test_keys_of_a_tars_json_travel_too(tmp_path: Path) -> None:
 def test_what_travels_is_bounded() -> None:
     many = {f"c{i}": i for i in range(MAX_COLUMNS + 1)}
     with pytest.raises(UserError, match=f"has {MAX_COLUMNS + 1} further columns.*manifest_columns"):
-        carried("m.csv", [many], None)
-    assert len(carried("m.csv", [many], list(many)[1:])[0]) == MAX_COLUMNS
+        kinds_of("m.csv", [many], None)
+    kinds = kinds_of("m.csv", [many], list(many)[1:])
+    assert len(carried("m.csv", 1, many, kinds)) == len(kinds) == MAX_COLUMNS
+    carried("m.csv", 1, {"note": "x" * MAX_CHARS}, {"note": TEXT})
     with pytest.raises(UserError, match=f"m.csv: row 2: note has {MAX_CHARS + 1} characters"):
-        carried("m.csv", [{"note": "x" * MAX_CHARS}, {"note": "x" * (MAX_CHARS + 1)}], None)
+        carried("m.csv", 2, {"note": "x" * (MAX_CHARS + 1)}, {"note": TEXT})
 
 
 def test_rows_without_further_columns_are_what_they_were(tmp_path: Path) -> None:

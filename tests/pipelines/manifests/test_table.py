@@ -152,7 +152,7 @@ def test_splits_are_mapped_to_known_ones_only(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="'train', 'val' or 'test'"):
             curated_splits(manifest, **settings)
     rows = [ManifestRow(uri="a", split="test"), ManifestRow(uri="b", split="val")]
-    swapped = named_splits("m", rows, {"test": "val", "val": "test"})
+    swapped = list(named_splits("m", rows, {"test": "val", "val": "test"}))
     assert [row.split for row in swapped] == ["val", "test"]
     assert [row.split for row in rows] == ["test", "val"], "the given rows stay as they are"
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,13 @@ def test_a_painter_hears_of_moves_and_waits_for_no_board_that_is_gone(monkeypatc
     until_moved(client)
 
 
+def until_gone(board: Any) -> None:
+    """A kill is only asked for: the actor may answer a few times more."""
+    with suppress(ray.exceptions.RayActorError):
+        while True:
+            ray.get(board.read.remote())
+
+
 @pytest.mark.usefixtures("cluster")
 def test_a_gateway_whose_board_is_gone_sends_mlflow_away_to_come_again() -> None:
     gateway: Any = Gateway(None, MODEL, {"retry_after_s": 7}, 1, 1, False)  # type: ignore[arg-type]
@@ -117,9 +125,7 @@ def test_a_gateway_whose_board_is_gone_sends_mlflow_away_to_come_again() -> None
     asyncio.run(gateway.moved())
     assert ray.get(gateway._board.moved.remote("a", before)) == before + 1
     ray.kill(gateway._board)
-    with pytest.raises(ray.exceptions.RayActorError):
-        while True:  # a kill is only asked for: the actor may answer a few times more
-            ray.get(gateway._board.read.remote())
+    until_gone(gateway._board)
     with pytest.raises(ApiError, match="cannot be told") as told:
         asyncio.run(gateway.moved())
     assert (told.value.status_code, told.value.headers) == (503, {"Retry-After": "7"})

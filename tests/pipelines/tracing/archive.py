@@ -13,7 +13,7 @@ import pyarrow as pa
 from aai import storage
 from aai.features import FeatureManifest
 from aai.schema import CLIP_TABLE
-from pipelines.curation.measuring import MEASURED_TABLE
+from pipelines.curation.measured import MEASURED_TABLE
 from pipelines.registry import origins, tracking, versions
 from pipelines.settings import TrackingConfig
 from tests.aai import numbered
