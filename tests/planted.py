@@ -72,13 +72,14 @@ BUGS = {
     ),
     "a batch is looked for, then written": bug("ledger", ledger, "Ledger.add", ("new=True", "new=False")),
     "a shard is done by its name": bug(
-        "curate", curate, "_done_as", ("digests.get(shard.name) == shard.digest", "shard.name in digests")
+        "curate", curate, "_split",
+        ('found.get(shard.name, ("", 0))[0] != shard.digest', "shard.name not in found"),
     ),
     "a shard is done by one of its two tables": bug(
-        "curate", curate, "_judge", ("_footers(out, REJECTED, JUDGED), ", "")
+        "curate", curate, "_split", ("in made_of.values()", "in [made_of[ACCEPTED]]")
     ),
     "rejects of a shard that nobody wants stay": bug(
-        "curate", curate, "_judge", ("storage.join(out, folder)) - set", "storage.join(out, ACCEPTED)) - set")
+        "curate", curate, "_split", ("in made_of.items()", "in [(ACCEPTED, made_of[ACCEPTED])]")
     ),
     "curate.json stays while the tables change": bug("curate", curate, "run", ("storage.remove(where)", "pass")),
     "the feature manifest stays while the table changes": bug(

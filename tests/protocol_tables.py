@@ -17,6 +17,7 @@ from aai.media.duplicates import hamming
 from aai.schema import CLIP_TABLE
 from pipelines import curate, data, evaluate, featurize
 from pipelines.curation import measuring, near
+from pipelines.engine import columns
 from pipelines.engine.shards import Result
 from pipelines.evaluation.clips import EvaluatedClips, ListenShard
 from pipelines.tables import compact, webdataset
@@ -291,9 +292,9 @@ def clips_cost_nothing(patch: pytest.MonkeyPatch) -> None:
     """Nothing is decoded, no model is loaded, no card is drawn."""
     for module in (compact, webdataset):
         patch.setattr(module, "tqdm", NoBar)
-    for module in (storage, curate, featurize, compact, webdataset):
+    for module in (storage, columns, compact, webdataset):
         patch.setattr(module, "pq", ReadWhole)
-    for module in (curate, measuring):
+    for module in (columns, measuring):
         patch.setattr(module, "ThreadPoolExecutor", Inline)
     patch.setattr(measuring, "MediaChild", StillChild)
     patch.setattr(near, "near_pairs", all_near_pairs)

@@ -271,6 +271,12 @@ WORLD: World
 """The one that requests go to."""
 
 
+def about(path: str) -> dict[str, Any]:
+    """What s3fs tells of a file. Raises FileNotFoundError."""
+    data, tag = WORLD.get(path)
+    return {"name": path, "size": len(data), "type": "file", "ETag": tag}
+
+
 class SimulatedS3(AbstractFileSystem):  # type: ignore[misc]
     """What aai.storage asks of s3fs."""
 
@@ -296,22 +302,27 @@ class SimulatedS3(AbstractFileSystem):  # type: ignore[misc]
     def exists(self, path: str, **_: Any) -> bool:
         return bool(WORLD.read(path, lambda: WORLD.under(path)))
 
-    def find(self, path: str, **_: Any) -> list[str]:
-        return list(WORLD.read(path, lambda: WORLD.under(path)))
+    def find(self, path: str, detail: bool = False, **_: Any) -> Any:
+        found = WORLD.read(path, lambda: {name: about(name) for name in WORLD.under(path)})
+        return found if detail else list(found)
+
+    def call_s3(self, _method: str, Bucket: str, Prefix: str, **_: Any) -> dict[str, Any]:
+        """`list_objects_v2` of one folder; all of it is one page."""
+        listed = self.find(f"{Bucket}/{Prefix}", detail=True).values()
+        return {"Contents": [{"Key": each["name"].split("/", 1)[1], "ETag": each["ETag"], "Size": each["size"]}
+                             for each in listed]}  # fmt: skip
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        data, tag = WORLD.read(path, lambda: WORLD.get(path))
-        return {"name": path, "size": len(data), "type": "file", "ETag": tag}
+        return dict(WORLD.read(path, lambda: about(path)))
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        return [{"name": name, "size": len(WORLD.files[name][0]), "type": "file", "ETag": WORLD.files[name][1]}
-                for name in self.find(path)]  # fmt: skip
+        return list(self.find(path, detail=True).values())
 
 
 class ReadWhole:
     """pyarrow.parquet for files of a SimulatedS3: read in one request, in the thread that asks."""
 
-    ParquetWriter, write_table = pq.ParquetWriter, staticmethod(pq.write_table)
+    ParquetWriter, FileMetaData, write_table = pq.ParquetWriter, pq.FileMetaData, staticmethod(pq.write_table)
 
     @staticmethod
     def ParquetFile(where: Any, filesystem: Any = None, **_: Any) -> pq.ParquetFile:
