@@ -40,9 +40,10 @@ from aai.strips import paint_strip
 from pipelines.adapt import AdaptConfig, AdaptRecipe
 from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.curation.curate_config import ScoreConfig
+from pipelines.curation.layout import SCORED, shard_file
 from pipelines.curation.measured import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker
-from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
+from pipelines.curation.similarity import CaptionedClip, ScoreShard
 from pipelines.evaluation.cases import PICTURES, Case, PictureShard, PictureWorker
 from pipelines.evaluation.clips import ClipPlace, ListenShard
 from pipelines.evaluation.listening import HEARD, INPUTS, TEXTS, ListenWorker
@@ -312,7 +313,8 @@ def test_score(files: Files) -> None:
         assert worker.aligner is not None
         assert next(worker.aligner.parameters()).is_cuda == gpu
         assert worker(shard).rows == 8
-        scores = read_scores(str(files.root), "shard-00000").select(["caption_similarity", "av_similarity"])
+        columns = ["caption_similarity", "av_similarity"]
+        scores = storage.read_table(shard_file(str(files.root), SCORED, "shard-00000"), columns)
         found.append([list(row.values()) for row in scores.to_pylist()])
     np.testing.assert_allclose(np.array(found[0], float), np.array(found[1], float), atol=1e-4)
 

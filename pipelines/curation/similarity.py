@@ -60,12 +60,6 @@ def vectors(values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def read_scores(out: str, shard: str, names: Sequence[str] = ()) -> pa.Table:
-    """key, SIMILARITIES and the signals `names` of the clips of a scored shard."""
-    similarities = [field.name for field in SIMILARITIES]
-    return storage.read_table(shard_file(out, SCORED, shard), ["key", *similarities, *names])
-
-
 def scored_files(out: str, shards: Collection[str]) -> dict[str, int]:
     """The tables of these shards with their sizes, in the order of the shards."""
     sizes = storage.file_sizes(storage.join(out, SCORED), ".parquet")

@@ -19,9 +19,10 @@ from aai.foundation.tagger import SoundTagger
 from pipelines.curate import CurateConfig
 from pipelines.curate import run as curate
 from pipelines.curation.curate_config import ScoreConfig
+from pipelines.curation.layout import SCORED, shard_file
 from pipelines.curation.measured import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker, check_sound
-from pipelines.curation.similarity import CaptionedClip, ScoreShard, read_scores
+from pipelines.curation.similarity import CaptionedClip, ScoreShard
 from pipelines.engine.shards import Result
 from tests.clips import make_clip
 from tests.taggers import write_ast_tagger
@@ -62,7 +63,7 @@ def test_scores_are_cosines_of_the_models_own_features(
     write_bundle(tmp_path / "bundle", settings, encoder.state_dict(), None, {"data_fingerprint": "d"})
     config = ScoreConfig(caption=True, foundation=foundation, bundle=str(tmp_path / "bundle"))
     assert ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows)) == Result(rows=8)
-    scores = {row.pop("key"): row for row in read_scores(str(out), "shard-00000").to_pylist()}
+    scores = scored(out)
     assert list(scores) == [f"key{i}" for i in range(8) if i != 2]
     clip = FrozenClip(foundation)
     for i in (0, 5):
@@ -74,11 +75,17 @@ def test_scores_are_cosines_of_the_models_own_features(
     assert scores["key0"]["caption_similarity"] is None  # it has no caption
 
 
+def scored(out: Path) -> dict[str, dict[str, Any]]:
+    """What a worker wrote, by key."""
+    rows = storage.read_table(shard_file(str(out), SCORED, "shard-00000")).to_pylist()
+    return {row.pop("key"): row for row in rows}
+
+
 def test_captions_alone_need_no_bundle(measured: tuple[Path, list[dict[str, Any]], FoundationSpec]) -> None:
     out, rows, foundation = measured
     config = ScoreConfig(caption=True, foundation=foundation)
     ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows))
-    scores = {row.pop("key"): row for row in read_scores(str(out), "shard-00000").to_pylist()}
+    scores = scored(out)
     assert all(score["av_similarity"] is None for score in scores.values())
     assert all(-1 <= scores[f"key{i}"]["caption_similarity"] <= 1 for i in range(3, 8))
 
@@ -110,7 +117,7 @@ def test_tags_and_prompts_become_signals(
     config = ScoreConfig(tagger=tagger, tags=tags, prompts={"has_dog": texts}, foundation=foundation)
     assert config.names == ["speech_share", "rain_share", "other_share", "has_dog"]
     ScoreWorker(str(out), config.model_dump(mode="json"), 1, False)(shard(rows))
-    scores = {row.pop("key"): row for row in read_scores(str(out), "shard-00000", config.names).to_pylist()}
+    scores = scored(out)
     heard = SoundTagger(tagger, None, tags).shares([rows[5]["audio"]])[0]
     shares = [scores["key5"][f"{name}_share"] for name in ("speech", "rain", "other")]
     assert shares == pytest.approx(heard)
