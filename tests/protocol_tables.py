@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aai import storage
@@ -22,7 +23,7 @@ from pipelines.engine.shards import Result
 from pipelines.evaluation.clips import EvaluatedClips, ListenShard
 from pipelines.tables import compact, webdataset
 from tests.protocols import OUT, NoBar, Protocol, json_of, rows_of
-from tests.simulation import ReadWhole, World
+from tests.simulation import World
 
 # ---------------------------------------------------------------- curate
 
@@ -286,6 +287,28 @@ class Inline:
     def submit(self, call: Any, *args: Any) -> Any:
         result = call(*args)
         return SimpleNamespace(result=lambda: result)
+
+
+class ReadWhole:
+    """pyarrow.parquet for files of a SimulatedS3: read in one request, in the thread that asks."""
+
+    ParquetWriter, FileMetaData, write_table = pq.ParquetWriter, pq.FileMetaData, staticmethod(pq.write_table)
+
+    @staticmethod
+    def ParquetFile(where: Any, filesystem: Any = None, **_: Any) -> pq.ParquetFile:
+        return pq.ParquetFile(pa.BufferReader(filesystem.cat_file(where)) if filesystem else where)
+
+    @classmethod
+    def read_table(cls, where: str, columns: list[str] | None = None, filesystem: Any = None, **_: Any) -> pa.Table:
+        return cls.ParquetFile(where, filesystem).read(columns, use_threads=False)
+
+    @classmethod
+    def read_schema(cls, where: str, filesystem: Any = None) -> pa.Schema:
+        return cls.ParquetFile(where, filesystem).schema_arrow
+
+    @classmethod
+    def read_metadata(cls, where: str, filesystem: Any = None) -> pq.FileMetaData:
+        return cls.ParquetFile(where, filesystem).metadata
 
 
 def clips_cost_nothing(patch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from greenlet import getcurrent, greenlet
 
@@ -317,28 +315,6 @@ class SimulatedS3(AbstractFileSystem):  # type: ignore[misc]
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         return list(self.find(path, detail=True).values())
-
-
-class ReadWhole:
-    """pyarrow.parquet for files of a SimulatedS3: read in one request, in the thread that asks."""
-
-    ParquetWriter, FileMetaData, write_table = pq.ParquetWriter, pq.FileMetaData, staticmethod(pq.write_table)
-
-    @staticmethod
-    def ParquetFile(where: Any, filesystem: Any = None, **_: Any) -> pq.ParquetFile:
-        return pq.ParquetFile(pa.BufferReader(filesystem.cat_file(where)) if filesystem else where)
-
-    @classmethod
-    def read_table(cls, where: str, columns: list[str] | None = None, filesystem: Any = None, **_: Any) -> pa.Table:
-        return cls.ParquetFile(where, filesystem).read(columns, use_threads=False)
-
-    @classmethod
-    def read_schema(cls, where: str, filesystem: Any = None) -> pa.Schema:
-        return cls.ParquetFile(where, filesystem).schema_arrow
-
-    @classmethod
-    def read_metadata(cls, where: str, filesystem: Any = None) -> pq.FileMetaData:
-        return cls.ParquetFile(where, filesystem).metadata
 
 
 # ---------------------------------------------------------------- time and threads, as the product's modules see them

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -11,6 +11,7 @@ import pydantic
 from aai.media.filters import RULES, FilterConfig
 from aai.schema import SIGNALS
 from pipelines.curation.card_data import Entry, Rows
+from pipelines.curation.own_signals import SignalRule
 
 STAGES = ("read", "decode", "score", "filter", "correspondence", "source", "duplicate")
 """Stages in the order in which a row meets them; any other comes after."""
@@ -25,15 +26,10 @@ OTHER_SPLITS = "(other)"
 _MEASURED = {f.name for f in SIGNALS}
 
 
-class Rule(NamedTuple):
+class Rule(SignalRule):
     """A filter: `signal` must be at least (sign +1) or at most (-1) `limit`."""
 
-    code: str
-    signal: str
-    setting: str
-    unit: str
-    sign: int
-    limit: float
+    __slots__ = ()
 
     def passes(self, rows: Rows, limit: float | None = None) -> np.ndarray:
         """bool [N] of all rows; what was not measured fails, but what only some clips have passes: a similarity, or a

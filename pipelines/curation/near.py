@@ -19,8 +19,8 @@ from pipelines.curation.layout import NEAR
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.settings import ClusterConfig
 
-SPREAD_FROM = 100_000
-"""Clips from which on workers search; below, starting them takes longer."""
+SPREAD_FROM = 20_000
+"""Clips from which on workers search: the driver would need ten times as much memory for it as for all else."""
 PAIRS_PER_TASK = 1_000_000_000
 """Comparisons of one unit of work: about half a minute."""
 WORDS_PER_TASK = 4_000_000

@@ -112,7 +112,7 @@ def test_workers_find_what_one_process_finds(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.accept
 def test_rays_workers_find_what_one_process_finds_among_many(tmp_path: Path) -> None:
     """200,000 clips of 10 s: what the search costs stands in the output."""
-    data = prints(2 * near.SPREAD_FROM, 500, cut=500, words=150)
+    data = prints(200_000, 500, cut=500, words=150)
     began = time.monotonic()
     expected = near_pairs(data, CFG)
     alone_s, began = time.monotonic() - began, time.monotonic()
