@@ -84,7 +84,7 @@ class Fence:
         where = storage.join(self.out, LOCK)
         if not uri.startswith(f"{self.out}/") or uri == where:
             return
-        found = _read(where) or {}
+        found = _surely_read(where)
         if found.get("holder") != self.holder:
             raise _busy(self.out, found, "was taken over by")
 
@@ -241,6 +241,15 @@ def _read(where: str) -> Record | None:
         return None
 
 
+def _surely_read(where: str) -> Record:
+    """The record; {} where there is none for a while: some servers show a file that is written over as empty."""
+    for wait_s in (0.0, 0.1, 0.5, 1.0):
+        time.sleep(wait_s)
+        if found := _read(where):
+            return found
+    return {}
+
+
 def _take(out: str, where: str, mine: Record) -> None:
     """Writes our record; raises UserError when the lease is another's."""
     tag, found = storage.tag_of(where), _read(where)  # in this order: a tag never is of a later content than is read
@@ -278,7 +287,7 @@ def _is_over(where: str, found: Record) -> bool:
 def _refresh(where: str, mine: Record, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
         try:
-            tag, found = storage.tag_of(where), _read(where) or {}
+            tag, found = storage.tag_of(where), _surely_read(where)
             if found.get("holder") != mine["holder"]:
                 log.error("%s was taken over by process %s on %s", where, found.get("pid"), found.get("host"))
                 signal.pthread_kill(threading.main_thread().ident or 0, LOST)  # ends even a waiting call

@@ -143,6 +143,25 @@ def test_a_driver_that_lost_its_lease_is_stopped(s3: str, monkeypatch: pytest.Mo
     assert storage.read_bytes(storage.join(s3, LOCK)) == taken, "the lock of another is not removed"
 
 
+def test_a_server_that_empties_a_file_while_it_is_written_over_ends_no_driver(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rclone's: a worker that asks in that moment finds nothing, and has to ask again."""
+    read, asked = storage.read_bytes, list[str]()
+
+    def emptied(uri: str, *args: int) -> bytes:
+        asked.append(uri)
+        return b"" if uri.endswith(LOCK) and len(asked) % 2 else read(uri, *args)
+
+    with output_lock(out):
+        monkeypatch.setattr(storage, "read_bytes", emptied)
+        for number in range(3):
+            storage.write_bytes(storage.join(out, "mine"), str(number).encode())
+        time.sleep(5 * lock.BEAT_S)  # its own beats ask, too
+        monkeypatch.undo()
+        assert storage.read_bytes(storage.join(out, "mine")) == b"2"
+
+
 def test_a_finished_result_can_be_read_where_nobody_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(30, "Read-only file system")
