@@ -163,7 +163,7 @@ def test_secrets_come_by_reference_only(overlay: str) -> None:
         for node in walk(document):
             if KEY.search(str(node.get("name", ""))) and ("value" in node or "valueFrom" in node):
                 # What is put together of variables holds none of their values.
-                assert "valueFrom" in node or re.fullmatch(r"(\$\(\w+\),?)+", node["value"]), node["name"]
+                assert "valueFrom" in node or re.fullmatch(r'"?(\$\(\w+\),?)+"?', node["value"]), node["name"]
         if document["kind"] == "ConfigMap":
             assert [name for name in document["data"] if KEY.search(name)] == []
 
@@ -171,8 +171,10 @@ def test_secrets_come_by_reference_only(overlay: str) -> None:
 @needs_kustomize
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_containers_run_as_an_ordinary_user_with_bounded_memory(overlay: str) -> None:
+    """As Kubernetes' level `restricted` demands of a namespace."""
     for pod in pods(rendered(overlay)):
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["spec"].get("automountServiceAccountToken") is ("ray-head" in str(pod))
         for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
