@@ -1,7 +1,9 @@
 """What stands in the cluster manifests and can have no effect: Kubernetes takes it all without a word."""
 
+import functools
 import importlib.util
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,17 @@ from typing import Any
 import yaml
 
 from aai.errors import UserError
+from pipelines.__main__ import build_parser, module_of
 from pipelines.serve import ServeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 Document = dict[str, Any]
 SOURCES = [*(ROOT / "aai").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
-ASKED_BY = {"mlflow": ("environment_variables.py", "cli/__init__.py", "server/auth/__init__.py"), "botocore": ("*.py",)}
+ASKED_BY = {
+    "mlflow": ("environment_variables.py", "cli/__init__.py", "server/auth/__init__.py"),
+    "botocore": ("*.py",),
+    "huggingface_hub": ("constants.py",),
+}
 
 
 def _library(name: str) -> Path:
@@ -25,7 +32,14 @@ def _library(name: str) -> Path:
 
 LIBRARIES = [path for name, globs in ASKED_BY.items() for pattern in globs for path in _library(name).glob(pattern)]
 READERS = "\n".join(path.read_text() for path in [*SOURCES, *LIBRARIES])
-"""All that runs in our images and asks for variables of ours, MLflow's and AWS's."""
+"""All that runs in our images and asks for variables of ours, MLflow's, AWS's and the hub's."""
+LIBPQ = "PGHOST PGUSER PGPASSWORD"
+ELSEWHERE = {
+    "aai-mlflow": LIBPQ,
+    "postgres": f"{LIBPQ} POSTGRES_USER POSTGRES_DB POSTGRES_PASSWORD PGDATA",
+    "rclone": "RCLONE_AUTH_KEY",
+}
+"""Variables that programs without Python ask for, as their documentation has them."""
 CLUSTERS = ("RayCluster", "RayService")
 
 
@@ -42,36 +56,57 @@ def pods(documents: list[Document]) -> list[Document]:
     return [node for document in documents for node in walk(document) if "containers" in node.get("spec", {})]
 
 
-def dead_settings(documents: list[Document], everything: list[Document]) -> list[str]:
-    """Sentences about settings that cannot act, in one manifest. everything: the documents of all."""
-    checks: list[Callable[[list[Document]], Iterator[str]]] = [unread, unmatched, undrainable, unmounted, forgetful]
+def image_of(container: Document) -> str:
+    """An image's name, without registry, tag and digest."""
+    return re.split("[:@]", container["image"].rpartition("/")[2])[0]
+
+
+def dead_settings(documents: list[Document]) -> list[str]:
+    """Sentences about settings of one site that cannot act."""
+    checks: list[Callable[[list[Document]], Iterator[str]]] = [
+        unread, unheeded, unmatched, undrainable, unmounted, forgetful, homeless,
+    ]  # fmt: skip
     found = [sentence for check in checks for sentence in check(documents)]
     for document in documents:
         if document["kind"] in CLUSTERS:
             found += unscalable(document)
         if document["kind"] == "RayService":
-            found += [*painters_without_place(document), *cut_short(document), *forgotten(document, everything)]
-        if document["kind"] == "ConfigMap":
-            found += unheeded(document, everything)
+            found += [*painters_without_place(document), *cut_short(document), *forgotten(document, documents)]
     return found
 
 
 def unread(documents: list[Document]) -> Iterator[str]:
     """Variables that nobody asks for: neither the code in the image, nor the container's own command."""
-    for container in (container for pod in pods(documents) for container in pod["spec"]["containers"]):
-        words = " ".join([*container.get("command", []), *container.get("args", [])])
-        words += READERS if container["image"].startswith("aai") else ""
+    for container in (
+        each for pod in pods(documents) for each in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+    ):
+        words = " ".join([*container.get("command", []), *container.get("args", []), *_values(container)])
+        words += ELSEWHERE.get(image_of(container), "")
+        ours = image_of(container).startswith("aai")
         for name in [variable["name"] for variable in container.get("env", [])]:
-            if not re.search(rf"\b{name}\b", words):
+            if not re.search(rf"\b{name}\b", words) and not (ours and asked_for(name)):
                 yield f"{container['name']}: nobody reads {name}"
 
 
-def unheeded(settings: Document, everything: list[Document]) -> Iterator[str]:
-    """Settings of a ConfigMap that no container's code or command asks for."""
-    words = READERS + str([pod["spec"]["containers"] for pod in pods(everything)])
-    for name in settings["data"]:
-        if not re.search(rf"\b{name}\b", words):
-            yield f"{settings['metadata']['name']}: nobody reads {name}"
+@functools.cache
+def asked_for(name: str) -> bool:
+    """Whether what runs in our images asks for a variable."""
+    return re.search(rf"\b{name}\b", READERS) is not None
+
+
+def _values(container: Document) -> list[str]:
+    return [variable.get("value", "") for variable in container.get("env", [])]
+
+
+def unheeded(documents: list[Document]) -> Iterator[str]:
+    """Settings of the environment that no container's code or command asks for."""
+    everywhere = pods(documents)
+    words = " ".join([str([pod["spec"] for pod in everywhere]), *ELSEWHERE.values()])
+    into = {node["configMapRef"]["name"] for pod in everywhere for node in walk(pod) if "configMapRef" in node}
+    for settings in (document for document in documents if document["kind"] == "ConfigMap"):
+        for name in settings["data"] if settings["metadata"]["name"] in into else []:
+            if not re.search(rf"\b{name}\b", words) and not asked_for(name):
+                yield f"{settings['metadata']['name']}: nobody reads {name}"
 
 
 def unmatched(documents: list[Document]) -> Iterator[str]:
@@ -107,7 +142,8 @@ def unmounted(documents: list[Document]) -> Iterator[str]:
     for node in (node for document in documents for node in walk(document) if "template" in node):
         pod = node["template"]["spec"]
         claimed = [claim["metadata"]["name"] for claim in node.get("volumeClaimTemplates", [])]
-        mounts = {mount["name"] for container in pod["containers"] for mount in container.get("volumeMounts", [])}
+        all_of_it = [*pod.get("initContainers", []), *pod["containers"]]
+        mounts = {mount["name"] for container in all_of_it for mount in container.get("volumeMounts", [])}
         for name in {*claimed, *(volume["name"] for volume in pod.get("volumes", []))} - mounts:
             yield f"volume {name}: no container mounts it"
 
@@ -134,6 +170,44 @@ def unscalable(document: Document) -> Iterator[str]:
         yield f"{name}: enableInTreeAutoscaling, but no group has room"
     if not autoscaled and "autoscalerOptions" in cluster:
         yield f"{name}: autoscalerOptions, but enableInTreeAutoscaling is off"
+
+
+def homeless(documents: list[Document]) -> Iterator[str]:
+    """Workers of a stage that its cluster never has the room for: the job would wait for ever."""
+    clusters = {doc["metadata"]["name"]: doc for doc in documents if doc["kind"] == "RayCluster"}
+    for job in (document for document in documents if document["kind"] == "RayJob"):
+        words = job["spec"]["entrypoint"].split()
+        cluster = clusters.get(job["spec"]["clusterSelector"]["ray.io/cluster"])
+        if cluster is None or "--address" not in words:
+            continue
+        share = _share(job["spec"]["entrypoint"])
+        if share is None:
+            continue
+        groups = cluster["spec"]["workerGroupSpecs"]
+        room = sum(
+            group["maxReplicas"] * _places(group, share.cpus_per_worker, share.gpus_per_worker) for group in groups
+        )
+        fewest = getattr(share, "fewest_workers", 1)  # others share out their work among those that there are
+        if room < fewest:
+            yield f"{job['metadata']['name']}: {cluster['metadata']['name']} has room for {room} workers of {fewest}"
+
+
+@functools.cache
+def _share(entrypoint: str) -> Any:
+    """What a command takes of its cluster; nothing for tune, which takes what its stage does, and for what is wrong."""
+    _, verb, *words = shlex.split(entrypoint)
+    try:
+        wanted = build_parser(verb)[0].parse_args(words)
+        return getattr(module_of(verb).CONFIG.load(ROOT / wanted.config, wanted.set), "cluster", None)
+    except (KeyError, ModuleNotFoundError, SystemExit, UserError):
+        return None  # tests/manifest_checks.py tells of it
+
+
+def _places(group: Document, cpus_each: float, gpus_each: float) -> int:
+    """Workers that a pod of a group has the GPUs and the CPUs for."""
+    gpus, cpus = _capacity(group)
+    by_cpu = int(cpus // cpus_each)
+    return min(by_cpu, int(gpus // gpus_each)) if gpus_each else by_cpu
 
 
 def painters_without_place(document: Document) -> Iterator[str]:
@@ -172,15 +246,13 @@ def _config(application: Document) -> tuple[ServeConfig, Document]:
 
 
 def _room(group: Document, config: ServeConfig) -> int:
-    """Painters that a pod of a group has the GPUs and the CPUs for."""
-    cluster, (gpus, cpus) = config.cluster, _capacity(group)
-    by_cpu = int(cpus // cluster.cpus_per_worker)
-    return min(by_cpu, int(gpus // cluster.gpus_per_worker)) if cluster.gpus_per_worker else by_cpu
+    return _places(group, config.cluster.cpus_per_worker, config.cluster.gpus_per_worker)
 
 
 def _capacity(group: Document) -> tuple[float, float]:
     wanted = group["template"]["spec"]["containers"][0]["resources"]["requests"]
-    return float(wanted.get("nvidia.com/gpu", 0)), float(wanted["cpu"])
+    cpus = wanted["cpu"]
+    return float(wanted.get("nvidia.com/gpu", 0)), int(cpus[:-1]) / 1000 if cpus.endswith("m") else float(cpus)
 
 
 def cut_short(document: Document) -> Iterator[str]:

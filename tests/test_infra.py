@@ -1,85 +1,38 @@
-"""The cluster manifests are valid, name only what exists, and hold no secret."""
+"""The cluster manifests are valid, name only what exists, hold no secret, and say each thing once."""
 
-import importlib
-import inspect
-import json
-import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
-from pipelines.__main__ import VERBS, build_parser, module_of
-from tests.dead_settings import walk
-
-ROOT = Path(__file__).resolve().parent.parent
-INFRA = ROOT / "infra"
-MANIFESTS = sorted(INFRA.rglob("*.yaml"))
-SCHEMAS = Path(os.environ.get("AAI_KUBERAY_CRDS", ROOT.parent / "shared" / "data" / "kuberay-crds"))
-KEY = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|USERNAME", re.IGNORECASE)
-WITHOUT_RAY = ("promote",)
-Document = dict[str, Any]
-
-
-def documents(path: Path) -> list[Document]:
-    """The Kubernetes objects of a file."""
-    return [document for document in yaml.safe_load_all(path.read_text()) if document]
-
-
-ALL = [(path, document) for path in MANIFESTS for document in documents(path)]
-RAY = [(path, document) for path, document in ALL if document["apiVersion"] == "ray.io/v1"]
-NAMES = [f"{path.stem}:{document['kind']}" for path, document in ALL]
-RAY_NAMES = [f"{path.stem}:{document['kind']}" for path, document in RAY]
-
-
-def pinned(package: str) -> str:
-    """A package's version in constraints.txt."""
-    match = re.search(rf"^{package}==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert match, package
-    return match[1]
-
-
-def strict(schema: Any) -> Any:
-    """The schema with unknown names refused: Kubernetes drops them silently, a test should not."""
-    if isinstance(schema, list):
-        return [strict(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    out = {name: strict(value) for name, value in schema.items()}
-    loose = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not loose:
-        out["additionalProperties"] = False
-    return out
-
-
-def kuberay_errors(document: Document) -> list[str]:
-    """What KubeRay's own schema says against an object."""
-    schema = json.loads((SCHEMAS / f"{document['kind']}.v1.schema.json").read_text())
-    found = jsonschema.Draft202012Validator(strict(schema)).iter_errors(document)
-    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
-
-
-needs_schemas = pytest.mark.skipif(
-    not SCHEMAS.is_dir(), reason=f"no KubeRay schemas at {SCHEMAS}: set AAI_KUBERAY_CRDS to check manifests"
+from tests.dead_settings import image_of, pods, walk
+from tests.kustomized import (
+    INFRA,
+    KUBERNETES,
+    OVERLAYS,
+    ROOT,
+    Document,
+    documents,
+    needs_kustomize,
+    needs_schemas,
+    pinned,
+    rendered,
+    schema_errors,
+    site,
+    text_of,
 )
+from tests.manifest_checks import check_entrypoint, mistakes
 
-
-def check_entrypoint(command: str) -> None:
-    """A cluster command of ours: a verb, its own flags, a config that its class reads, an address if it uses Ray."""
-    program, verb, *arguments = shlex.split(command, comments=True)
-    assert program == "aai"
-    assert verb in VERBS, verb
-    parsed = build_parser(verb)[0].parse_args(arguments)
-    given = Path(parsed.config)
-    file = given if given.is_absolute() else ROOT / given
-    assert file.is_file(), file
-    module_of(verb).CONFIG.load(file, parsed.set)
-    # Without an address a Ray of its own would be started on the head, which has no worker's GPU.
-    assert getattr(parsed, "address", None) == (None if verb in WITHOUT_RAY else "auto"), command
+KEY = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|USERNAME", re.IGNORECASE)
+SITES = ("dev", "gpu", "spot")
+PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
+CLUSTERS = (ROOT / "docs" / "clusters.md").read_text()
 
 
 def documented(text: str, program: str) -> list[str]:
@@ -88,41 +41,66 @@ def documented(text: str, program: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith(f"{program} ")]
 
 
-def check_application(application: Document) -> None:
-    """A Serve application: its builder can be called, and the config it is given is one it reads."""
-    module, attribute = application["import_path"].split(":")
-    builder = getattr(importlib.import_module(module), attribute)
-    assert callable(builder)
-    assert len(inspect.signature(builder).parameters) == 1, "Serve hands a builder its args as one dict"
-    settings = dict(application["args"])
-    file = ROOT / Path(settings.pop("config")).relative_to("/app")
-    assert file.is_file(), file
-    module_of("serve").CONFIG.load(file, values=settings)
+def jobs(overlay: str) -> dict[str, str]:
+    """The commands of an overlay's jobs, by what `-l aai/job=` calls them."""
+    found = [
+        document for document in rendered(f"{overlay}/jobs") if "aai/job" in document["metadata"].get("labels", {})
+    ]
+    return {job["metadata"]["labels"]["aai/job"]: job["spec"].get("entrypoint", "") for job in found}
 
 
+@needs_kustomize
 @needs_schemas
-@pytest.mark.parametrize(("path", "document"), RAY, ids=RAY_NAMES)
-def test_ray_objects_fit_kuberays_schemas(path: Path, document: Document) -> None:
-    assert kuberay_errors(document) == []
+@pytest.mark.parametrize("name", SITES)
+def test_a_site_has_no_mistakes(name: str) -> None:
+    assert mistakes(site(name)) == []
 
 
+@needs_kustomize
+@needs_schemas
+def test_an_upgrade_by_steps_has_no_mistakes(tmp_path: Path) -> None:
+    changed = copied(tmp_path) / "overlays" / "gpu" / "kustomization.yaml"
+    ingress = "  - ../../components/ingress\n"
+    changed.write_text(changed.read_text().replace(ingress, f"{ingress}  - ../../components/incremental-upgrade\n"))
+    found = [*documents(text_of(changed.parent)), *rendered("gpu/jobs")]
+    assert mistakes(found) == []
+    (service,) = [document for document in found if document["kind"] == "RayService"]
+    assert service["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade"
+    assert "aai-gateway-istio" in yaml.safe_dump([each for each in found if each["kind"] == "Ingress"])
+
+
+@needs_kustomize
 @needs_schemas
 def test_the_schema_check_sees_a_typo_and_a_wrong_type() -> None:
-    cluster = next(document for _, document in RAY if document["kind"] == "RayCluster")
-    typo = json.loads(json.dumps(cluster))
-    typo["spec"]["headGroupSpec"]["rayStartParam"] = {}
-    assert any("rayStartParam" in error for error in kuberay_errors(typo))
-    wrong = json.loads(json.dumps(cluster))
-    wrong["spec"]["workerGroupSpecs"][0]["replicas"] = "two"
-    assert any("two" in error for error in kuberay_errors(wrong))
+    cluster = next(document for document in rendered("gpu") if document["kind"] == "RayCluster")
+    cluster["spec"]["headGroupSpec"]["rayStartParam"] = {}
+    cluster["spec"]["workerGroupSpecs"][0]["replicas"] = "two"
+    found = schema_errors(cluster)
+    assert any("rayStartParam" in error for error in found)
+    assert any("two" in error for error in found)
+    policy = next(document for document in rendered("gpu") if document["kind"] == "NetworkPolicy")
+    policy["spec"]["ingres"] = []
+    assert "ingres" in str(schema_errors(policy))
 
 
-def test_there_is_a_job_for_every_batch_stage() -> None:
-    jobs = {document["spec"]["entrypoint"].split()[1] for _, document in RAY if document["kind"] == "RayJob"}
-    assert jobs == {"curate", "featurize", "align", "adapt", "evaluate", "promote"}
+def test_every_file_belongs_to_an_overlay() -> None:
+    """Every kustomization is reached from an overlay, or documented; every file stands in its kustomization."""
+    for folder in {path.parent for path in KUBERNETES.rglob("*.yaml")}:
+        said = (folder / "kustomization.yaml").read_text()
+        names = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
+        assert [name for name in sorted(names) if not re.search(rf"(- |path: ){name}$", said, re.MULTILINE)] == []
+    text = PAGE + "".join(path.read_text() for path in KUBERNETES.rglob("kustomization.yaml"))
+    parts = [path.parent.name for path in KUBERNETES.rglob("kustomization.yaml")]
+    assert [part for part in parts if part not in text] == []
 
 
-CLUSTERS = (ROOT / "docs" / "clusters.md").read_text()
+@needs_kustomize
+@pytest.mark.parametrize("overlay", ["dev", "gpu"])
+def test_there_is_a_job_for_every_batch_stage(overlay: str) -> None:
+    known = {"curate", "featurize", "align", "adapt", "tune", "evaluate", "promote"}
+    found = jobs(overlay)
+    assert found.keys() == known | {"world" if overlay == "dev" else "weights"}
+    assert [name for name, entrypoint in found.items() if entrypoint and entrypoint.split()[1] != name] == []
 
 
 @pytest.mark.parametrize("command", documented(CLUSTERS, "aai"))
@@ -130,31 +108,27 @@ def test_documented_cluster_commands_work_as_they_stand(command: str) -> None:
     check_entrypoint(command)
 
 
-def test_documented_commands_are_those_of_the_jobs_and_name_every_manifest() -> None:
-    jobs = {document["spec"]["entrypoint"] for _, document in RAY if document["kind"] == "RayJob"}
-    assert {" ".join(shlex.split(command, comments=True)) for command in documented(CLUSTERS, "aai")} == jobs
-    applied = {ROOT / shlex.split(line, comments=True)[3] for line in documented(CLUSTERS, "kubectl") if " -f " in line}
-    assert applied == set(MANIFESTS)
+@needs_kustomize
+def test_documented_commands_are_those_of_the_jobs_and_name_every_overlay() -> None:
+    shown = {" ".join(shlex.split(command, comments=True)) for command in documented(CLUSTERS, "aai")}
+    assert shown == {entrypoint for name, entrypoint in jobs("gpu").items() if name not in ("weights", "tune")}
+    applied = [shlex.split(line, comments=True) for line in documented(PAGE, "kubectl") if " -k " in line]
+    assert {line[3] for line in applied} == {f"infra/kubernetes/overlays/{name}" for name in ("gpu", "gpu/jobs")}
+    assert [name for name in OVERLAYS if f"infra/kubernetes/overlays/{name}" not in PAGE] == []
+    asked = [line[-1].partition("=")[2] for line in applied if line[-1].startswith("aai/job=")]
+    assert [*asked, "tune"] == ["weights", *(shlex.split(line)[1] for line in documented(CLUSTERS, "aai")), "tune"]
+    labels = [each["metadata"]["labels"].get("app.kubernetes.io/component") for each in rendered("gpu")[1:]]
+    assert {"service", "training", "registry"} <= set(labels)
 
 
-@pytest.mark.parametrize(("path", "document"), RAY, ids=RAY_NAMES)
-def test_entrypoints_and_import_paths_exist(path: Path, document: Document) -> None:
-    spec = document["spec"]
-    if document["kind"] == "RayJob":
-        check_entrypoint(spec["entrypoint"])
-        clusters = {other["metadata"]["name"] for _, other in RAY if other["kind"] == "RayCluster"}
-        assert spec["clusterSelector"]["ray.io/cluster"] in clusters
-    if document["kind"] == "RayService":
-        for application in yaml.safe_load(spec["serveConfigV2"])["applications"]:
-            check_application(application)
-
-
+@needs_kustomize
 def test_serve_config_is_one_that_ray_reads() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    service = next(document for _, document in RAY if document["kind"] == "RayService")
-    parsed = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
-    assert parsed.applications[0].import_path == "pipelines.serve:build_app"
+    for name in SITES:
+        service = next(document for document in rendered(name) if document["kind"] == "RayService")
+        parsed = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+        assert parsed.applications[0].import_path == "pipelines.serve:build_app"
 
 
 @pytest.mark.parametrize(
@@ -169,86 +143,201 @@ def test_serve_config_is_one_that_ray_reads() -> None:
     ],
 )
 def test_the_entrypoint_check_sees_what_is_wrong(command: str) -> None:
-    with pytest.raises((AssertionError, SystemExit, ValueError)):
+    with pytest.raises((AssertionError, ValueError)):
         check_entrypoint(command)
 
 
-def test_ray_version_is_the_pinned_one() -> None:
-    versions = {node["rayVersion"] for _, document in RAY for node in walk(document) if "rayVersion" in node}
-    assert versions == {pinned("ray")}
+@needs_kustomize
+@pytest.mark.parametrize("name", SITES)
+def test_ray_clusters_are_of_the_pinned_version_and_ask_for_a_token(name: str) -> None:
+    clusters = [node for document in rendered(name) for node in walk(document) if "headGroupSpec" in node]
+    assert [cluster["rayVersion"] for cluster in clusters] == [pinned("ray")] * 2
+    assert [cluster["authOptions"]["mode"] for cluster in clusters] == ["token"] * 2
 
 
-@pytest.mark.parametrize(("path", "document"), RAY, ids=RAY_NAMES)
-def test_ray_clusters_ask_for_a_token(path: Path, document: Document) -> None:
-    for node in walk(document):
-        if "headGroupSpec" in node:
-            assert node["authOptions"]["mode"] == "token"
+@needs_kustomize
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_secrets_come_by_reference_only(overlay: str) -> None:
+    for document in rendered(overlay):
+        assert document["kind"] != "Secret"
+        for node in walk(document):
+            if KEY.search(str(node.get("name", ""))) and ("value" in node or "valueFrom" in node):
+                # What is put together of variables holds none of their values.
+                assert "valueFrom" in node or re.fullmatch(r'"?(\$\(\w+\),?)+"?', node["value"]), node["name"]
+        if document["kind"] == "ConfigMap":
+            assert [name for name in document["data"] if KEY.search(name)] == []
 
 
-@pytest.mark.parametrize(("path", "document"), ALL, ids=NAMES)
-def test_secrets_come_by_reference_only(path: Path, document: Document) -> None:
-    assert document["kind"] != "Secret"
-    for node in walk(document):
-        if KEY.search(str(node.get("name", ""))) and ("value" in node or "valueFrom" in node):
-            assert "value" not in node, node["name"]
-            assert node["valueFrom"]["secretKeyRef"]["name"] == "aai-secrets"
-    if document["kind"] == "ConfigMap":
-        assert [name for name in document["data"] if KEY.search(name)] == []
-
-
-@pytest.mark.parametrize(("path", "document"), ALL, ids=NAMES)
-def test_containers_run_as_an_ordinary_user_with_bounded_memory(path: Path, document: Document) -> None:
-    for pod in [node for node in walk(document) if "containers" in node]:
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        for container in pod["containers"]:
+@needs_kustomize
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_containers_run_as_an_ordinary_user_with_bounded_memory(overlay: str) -> None:
+    """As Kubernetes' level `restricted` demands of a namespace."""
+    for pod in pods(rendered(overlay)):
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["spec"].get("automountServiceAccountToken") is ("ray-head" in str(pod))
+        for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             assert "memory" in container["resources"]["limits"]
-            assert re.fullmatch(r"aai(-mlflow)?:0\.1\.0|redis:\d+\.\d+-alpine", container["image"])
+            assert overlay.startswith("dev") or re.search("@sha256:[0-9a-f]{64}$", container["image"])
 
 
-def test_settings_and_secrets_that_pods_refer_to_are_documented() -> None:
-    text = (ROOT / "docs" / "clusters.md").read_text()
-    keys = {node["secretKeyRef"]["key"] for _, document in ALL for node in walk(document) if "secretKeyRef" in node}
-    assert [key for key in sorted(keys) if key not in text] == []
-    maps = {node["configMapRef"]["name"] for _, doc in ALL for node in walk(doc) if "configMapRef" in node}
-    assert maps == {document["metadata"]["name"] for _, document in ALL if document["kind"] == "ConfigMap"}
+@needs_kustomize
+def test_cpu_and_gpu_nodes_come_from_zero_and_spot_nodes_are_for_training_alone() -> None:
+    for name, pools in (("gpu", ["cpu", "gpu"]), ("spot", ["cpu-spot", "gpu-spot"])):
+        cluster = next(document for document in rendered(name) if document["kind"] == "RayCluster")
+        groups = cluster["spec"]["workerGroupSpecs"]
+        assert [(group["groupName"], group["minReplicas"]) for group in groups] == [("cpu", 0), ("gpu", 0)]
+        assert [group["template"]["spec"]["nodeSelector"]["aai/pool"] for group in groups] == pools
+        service = next(document for document in rendered(name) if document["kind"] == "RayService")
+        assert "spot" not in yaml.safe_dump(service)
+
+
+@needs_kustomize
+def test_weights_are_fetched_by_one_job_and_read_by_the_others() -> None:
+    for pod in pods([*rendered("gpu"), *rendered("gpu/jobs")]):
+        claims = [volume for volume in pod["spec"].get("volumes", []) if "persistentVolumeClaim" in volume]
+        fetches = "hf download" in str(pod)
+        for container in pod["spec"]["containers"]:
+            told = {each["name"]: each.get("value") for each in container.get("env", [])}
+            if claims and not fetches:
+                assert claims[0]["persistentVolumeClaim"]["readOnly"] is True
+                assert (told["HF_HUB_CACHE"], told["HF_HUB_OFFLINE"]) == ("/weights/hub", "1")
+            assert not fetches or "HF_HUB_OFFLINE" not in told
+        if "nvidia.com/gpu" in str(pod["spec"]["containers"]):
+            assert "test -f /weights/complete" in str(pod["spec"]["initContainers"])
 
 
 @pytest.mark.parametrize("path", sorted(INFRA.rglob("*Dockerfile")), ids=lambda path: path.name)
 def test_images_are_pinned_rootless_and_copy_what_exists(path: Path) -> None:
     text = path.read_text()
-    assert "FROM python:3.11-slim" in text
-    assert re.search(r"^USER (?!0|root)", text, re.MULTILINE)
-    assert re.search(r"pip install [^\n]*-c \S*constraints\.txt", text)
+    stages = re.split(r"^(?=FROM )", text, flags=re.MULTILINE)[1:]
+    assert re.match(r"FROM python:3\.11-slim@sha256:[0-9a-f]{64}\b", stages[0])
+    assert [
+        stage for stage in stages if "CMD" in stage and not re.search(r"^USER (?!0|root)", stage, re.MULTILINE)
+    ] == []
+    for install in re.findall(r"pip install [^\n]*", text):
+        assert re.search(r" -c \S*constraints\.txt", install)
     assert not re.search(r"^(ENV|ARG) \S*(KEY|SECRET|TOKEN|PASSWORD)", text, re.MULTILINE)
     for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE):
         assert [source for source in line.split()[:-1] if not (ROOT / source).exists()] == []
 
 
-def test_the_driver_of_the_documented_database_is_in_the_image() -> None:
-    from sqlalchemy import make_url
+def test_images_install_extras_that_exist() -> None:
+    import tomllib
 
-    (uri,) = re.findall(r"MLFLOW_BACKEND_STORE_URI=(\S+)", CLUSTERS)
-    driver = make_url(uri).get_dialect().driver
-    assert f"{driver}-binary" in (INFRA / "docker" / "mlflow.Dockerfile").read_text()
-    assert pinned(f"{driver}-binary")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = re.findall(r"\.\[([\w,]+)\]", (INFRA / "docker" / "Dockerfile").read_text())
+    assert len(asked) == 2
+    assert [name for names in asked for name in names.split(",") if name not in extras] == []
+    heavy = {"mlflow", "matplotlib", "ray[data,train]"}
+    assert not heavy & {package for name in asked[0].split(",") for package in extras[name]}
 
 
-MLFLOW = [(path.stem, document) for path, document in ALL if document["kind"] == "Deployment"]
+def copied(tmp_path: Path) -> Path:
+    """The manifests, to be changed."""
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    return tmp_path / "kubernetes"
 
 
-@pytest.mark.parametrize("deployment", [document for _, document in MLFLOW], ids=[name for name, _ in MLFLOW])
-def test_mlflow_server_flags_exist(deployment: Document) -> None:
-    """The arguments of the deployments, read by the pinned MLflow's own command line."""
-    from mlflow.cli import server
+ONCE: dict[str, tuple[str, str, str, int]] = {
+    "bucket": ("overlays/gpu/site", "s3://my-bucket/aai", "s3://team/sound", 0),
+    "registry": ("overlays/gpu/site", "registry.example.com/aai\n", "images.team.example/aai\n", 4),
+    "digest": ("overlays/gpu/site", "aai-serve\n    digest: sha256:00", "aai-serve\n    digest: sha256:aa", 4),
+}
+"""What is written once: its file, how it stands there, what it becomes, and how many images change."""
 
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    program, command, *arguments = container["args"]
-    assert (program, command) == ("mlflow", "server")
-    known = {flag for parameter in server.params for flag in parameter.opts}
-    assert [flag for flag in (argument.split("=")[0] for argument in arguments) if flag not in known] == []
+
+@needs_kustomize
+@pytest.mark.parametrize(("folder", "old", "new", "images"), ONCE.values(), ids=ONCE)
+def test_what_differs_from_site_to_site_is_written_once(
+    folder: str, old: str, new: str, images: int, tmp_path: Path
+) -> None:
+    """One line changed changes exactly what depends on it; unchanged, every rendering is the same."""
+    place = copied(tmp_path)
+    file, before = place / folder / "kustomization.yaml", text_of(place / "overlays" / "spot")
+    assert before == text_of(KUBERNETES / "overlays" / "spot")
+    assert file.read_text().count(old) == 1
+    file.write_text(file.read_text().replace(old, new))
+    after = text_of(place / "overlays" / "spot")
+    pairs = list(zip(before.splitlines(), after.splitlines(), strict=True))
+    changed = [(was, now) for was, now in pairs if was != now]
+    assert sum("image:" in was for was, _ in changed) == images
+    others = [now for _, now in changed if "image:" not in now]
+    assert [line for line in others if "aai-settings-" not in line and new not in line] == []
+    assert bool(others) == (images == 0)
+
+
+@needs_kustomize
+@pytest.mark.parametrize("name", SITES)
+def test_every_pod_reads_the_settings_by_their_hash(name: str) -> None:
+    """A changed setting is a new name, so that the pods that read it are made anew."""
+    found = {
+        node["configMapRef"]["name"] for document in rendered(name) for node in walk(document) if "configMapRef" in node
+    }
+    (settings,) = found
+    assert re.fullmatch(r"aai-settings-\w{10}", settings)
+    reads = [pod for pod in pods(rendered(name)) if "configMapRef" in str(pod)]
+    assert len(reads) >= 5
+
+
+def metrics_of_the_code() -> set[str]:
+    """The names under which Ray's endpoint has the metrics of our code."""
+    sources = "".join(path.read_text() for path in (ROOT / "pipelines").rglob("*.py"))
+    return {f"ray_{name}" for name in re.findall(r'"(aai_\w+)"', sources)}
+
+
+def unknown_metrics(text: str) -> set[str]:
+    """The metrics that a text names and our code does not have; histograms have three of them each."""
+    named = {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"\bray_aai_\w+", text)}
+    return named - metrics_of_the_code()
+
+
+@pytest.mark.parametrize("path", sorted((INFRA / "monitoring").iterdir()), ids=lambda path: path.name)
+def test_monitoring_names_metrics_that_the_code_has(path: Path) -> None:
+    assert unknown_metrics(path.read_text()) == set()
+    assert unknown_metrics("sum(rate(ray_aai_request_total[5m]))") == {"ray_aai_request_total"}
+
+
+def listed(documents: list[Document], kind: str) -> list[Any]:
+    return [document for document in documents if document["kind"] == kind]
+
+
+@needs_kustomize
+@pytest.mark.parametrize("name", SITES)
+def test_mlflow_keeps_its_accounts_and_its_password_comes_from_the_environment(name: str) -> None:
+    (mlflow,) = [each for each in listed(rendered(name), "Deployment") if each["metadata"]["name"] == "mlflow"]
+    (container,) = mlflow["spec"]["template"]["spec"]["containers"]
+    assert image_of(container) == "aai-mlflow"
+    arguments = container["args"]
     assert "--app-name=basic-auth" in arguments
     assert any(argument.startswith("--allowed-hosts=") and "*" not in argument for argument in arguments)
-    store = next(parameter for parameter in server.params if "--backend-store-uri" in parameter.opts)
-    given = {argument.split("=")[0] for argument in arguments} | {each["name"] for each in container["env"]}
-    assert given & {"--backend-store-uri", store.envvar}, "else a file in the container"
+    assert not any("://" in argument and "@" in argument for argument in arguments)
+    assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
+
+
+def test_the_driver_of_the_database_is_in_the_image() -> None:
+    from sqlalchemy import make_url
+
+    texts = [(INFRA / "docker" / "basic_auth.ini").read_text(), (KUBERNETES / "base/registry/mlflow.yaml").read_text()]
+    for uri in (re.search(r"postgresql\S+", text) for text in texts):
+        assert uri
+        driver = make_url(uri[0]).get_dialect().driver
+        assert f"{driver}-binary" in (INFRA / "docker" / "mlflow.Dockerfile").read_text()
+        assert pinned(f"{driver}-binary")
+
+
+@needs_kustomize
+def test_labels_choose_one_job() -> None:
+    """`kubectl apply -k ... -l aai/job=curate`: each label is of one object."""
+    labels = [each["metadata"].get("labels", {}).get("aai/job") for each in rendered("gpu/jobs")]
+    assert len([label for label in labels if label]) == len({label for label in labels if label}) == 8
+
+
+def test_hf_takes_the_flags_of_the_weights_job() -> None:
+    flags = re.findall(r"(--\w+) ", (KUBERNETES / "overlays/gpu/jobs/weights.yaml").read_text())
+    command = [str(Path(sys.executable).parent / "hf"), "download", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert flags
+    assert [flag for flag in flags if flag not in done.stdout] == []
