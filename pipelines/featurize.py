@@ -272,9 +272,11 @@ def list_shards(config: FeaturizeConfig) -> list[FeaturizeShard]:
         if table.num_rows:
             name = file.rsplit("/", 1)[1]
             fingerprint = _hash([name, size_bytes, table.to_pylist()])
-            places = {"input": file, "output": storage.join(config.out, name)}
-            about = {"rows": table.num_rows, "fingerprint": fingerprint, "kinds": kinds_in(table)}
-            shards.append(FeaturizeShard(name=name, **about, **places))
+            output, kinds = storage.join(config.out, name), kinds_in(table)
+            made_of = FeaturizeShard(
+                name=name, rows=table.num_rows, input=file, output=output, fingerprint=fingerprint, kinds=kinds
+            )
+            shards.append(made_of)
     if not shards:
         raise UserError("input", config.input, "holds no clips", "run `aai curate` first, or give its accepted/ folder")
     return shards
