@@ -10,8 +10,9 @@ import pyarrow as pa
 VERSION = 2
 
 MANIFEST_REQUIRED = ("uri",)
-MANIFEST_OPTIONAL = ("start_s", "end_s", "caption", "labels", "split")
-"""A manifest (CSV or Parquet) names clips; `labels` is a list, or words joined by ";" in CSV."""
+MANIFEST_OPTIONAL = ("start_s", "end_s", "caption", "labels", "split", "image_uri")
+"""A manifest (CSV or Parquet) names clips; `labels` is a list, or words joined by ";" in CSV; `image_uri` a still
+picture that is shown beside the sound of `uri`."""
 SPLITS = ("train", "val", "test")
 """What the stages use: training, validation during training, evaluation."""
 VIDEO_SUFFIXES = (
@@ -22,6 +23,7 @@ AUDIO_SUFFIXES = (
     ".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".mka", ".weba", ".wma", ".aif", ".aiff", ".caf",
     ".amr",
 )  # fmt: skip
+STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + AUDIO_SUFFIXES
 """What counts as a clip in a folder or a tar, in lower case."""
 
