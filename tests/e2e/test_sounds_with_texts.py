@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import logging
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,22 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from aai import storage
+from aai.encoders.aligner import embed
 from aai.features import FeatureManifest, load_split
 from aai.foundation.identity import FoundationSpec
 from aai.media.waveform import write_wav
+from aai.metrics import retrieval
 from aai.toy.draw import draw_scene
-from aai.toy.grammar import Scene, full_caption, random_scene
+from aai.toy.grammar import Scene, clip_caption, full_caption, random_scene
 from aai.toy.synthesis import synthesise
 from pipelines import curate, featurize
 from pipelines.tables import webdataset
 from tests.clips import make_clip, make_moving
+from tests.e2e.plain_align import settings_of, trained
 from tests.pipelines.conftest import run_here
 
 SECONDS = 2.0
@@ -203,3 +209,66 @@ def test_tables_of_videos_tell_no_kinds_until_there_are_others(
         rows_per_shard=1,
     )
     assert changed["measured"] == 1
+
+
+# ---------------------------------------------------------------- what such rows teach
+
+SEEN, TOLD, HELD_OUT = 100, 500, 200
+"""Sounds with a picture and a caption, sounds with a caption alone, and held-out ones of these."""
+RUNS = Path(__file__).resolve().parents[2] / "runs" / "accept-sounds"
+"""Where the long test keeps its figures."""
+
+
+def write_sounds(folder: Path) -> list[dict[str, str]]:
+    """Rows of a manifest: what is seen, what is only told of, what is held out."""
+    rng, rows = np.random.default_rng(11), []
+    folder.mkdir(parents=True)
+    for number in range(SEEN + TOLD + HELD_OUT):
+        scene = replace(random_scene(rng), medium="photo")  # which nobody can hear
+        row = {"uri": sound(folder, f"{number:04d}", scene), "caption": clip_caption(scene), "split": "train"}
+        if number < SEEN:
+            row["image_uri"] = f"{number:04d}.png"
+            draw_scene(scene, 64).save(folder / row["image_uri"])
+        rows.append(row | ({"split": "test"} if number >= SEEN + TOLD else {}))
+    return rows
+
+
+def featurized(folder: Path, rows: list[dict[str, str]], out: Path) -> str:
+    folder.joinpath("manifest.csv").unlink(missing_ok=True)
+    found = curated(write_manifest(folder, rows), out / "curated", rows_per_shard=64)
+    assert found["accepted"] == len(rows), found["by_code"]
+    table = {"input": str(out / "curated" / "accepted"), "out": str(out / "features")}
+    featurize.run(featurize.FeaturizeConfig.parse(table))
+    return table["out"]
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(3600)
+def test_j7_500_rows_of_sound_and_text_raise_retrieval_of_held_out_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the toy world's CLIP: with these rows, and the same training without them."""
+    run_here(monkeypatch)
+    no_card(monkeypatch)
+    rows = write_sounds(tmp_path / "world")
+    without = [*rows[:SEEN], *rows[SEEN + TOLD :]]
+    found: dict[str, Any] = {}
+    for name, given in (("without", without), ("with", rows)):
+        features = featurized(tmp_path / "world", given, tmp_path / name)
+        told = FeatureManifest.read(features)
+        assert told.without_picture["test"] == HELD_OUT
+        assert told.without_picture.get("train", 0) == (TOLD if name == "with" else 0)
+        fit = {"fit__steps": 300, "fit__batch_size": 64, "fit__eval_every": 0, "loss__w_text": 1}
+        encoder = trained(settings_of(tmp_path, features=features, **fit))
+        test = load_split(features, "test", encoder.config.clip_samples, ("audio", "image_features", "text_features"))
+        assert not test["has_picture"].any()
+        texts = torch.nn.functional.normalize(test["text_features"].mean(1), dim=-1).numpy()
+        captions = test["caption_id"].numpy()
+        audio = embed(encoder, test["audio"]).numpy()
+        found[name] = retrieval(audio, texts, captions, captions)
+        shuffled = np.random.default_rng(0).permutation(len(audio))
+        found[f"{name}, shuffled"] = {"r1": retrieval(audio[shuffled], texts, captions, captions, draws=0)["r1"]}
+    RUNS.mkdir(parents=True, exist_ok=True)
+    (RUNS / "retrieval.json").write_text(json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
+    assert found["with"]["ci95"][0] > found["without"]["ci95"][1], "beyond what chance gives and takes"
