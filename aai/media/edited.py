@@ -17,6 +17,8 @@ from aai.media.prints import STEP_S, VIEWS
 PICTURES = 4
 """Pictures of a clip, evenly spaced."""
 PICTURE_PRINT_BYTES = 8 * ((VIEWS + 1) * PICTURES - 1)
+ALONE_OVERLAP = 0.9
+"""Share of the shorter sound that has to overlap at least where no pictures bear witness."""
 _PARTNERS = 8
 """With how many clips that have the same word a clip is compared: the next ones, and as many of the first ones."""
 _MIN_WORDS = 8
@@ -106,7 +108,9 @@ class Prints:
         there &= (one != 0) & (other != 0)
         heard = there.sum(axis=1)
         errors = (np.bitwise_count(one ^ other) * there).sum(axis=1)
-        needed = np.maximum(_MIN_WORDS, cfg.min_overlap * np.minimum(self.heard[left], self.heard[right]))
+        alone = max(cfg.min_overlap, ALONE_OVERLAP)
+        overlap = np.where(self.both_videos(left, right), cfg.min_overlap, alone)
+        needed = np.maximum(_MIN_WORDS, overlap * np.minimum(self.heard[left], self.heard[right]))
         return (heard >= needed) & (errors <= cfg.max_sound_error * 32 * heard)
 
     def picture_bits(self, left: np.ndarray, right: np.ndarray, shift_s: np.ndarray) -> np.ndarray:

@@ -258,7 +258,7 @@ def test_j7_500_rows_of_sound_and_text_raise_retrieval_of_held_out_ones(
         told = FeatureManifest.read(features)
         assert told.without_picture["test"] == HELD_OUT
         assert told.without_picture.get("train", 0) == (TOLD if name == "with" else 0)
-        fit = {"fit__steps": 300, "fit__batch_size": 64, "fit__eval_every": 0, "loss__w_text": 1}
+        fit = {"fit__steps": 200, "fit__batch_size": 64, "fit__eval_every": 0, "loss__w_text": 1}
         encoder = trained(settings_of(tmp_path, features=features, **fit))
         test = load_split(features, "test", encoder.config.clip_samples, ("audio", "image_features", "text_features"))
         assert not test["has_picture"].any()

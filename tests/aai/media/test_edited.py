@@ -76,6 +76,9 @@ def test_what_is_of_no_video_is_known_by_its_sound_alone() -> None:
     data = prints(sounds)
     strict = EditedConfig(max_picture_bits=0)  # random pictures are alike by chance at times
     assert edited_pairs_of(data, strict).tolist() == []
+    half = prints([sounds[0], np.concatenate([sounds[0][30:], random_words(30)])])
+    assert len(edited_pairs_of(replace(half, pictures=np.zeros_like(half.pictures)), CFG)) == 1
+    assert len(edited_pairs_of(replace(half, is_video=np.array([True, False])), CFG)) == 0, "nothing but half a sound"
     moves = np.ones(60, bool)
     moves[[0, 1, 41, 42, 30]] = False  # of pair 0 the original, of pair 1 both, of pair 2 the cut
     bare = replace(data, is_video=moves)
