@@ -198,6 +198,9 @@ def test_tables_of_videos_tell_no_kinds_until_there_are_others(
     assert (grown["measured"], grown["accepted"]) == (3, 5), "what was measured stays"
     kinds = {name: row["picture"] for name, row in by_name(out / "accepted").items()}
     assert sorted(kinds.values()) == ["frames", "frames", "none", "none", "still"]
+    cut = {"mode": "windows", "window_s": 1, "min_s": 0.5}
+    parts = curated(write_manifest(folder, rows[1:2] + rows[5:6]), tmp_path / "cut", cut=cut)
+    assert (parts["accepted"], parts["pictures"]) == (4, {"frames": 0, "still": 2, "none": 2})
     # Another picture beside the same sound is another clip.
     Image.new("RGB", (80, 80), "red").save(folder / "still0.jpg")
     changed = curated(
