@@ -124,6 +124,9 @@ def test_clips_without_a_video_are_told_by_their_sounds() -> None:
 def test_a_shared_still_costs_no_comparison_of_all_with_all() -> None:
     count = 3000
     clips = [sound(f"{i:04d}", words) for i, words in enumerate(RNG.integers(1, 2**32, (count, 20)))]
+    clips = [
+        replace(clip, video_hash=bytes(32), audio_hash=bytes(32)) for clip in clips
+    ]  # as what has none is compared
     pairs = sum(len(near_pairs_of(_prints_of(clips), CFG, band)) for band in range(BANDS))
     assert pairs == 0
     assert find_duplicates([*clips, sound("x", np.frombuffer(clips[7].sound_print or b"", np.uint32))], CFG).keys() == {
