@@ -1,5 +1,6 @@
 """Stage one, align: the audio encoder learns to land where the frozen CLIP puts the clip's pictures and captions."""
 
+import itertools
 import math
 from typing import Any, Literal
 
@@ -49,7 +50,8 @@ class AlignTask(nn.Module):
 
     loss = w_image L(audio, image) + w_text L(audio, text), L being InfoNCE or the sigmoid loss, each term with its own
     temperature (and bias). Copies of a clip are no negatives of one another; in the text term, nor are clips with equal
-    captions: their pictures differ, their texts do not.
+    captions: their pictures differ, their texts do not. A clip without a picture, or without a caption, has no place in
+    that term, and is nobody's negative there.
     """
 
     def __init__(
@@ -72,15 +74,17 @@ class AlignTask(nn.Module):
         """This process's loss of one batch, whose mean over all processes is the loss, and the figures of all.
 
         batch: audio [B, S] in -1..1, image_features [B, K, D] and text_features [B, T, D] of unit norm, caption_id
-        int64 [B] (0 = no caption), clip_hash int64 [B]. Negatives come from all processes.
+        int64 [B] (0 = no caption), clip_hash int64 [B], has_picture bool [B] (False: what image_features holds there
+        means nothing; absent: all have one). Negatives come from all processes.
         """
         counts = rows_of_ranks(len(batch["audio"]), batch["audio"].device)
         audio = gather_with_grad(in_chunks(self.encode, self.chunk_size, batch["audio"]), counts)
-        caption, clip = gather_with_grad(batch["caption_id"], counts), gather_with_grad(batch["clip_hash"], counts)
+        seen = batch.get("has_picture", torch.ones_like(batch["caption_id"], dtype=torch.bool))
+        known = torch.stack([batch["caption_id"], batch["clip_hash"], seen.long()], dim=1)
+        caption, clip, seen = gather_with_grad(known, counts).unbind(1)
         copies = clip[:, None] == clip
         alike = {"image": copies, "text": copies | (caption[:, None] == caption)}
-        # A clip without a caption has no place in the text term.
-        present = {"image": torch.ones_like(caption, dtype=torch.bool), "text": caption != 0}
+        present = {"image": seen != 0, "text": caption != 0}
         mine = own_rows(counts)
         total, losses = audio.new_zeros(()), {}
         for term, weight in self.weights.items():
@@ -126,19 +130,23 @@ def validate(encoder: AudioEncoder, clips: dict[str, Any]) -> dict[str, float]:
     """Retrieval on held-out clips as `aai.features.load_split` returns them.
 
     a2v_r1, a2t_r1: the own picture, or an equal caption, comes first. label0_r1, label1_r1, ...: the first picture
-    shares the clip's label at that position, for positions whose labels differ and repeat.
+    shares the clip's label at that position, for positions whose labels differ and repeat. Clips without a picture are
+    in a2t_r1 alone; where none has one, so is everything.
     """
     audio = embed(encoder, clips["audio"]).numpy()
     images = nn.functional.normalize(clips["image_features"].mean(dim=1), dim=-1).numpy()
     texts = nn.functional.normalize(clips["text_features"].mean(dim=1), dim=-1).numpy()
     captions = clips["caption_id"].numpy()
-    out = {
-        "a2v_r1": retrieval(audio, images, draws=0)["r1"],
-        "a2t_r1": retrieval(audio, texts, captions, captions, draws=0)["r1"],
-    }
-    depth = min((len(labels) for labels in clips["labels"]), default=0)
+    a2t = {"a2t_r1": retrieval(audio, texts, captions, captions, draws=0)["r1"]}
+    seen = clips["has_picture"].numpy() if "has_picture" in clips else np.ones(len(audio), bool)
+    if not seen.any():
+        return a2t
+    audio, images = audio[seen], images[seen]
+    out = {"a2v_r1": retrieval(audio, images, draws=0)["r1"], **a2t}
+    labels = list(itertools.compress(clips["labels"], seen))
+    depth = min((len(of_clip) for of_clip in labels), default=0)
     for position in range(depth):
-        keys = np.array([labels[position] for labels in clips["labels"]])
+        keys = np.array([of_clip[position] for of_clip in labels])
         if 1 < len(set(keys)) <= len(keys) / 2:
             out[f"label{position}_r1"] = retrieval(audio, images, keys, keys, draws=0)["r1"]
     return out

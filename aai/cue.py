@@ -20,7 +20,7 @@ from aai import storage
 from aai.adapt import denoising_loss
 from aai.config import Config
 from aai.errors import UserError
-from aai.features import FeatureManifest, arrays_of, open_table
+from aai.features import FeatureManifest, arrays_of, open_table, read_group
 from aai.foundation.identity import identity, is_identity
 from aai.painter import Painter
 from aai.sounds import Window
@@ -80,7 +80,7 @@ def retrieve(features: str, embed: Tensor, split: str, count: int) -> Retrieved:
     for file in storage.list_files(features, ".parquet"):
         table = open_table(file, manifest)
         for group in range(table.num_row_groups):
-            for row, clip_id, cosine in _cosines(table, group, manifest, split, wanted):
+            for row, clip_id, cosine in _cosines(table, file, group, manifest, split, wanted):
                 heapq.heappush(best, (cosine, clip_id, file, group, row))
                 if len(best) > count:
                     heapq.heappop(best)
@@ -89,24 +89,22 @@ def retrieve(features: str, embed: Tensor, split: str, count: int) -> Retrieved:
     best.sort(key=lambda found: (-found[0], found[1]))
     latents = []
     for _, _, file, group, row in best:
-        part = open_table(file, manifest).read_row_group(
-            group, columns=["clip_id", "caption", "content_hash", "latents"]
-        )
+        part = read_group(open_table(file, manifest), file, group, ["clip_id", "caption", "content_hash", "latents"])
         latents.append(arrays_of(part.slice(row, 1), manifest, 1, ["latents"])["latents"][0])
     found = torch.from_numpy(np.stack(latents).astype(np.float32))
     return Retrieved([clip_id for _, clip_id, *_ in best], [round(cosine, 4) for cosine, *_ in best], found)
 
 
 def _cosines(
-    table: Any, group: int, manifest: FeatureManifest, split: str, wanted: np.ndarray
+    table: Any, file: str, group: int, manifest: FeatureManifest, split: str, wanted: np.ndarray
 ) -> Iterator[tuple[int, str, float]]:
     """(row of the group, clip, cosine) of the split's clips."""
-    part = table.read_row_group(group, columns=["clip_id", "caption", "content_hash", "split", "image_features"])
+    part = read_group(table, file, group, ["clip_id", "caption", "content_hash", "split", "image_features"])
     arrays = arrays_of(part, manifest, 1, ["image_features"])
     pictures = arrays["image_features"][:, manifest.latent_frame].astype(np.float32)
     cosines = pictures @ wanted / np.maximum(np.linalg.norm(pictures, axis=1) * np.linalg.norm(wanted), 1e-8)
     for row, own in enumerate(part["split"].to_pylist()):
-        if own == split and np.isfinite(cosines[row]):
+        if own == split and arrays["has_picture"][row] and np.isfinite(cosines[row]):
             yield row, arrays["clip_id"][row], float(cosines[row])
 
 

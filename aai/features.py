@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 import pydantic
 import torch
@@ -16,6 +15,7 @@ from aai.aligned import AlignedCache
 from aai.config import Config
 from aai.errors import UserError
 from aai.media.waveform import read_samples, sound_rate_hz
+from aai.schema import NO_PICTURE, PICTURE
 from aai.version import UNKNOWN
 
 VERSION = 1
@@ -67,6 +67,8 @@ class FeatureManifest(Config):
     """The code that wrote it."""
     enlarged: dict[str, int] = pydantic.Field(default_factory=dict)
     """Clips whose pictures are smaller than the model takes them: `clip` for image_features, `latents`."""
+    without_picture: dict[str, int] = pydantic.Field(default_factory=dict)
+    """Of `rows`, those of sound and text alone, by split: their image_features and latents are 0 and mean nothing."""
 
     @classmethod
     def read(cls, uri: str) -> "FeatureManifest":
@@ -89,6 +91,10 @@ class FeatureManifest(Config):
         if sample_rate_hz != self.sample_rate_hz:
             rule = f"hears {sample_rate_hz} Hz, the features hold {self.sample_rate_hz} Hz"
             raise UserError(setting, value, rule, remedy)
+
+    def clips(self, split: str, pictures_only: bool) -> int:
+        """How many rows of a split there are, or have a picture."""
+        return self.rows.get(split, 0) - (self.without_picture.get(split, 0) if pictures_only else 0)
 
     def shape_of(self, column: str) -> tuple[int, ...]:
         """The shape of one row of a flattened column."""
@@ -121,11 +127,24 @@ def open_table(file: str, manifest: FeatureManifest) -> pq.ParquetFile:
     return table
 
 
+def rows_of(table: pq.ParquetFile, group: int, split: str, pictures_only: bool = False) -> np.ndarray:
+    """bool [N]: which rows of a row group of an opened file are of a split."""
+    names = [name for name in ("split", PICTURE) if name in table.schema_arrow.names]
+    found = table.read_row_group(group, columns=names)
+    wanted = np.array([name == split for name in found["split"].to_pylist()], bool)
+    return wanted & have_picture(found) if pictures_only else wanted
+
+
 def read_group(
     table: pq.ParquetFile, file: str, group: int, columns: Sequence[str], cache: AlignedCache | None = None
 ) -> pa.Table:
-    """Columns of one row group of an opened file of features; the column `aligned` is taken from the cache."""
+    """Columns of one row group of an opened file of features; the column `aligned` is taken from the cache.
+
+    Where clips of several kinds are, `picture` is among them.
+    """
     names = [name for name in columns if name != aligned.COLUMN]
+    if PICTURE in table.schema_arrow.names:
+        names.append(PICTURE)
     found = table.read_row_group(group, columns=names, use_threads=False)
     if aligned.COLUMN not in columns:
         return found
@@ -134,14 +153,25 @@ def read_group(
     return found.append_column(aligned.COLUMN, cache.read_group(file, group, found["clip_id"]))
 
 
+def have_picture(table: pa.Table) -> np.ndarray:
+    """bool [N]: which rows of a table of clips or features show something."""
+    if PICTURE not in table.column_names:
+        return np.ones(table.num_rows, bool)
+    return np.array([kind != NO_PICTURE for kind in table[PICTURE].to_pylist()], bool)
+
+
 def arrays_of(table: pa.Table, manifest: FeatureManifest, clip_samples: int, columns: Sequence[str]) -> dict[str, Any]:
-    """Columns as arrays: audio int16 [N, S], features float16 [N, *shape]; hashes, captions and ids always."""
+    """Columns as arrays: audio int16 [N, S], features float16 [N, *shape]; hashes, captions and ids always.
+
+    has_picture bool [N]: False where a clip has none, and what is told of it, its image_features and latents, is 0.
+    """
     captions = table["caption"].to_pylist()
     out: dict[str, Any] = {
         "clip_id": table["clip_id"].to_pylist(),
         "caption": captions,
         "caption_id": np.array([hash64(caption) for caption in captions], np.int64),
         "clip_hash": np.array([hash64(text) for text in table["content_hash"].to_pylist()], np.int64),
+        "has_picture": have_picture(table),
     }
     for name in columns:
         if name == "audio":
@@ -172,8 +202,8 @@ def _fixed(samples: np.ndarray, count: int) -> np.ndarray:
 
 
 def tensor_of(name: str, values: np.ndarray) -> torch.Tensor:
-    """float32 of features, -1..1 of audio, int64 of hashes."""
-    if name in ("caption_id", "clip_hash"):
+    """float32 of features, -1..1 of audio, int64 of hashes, bool of has_picture."""
+    if name in ("caption_id", "clip_hash", "has_picture"):
         return torch.from_numpy(values)
     scale = 1 / 32768.0 if name == "audio" else 1.0
     return torch.from_numpy(values.astype(np.float32)).mul_(scale)
@@ -186,12 +216,15 @@ def load_split(
     columns: Sequence[str] = ARRAYS,
     max_rows: int | None = None,
     cache: AlignedCache | None = None,
+    pictures_only: bool = False,
 ) -> dict[str, Any]:
     """All rows of a split in table order (the first `max_rows`), for evaluation.
 
+    pictures_only: without clips that have no picture.
+
     Tensors: audio float32 [N, S], image_features [N, K, D], text_features [N, T, D], latents [N, C, h, w] (as chosen
-    by `columns`; aligned [N, D], or [N, R, D] with parts, needs a cache), caption_id and clip_hash int64 [N]. Lists:
-    clip_id, content_hash, uri, caption, labels.
+    by `columns`; aligned [N, D], or [N, R, D] with parts, needs a cache), caption_id and clip_hash int64 [N],
+    has_picture bool [N]. Lists: clip_id, content_hash, uri, caption, labels.
     """
     manifest = FeatureManifest.read(uri)
     plain = ["clip_id", "content_hash", "uri", "caption", "labels"]
@@ -201,10 +234,10 @@ def load_split(
             break
         opened = open_table(file, manifest)
         for group in range(opened.num_row_groups):
-            wanted = pa.compute.equal(opened.read_row_group(group, columns=["split"])["split"], split)
-            count = wanted.combine_chunks().true_count  # most row groups of a large table may have no such rows
+            wanted = rows_of(opened, group, split, pictures_only)
+            count = int(wanted.sum())  # most row groups of a large table may have no such rows
             if count and (max_rows is None or found < max_rows):
-                parts.append(read_group(opened, file, group, [*plain, *columns], cache).filter(wanted))
+                parts.append(read_group(opened, file, group, [*plain, *columns], cache).filter(pa.array(wanted)))
                 found += count
     if not parts:
         parts.append(read_group(opened, file, 0, [*plain, *columns], cache).slice(0, 0))

@@ -15,7 +15,7 @@ import torch
 from aai import storage
 from aai.aligned import AlignedCache
 from aai.errors import UserError
-from aai.features import ARRAYS, FeatureManifest, arrays_of, open_table, read_group, tensor_of
+from aai.features import ARRAYS, FeatureManifest, arrays_of, open_table, read_group, rows_of, tensor_of
 
 Batch = dict[str, Any]
 READY_BATCHES = 4
@@ -46,9 +46,11 @@ class FeatureReader:
         shuffle_clips: int = 2048,
         threads: int = 2,
         cache: AlignedCache | None = None,
+        pictures_only: bool = False,
     ) -> None:
         """batch_size: clips per step of this rank; clip_samples: length sounds are padded or cut to; shuffle_clips:
-        least size of a window, of which two are in memory; cache: where the column `aligned` is.
+        least size of a window, of which two are in memory; cache: where the column `aligned` is; pictures_only: without
+        clips that have no picture.
 
         Raises UserError when the table is not there, is mixed, or has fewer rows in the split than one step takes.
         """
@@ -56,6 +58,7 @@ class FeatureReader:
         self.batch_size, self.clip_samples, self.columns = batch_size, clip_samples, tuple(columns)
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.split, self.shuffle_clips, self.threads, self.cache = split, shuffle_clips, threads, cache
+        self.pictures_only = pictures_only
         self.groups = self._index(uri)
         self.num_rows = sum(len(rows) for _, _, rows in self.groups)
         self.steps_per_epoch = self.num_rows // (batch_size * world_size)
@@ -63,7 +66,7 @@ class FeatureReader:
             raise UserError(
                 "fit.batch_size",
                 batch_size * world_size,
-                f"is more than the {self.num_rows} rows of split {split!r}",
+                f"is more than the {self.num_rows} rows of split {split!r}{' with a picture' * pictures_only}",
                 "lower it, or featurize more clips",
             )
 
@@ -86,8 +89,7 @@ class FeatureReader:
         table = open_table(file, self.manifest)
         groups = []
         for number in range(table.num_row_groups):
-            splits = table.read_row_group(number, columns=["split"])["split"].to_pylist()
-            rows = np.flatnonzero([name == self.split for name in splits])
+            rows = np.flatnonzero(rows_of(table, number, self.split, self.pictures_only))
             if len(rows):
                 groups.append((file, number, rows))
         return groups
@@ -118,7 +120,8 @@ class FeatureReader:
         """The batch of every step from `first_step` on (from 0), without end.
 
         Tensors audio float32 [B, S], image_features [B, K, D], text_features [B, T, D], latents [B, C, h, w], aligned
-        [B, D] (as chosen by `columns`), caption_id and clip_hash int64 [B], and the lists of texts clip_id and caption.
+        [B, D] (as chosen by `columns`), caption_id and clip_hash int64 [B], has_picture bool [B], and the lists of
+        texts clip_id and caption.
         """
         with ThreadPoolExecutor(self.threads) as pool:
             windows = self._windows(first_step)
@@ -167,7 +170,7 @@ class FeatureReader:
 
     def _batch(self, rows: list[tuple[Batch, int]]) -> Batch:
         batch: Batch = {name: [arrays[name][row] for arrays, row in rows] for name in ("clip_id", "caption")}
-        for name in (*self.columns, "caption_id", "clip_hash"):
+        for name in (*self.columns, "caption_id", "clip_hash", "has_picture"):
             batch[name] = tensor_of(name, np.stack([arrays[name][row] for arrays, row in rows]))
         return batch
 

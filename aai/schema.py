@@ -10,8 +10,9 @@ import pyarrow as pa
 VERSION = 2
 
 MANIFEST_REQUIRED = ("uri",)
-MANIFEST_OPTIONAL = ("start_s", "end_s", "caption", "labels", "split")
-"""A manifest (CSV or Parquet) names clips; `labels` is a list, or words joined by ";" in CSV."""
+MANIFEST_OPTIONAL = ("start_s", "end_s", "caption", "labels", "split", "image_uri")
+"""A manifest (CSV or Parquet) names clips; `labels` is a list, or words joined by ";" in CSV; `image_uri` a still
+picture that is shown beside the sound of `uri`."""
 SPLITS = ("train", "val", "test")
 """What the stages use: training, validation during training, evaluation."""
 VIDEO_SUFFIXES = (
@@ -22,6 +23,7 @@ AUDIO_SUFFIXES = (
     ".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".mka", ".weba", ".wma", ".aif", ".aiff", ".caf",
     ".amr",
 )  # fmt: skip
+STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + AUDIO_SUFFIXES
 """What counts as a clip in a folder or a tar, in lower case."""
 
@@ -87,15 +89,25 @@ REJECT_TABLE = pa.schema(
 """Both tables may end with further columns, float64 or string: those of the manifest, and signals of the user's own."""
 
 
+PICTURE = "picture"
+VIDEO_PICTURES, STILL_PICTURE, NO_PICTURE = "frames", "still", "none"
+"""What stands in the column `picture` of the tables: whether a clip shows pictures of a video, a picture of its own
+(one in `frames`), or has sound and text alone. Tables of videos alone do not have the column."""
+
+
 def further_columns(names: Iterable[str]) -> list[str]:
     """Those of a curated table's columns that are none of the contract's."""
     return [name for name in names if name not in CLIP_TABLE.names and name not in REJECT_TABLE.names]
 
 
-def feature_table(num_frames: int, image_dim: int, num_texts: int, text_dim: int, latent_dim: int) -> pa.Schema:
+def feature_table(
+    num_frames: int, image_dim: int, num_texts: int, text_dim: int, latent_dim: int, kinds: bool = False
+) -> pa.Schema:
     """The FeatureTable: CLIP features of K frames and of the captions, VAE latents of one frame, and the audio.
 
-    Features are flattened `fixed_size_list<float16>`; their shapes stand in the manifest beside the table.
+    Features are flattened `fixed_size_list<float16>`; their shapes stand in the manifest beside the table. kinds: with
+    the column `picture`; where it is none, image_features and latents are 0 and mean nothing (Parquet's readers do not
+    agree on fixed lists that are null).
     """
 
     def vector(size: int) -> pa.DataType:
@@ -111,5 +123,6 @@ def feature_table(num_frames: int, image_dim: int, num_texts: int, text_dim: int
             pa.field("image_features", vector(num_frames * image_dim), nullable=False),  # [K, D]
             pa.field("text_features", vector(num_texts * text_dim), nullable=False),  # [T, D]
             pa.field("latents", vector(latent_dim), nullable=False),  # [C, h, w]
+            *([pa.field(PICTURE, pa.string(), nullable=False)] if kinds else []),
         ]
     )

@@ -83,6 +83,11 @@ class AdaptConfig(StageConfig):
             raise ValueError("aligned lies in the folder of the features, whose files would then be mixed")
         return self
 
+    @property
+    def pictures_only(self) -> bool:
+        """See StageConfig: words for sounds are learned from what is seen."""
+        return True
+
     def step_cost(self) -> StepCost | str:
         """See StageConfig."""
         manifest = self.manifest()
@@ -168,6 +173,9 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         if denoised % workers:
             rule = f"is not a multiple of the {workers} workers"
             raise UserError("loss.denoise_rows", denoised, rule, "choose a multiple of cluster.num_workers, or 0")
+        if left_out := manifest.without_picture.get("train", 0):
+            said = "adapt: %d of %d clips of train have no picture and are left out"
+            log.info(said, left_out, manifest.rows["train"])
         lengths_s = clip_lengths_s(self.config.features)
         check_cut("adapt", lengths_s, self.encoder.clip_s, self.config.max_cut_share)
         return self.config

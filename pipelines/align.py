@@ -63,6 +63,11 @@ class AlignConfig(StageConfig):
             told = str(self.fitted()[1])
         return super().plan().model_copy(update={"chosen": {"encoder.clip_s": told}})
 
+    @property
+    def pictures_only(self) -> bool:
+        """See StageConfig: without a text term, sound and text alone teach nothing."""
+        return self.loss.w_text == 0
+
     def step_cost(self) -> StepCost | str:
         """See StageConfig."""
         clip_s = self.encoder.clip_s
@@ -146,13 +151,25 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
         log.info("align: encoder.clip_s = %s", self.clip_s)
         features = self.config.features
         check_cut("align", clip_lengths_s(features), self.clip_s.value, self.config.max_cut_share)
-        if not manifest.rows.get("train"):
-            raise UserError("features", features, "has no rows in the split train", "curate clips of that split")
+        self._check_rows(manifest)
         measured: dict[str, Any] = {"embed_dim": manifest.image_dim}
         if not encoder.pretrained:
             clips = load_split(features, "train", encoder.clip_samples, ("audio",), STATISTICS_CLIPS)
             measured["mel_mean"], measured["mel_std"] = mel_statistics(encoder, clips["audio"])
         return self.config.model_copy(update={"encoder": encoder.model_copy(update=measured)})
+
+    def _check_rows(self, manifest: FeatureManifest) -> None:
+        """Tells of clips without a picture; raises UserError when there is nothing to learn from."""
+        features, without = self.config.features, manifest.without_picture.get("train", 0)
+        if not manifest.rows.get("train"):
+            raise UserError("features", features, "has no rows in the split train", "curate clips of that split")
+        if not manifest.clips("train", pictures_only=True) and self.config.loss.w_image:
+            rule = f"none of the {without} clips of train has a picture"
+            remedy = "set it to 0, and w_text above it, or featurize clips with pictures, too"
+            raise UserError("loss.w_image", self.config.loss.w_image, rule, remedy)
+        if without:
+            what = "are left out, since loss.w_text is 0" if self.config.pictures_only else "train the text term alone"
+            log.info("align: %d of %d clips of train have no picture: they %s", without, manifest.rows["train"], what)
 
     def build(self) -> AlignTask:
         """See TrainRecipe."""

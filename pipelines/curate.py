@@ -23,6 +23,7 @@ from aai import storage
 from aai.digest import stored_digest_of_lists
 from aai.errors import UserError
 from aai.media.measure import DECODER
+from aai.schema import NO_PICTURE, PICTURE, STILL_PICTURE, VIDEO_PICTURES
 from aai.version import code_version
 from pipelines.curation import similarity
 from pipelines.curation.card_data import Rows
@@ -39,12 +40,12 @@ from pipelines.curation.outcome import JudgedTables
 from pipelines.curation.own_signals import check_signals, describe_signals, join_signals, signal_rules
 from pipelines.curation.similarity import CaptionedClip, ScoreShard
 from pipelines.curation.verdicts import DIGEST as JUDGED
-from pipelines.curation.verdicts import JudgeShard, JudgeWorker, judge, judge_shards, read_measured
+from pipelines.curation.verdicts import JudgeShard, JudgeWorker, are_mixed, judge, judge_shards, read_measured
 from pipelines.engine.columns import read_footers
 from pipelines.engine.lock import is_empty, locked
 from pipelines.engine.shards import run_shards
-from pipelines.manifests.extras import columns
-from pipelines.manifests.packed import extras_of
+from pipelines.manifests.extras import TEXT, columns
+from pipelines.manifests.packed import extras_of, have_images
 from pipelines.manifests.row import ManifestRow
 from pipelines.registry import store
 
@@ -196,6 +197,10 @@ def _judge(
     measured = join_signals(measured, rows, config.signals, config.manifest)
     verdicts, null = judge(measured, tables.prints, rows, config, out)
     further = columns(extras_of(rows.in_order))
+    if have_images(rows.in_order):
+        further["image_uri"] = TEXT
+    if are_mixed(measured):
+        further[PICTURE] = TEXT
     signals = describe_signals(measured, config.signals, names)
     outcome = JudgedTables(out, measured, config.flag_only, list(signals))
     todo = judge_shards(measured, shards, rows, verdicts, config.flag_only, further, list(signals))
@@ -212,6 +217,7 @@ def _judge(
         "by_code": outcome.codes(),
         "flagged": outcome.flags(),
         "transient": int(judged.transient.sum()),
+        **({"pictures": outcome.pictures()} if PICTURE in further else {}),
         "correspondence": null.describe() if null else None,
         "columns": further,
         "signals": signals,
@@ -278,6 +284,9 @@ def _summary(result: Mapping[str, Any], out: str) -> str:
     flags = ", ".join(f"{code} {count}" for code, count in result["flagged"].items())
     if flags:
         counts += f", flagged: {flags}"
+    if pictures := result.get("pictures"):
+        counts += f"; taken with a video {pictures[VIDEO_PICTURES]}, with a still picture {pictures[STILL_PICTURE]}, "
+        counts += f"with sound and text alone {pictures[NO_PICTURE]}"
     if small := result.get("small_sources"):  # results of before do not have it
         size_px = result["chosen"]["decode.frame_size_px"]["value"]
         counts += f"; {small} sources are smaller than {size_px:g} px and keep their own size"

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pydantic
 import torch
 from PIL import Image
@@ -43,6 +44,7 @@ from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.settings import DType, Plan, RayVerbConfig
 from pipelines.tables import enlarging
 from pipelines.tables.enlarging import count_enlarged
+from pipelines.tables.kinds import kinds_in, picture_counts, shared_count, spread
 
 log = logging.getLogger(__name__)
 
@@ -118,13 +120,16 @@ class FeaturizeShard(Shard):
     output: str
     fingerprint: str
     """Of the clips."""
+    kinds: frozenset[str] = frozenset()
+    """What `picture` says of them; nothing in a table of videos alone."""
 
 
 class FeaturizeWorker:
     """Holds the frozen models; turns one shard of clips into one Parquet file of features."""
 
-    def __init__(self, config: dict[str, Any], digest: str) -> None:
-        self.config, self.digest = FeaturizeConfig.parse(config), digest
+    def __init__(self, config: dict[str, Any], digest: str, shared: int = 0) -> None:
+        """shared: see `kinds.shared_count`."""
+        self.config, self.digest, self.shared = FeaturizeConfig.parse(config), digest, shared
         c = self.config
         self.device = "cuda" if c.on_gpu else "cpu"
         self.dtype = dtype_of(c.dtype, self.device)
@@ -140,21 +145,22 @@ class FeaturizeWorker:
 
     def __call__(self, shard: FeaturizeShard) -> Result:
         """Reads one file of clips and writes its features."""
-        names = [*schema.feature_table(1, 1, 1, 1, 1).names]
+        names = [*schema.feature_table(1, 1, 1, 1, 1, self.shared > 0).names]
         kept = [n for n in names if n not in ("image_features", "text_features", "latents")]
         clips = storage.read_table(shard.input, columns=[*kept, *enlarging.COLUMNS])
         sounds: list[Future[bytes]] = []
         if self.config.sound == "wav":  # while the models compute
             sounds = [self.pool.submit(_as_wav, data) for data in clips["audio"].to_pylist()]
         frames = clips["frames"].to_pylist()
-        num_frames = _equal_count(shard.input, frames)
+        counts, num_frames = picture_counts(shard.input, clips, self.shared)
         enlarged = count_enlarged(shard.input, clips, self.sizes, self.config.allow_upsampling)
         chosen = num_frames // 2 if self.config.latent_frame is None else self.config.latent_frame
         if chosen >= num_frames:
             raise UserError("latent_frame", chosen, f"clips have {num_frames} pictures", "choose a smaller one")
-        images = self.clip.images([f for row in frames for f in row]).numpy()
+        images = spread(self.images([f for row in frames for f in row]), counts, num_frames)
         texts = np.stack([self.text_features(caption) for caption in clips["caption"].to_pylist()])
-        latents = self.latents([_decode(row[chosen]) for row in frames])
+        latents = self.latents([_decode(row[min(chosen, len(row) - 1)]) for row in frames if row])
+        latents = spread(latents, np.minimum(counts, 1), 1)[:, 0]
         shapes = {
             "input": shard.fingerprint,
             "num_frames": num_frames,
@@ -169,13 +175,16 @@ class FeaturizeWorker:
             "splits": Counter(clips["split"].to_pylist()),
             "enlarged": asdict(enlarged),
         }
+        if self.shared:
+            bare = pc.equal(clips[schema.PICTURE], schema.NO_PICTURE)
+            shapes["without_picture"] = Counter(clips["split"].filter(bare).to_pylist())
         features = {
             "image_features": images.reshape(len(frames), -1),
             "text_features": texts.reshape(len(frames), -1),
             "latents": latents.reshape(len(frames), -1),
         }
         out_schema = schema.feature_table(
-            num_frames, self.clip.dim, texts.shape[1], texts.shape[2], features["latents"].shape[1]
+            num_frames, self.clip.dim, texts.shape[1], texts.shape[2], features["latents"].shape[1], self.shared > 0
         ).with_metadata({METADATA_KEY: self.digest.encode(), SHAPES_KEY: json.dumps(shapes).encode()})
         if sounds:
             place = clips.schema.get_field_index("audio")
@@ -191,9 +200,15 @@ class FeaturizeWorker:
             self.texts[caption] = self.clip.texts(filled).numpy()
         return self.texts[caption]
 
+    def images(self, frames: list[bytes]) -> np.ndarray:
+        """[N, D] of JPEG pictures."""
+        return self.clip.images(frames).numpy() if frames else np.zeros((0, self.clip.dim), np.float32)
+
     @torch.inference_mode()
     def latents(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """[N, C, h, w]: posterior means times the scaling factor, as the UNet expects them."""
+        if not pictures:
+            return self.latents([Image.new("RGB", (self.edge_px, self.edge_px))])[:0]  # [0, C, h, w]
         return torch.cat(self.batches.map(self._encode, pictures)).numpy()
 
     def _encode(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -217,13 +232,6 @@ def _square(picture: Image.Image, edge_px: int) -> np.ndarray:
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(picture.resize((edge_px, edge_px), Image.Resampling.BICUBIC, box=box))
-
-
-def _equal_count(file: str, frames: list[list[bytes]]) -> int:
-    counts = {len(row) for row in frames}
-    if len(counts) != 1 or 0 in counts:
-        raise UserError("input", file, f"clips have {sorted(counts)} pictures, not equally many", "curate them again")
-    return counts.pop()
 
 
 def _one_rate_hz(file: str, sounds: list[bytes]) -> int:
@@ -259,13 +267,16 @@ def list_shards(config: FeaturizeConfig) -> list[FeaturizeShard]:
     """One shard for each file of the input that has rows. Raises UserError when there is none."""
     shards = []
     files = storage.file_sizes(config.input, ".parquet")
-    tables = read_columns(files, ["clip_id", "caption", "split"])
+    tables = read_columns(files, ["clip_id", "caption", "split", schema.PICTURE])
     for (file, size_bytes), table in zip(files.items(), tables, strict=True):
         if table.num_rows:
             name = file.rsplit("/", 1)[1]
             fingerprint = _hash([name, size_bytes, table.to_pylist()])
-            places = {"input": file, "output": storage.join(config.out, name)}
-            shards.append(FeaturizeShard(name=name, rows=table.num_rows, fingerprint=fingerprint, **places))
+            output, kinds = storage.join(config.out, name), kinds_in(table)
+            made_of = FeaturizeShard(
+                name=name, rows=table.num_rows, input=file, output=output, fingerprint=fingerprint, kinds=kinds
+            )
+            shards.append(made_of)
     if not shards:
         raise UserError("input", config.input, "holds no clips", "run `aai curate` first, or give its accepted/ folder")
     return shards
@@ -291,13 +302,16 @@ def run(config: FeaturizeConfig) -> dict[str, Any]:
     for file in made:
         if storage.absolute(file) not in wanted:
             storage.remove(file)
-    args = {"config": config.model_dump(mode="json"), "digest": digest}
-    is_done = partial(_done, made=made, digest=digest)
+    shared = shared_count({shard.input: shard.kinds for shard in shards})
+    args = {"config": config.model_dump(mode="json"), "digest": digest, "shared": shared}
+    is_done = partial(_done, made=made, digest=digest, mixed=shared > 0)
     run_shards("featurize", shards, FeaturizeWorker, args, config.cluster, is_done, config.out)
     manifest = _manifest(config, shards, digest, input_fingerprint, time.monotonic() - begin)
     storage.write_json(storage.join(config.out, MANIFEST), manifest.model_dump(mode="json"))
     rows = sum(manifest.rows.values())
     log.info("featurize: %d clips in %s, %.0f s -> %s", rows, manifest.dtype, manifest.seconds, config.out)
+    if bare := sum(manifest.without_picture.values()):
+        log.info("featurize: %d of them have sound and text alone: align takes them, adapt leaves them out", bare)
     if any(manifest.enlarged.values()):
         log.warning(
             "featurize: smaller than the models take them, so enlarged: %d clips for the CLIP, %d for latents (%s)",
@@ -334,11 +348,13 @@ def up_to_date(config: FeaturizeConfig, made: Footers, digest: str, input_finger
     return manifest if (manifest.settings_digest, manifest.input_fingerprint) == (digest, input_fingerprint) else None
 
 
-def _done(shard: FeaturizeShard, made: Footers, digest: str) -> bool:
-    """Whether a shard's output is there, with these settings and of these very clips."""
+def _done(shard: FeaturizeShard, made: Footers, digest: str, mixed: bool) -> bool:
+    """Whether a shard's output is there, with these settings and of these very clips; with their kinds if `mixed`."""
     metadata = made.get(shard.output, {})
     shapes = json.loads(metadata.get(SHAPES_KEY, b"{}"))
     if "sample_rate_hz" not in shapes:  # of a table begun before the rate was read off the clips
+        return False
+    if mixed != ("without_picture" in shapes):
         return False
     return metadata.get(METADATA_KEY, b"").decode() == digest and shapes.get("input") == shard.fingerprint
 
@@ -351,9 +367,11 @@ def _manifest(
     found = [json.loads(made[shard.output][SHAPES_KEY]) for shard in shards]
     rows: Counter[str] = Counter()
     enlarged: Counter[str] = Counter()
+    without: Counter[str] = Counter()
     for shapes in found:
         rows.update(shapes.pop("splits"))
         enlarged.update(shapes.pop("enlarged", {}))  # tables of before were not counted
+        without.update(shapes.pop("without_picture", {}))
         del shapes["input"]
         shapes.pop("dtype", None)  # the digest has it; tables of before do not name it here
     if any(shapes != found[0] for shapes in found):
@@ -368,6 +386,7 @@ def _manifest(
         prompts=config.prompts,
         rows=dict(rows),
         enlarged=dict(enlarged),
+        without_picture=dict(without),
         input=storage.absolute(config.input),
         input_fingerprint=input_fingerprint,
         fingerprint=_hash([digest, input_fingerprint]),

@@ -229,7 +229,7 @@ def check(config: TuneConfig, candidates: tuple[Candidate, ...]) -> tuple[str, T
         remedy = "run it there, with HOST:PORT or auto: ray job submit -- aai tune"
         raise UserError("cluster.address", base.cluster.address, "Ray Tune's driver must be in the cluster", remedy)
     manifest = FeatureManifest.read(base.features)
-    if manifest.rows.get("val", 0) < 2:
+    if manifest.clips("val", base.pictures_only) < 2:
         rule = "has no clips of the split val, by which trials are compared"
         raise UserError("features", base.features, rule, "curate with val_share=0.02")
     places = {name: storage.absolute(getattr(base, name)) for name in base.places}

@@ -294,6 +294,19 @@ def write_clip_table(
     return Path(folder)
 
 
+def of_kinds(folder: str | Path, kinds: Sequence[str]) -> str:
+    """A ClipTable of `write_clip_table`, whose clips are now of these kinds in turn, file by file."""
+    for file in storage.list_files(str(folder), ".parquet"):
+        rows = storage.read_table(file).to_pylist()
+        for i, row in enumerate(rows):
+            row[schema.PICTURE] = kinds[i % len(kinds)]
+            kept = {schema.STILL_PICTURE: 1, schema.NO_PICTURE: 0}.get(row[schema.PICTURE])
+            row |= {"frames": row["frames"][:kept], "frame_pts_s": row["frame_pts_s"][:kept]}
+        table = pa.Table.from_pylist(rows, schema=schema.CLIP_TABLE.append(pa.field(schema.PICTURE, pa.string())))
+        storage.write_table(file, table)
+    return str(folder)
+
+
 def _clip_row(
     rng: np.random.Generator, name: str, split: str, num_frames: int, sample_rate_hz: int
 ) -> dict[str, object]:

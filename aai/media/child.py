@@ -2,7 +2,8 @@
 
 Over the child's stdin and stdout go messages: a length (8 bytes) and a body. A request is JSON: `task`, `timeout_s`,
 the task's arguments, and as `content` SENT, when the file's bytes are the next message, HELD, when the child has them
-from the request before, or the size of a file of which it asks for ranges (two numbers, answered by the bytes). An
+from the request before, or the size of a file of which it asks for ranges (two numbers, answered by the bytes). With
+`still` the bytes of a picture follow. An
 answer is an empty message, by which the child greets, too, and an Arrow stream of one row (`measure`), JSON (`probe`),
 or a line of JSON and the numbers (`sound`, `still`).
 """
@@ -27,7 +28,7 @@ import pyarrow as pa
 import aai
 from aai.media.decode import decode_audio
 from aai.media.limits import ClipError, DecodeConfig
-from aai.media.measure import MEASURED_ROW, MeasuredRow, failed_row, measure_bytes
+from aai.media.measure import MEASURED_ROW, VIDEO, MeasuredRow, Shown, failed_row, measure_bytes
 from aai.media.ranged import AskedRanges, Content, Ranges, hash_of
 from aai.media.shots import Probe, probe_bytes, probe_from_json, probe_to_json
 from aai.media.still import decode_still
@@ -113,7 +114,12 @@ class MediaChild:
                 continue
 
     def measure(
-        self, data: Content, start_s: float | None, end_s: float | None, content_hash: str | None = None
+        self,
+        data: Content,
+        start_s: float | None,
+        end_s: float | None,
+        content_hash: str | None = None,
+        shown: Shown = VIDEO,
     ) -> MeasuredRow:
         """The MEASURED_ROW of a clip, as `measure_bytes` gives it; a child's death becomes TIMEOUT or CRASHED.
 
@@ -121,10 +127,11 @@ class MediaChild:
         """
         content_hash = content_hash or hash_of(data)
         request = {"task": "measure", "start_s": start_s, "end_s": end_s, "content_hash": content_hash}
-        answer = self._ask(request, data, self.cfg.timeout_s)
+        request |= {"must_be_video": shown.must_be_video, "still": shown.still is not None}
+        answer = self._ask(request, data, self.cfg.timeout_s, shown.still)
         if isinstance(answer, ClipError):
             stage = "decode" if answer.code in DEATHS else "read"
-            return failed_row(content_hash, start_s, end_s, answer, stage)
+            return failed_row(content_hash, start_s, end_s, answer, stage, shown.still_hash)
         row: MeasuredRow = pa.ipc.open_stream(answer).read_all().to_pylist()[0]
         self._drop_if_full(row["code"])
         return row
@@ -169,14 +176,18 @@ class MediaChild:
         if code == "OUT_OF_MEMORY":
             self.close()  # what it could not free would be missing for the next file
 
-    def _ask(self, request: dict[str, Any], data: Content, timeout_s: float) -> bytes | ClipError:
-        answer = self._ask_once(request, data, timeout_s)
+    def _ask(
+        self, request: dict[str, Any], data: Content, timeout_s: float, still: bytes | None = None
+    ) -> bytes | ClipError:
+        answer = self._ask_once(request, data, timeout_s, still)
         killed = isinstance(answer, ClipError) and answer.code == "CRASHED" and answer.transient
         if killed and not self.abandoned:
-            return self._ask_once(request, data, timeout_s)  # killed from outside: that says nothing of the file
+            return self._ask_once(request, data, timeout_s, still)  # killed from outside: that says nothing of the file
         return answer
 
-    def _ask_once(self, request: dict[str, Any], data: Content, timeout_s: float) -> bytes | ClipError:
+    def _ask_once(
+        self, request: dict[str, Any], data: Content, timeout_s: float, still: bytes | None
+    ) -> bytes | ClipError:
         if self.process is None or self.process.poll() is not None or self.files >= self.cfg.recycle_after:
             self._start()
         self.files += 1
@@ -185,7 +196,7 @@ class MediaChild:
         body = json.dumps(request | {"timeout_s": timeout_s, "content": content}).encode()
         try:
             answer, overdue = self._within(
-                timeout_s + 2 * GRACE_S, lambda stdin, stdout: _exchange(stdin, stdout, body, content, data)
+                timeout_s + 2 * GRACE_S, lambda stdin, stdout: _exchange(stdin, stdout, body, content, data, still)
             )
         except ClipError as error:  # of the ranges, for which the child now waits in vain
             self.close()
@@ -257,10 +268,14 @@ class MediaChild:
         return ClipError("CRASHED", f"the decoder crashed ({name})")
 
 
-def _exchange(stdin: BinaryIO, stdout: BinaryIO, request: bytes, content: str | int, data: Content) -> bytes:
+def _exchange(
+    stdin: BinaryIO, stdout: BinaryIO, request: bytes, content: str | int, data: Content, still: bytes | None
+) -> bytes:
     _send(stdin, request)
     if content == SENT:
         _send(stdin, cast(bytes, data))
+    if still is not None:
+        _send(stdin, still)
     while wanted := _receive(stdout):
         _send(stdin, cast(Ranges, data).read(*_RANGE.unpack(wanted)))
     return _receive(stdout)
@@ -315,11 +330,12 @@ def _answer(request: dict[str, Any], data: Content, cfg: DecodeConfig) -> tuple[
     if request["task"] in ("sound", "still"):
         return _numbers(request, cast(bytes, data), cfg)
     start_s, end_s, content_hash = request["start_s"], request["end_s"], request["content_hash"]
+    shown = Shown(request["must_be_video"], request["still"])
     try:
-        return (_to_bytes(measure_bytes(data, start_s, end_s, cfg, content_hash)),)
+        return (_to_bytes(measure_bytes(data, start_s, end_s, cfg, content_hash, shown)),)
     except MemoryError:
         failure = ClipError("OUT_OF_MEMORY", f"the clip needs more than the limit of {cfg.max_memory_mb} MB")
-    return (_to_bytes(failed_row(content_hash, start_s, end_s, failure)),)
+    return (_to_bytes(failed_row(content_hash, start_s, end_s, failure, still_hash=shown.still_hash)),)
 
 
 def _content(told: str | int, held: bytes, requests: BinaryIO, answers: BinaryIO) -> Content:
@@ -347,6 +363,8 @@ def main() -> None:
         while True:
             request = json.loads(_receive(requests))
             data = _content(request.pop("content"), held, requests, answers)
+            if request.get("still") is not None:
+                request["still"] = _receive(requests) if request["still"] else None
             held = data if request["task"] == "measure" and isinstance(data, bytes) else b""
             signal.setitimer(signal.ITIMER_REAL, request["timeout_s"] + GRACE_S)
             answer = _answer(request, data, cfg)

@@ -64,6 +64,12 @@ def find_audio(container: InputContainer) -> Any | None:
     return sounds[order.index(max(order))] if sounds else None
 
 
+def shows_video(data: Content, cfg: DecodeConfig) -> bool:
+    """Whether a file has video other than a cover, also of an unknown codec. Raises ClipError as `open_media`."""
+    with open_media(data, cfg.max_bytes, cfg.max_streams) as container:
+        return any(not s.disposition & _COVERS for s in container.streams.video)
+
+
 def video_stream(container: InputContainer, cfg: DecodeConfig) -> Any:
     """As `find_video`. Raises ClipError: NO_VIDEO, UNSUPPORTED_VIDEO or TOO_LARGE."""
     stream = find_video(container, cfg)

@@ -64,6 +64,16 @@ def _declared_s(container: InputContainer, origin_s: float) -> float:
     return float(max(0.0, start_s + container.duration / av.time_base - origin_s))
 
 
+def _check_window(container: InputContainer, origin_s: float, start_s: float, end_s: float, cfg: DecodeConfig) -> None:
+    declared_s = _declared_s(container, origin_s)
+    if declared_s and start_s >= declared_s:
+        raise ClipError("OUT_OF_RANGE", f"start_s={start_s:g} is past the end at {declared_s:.2f} s")
+    if min(end_s, declared_s) - start_s > cfg.max_duration_s:
+        raise ClipError(
+            "TOO_LONG", f"{min(end_s, declared_s) - start_s:.1f} s are over the limit of {cfg.max_duration_s:g} s"
+        )
+
+
 def _check_whole(stream: Any, origin_s: float, end_s: float, read_until_s: float) -> None:
     """A file cut off in the middle has a good header: compare what it promised with what came."""
     if stream.duration is None:
@@ -80,13 +90,7 @@ def _decode(data: Content, start_s: float, end_s: float, cfg: DecodeConfig, cloc
     with open_media(data, cfg.max_bytes, cfg.max_streams) as container:
         video, audio = video_stream(container, cfg), audio_stream(container)
         origin_s = shared_origin_s([video, audio])
-        declared_s = _declared_s(container, origin_s)
-        if declared_s and start_s >= declared_s:
-            raise ClipError("OUT_OF_RANGE", f"start_s={start_s:g} is past the end at {declared_s:.2f} s")
-        if min(end_s, declared_s) - start_s > cfg.max_duration_s:
-            raise ClipError(
-                "TOO_LONG", f"{min(end_s, declared_s) - start_s:.1f} s are over the limit of {cfg.max_duration_s:g} s"
-            )
+        _check_window(container, origin_s, start_s, end_s, cfg)
         tally = Tally(cfg.max_corrupt_fraction)
         begin_s = None if seek else stream_start_s(audio) - origin_s
         sound = SoundTrack(cfg.sample_rate_hz, start_s, end_s, cfg.max_duration_s, begin_s)
@@ -144,6 +148,55 @@ def _clip(pictures: Pictures, sound: SoundTrack, samples: np.ndarray, clock: Dea
     )
 
 
+@dataclass(frozen=True)
+class DecodedSound:
+    """The sound of a clip whose pictures, if there are any, do not count."""
+
+    audio: np.ndarray  # float32 [S], mono
+    duration_s: float
+    source_sample_rate_hz: int
+    channels: int
+
+
+def decode_sound(data: Content, start_s: float | None, end_s: float | None, cfg: DecodeConfig) -> DecodedSound:
+    """The sound of the part [start_s, end_s) of a media file, as `decode_clip` counts and keeps it. Raises as that."""
+    start, end = _window(start_s, end_s)
+    return _decode_sound(data, start, end, cfg, Deadline(cfg.timeout_s), seek=start > _LEAD_S)
+
+
+def _decode_sound(
+    data: Content, start_s: float, end_s: float, cfg: DecodeConfig, clock: Deadline, seek: bool
+) -> DecodedSound:
+    with open_media(data, cfg.max_bytes, cfg.max_streams) as container:
+        audio, video = audio_stream(container), find_video(container, cfg)
+        origin_s = shared_origin_s([audio] if video is None else [video, audio])
+        _check_window(container, origin_s, start_s, end_s, cfg)
+        tally = Tally(cfg.max_corrupt_fraction)
+        begin_s = None if seek else stream_start_s(audio) - origin_s
+        sound = SoundTrack(cfg.sample_rate_hz, start_s, end_s, cfg.max_duration_s, begin_s)
+        if seek:
+            container.seek(int((start_s + origin_s) * av.time_base), backward=True)
+        for packet in packets(container, [audio], clock):
+            if not _hear(sound, packet, tally, origin_s):
+                break
+        if seek and not sound.runs:
+            return _decode_sound(data, start_s, end_s, cfg, clock, seek=False)
+        samples = sound.finish()
+        length_s = len(samples) / cfg.sample_rate_hz
+        _check_whole(audio, origin_s, end_s, start_s + length_s)
+        tally.check()
+    if not len(samples):
+        raise ClipError("NO_AUDIO", "the audio stream holds no sample of this clip")
+    return DecodedSound(samples, length_s, sound.source_rate_hz, sound.channels)
+
+
+def _window(start_s: float | None, end_s: float | None) -> tuple[float, float]:
+    start, end = start_s or 0.0, float("inf") if end_s is None else end_s
+    if start < 0 or not end > start:
+        raise ClipError("OUT_OF_RANGE", f"start_s={start_s} and end_s={end_s} do not span a clip")
+    return start, end
+
+
 def decode_clip(data: Content, start_s: float | None, end_s: float | None, cfg: DecodeConfig) -> DecodedClip:
     """Decodes the part [start_s, end_s) of a media file (None: from its start, to its end).
 
@@ -151,9 +204,7 @@ def decode_clip(data: Content, start_s: float | None, end_s: float | None, cfg: 
     decoded whole and gives exact frames. Raises ClipError with one of the codes EMPTY_FILE, UNREADABLE, NO_VIDEO,
     NO_AUDIO, UNSUPPORTED_VIDEO, UNSUPPORTED_AUDIO, OUT_OF_RANGE, TOO_LONG, TOO_LARGE, TIMEOUT.
     """
-    start, end = start_s or 0.0, float("inf") if end_s is None else end_s
-    if start < 0 or not end > start:
-        raise ClipError("OUT_OF_RANGE", f"start_s={start_s} and end_s={end_s} do not span a clip")
+    start, end = _window(start_s, end_s)
     return _decode(data, start, end, cfg, Deadline(cfg.timeout_s), seek=start > _LEAD_S)
 
 

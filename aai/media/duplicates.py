@@ -25,6 +25,11 @@ def split_rank(split: str) -> int:
     return SPLIT_RANK.get(split, len(SPLIT_RANK))
 
 
+def rank_of(split: str, is_video: bool) -> int:
+    """Of clips that are alike the one with the lowest rank is kept: by split, then videos first."""
+    return 2 * split_rank(split) + (not is_video)
+
+
 class WholeConfig(Config):
     """How alike two clips have to be as wholes; both sound and picture must agree."""
 
@@ -50,6 +55,8 @@ class NamedClip:
     """Clips of the same bytes and window have the same."""
     uri: str
     split: str
+    is_video: bool = True
+    """Else its sound counts alone, whatever it shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +111,7 @@ def near_pairs_of(prints: Prints, cfg: DuplicateConfig, band: int, part: int = 0
     """
     keys = prints.video.view(np.uint16).reshape(-1, BANDS)[:, band]
     order = np.argsort(keys, kind="stable")
+    order = order[prints.is_video[order]]
     keys, video, audio = keys[order], prints.video[order], prints.audio[order]  # what is compared lies together
     found = [np.zeros((0, 2), np.int64)]
     word = np.ascontiguousarray(video[:, (band // 4 + 1) % 4])  # another than the band's: a quick look at a quarter
@@ -121,6 +129,11 @@ def near_pairs_of(prints: Prints, cfg: DuplicateConfig, band: int, part: int = 0
     return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
 
 
+def compares_sounds(prints: Prints, cfg: DuplicateConfig) -> bool:
+    """Whether clips are looked for whose sounds agree: edited copies, or what has no video to be told by."""
+    return cfg.edited.enabled or not bool(prints.is_video.all())
+
+
 Search = Callable[[Prints, DuplicateConfig], np.ndarray]
 """Prints of N clips -> index pairs [P, 2] that are alike."""
 
@@ -128,7 +141,7 @@ Search = Callable[[Prints, DuplicateConfig], np.ndarray]
 def near_pairs(prints: Prints, cfg: DuplicateConfig) -> np.ndarray:
     """All pairs that are alike, found in this process."""
     found = [near_pairs_of(prints, cfg, band) for band in range(BANDS)]
-    if cfg.edited.enabled:
+    if compares_sounds(prints, cfg):
         found.append(edited_pairs_of(prints, cfg.edited))
     return np.unique(np.concatenate(found), axis=0)
 
@@ -140,8 +153,9 @@ def find_duplicates(
 
     clips: those that passed the filters. Codes: EXACT_DUPLICATE (same clip_id, that is same bytes and window),
     NEAR_DUPLICATE, CROSS_SPLIT_DUPLICATE (the kept one is of another split), EXCLUDED (it is one to leave out). Test
-    is kept before val before train; within a split the first by clip_id, then by index. Only clips that resemble a
-    *kept* clip are dropped: chains of resemblance do not eat a whole data set.
+    is kept before val before train; within a split a video before what is none, then the first by clip_id, then by
+    index. Unless both are of videos, clips resemble one another when their sounds do. Only clips that resemble a *kept*
+    clip are dropped: chains of resemblance do not eat a whole data set.
     """
     if not cfg.enabled or len(clips) < 2:
         return {}
@@ -176,7 +190,7 @@ def dropped(clips: Sequence[NamedClip], near: Mapping[str, Iterable[int]]) -> di
 def _rank(clips: Sequence[NamedClip], index: int) -> tuple[int, str, int]:
     """What is kept first."""
     clip = clips[index]
-    return split_rank(clip.split), clip.clip_id, index
+    return rank_of(clip.split, clip.is_video), clip.clip_id, index
 
 
 def _neighbours(clips: Sequence[HashedClip], cfg: DuplicateConfig, search: Search) -> dict[str, list[int]]:
@@ -203,4 +217,5 @@ def _prints_of(clips: Sequence[HashedClip]) -> Prints:
         starts=np.cumsum([0, *map(len, sounds)]),
         duration_s=np.array([clip.duration_s for clip in clips]),
         group=np.unique([f"{clip.split} {clip.uri}" for clip in clips], return_inverse=True)[1],
+        is_video=np.array([clip.is_video for clip in clips]),
     )

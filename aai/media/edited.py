@@ -17,6 +17,8 @@ from aai.media.prints import STEP_S, VIEWS
 PICTURES = 4
 """Pictures of a clip, evenly spaced."""
 PICTURE_PRINT_BYTES = 8 * ((VIEWS + 1) * PICTURES - 1)
+ALONE_OVERLAP = 0.9
+"""Share of the shorter sound that has to overlap at least where no pictures bear witness."""
 _PARTNERS = 8
 """With how many clips that have the same word a clip is compared: the next ones, and as many of the first ones."""
 _MIN_WORDS = 8
@@ -62,11 +64,17 @@ class Prints:
     starts: np.ndarray  # int64 [N + 1], where each clip's words begin
     duration_s: np.ndarray  # float [N]
     group: np.ndarray  # int64 [N], clips of one file and split: their manifest cut them, and may let them overlap
+    is_video: np.ndarray  # bool [N]; of others the sounds count alone
 
     @cached_property
     def heard(self) -> np.ndarray:
         """int64 [N]: words of each clip that are not silence."""
         return np.diff(np.concatenate([[0], np.cumsum(self.words != 0)])[self.starts])
+
+    def both_videos(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """bool [P]: whether two clips are both of videos."""
+        both: np.ndarray = self.is_video[left] & self.is_video[right]
+        return both
 
     def same_motion(self, left: np.ndarray, right: np.ndarray, cfg: EditedConfig) -> np.ndarray:
         """Whether the pictures of two clips move alike; never where one of them stands still."""
@@ -100,7 +108,9 @@ class Prints:
         there &= (one != 0) & (other != 0)
         heard = there.sum(axis=1)
         errors = (np.bitwise_count(one ^ other) * there).sum(axis=1)
-        needed = np.maximum(_MIN_WORDS, cfg.min_overlap * np.minimum(self.heard[left], self.heard[right]))
+        alone = max(cfg.min_overlap, ALONE_OVERLAP)
+        overlap = np.where(self.both_videos(left, right), cfg.min_overlap, alone)
+        needed = np.maximum(_MIN_WORDS, overlap * np.minimum(self.heard[left], self.heard[right]))
         return (heard >= needed) & (errors <= cfg.max_sound_error * 32 * heard)
 
     def picture_bits(self, left: np.ndarray, right: np.ndarray, shift_s: np.ndarray) -> np.ndarray:
@@ -150,6 +160,7 @@ def _matches(
 def edited_pairs_of(prints: Prints, cfg: EditedConfig, part: int = 0, parts: int = 1) -> np.ndarray:
     """Index pairs int64 [P, 2] of clips whose sounds agree at some shift and whose pictures do in some view.
 
+    Unless both are of videos, their sounds count alone. Pairs of videos are found only if `cfg.enabled`.
     part of parts: the share of the work that is done here, of the words that clips may have in common.
     """
     clips, found = len(prints.video), [np.zeros((0, 2), np.int64)]
@@ -171,7 +182,10 @@ def _agreeing(prints: Prints, tried: np.ndarray, cfg: EditedConfig) -> Iterator[
     for start in range(0, len(tried), size):
         left, right, shift = tried[start : start + size].T
         alike = prints.sounds_alike(left, right, shift, cfg)
+        if not cfg.enabled:
+            alike &= ~prints.both_videos(left, right)
         left, right, shift = left[alike], right[alike], shift[alike]
         alike = prints.picture_bits(left, right, shift * STEP_S) <= cfg.max_picture_bits
         alike |= (np.abs(shift) <= _UNSHIFTED) & prints.same_motion(left, right, cfg)
+        alike |= ~prints.both_videos(left, right)
         yield np.stack([left[alike], right[alike]], axis=1)

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from aai.media.decode import DecodedClip
+from aai.media.decode import DecodedClip, DecodedSound
+from aai.media.showing import Picture
+from aai.schema import SIGNALS
 
 SILENT_WINDOW_DB = -60.0
 """A 50 ms window below this level (dB full scale) counts as silent."""
@@ -83,20 +85,37 @@ def audio_hash(audio: np.ndarray, sample_rate_hz: int) -> bytes:
 
 def measure(clip: DecodedClip, sample_rate_hz: int) -> dict[str, Any]:
     """All SIGNALS columns of `aai/schema.py` for one clip (units in the schema)."""
-    return {
-        "duration_s": clip.duration_s,
+    signals = measure_sound(clip, sample_rate_hz) | {
         "width": clip.width,
         "height": clip.height,
         "fps": clip.fps,
-        "source_sample_rate_hz": clip.source_sample_rate_hz,
-        "channels": clip.channels,
         "av_gap_s": clip.av_gap_s,
-        "rms_db": level_db(clip.audio),
-        "silent_fraction": silent_fraction(clip.audio, sample_rate_hz),
-        "clipped_fraction": float(np.mean(np.abs(clip.audio) >= 0.999)),
         "luma_mean": float(clip.luma.mean()),
         "luma_std": float(clip.luma.std()),
         "motion": motion(clip.luma),
         "video_hash": video_hash(clip.hash_luma),
+    }
+    return {field.name: signals[field.name] for field in SIGNALS}
+
+
+def measure_sound(clip: DecodedClip | DecodedSound, sample_rate_hz: int) -> dict[str, Any]:
+    """Those of the SIGNALS that are heard."""
+    return {
+        "duration_s": clip.duration_s,
+        "source_sample_rate_hz": clip.source_sample_rate_hz,
+        "channels": clip.channels,
+        "rms_db": level_db(clip.audio),
+        "silent_fraction": silent_fraction(clip.audio, sample_rate_hz),
+        "clipped_fraction": float(np.mean(np.abs(clip.audio) >= 0.999)),
         "audio_hash": audio_hash(clip.audio, sample_rate_hz),
+    }
+
+
+def measure_still(picture: Picture) -> dict[str, Any]:
+    """Those of the SIGNALS that one picture has: nothing moves, and nothing is compared by it."""
+    return {
+        "width": picture.width,
+        "height": picture.height,
+        "luma_mean": float(picture.luma.mean()),
+        "luma_std": float(picture.luma.std()),
     }

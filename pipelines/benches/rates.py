@@ -24,7 +24,7 @@ from pipelines.settings import Choice, ClusterConfig
 
 SHARDS = 4
 """Of the sample."""
-_MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "caption", "labels")  # whatever its split, a clip costs the same
+_MANIFEST_COLUMNS = ("uri", "start_s", "end_s", "caption", "labels", "image_uri")  # splits cost the same
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,9 @@ def measure_rates(
     encoded: list[bytes] = []
     for frames in clips["frames"].to_pylist():
         encoded += frames
+    if not encoded:
+        rule = "no clip of the sample has a picture, whose cost would be most of the work"
+        raise UserError("manifest", out, rule, "give one that names videos or stills, too")
     pixels = worker.clip.framed(encoded[: worker.clip.batches.size])
     picture = [Image.open(io.BytesIO(encoded[0])).convert("RGB")] * min(32, clips.num_rows)
     prepare_s = _prepare_s(worker, accepted, encoded, f"{out}/features", measure_s) / clips.num_rows
@@ -89,7 +92,7 @@ def measure_rates(
     return Rates(
         sample=len(rows),
         accepted_share=clips.num_rows / len(rows),
-        frames=len(encoded) // clips.num_rows,
+        frames=-(-len(encoded) // clips.num_rows),  # those that have none take no time here
         curate_cpu_s=curate_s,
         prepare_cpu_s=prepare_s,
         images_per_s=len(pixels) / _per_call_s(lambda: worker.clip.embed(pixels).cpu(), measure_s),

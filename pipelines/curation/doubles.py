@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aai.media.duplicates import EXCLUDED_SPLIT, DuplicateConfig, NamedClip, dropped, split_rank
+from aai.media.duplicates import EXCLUDED_SPLIT, DuplicateConfig, NamedClip, dropped, rank_of
 from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.near import PrintSource, print_table
 from pipelines.curation.table_slices import TableSlices
@@ -49,7 +49,8 @@ def find_doubles(
     named = []
     for place, key in zip(places.tolist(), keys, strict=True):
         split = EXCLUDED_SPLIT if key in excluded else rows[key].split
-        named.append(NamedClip(clip_id=clips.ids[place], uri=rows[key].uri, split=split))
+        is_video = bool(clips.ranks[place] % 2 == 0)
+        named.append(NamedClip(clip_id=clips.ids[place], uri=rows[key].uri, split=split, is_video=is_video))
     near = _near(pairs, copies, places, named)
     return {keys[index]: found for index, found in dropped(named, near).items()}
 
@@ -67,7 +68,7 @@ class _Compared:
 
     ids: ClipKeys
     ranks: np.ndarray
-    """int8 [N], of their splits."""
+    """int8 [N], see `rank_of`."""
     groups: np.ndarray
     """int64 [N], equal for clips of one file and split."""
 
@@ -77,13 +78,13 @@ def _compared(
 ) -> _Compared:
     ids, ranks, groups = [ClipKeys([])], [np.empty(0, np.int8)], [np.empty(0, np.int64)]
     for table in measured.values():
-        good = _good(table, ["clip_id"], against)
+        good = _good(table, ["clip_id", "motion"], against)
         ids.append(ClipKeys.of_column(good["clip_id"]))
         of_split, of_file = [], []
-        for key in good["key"].to_pylist():
+        for key, is_video in zip(good["key"].to_pylist(), good["motion"].is_valid().to_pylist(), strict=True):
             row = rows[key]
             split = EXCLUDED_SPLIT if key in excluded else row.split
-            of_split.append(split_rank(split))
+            of_split.append(rank_of(split, is_video))
             of_file.append(_number(f"{split} {row.uri}"))
         ranks.append(np.array(of_split, np.int8))
         groups.append(np.array(of_file, np.int64))

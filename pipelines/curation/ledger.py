@@ -1,7 +1,8 @@
 """The ledger of a curation: which clip is in which shard, so that a later run does only what is missing.
 
 OUT/_plan/batch-00000.parquet, batch-00001.parquet, ... are written once each, before their shards are measured. A row's
-key is the hash of (uri, start_s, end_s, stamp of the file): a file that changed is another clip. A key that stands in
+key is the hash of (uri, start_s, end_s, stamp of the file), and of a still picture's URI and stamp where it has one: a
+file that changed is another clip. A key that stands in
 several batches was tried again; its last shard holds the valid result.
 """
 
@@ -33,6 +34,8 @@ BATCH_TABLE = pa.schema(
         pa.field("shard", pa.string(), nullable=False),
     ]
 )
+IMAGE = pa.field("image_uri", pa.string())
+"""What a batch has besides where any of its clips has a still picture."""
 
 
 def row_keys(rows: Sequence[ManifestRow]) -> ClipKeys:
@@ -50,7 +53,13 @@ def row_keys(rows: Sequence[ManifestRow]) -> ClipKeys:
 def _texts(rows: Sequence[ManifestRow], stamps: Stamps) -> list[str]:
     """What a key is the hash of, but for the number of a clip that is listed again."""
     found = stamps.of([row.uri for row in rows])
-    return [json.dumps([row.uri, row.start_s, row.end_s, stamp]) for row, stamp in zip(rows, found, strict=True)]
+    images = [row.image_uri for row in rows if row.image_uri is not None]
+    of_image = iter(stamps.of(images))
+    texts = []
+    for row, stamp in zip(rows, found, strict=True):
+        image = [] if row.image_uri is None else [row.image_uri, next(of_image)]
+        texts.append(json.dumps([row.uri, row.start_s, row.end_s, stamp, *image]))
+    return texts
 
 
 def _hash(text: str) -> str:
@@ -78,6 +87,7 @@ class Entry:
     uri: str
     start_s: float | None
     end_s: float | None
+    image_uri: str | None = None
 
 
 class _Shards(Mapping[str, list[Entry]]):
@@ -123,7 +133,8 @@ class Ledger:
         self.shards = _Shards()
         self._parts: list[ClipKeys] = []
         self.batches = 0
-        for batch in read_columns(storage.file_sizes(storage.join(out, PLAN), ".parquet"), BATCH_TABLE.names):
+        files = storage.file_sizes(storage.join(out, PLAN), ".parquet")
+        for batch in read_columns(files, [*BATCH_TABLE.names, IMAGE.name]):
             self._take(batch)
 
     def _take(self, batch: pa.Table) -> None:
@@ -152,6 +163,8 @@ class Ledger:
             "shard": [f"shard-{first + number // rows_per_shard:05d}" for number in range(len(entries))],
         }
         table = pa.table(columns, schema=BATCH_TABLE)
+        if any(images := [entry.image_uri for entry in entries]):
+            table = table.append_column(IMAGE, pa.array(images, IMAGE.type))
         batch = storage.join(self.out, PLAN, f"batch-{self.batches:05d}.parquet")
         try:
             if storage.exists(batch):  # asked first, since not every S3 server knows conditional writes

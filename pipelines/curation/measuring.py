@@ -12,7 +12,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
 
@@ -21,8 +21,9 @@ from aai.errors import UserError
 from aai.media.child import MediaChild
 from aai.media.filters import RULES, FilterConfig, broken_rules
 from aai.media.limits import ClipError, DecodeConfig
-from aai.media.measure import MeasuredRow, clip_id
+from aai.media.measure import VIDEO, MeasuredRow, Shown, clip_id, kind_of
 from aai.media.ranged import Content, hash_of
+from aai.schema import VIDEO_PICTURES
 from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.known_clips import KnownClips, write_known
@@ -31,11 +32,15 @@ from pipelines.curation.ledger import Entry, Ledger
 from pipelines.curation.measured import MEASURED_TABLE, MeasuredTables
 from pipelines.engine.columns import read_columns
 from pipelines.engine.ranges import open_file
+from pipelines.engine.reading import read_file
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.row import ManifestRow
+from pipelines.manifests.sources import names_sound
 
 log = logging.getLogger(__name__)
 
+MAX_STILL_BYTES = 64 * 2**20
+"""Largest picture file that is read."""
 READ_AHEAD = 3
 """Files read while one is decoded."""
 TRANSIENT = "TRANSIENT"
@@ -47,10 +52,11 @@ EARLY_ROWS = 500
 
 
 class ReadFile(NamedTuple):
-    """A file's content and the SHA-256 of it."""
+    """A file's content, the SHA-256 of it, and by URI its clips' still pictures, or why they are not there."""
 
     content: Content
     content_hash: str
+    stills: dict[str, bytes | ClipError]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +91,13 @@ class MeasureWorker:
         by_file = [list(clips) for _, clips in groupby(shard.clips, lambda clip: clip.uri)]
         for clips, found in self._read_ahead(by_file, shard.hashes):
             for clip in clips:
-                if isinstance(found, ClipError):
-                    row = _unread(found)
-                elif known := self.known.find(clip_id(found.content_hash, clip.start_s, clip.end_s)):
+                shown = found if isinstance(found, ClipError) else _shown(clip, found)
+                if isinstance(found, ClipError) or isinstance(shown, ClipError):
+                    row = _unread(cast(ClipError, shown))
+                elif known := self._known(clip, found, shown):
                     row, reused = known, reused + 1
                 else:
-                    row = self.child.measure(found.content, clip.start_s, clip.end_s, found.content_hash)
+                    row = self.child.measure(found.content, clip.start_s, clip.end_s, found.content_hash, shown)
                 rows.append({**row, "key": clip.key})
         table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
         storage.write_table(shard_file(self.out, MEASURED, shard.name), table)
@@ -104,7 +111,7 @@ class MeasureWorker:
         waiting: deque[tuple[list[Entry], Future[ReadFile | ClipError]]] = deque()
         with ThreadPoolExecutor(READ_AHEAD) as pool:
             for clips in groups:
-                waiting.append((clips, pool.submit(_read, clips[0].uri, self.decode.max_bytes, hashes)))
+                waiting.append((clips, pool.submit(_read, clips, self.decode.max_bytes, hashes)))
                 if len(waiting) > READ_AHEAD:
                     clips, future = waiting.popleft()
                     yield clips, future.result()
@@ -112,14 +119,35 @@ class MeasureWorker:
                 clips, future = waiting.popleft()
                 yield clips, future.result()
 
+    def _known(self, clip: Entry, found: ReadFile, shown: Shown) -> MeasuredRow | None:
+        """What an earlier run measured of the same content."""
+        row = self.known.find(clip_id(found.content_hash, clip.start_s, clip.end_s, shown.still_hash))
+        is_other = row is not None and shown == VIDEO and kind_of(row) != VIDEO_PICTURES
+        return None if is_other else row
 
-def _read(uri: str, max_bytes: int, hashes: Mapping[str, str]) -> ReadFile | ClipError:
-    """A file, or why it cannot be read."""
+
+def _read(clips: Sequence[Entry], max_bytes: int, hashes: Mapping[str, str]) -> ReadFile | ClipError:
+    """The file of some clips, or why it cannot be read."""
+    uri = clips[0].uri
     content = open_file(uri, max_bytes)
+    if isinstance(content, ClipError):
+        return content
+    stills = {clip.image_uri for clip in clips if clip.image_uri is not None}
     try:
-        return content if isinstance(content, ClipError) else ReadFile(content, hashes.get(uri) or hash_of(content))
+        content_hash = hashes.get(uri) or hash_of(content)
     except ClipError as error:
         return error
+    return ReadFile(content, content_hash, {still: read_file(still, MAX_STILL_BYTES) for still in stills})
+
+
+def _shown(clip: Entry, found: ReadFile) -> Shown | ClipError:
+    """What a clip of a file shows, or why its still picture cannot be read."""
+    if clip.image_uri is None:
+        return Shown(must_be_video=not names_sound(clip.uri))
+    still = found.stills[clip.image_uri]
+    if isinstance(still, ClipError):
+        return ClipError(still.code, f"its picture, {clip.image_uri}: {still.message}", still.transient)
+    return Shown(still=still)
 
 
 def _unread(error: ClipError) -> MeasuredRow:
@@ -228,4 +256,4 @@ def _shards(ledger: Ledger, done: Container[str], hashes: Mapping[str, str]) -> 
 
 
 def _entry(key: str, row: ManifestRow) -> Entry:
-    return Entry(key, row.uri, row.start_s, row.end_s)
+    return Entry(key, row.uri, row.start_s, row.end_s, row.image_uri)

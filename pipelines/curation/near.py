@@ -38,6 +38,7 @@ PRINT_TABLE = pa.schema(
         pa.field("words", pa.large_list(pa.uint32())),
         pa.field("duration_s", pa.float64()),
         pa.field("group", pa.int64()),
+        pa.field("is_video", pa.bool_()),
     ]
 )
 
@@ -88,7 +89,8 @@ def print_table(numbers: np.ndarray, hashed: pa.Table, duration_s: pa.ChunkedArr
     for field in PRINT_TABLE:
         if pa.types.is_fixed_size_binary(field.type):
             columns.append(pc.fill_null(hashed[field.name], bytes(field.type.byte_width)).cast(field.type))
-    columns += [_words(hashed["sound_print"]), duration_s, pa.array(groups, pa.int64())]
+    is_video = hashed["video_hash"].is_valid()
+    columns += [_words(hashed["sound_print"]), duration_s, pa.array(groups, pa.int64()), is_video]
     return pa.table(columns, schema=PRINT_TABLE)
 
 
@@ -113,6 +115,7 @@ def prints_of(tables: Iterable[pa.Table]) -> Prints:
         starts=words.offsets.to_numpy(),
         duration_s=table["duration_s"].to_numpy(),
         group=table["group"].to_numpy(),
+        is_video=table["is_video"].to_numpy(),
     )
 
 
@@ -137,13 +140,15 @@ def spread_near_pairs(prints: PrintSource, cfg: DuplicateConfig, out: str, clust
         return near_pairs(prints_of(prints.tables()), cfg)
     here = storage.join(out, NEAR)
     storage.remove(here)  # of a run that was killed
-    words = 0
+    words, compares_sounds = 0, cfg.edited.enabled
     for number, table in enumerate(_joined(prints.tables())):
         words += pc.sum(pc.list_value_length(table["words"])).as_py()
+        compares_sounds |= not pc.all(table["is_video"]).as_py()
         storage.write_table(storage.join(here, "prints", f"part-{number:05d}.parquet"), table)
     args = {"out": out, "duplicates": cfg.model_dump()}
     name, logs = "curate: near duplicates", os.path.dirname(out)
-    run_shards(name, _shards(prints.clips, words, cfg), NearWorker, args, cluster, log_dir=logs, unit="part")
+    shards = _shards(prints.clips, words if compares_sounds else 0)
+    run_shards(name, shards, NearWorker, args, cluster, log_dir=logs, unit="part")
     table = storage.read_table(storage.join(here, "pairs"))
     storage.remove(here)
     return np.unique(np.stack([table["left"].to_numpy(), table["right"].to_numpy()], axis=1), axis=0)
@@ -161,11 +166,11 @@ def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def _shards(clips: int, words: int, cfg: DuplicateConfig) -> list[NearShard]:
+def _shards(clips: int, words: int) -> list[NearShard]:
     parts, shards = parts_of(clips), []
     for band, part in product(range(BANDS), range(parts)):
         shards.append(NearShard(name=f"{band:02d}-{part:04d}", rows=1, band=band, part=part, parts=parts))
-    parts = math.ceil(words / WORDS_PER_TASK) if cfg.edited.enabled else 0
+    parts = math.ceil(words / WORDS_PER_TASK)
     for part in range(parts):
         shards.append(NearShard(name=f"sound-{part:04d}", rows=1, band=None, part=part, parts=parts))
     return shards

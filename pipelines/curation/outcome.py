@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from aai.schema import NO_PICTURE, STILL_PICTURE, VIDEO_PICTURES
 from pipelines.curation.card_data import NUMBERS, Gathered, Rows, table_files
 from pipelines.curation.layout import ACCEPTED, REJECTED, shard_file
 from pipelines.curation.table_slices import TableSlices
@@ -27,6 +28,7 @@ class JudgedTables:
         self._rejected = TableSlices()
         self._codes: Counter[str] = Counter()
         self._flags: Counter[str] = Counter()
+        self._pictures: Counter[str] = Counter()
 
     def watch(self, shards: Iterable[JudgeShard]) -> Iterator[JudgeShard]:
         """Hands the shards on, takes note of them, and lets go of what was measured of them."""
@@ -53,6 +55,8 @@ class JudgedTables:
             values = [end[name] for end in ends if end["code"] is not None]
             left_out = left_out.append_column(name, pa.array(values, kind))
         self._codes.update(left_out["code"].to_pylist())
+        for clip, end in zip(judged, ends, strict=True):
+            self._pictures[clip.picture or VIDEO_PICTURES] += end["code"] is None
         self._flags.update(flag for clip_flags in flags for flag in clip_flags)
         self._gathered.add(taken)
         self._rejected.add(self._names[-1], left_out)
@@ -71,6 +75,10 @@ class JudgedTables:
     def codes(self) -> dict[str, int]:
         """Rejected rows by code, commonest first."""
         return _counts(self._codes)
+
+    def pictures(self) -> dict[str, int]:
+        """Accepted rows by what they show."""
+        return {kind: self._pictures[kind] for kind in (VIDEO_PICTURES, STILL_PICTURE, NO_PICTURE)}
 
     def flags(self) -> dict[str, int]:
         """Accepted rows by flag, commonest first."""

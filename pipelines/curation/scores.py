@@ -69,17 +69,19 @@ class ScoreWorker:
         nothing = pa.nulls(len(good), pa.float64())
         if self.clip is None:
             return {"caption_similarity": nothing, "av_similarity": nothing}
-        image = self._images(self.clip, good["frames"].to_pylist())
+        frames = good["frames"].to_pylist()
+        image, bare = self._images(self.clip, frames), np.array([not row for row in frames], bool)
         told: dict[str, Any] = {"caption_similarity": nothing, "av_similarity": nothing}
         if self.config.caption:
-            told["caption_similarity"] = _caption_similarities(self.clip, captions, image)
+            found = _caption_similarities(self.clip, captions, image)
+            told["caption_similarity"] = [None if is_bare else one for one, is_bare in zip(found, bare, strict=True)]
         audio = np.zeros_like(image)
         if self.aligner:
             audio = embed_files(self.aligner, good["audio"].to_pylist())
-            told["av_similarity"] = (audio * image).sum(1).astype(np.float64)
+            told["av_similarity"] = pa.array((audio * image).sum(1).astype(np.float64), mask=bare)
         for name, prompts in self.config.prompts.items():
             logits = self.clip.logit_scale * (image @ self.clip.texts(prompts).numpy().T)
-            told[name] = softmax(logits.astype(np.float64), axis=1)[:, 0]
+            told[name] = pa.array(softmax(logits.astype(np.float64), axis=1)[:, 0], mask=bare)
         return told | {"audio_embed": vectors(audio), "image_embed": vectors(image)}
 
     def _heard(self, good: pa.Table) -> dict[str, Any]:
@@ -91,13 +93,15 @@ class ScoreWorker:
 
     @staticmethod
     def _images(clip: FrozenClip, frames: list[list[bytes]]) -> np.ndarray:
-        """Unit mean feature [N, D] of each clip's pictures."""
-        pictures = [Image.open(io.BytesIO(data)) for data in chain.from_iterable(frames)]
-        features = clip.images(pictures).numpy()
-        ends = np.cumsum([len(row) for row in frames])
-        means = [part.mean(0) for part in np.split(features, ends[:-1])] if frames else []
-        stacked = np.array(means, np.float32).reshape(len(frames), clip.dim)
-        return np.asarray(stacked / np.linalg.norm(stacked, axis=1, keepdims=True))
+        """Unit mean feature [N, D] of each clip's pictures; 0 where there is none."""
+        out = np.zeros((len(frames), clip.dim), np.float32)
+        seen = [row for row in frames if row]
+        if seen:
+            features = clip.images([Image.open(io.BytesIO(data)) for data in chain.from_iterable(seen)]).numpy()
+            ends = np.cumsum([len(row) for row in seen])
+            stacked = np.array([part.mean(0) for part in np.split(features, ends[:-1])], np.float32)
+            out[[bool(row) for row in frames]] = stacked / np.linalg.norm(stacked, axis=1, keepdims=True)
+        return out
 
 
 def _caption_similarities(clip: FrozenClip, captions: list[str], image: np.ndarray) -> list[float | None]:

@@ -75,7 +75,8 @@ def sample_embeddings(
     """
     keys: list[str] = []
     vectors: list[np.ndarray] = []
-    for table in read_columns(scored_files(out, shards), ["key", *EMBEDDINGS]):
+    for table in read_columns(scored_files(out, shards), ["key", "av_similarity", *EMBEDDINGS]):
+        table = table.filter(table["av_similarity"].is_valid())  # a clip without a picture has none
         both = [table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in EMBEDDINGS]
         pairs = np.stack([flat.reshape(len(table), -1) for flat in both], axis=1)  # [n, 2, D]
         chosen = [i for i, key in enumerate(table["key"].to_pylist()) if key not in against]

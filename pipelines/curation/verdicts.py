@@ -14,8 +14,8 @@ from aai import storage
 from aai.digest import stored_digest
 from aai.media.duplicates import EXCLUDED, split_rank
 from aai.media.filters import FilterConfig, broken_rules, may_break
-from aai.media.measure import MeasuredRow
-from aai.schema import CLIP_TABLE, REJECT_TABLE, SIMILARITIES
+from aai.media.measure import MeasuredRow, kind_of
+from aai.schema import CLIP_TABLE, PICTURE, REJECT_TABLE, SIMILARITIES
 from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.decoders import DecoderCounts
@@ -37,6 +37,8 @@ DIGEST = b"aai.judged"
 """Where the tables carry the digest of what they were made of."""
 EXCLUDE = "exclude"
 """Stage of the reasons against clips that must not be kept, not even flagged or as a thumbnail."""
+BARE = "decode"
+"""Stage of the reason against clips that nothing could be learned from, flagged or not."""
 Reason = tuple[str, str, str]
 """stage, code, message."""
 WHY = ("stage", "code", "message", "transient")
@@ -97,8 +99,9 @@ def judge(
     """
     verdicts, null = Verdicts(), None
     _exclude(verdicts, measured, prints, rows, config, out)
+    _judge_bare(verdicts, measured, rows)
     _judge_signals(verdicts, measured, config.filters)
-    _judge_own_signals(verdicts, measured, config.signals)
+    _judge_own_signals(verdicts, measured, config.signals, config.scores.prompts)
     if config.scores.bundle:
         null = Null.measure(out, measured, rows, verdicts, config.scores.false_accept_rate)
     if null:
@@ -127,7 +130,7 @@ def _exclude(
     named: set[str] = set()
     matched: set[str] = set()
     for key, clip_id, content_hash in _contents(out, measured):
-        if key in rows and (hits := listed.intersection((clip_id, content_hash, rows[key].uri))):
+        if key in rows and (hits := listed.intersection((clip_id, content_hash, rows[key].uri, rows[key].image_uri))):
             matched |= hits
             named.add(key)
             verdicts.add(key, EXCLUDE, EXCLUDED, "is named in the list of clips to leave out")
@@ -148,6 +151,20 @@ def _contents(out: str, shards: Collection[str]) -> Iterator[tuple[str, str, str
         yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
+def _judge_bare(verdicts: Verdicts, measured: Measured, rows: Mapping[str, ManifestRow]) -> None:
+    """Speaks against sounds that have neither a picture nor a caption."""
+    why = "no video stream, no image_uri and no caption: give the row of the manifest a caption, or a picture's URI"
+    for table in measured.values():
+        for key in table.filter(is_bare(table))["key"].to_pylist():
+            if not rows[key].caption.strip():
+                verdicts.add(key, BARE, "NO_VIDEO", why)
+
+
+def is_bare(measured: pa.Table) -> pa.ChunkedArray:
+    """bool [N]: which measured clips could be decoded and show nothing."""
+    return pc.and_(measured["code"].is_null(), measured["width"].is_null())
+
+
 def _judge_signals(verdicts: Verdicts, measured: Measured, filters: FilterConfig) -> None:
     for table in measured.values():
         good = table.filter(table["code"].is_null())
@@ -156,11 +173,17 @@ def _judge_signals(verdicts: Verdicts, measured: Measured, filters: FilterConfig
                 verdicts.add(row["key"], "filter", code, message)
 
 
-def _judge_own_signals(verdicts: Verdicts, measured: Measured, signals: Mapping[str, SignalConfig]) -> None:
+def _judge_own_signals(
+    verdicts: Verdicts, measured: Measured, signals: Mapping[str, SignalConfig], seen: Collection[str]
+) -> None:
+    """seen: signals of pictures, which a clip that shows nothing need not have."""
+    heard = {name: signal for name, signal in signals.items() if name not in seen}
     for table in measured.values():
-        good = table.filter(table["code"].is_null())
-        for row, code, message in signal_reasons(good, signals):
-            verdicts.add(good["key"][row].as_py(), "filter", code, message)
+        bare = is_bare(table)
+        for good, judged in ((pc.and_(table["code"].is_null(), pc.invert(bare)), signals), (bare, heard)):
+            clips = table.filter(good)
+            for row, code, message in signal_reasons(clips, judged):
+                verdicts.add(clips["key"][row].as_py(), "filter", code, message)
 
 
 def _judge_correspondence(verdicts: Verdicts, measured: Measured, null: Null) -> None:
@@ -209,6 +232,8 @@ class JudgedClip:
     reasons: list[Reason]
     signals: dict[str, float | None] = field(default_factory=dict)
     """Signals that are not measured here."""
+    picture: str | None = None
+    """Of which kind it is, where the tables tell; of one that cannot be decoded nobody knows."""
 
     def content(self) -> dict[str, object]:
         """All of it as JSON values; the order is part of the digest that tables carry."""
@@ -219,11 +244,12 @@ class JudgedClip:
             "av_similarity": self.av_similarity,
             "reasons": self.reasons,
             **({"signals": self.signals} if self.signals else {}),
+            **({PICTURE: self.picture} if self.picture else {}),
         }
 
     def columns(self) -> dict[str, str | float | None]:
         """What the tables have of it beyond their own columns."""
-        return {**self.row.extra, **self.signals}
+        return {**self.row.extra, **self.signals, "image_uri": self.row.image_uri, PICTURE: self.picture}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,9 +301,20 @@ def final(measured: Mapping[str, Any], reasons: Sequence[Reason], flag_only: boo
     """What becomes of a clip: WHY of one that is rejected, else code=None and its flags."""
     if measured["code"] is not None:
         return {name: measured[name] for name in WHY}
-    if reasons and (not flag_only or any(stage == EXCLUDE for stage, _, _ in reasons)):
+    if reasons and (not flag_only or any(stage in (EXCLUDE, BARE) for stage, _, _ in reasons)):
         return dict(zip(WHY, (*reasons[0], False), strict=True))
     return {"code": None, "flags": [code for _, code, _ in reasons]}
+
+
+def kinds_of(measured: pa.Table) -> dict[str, str | None]:
+    """{key: what the column `picture` says of the clip}."""
+    small = measured.select(["key", "code", "motion", "width"]).to_pylist()
+    return {row["key"]: kind_of(row) for row in small}
+
+
+def are_mixed(measured: Measured) -> bool:
+    """Whether any clip that could be decoded is not of a video."""
+    return any(table.filter(table["code"].is_null())["motion"].null_count for table in measured.values())
 
 
 def _widened(schema: pa.Schema, columns: Mapping[str, str]) -> pa.Schema:
@@ -297,12 +334,14 @@ def judge_shards(
 ) -> Iterator[JudgeShard]:
     """What each JudgeWorker needs: its clips with provenance, scores and reasons, under a digest of all that.
 
-    further: the manifest's further columns, {name: number or text}; signals: columns of `measured` that go along.
+    further: columns, {name: number or text}, of the manifest, and `picture` where the tables tell of what kind clips
+    are; signals: columns of `measured` that go along.
     """
     columns = {**(further or {}), **dict.fromkeys(signals, NUMBER)}
     for name, keys in shards.items():
         told = measured[name].select(["key", "caption_similarity", "av_similarity", *signals]).to_pylist()
         scores = {row.pop("key"): row for row in told}
+        kinds = kinds_of(measured[name]) if PICTURE in columns else {}
         clips = []
         for key in keys:
             of_caption, of_sound = scores[key].pop("caption_similarity"), scores[key].pop("av_similarity")
@@ -310,7 +349,7 @@ def judge_shards(
             clips.append(
                 JudgedClip(
                     key=key, row=rows[key], caption_similarity=of_caption, av_similarity=of_sound, reasons=reasons,
-                    signals=scores[key],
+                    signals=scores[key], picture=kinds.get(key),
                 )
             )  # fmt: skip
         content = [[clip.content() for clip in clips], flag_only, *([columns] if columns else [])]

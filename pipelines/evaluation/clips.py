@@ -1,15 +1,20 @@
 """Which clips are evaluated, and where they lie: an index of the tables' small columns, never their content."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from aai import storage
 from aai.errors import UserError
+from aai.schema import NO_PICTURE, PICTURE
 from pipelines.engine.shards import Shard
+
+log = logging.getLogger(__name__)
 
 MIN_CLIPS = 10
 ALONE = 64
@@ -79,13 +84,33 @@ def index(uri: str, columns: list[str]) -> pa.Table:
     return pa.concat_tables(parts)
 
 
+def _has_kinds(uri: str) -> bool:
+    """Whether a table, all files of which have the same columns, tells of what kind its clips are."""
+    for file in storage.list_files(uri, ".parquet")[:1]:
+        fs, path = storage.filesystem(file)
+        return PICTURE in pq.read_schema(path, filesystem=fs).names
+    return False
+
+
 def find_clips(features: str, clips: str, split: str, max_clips: int) -> EvaluatedClips:
-    """The first `max_clips` clips of a split in order of clip_id. Raises UserError when they are too few or unknown."""
-    table = index(features, ["clip_id", "content_hash", "split", "caption", "labels"]).sort_by("clip_id")
-    test = table.filter(pc.field("split") == split).slice(0, max_clips)
+    """The first `max_clips` clips of a split that have a picture, in order of clip_id.
+
+    Raises UserError when they are too few or unknown.
+    """
+    columns, without = ["clip_id", "content_hash", "split", "caption", "labels"], 0
+    if _has_kinds(features):
+        columns.append(PICTURE)
+    table = index(features, columns).sort_by("clip_id")
+    test = table.filter(pc.field("split") == split)
+    if PICTURE in columns:
+        held_out, test = len(test), test.filter(pc.field(PICTURE) != NO_PICTURE).drop_columns(PICTURE)
+        without = held_out - len(test)
+        log.info("evaluate: %d of %d clips of %s have no picture and are left out", without, held_out, split)
+    test = test.slice(0, max_clips)
     if len(test) < MIN_CLIPS:
         known = ", ".join(sorted(set(table["split"].to_pylist())))
-        rule = f"has {len(test)} clips in {features}, at least {MIN_CLIPS} are needed"
+        seen = f" with a picture, besides {without} without," if without else ""
+        rule = f"has {len(test)} clips{seen} in {features}, at least {MIN_CLIPS} are needed"
         raise UserError("split", split, rule, f"give another split (there: {known})")
     pictures = index(clips, ["clip_id"])
     place = pc.index_in(test["clip_id"], value_set=pictures["clip_id"].combine_chunks())

@@ -182,4 +182,5 @@ def mean_vectors(table: pa.Table, column: str, dim: int) -> np.ndarray:
     """Mean unit feature [N, dim] of a flattened [N, K * dim] column."""
     flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     mean = flat.reshape(len(table), -1, dim).mean(1)
-    return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+    norm = np.linalg.norm(mean, axis=1, keepdims=True)
+    return np.asarray(mean / np.where(norm > 0, norm, 1))  # 0 where a clip has no picture

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 
 from aai.errors import UserError
-from aai.schema import CLIP_TABLE, REJECT_TABLE
+from aai.schema import CLIP_TABLE, PICTURE, REJECT_TABLE
 
 log = logging.getLogger(__name__)
 
 MAX_COLUMNS, MAX_CHARS = 64, 4096
-RESERVED = {*CLIP_TABLE.names, *REJECT_TABLE.names, "key", "extra", "signals", "reasons"}
+RESERVED = {*CLIP_TABLE.names, *REJECT_TABLE.names, PICTURE, "image_uri", "key", "extra", "signals", "reasons"}
 """Columns of the tables themselves; a manifest's own one of such a name becomes manifest_NAME."""
 NUMBER, TEXT = "number", "text"
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?")

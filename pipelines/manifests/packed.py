@@ -80,6 +80,13 @@ def extras_of(rows: Sequence[ManifestRow]) -> Iterator[Extra]:
         yield from (row.extra for row in rows if row.extra)
 
 
+def have_images(rows: Sequence[ManifestRow]) -> bool:
+    """Whether any row names a still picture; of packed ones none is made."""
+    if isinstance(rows, PackedRows):
+        return any("image_uri" in json.loads(others) for others in rows.table["others"].drop_null().to_pylist())
+    return any(row.image_uri is not None for row in rows)
+
+
 def _batch(rows: Sequence[ManifestRow], others: Sequence["Field[Any]"]) -> pa.RecordBatch:
     columns = {name: [getattr(row, name) for row in rows] for name in _TABLE.names[:-1]}
     columns["others"] = [_others(row, others) for row in rows]

@@ -25,14 +25,18 @@ class ManifestRow:
     caption: str = ""
     labels: tuple[str, ...] = ()
     split: str
+    image_uri: str | None = None
+    """A still picture, which is shown beside the sound; absolute as `uri`."""
     content_hash: str | None = None
     """SHA-256 of a large file, where it was read already."""
     extra: Extra = field(default_factory=dict)
     """Further columns of the manifest."""
 
     def content(self) -> dict[str, object]:
-        """The row as JSON values; `extra` only where there is any, since digests of before know none."""
-        extra = {"extra": dict(self.extra)} if self.extra else {}
+        """The row as JSON values; `extra` and `image_uri` only where there are any, as in digests of before."""
+        extra: dict[str, object] = {"extra": dict(self.extra)} if self.extra else {}
+        if self.image_uri is not None:
+            extra["image_uri"] = self.image_uri
         return {
             "uri": self.uri,
             "start_s": self.start_s,
@@ -55,16 +59,18 @@ class RawRow:
     labels: object = None
     """A list, or text with ";" between labels."""
     split: object = None
+    image_uri: object = None
     extra: Mapping[str, object] = field(default_factory=dict)
     """Whatever else the manifest says of it."""
 
 
 def checked_row(raw: RawRow, manifest: str, number: int, default_split: str) -> ManifestRow:
-    """The row with an absolute URI and values of the right types; number: its place in the manifest, from 1.
+    """The row with absolute URIs and values of the right types; number: its place in the manifest, from 1.
 
     Relative URIs count from the manifest's folder. Raises UserError for an empty URI, a scheme that is not allowed, or
     a time that is no number.
     """
+    image_uri = _text(raw.image_uri).strip()
     return ManifestRow(
         uri=_checked_uri(_text(raw.uri).strip(), manifest, number),
         start_s=_seconds(raw.start_s, "start_s", manifest, number),
@@ -72,6 +78,7 @@ def checked_row(raw: RawRow, manifest: str, number: int, default_split: str) -> 
         caption=_text(raw.caption),
         labels=_labels(raw.labels),
         split=_text(raw.split).strip() or default_split,
+        image_uri=_checked_uri(image_uri, manifest, number) if image_uri else None,
     )
 
 

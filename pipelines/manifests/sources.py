@@ -3,6 +3,7 @@
 import re
 
 from aai import storage
+from aai.schema import AUDIO_SUFFIXES
 from pipelines.manifests.row import ManifestRow
 
 
@@ -10,6 +11,12 @@ def place_of(row: ManifestRow) -> str:
     """The file, or the member of a tar, that a clip lies in."""
     part = storage.member(row.uri)
     return f"{part.file}/{part.name}" if part else row.uri
+
+
+def names_sound(uri: str) -> bool:
+    """Whether a file, or a member of a tar, is named as one that holds sound alone: such a one may lack a video."""
+    part = storage.member(uri)
+    return (part.name if part else uri).lower().endswith(AUDIO_SUFFIXES)
 
 
 def source_of(row: ManifestRow, pattern: str | None) -> str:

@@ -33,9 +33,10 @@ def read_manifest(
 ) -> list[ManifestRow]:
     """The clips of a manifest, in its order, with absolute URIs.
 
-    manifest: a CSV or Parquet file with `uri` and maybe `start_s, end_s, caption, labels, split`; a WebDataset .tar; a
-    folder or prefix of media files and tars; or, with `media_root` (the folder of the videos), a VGGSound or AudioSet
-    CSV. Relative URIs count from the manifest's folder. label_names: AudioSet's class_labels_indices.csv.
+    manifest: a CSV or Parquet file with `uri` and maybe `start_s, end_s, caption, labels, split, image_uri`; a
+    WebDataset .tar; a folder or prefix of media files and tars; or, with `media_root` (the folder of the videos), a
+    VGGSound or AudioSet CSV. Relative URIs count from the manifest's folder. label_names: AudioSet's
+    class_labels_indices.csv.
     further: other columns, or keys of a tar's .json, that travel with the clips; None = all of numbers and text.
     Raises UserError for a missing or empty manifest, a missing column or a wrong value.
     """

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from aai import storage
 from aai.errors import UserError
-from aai.schema import MEDIA_SUFFIXES, VIDEO_SUFFIXES
+from aai.schema import MEDIA_SUFFIXES, STILL_SUFFIXES, VIDEO_SUFFIXES
 from pipelines.manifests.row import RawRow
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class _Contents:
     """What one tar holds. `rest`: where the readable part ends, None for a sound tar."""
 
     media: list[tuple[str, int, int]] = field(default_factory=list)  # name, offset, size
+    stills: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # the same, by name without its suffix
     notes: dict[tuple[str, str], bytes] = field(default_factory=dict)  # (stem or key, suffix without its dot): content
     passed_over: int = 0
     rest: int | None = None
@@ -67,8 +68,9 @@ def tar_rows(uri: str) -> list[RawRow]:
     """One row per media member of a tar, with what the other members of its key (name up to the first dot) say of it.
 
     `.txt`: caption; `.json`: caption or text, labels or label, split, start_s, end_s; `.cls`: label. Sound beside a
-    video of the same key is no clip of its own. A damaged tar gives its readable members, and one row that stands for
-    the rest and cannot be decoded, so that nothing is lost unseen.
+    video of the same key is no clip of its own. `.jpg`, `.png` or `.webp` beside a sound alone: its still picture, if
+    only the suffix tells their names apart. A damaged tar gives its readable members, and one row that stands for the
+    rest and cannot be decoded, so that nothing is lost unseen.
     Raises UserError for a .txt, .json or .cls that cannot be read.
     """
     fs, path = storage.filesystem(uri)
@@ -126,10 +128,13 @@ def _members(file: Any, size: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
 def _take(uri: str, found: _Contents, member: tarfile.TarInfo, file: BinaryIO) -> None:
     name = member.name
     is_note = name.lower().endswith(_NOTES)
-    if member.isdir() or not (is_note or name.lower().endswith(MEDIA_SUFFIXES)):
+    is_still = name.lower().endswith(STILL_SUFFIXES)
+    if member.isdir() or not (is_note or is_still or name.lower().endswith(MEDIA_SUFFIXES)):
         return
     if not member.isreg() or member.issparse() or not _key(name).rsplit("/", 1)[-1]:
-        found.passed_over += 1
+        found.passed_over += not is_still  # most tars of videos have pictures that nobody asks for
+    elif is_still:
+        found.stills.setdefault(name.rpartition(".")[0], (name, member.offset_data, member.size))
     elif not is_note:
         found.media.append((name, member.offset_data, member.size))
     elif member.size > _MAX_NOTE_BYTES:
@@ -167,8 +172,13 @@ def _row(member: storage.Member, name: str, found: _Contents) -> RawRow:
     labels = fields.get("labels", fields.get("label", texts["cls"]))
     if not isinstance(labels, list):
         labels = [] if labels in (None, "") else [labels]
+    image_uri = None
+    if not name.lower().endswith(VIDEO_SUFFIXES) and (still := found.stills.get(name.rpartition(".")[0])):
+        still_name, offset, size = still
+        image_uri = storage.Member(member.file, offset, size, _printable(still_name)).uri
     return RawRow(
         uri=member.uri,
+        image_uri=image_uri,
         start_s=fields.get("start_s"),
         end_s=fields.get("end_s"),
         caption=texts["txt"] or fields.get("caption") or fields.get("text"),

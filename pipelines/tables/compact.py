@@ -19,7 +19,7 @@ from pipelines.engine.resume import finished
 
 log = logging.getLogger(__name__)
 
-OF_ONE_FILE = ("input", "splits", "enlarged", "dtype")
+OF_ONE_FILE = ("input", "splits", "enlarged", "without_picture", "dtype")
 """What the files of a FeatureTable say of themselves alone; the manifest has the table's."""
 GROUP_ROWS = 256
 """Rows of a row group: what is held in memory, and what a reader takes at once."""

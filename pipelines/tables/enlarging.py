@@ -31,7 +31,9 @@ def count_enlarged(file: str, clips: pa.Table, sizes: PictureSizes, allowed: boo
     """
     clip = latents = 0
     for frames, *source in zip(*(clips[name].to_pylist() for name in COLUMNS), strict=True):
-        kept_px = min((_shorter_px(frame) for frame in frames), default=0)
+        if not frames:
+            continue  # a clip of sound and text
+        kept_px = min(_shorter_px(frame) for frame in frames)
         source_px = kept_px if None in source else min(source)  # tables from elsewhere need not tell it
         if not allowed and kept_px < min(source_px, sizes.largest_px):
             rule = f"keeps pictures of {kept_px} px of a source of {source_px} px; {sizes}"

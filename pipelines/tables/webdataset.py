@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from aai import storage
 from aai.errors import UserError
-from aai.schema import CLIP_TABLE, SIGNALS, SIMILARITIES, further_columns
+from aai.schema import CLIP_TABLE, PICTURE, SIGNALS, SIMILARITIES, STILL_PICTURE, further_columns
 from pipelines.engine.resume import finished
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,10 @@ class Tar:
 def export(given: str, out: str, shard_bytes: int) -> dict[str, Any]:
     """Writes OUT/SPLIT-000000.tar and so on, none larger than `shard_bytes` (unless one clip is); returns the counts.
 
-    Of each clip, in table order: CLIP_ID.flac (mono), CLIP_ID.0.jpg and so on for its K pictures, CLIP_ID.json
-    with caption, labels, split, picture times in seconds and signals. The same table gives the same bytes; tars appear
-    whole or not at all; export.json names them and is written last. Raises UserError for a table that is none, or an
-    `out` that holds something else.
+    Of each clip, in table order: CLIP_ID.flac (mono), CLIP_ID.0.jpg and so on for its K pictures (CLIP_ID.jpg for a
+    still, nothing where there is none), CLIP_ID.json with caption, labels, split, picture times in seconds and signals.
+    The same table gives the same bytes; tars appear whole or not at all; export.json names them and is written last.
+    Raises UserError for a table that is none, or an `out` that holds something else.
     """
     files = storage.list_files(given, ".parquet")
     if not files:
@@ -144,7 +144,8 @@ class _Tars:
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Appends one clip's files."""
         members = [(f"{key}.flac", row["audio"])]
-        members += [(f"{key}.{i}.jpg", frame) for i, frame in enumerate(row["frames"])]
+        still = row.get(PICTURE) == STILL_PICTURE  # of that name `aai curate` takes it for the clip's own picture again
+        members += [(f"{key}.jpg" if still else f"{key}.{i}.jpg", frame) for i, frame in enumerate(row["frames"])]
         members.append((f"{key}.json", json.dumps(_facts(row), ensure_ascii=False).encode()))
         size = sum(_BLOCK + -(-len(data) // _BLOCK) * _BLOCK for _, data in members)
         if self.tar is not None and self.bytes + size + 2 * _BLOCK + _RECORD > self.shard_bytes:

@@ -61,6 +61,11 @@ class StageConfig(RayVerbConfig):
     max_cut_share: float = pydantic.Field(0.5, ge=0, le=1)
     """Share of the clips' sound that may lie beyond what the encoder takes of a clip (its clip_s); more is an error."""
 
+    @property
+    def pictures_only(self) -> bool:
+        """Whether clips of sound and text alone are left out."""
+        return False
+
     def plan(self) -> Plan:
         """See VerbConfig."""
         inputs = {name: getattr(self, name) for name in self.places if name != "out"}
@@ -72,7 +77,7 @@ class StageConfig(RayVerbConfig):
         """Steps, epochs, batches, memory and time, as far as they can be told before anything runs."""
         fit, workers = self.fit, self.cluster.most_workers
         steps, manifest = f"{fit.steps}", self.manifest()
-        clips = manifest.rows.get("train", 0) if manifest is not None else 0
+        clips = manifest.clips("train", self.pictures_only) if manifest is not None else 0
         if clips:
             steps += f" = {fit.steps * fit.batch_size / clips:.1f} epochs of {clips:,} clips"
         each = local_batch_size(fit, workers)

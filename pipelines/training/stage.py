@@ -46,7 +46,7 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C, on_log: OnLog, tags: Map
     begin = time.monotonic()
     config = config.model_copy(update={name: storage.absolute(getattr(config, name)) for name in config.places})
     manifest = FeatureManifest.read(config.features)
-    if not validates(config.fit, manifest):
+    if not validates(config.fit, manifest, config.pictures_only):
         log.warning("%s: no validation: the features have no clips of the split val", config.stage)
     recipe = recipe_class(config)
     run_digest = content_digest(recipe, manifest)
@@ -141,13 +141,14 @@ def make_work(
         config.shuffle_clips,
         max(1, int(config.cluster.cpus_per_worker) // len(mine)),
         recipe.cache,
+        config.pictures_only,
     )
     readers = [reader.of_rank(rank) for rank in mine]
     torch.manual_seed(config.fit.seed)  # all ranks begin with the same weights
     task = recipe.build()
     more: dict[str, Any] = {}
-    if worker == 0 and validates(config.fit, reader.manifest):
-        what = recipe.clip_samples, recipe.columns, config.max_val_clips, recipe.cache
+    if worker == 0 and validates(config.fit, reader.manifest, config.pictures_only):
+        what = recipe.clip_samples, recipe.columns, config.max_val_clips, recipe.cache, config.pictures_only
         held_out = load_split(config.features, "val", *what)
         more["evaluate"] = partial(_validate, recipe, task, held_out)
         more["sample"] = partial(recipe.sample, task, held_out)
@@ -174,15 +175,15 @@ def content_digest(recipe: TrainRecipe[Any], manifest: FeatureManifest) -> str:
     )
 
 
-def validates(fit: FitConfig, manifest: FeatureManifest) -> bool:
+def validates(fit: FitConfig, manifest: FeatureManifest, pictures_only: bool = False) -> bool:
     """Whether there are clips to validate on. Raises UserError when validations are asked for and there are none."""
-    if manifest.rows.get("val", 0) > 1:
+    if manifest.clips("val", pictures_only) > 1:
         return True
     if fit.eval_every:
         raise UserError(
             "fit.eval_every",
             fit.eval_every,
-            "the features have no clips of the split val to validate on",
+            f"the features have no clips of the split val {'with a picture ' * pictures_only}to validate on",
             "curate with val_share=0.02, or set fit.eval_every=0 to train without validation",
         )
     return False

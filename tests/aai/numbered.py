@@ -32,12 +32,15 @@ def row(number: int, split: str) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, shards: int = 3, rows: int = 10, digest: str = "d") -> str:
-    """Splits alternate train, train, val; two row groups a file."""
+def write(folder: Path, shards: int = 3, rows: int = 10, digest: str = "d", bare_every: int = 0) -> str:
+    """Splits alternate train, train, val; two row groups a file. bare_every: clips of which one has no picture."""
     number = itertools.count()
-    out = schema.feature_table(2, 3, 1, 3, 8).with_metadata({METADATA_KEY: digest.encode()})
+    out = schema.feature_table(2, 3, 1, 3, 8, bare_every > 0).with_metadata({METADATA_KEY: digest.encode()})
     for shard in range(shards):
         data = [row(n := next(number), "val" if n % 3 == 2 else "train") for _ in range(rows)]
+        for clip in data if bare_every else []:
+            bare = int(clip["clip_id"][1:]) % bare_every == 0
+            clip[schema.PICTURE] = schema.NO_PICTURE if bare else schema.VIDEO_PICTURES
         storage.write_table(f"{folder}/shard-{shard:05d}.parquet", pa.Table.from_pylist(data, schema=out), 5)
     manifest = {
         "settings_digest": digest,

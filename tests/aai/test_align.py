@@ -122,6 +122,37 @@ def test_the_sigmoid_loss_learns_a_bias_for_each_term() -> None:
     assert not hasattr(make_task(), "bias")
 
 
+def test_sounds_with_a_text_alone_teach_what_nothing_was_seen_of() -> None:
+    """Tones of eight pitches, four of which are heard in clips without a picture only: a sample of the 500 rows of
+    tests/e2e/test_sounds_with_texts.py."""
+    g = torch.Generator().manual_seed(0)
+    names = torch.eye(8)
+
+    def clips(pitches: Tensor, seen: Tensor) -> dict[str, Tensor]:
+        time_s = torch.arange(8_000) / 16_000
+        hz = 300 * 1.4 ** pitches[:, None]
+        audio = 0.2 * torch.sin(2 * math.pi * (hz * time_s + torch.rand(len(pitches), 1, generator=g)))
+        pictures = torch.where(seen[:, None], names[pitches], 0.0)
+        told = {"text_features": names[pitches][:, None], "image_features": pictures[:, None], "has_picture": seen}
+        return {"audio": audio, **told, "caption_id": pitches + 1, "clip_hash": torch.arange(len(pitches))}
+
+    held_out = clips(torch.arange(4, 8).repeat(4), torch.zeros(16, dtype=torch.bool))
+    found = {}
+    for known in (4, 8):
+        task = make_task().train()
+        optimizer = torch.optim.AdamW(task.parameters(), lr=0.003)
+        for _ in range(60):
+            pitches = torch.randint(0, known, (16,), generator=g)
+            loss, _ = task(clips(pitches, pitches < 4))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found[known] = validate(task.encoder.eval(), {**held_out, "labels": [[]] * 16})
+    assert found[8].keys() == {"a2t_r1"}
+    assert found[8]["a2t_r1"] > 0.9
+    assert found[4]["a2t_r1"] <= 0.5, "by chance a quarter"
+
+
 # ---------------------------------------------------------------- one process, or many, or chunks
 
 VARIANTS = [(kind, chunk) for kind in ("info_nce", "sigmoid") for chunk in (0, 1)]
@@ -139,9 +170,10 @@ def shared_task(kind: str, chunk_size: int) -> AlignTask:
 
 
 def shared_batch() -> dict[str, Tensor]:
-    """Eight clips; a copy, equal captions and absent ones lie across the ranks, unevenly."""
+    """Eight clips; a copy, equal captions, absent ones and absent pictures lie across the ranks, unevenly."""
     caption_id, clip_hash = torch.tensor([3, 3, 0, 0, 5, 3, 7, 0]), torch.tensor([1, 2, 3, 4, 5, 6, 7, 1])
-    return {**make_batch(8), "caption_id": caption_id, "clip_hash": clip_hash}
+    has_picture = torch.tensor([1, 0, 1, 1, 0, 1, 0, 1], dtype=torch.bool)
+    return {**make_batch(8), "caption_id": caption_id, "clip_hash": clip_hash, "has_picture": has_picture}
 
 
 def outcome(task: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -199,6 +231,30 @@ def test_a_clip_without_caption_takes_no_part_in_the_text_term() -> None:
     loss, none = task({**batch, "caption_id": torch.zeros(6, dtype=torch.int64)})
     assert none["loss_text"] == 0
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("kind", ["info_nce", "sigmoid"])
+def test_a_clip_without_picture_takes_no_part_in_the_image_term(kind: str) -> None:
+    """Neither as a row nor as a negative: whatever stands in its place, loss and gradients are those without it."""
+    batch = make_batch()
+    seen = torch.tensor([True, True, False, True, True, False])
+
+    def image_term(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return outcome(make_task(kind=kind, w_text=0).eval(), batch)
+
+    expected = image_term({name: value[seen] for name, value in batch.items()})
+    for stands_there in (0.0, 5.0):
+        features = torch.where(seen[:, None, None], batch["image_features"], stands_there)
+        found = image_term({**batch, "image_features": features, "has_picture": seen})
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
+    task = make_task(kind=kind).eval()
+    whole, some = task(batch)[1], task({**batch, "has_picture": seen})[1]
+    assert some["loss_text"] == whole["loss_text"], "the text term takes them all"
+    loss, none = task({**batch, "has_picture": torch.zeros(6, dtype=torch.bool)})
+    assert none["loss_image"] == 0
+    torch.testing.assert_close(loss.detach(), none["loss_text"])
+    torch.testing.assert_close(task({**batch, "has_picture": torch.ones(6, dtype=torch.bool)})[0], task(batch)[0])
 
 
 def test_the_logit_scale_has_a_ceiling() -> None:
@@ -300,6 +356,12 @@ def test_validate_by_hand() -> None:
     encoder: Any = Given()
     found = validate(encoder, clips)
     assert found == {"a2v_r1": 0.5, "a2t_r1": pytest.approx(4 / 6), "label0_r1": pytest.approx(4 / 6)}
+    clips["has_picture"] = torch.tensor([True, True, False, True, True, True])
+    clips["image_features"][2] = 0
+    assert validate(encoder, clips) == {"a2v_r1": pytest.approx(2 / 5), "a2t_r1": found["a2t_r1"]}
+    clips["has_picture"] = torch.zeros(6, dtype=torch.bool)
+    assert validate(encoder, clips) == {"a2t_r1": found["a2t_r1"]}
+    del clips["has_picture"]
     clips["labels"] = [[] for _ in range(6)]
     assert validate(encoder, clips).keys() == {"a2v_r1", "a2t_r1"}
     empty = {**clips, "labels": []}

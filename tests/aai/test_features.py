@@ -101,3 +101,13 @@ def test_refusals(tmp_path: Path) -> None:
     storage.write_table(str(bare), pq.read_table(bare).replace_schema_metadata(None), 5)
     with pytest.raises(UserError, match=r"shard-00001.* other settings \(unknown\)"):
         load_split(mixed, "train", SAMPLES)
+
+
+def test_which_clips_have_a_picture(tmp_path: Path) -> None:
+    uri = write(tmp_path, bare_every=5)  # 0, 5, ..., of which 5 and 20 are of val
+    val = load_split(uri, "val", SAMPLES)
+    assert [clip for clip, seen in zip(val["clip_id"], val["has_picture"], strict=True) if not seen] == ["c5", "c20"]
+    seen = load_split(uri, "val", SAMPLES, ("latents",), max_rows=4, pictures_only=True)
+    assert seen["clip_id"] == ["c2", "c8", "c11", "c14"]
+    assert seen["has_picture"].all()
+    assert load_split(write(tmp_path / "plain"), "val", SAMPLES)["has_picture"].tolist() == [True] * 10

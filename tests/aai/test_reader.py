@@ -19,6 +19,7 @@ import torch
 
 from aai import schema, storage
 from aai.aligned import COLUMN, AlignedCache
+from aai.errors import UserError
 from aai.features import METADATA_KEY, FeatureManifest, hash64
 from aai.media.waveform import encode_wav
 from aai.reader import FeatureReader, joined, ranks_of, read_ahead
@@ -38,6 +39,7 @@ def test_a_batch_holds_what_the_table_holds(tmp_path: Path) -> None:
         "latents": (4, 2, 2, 2),
         "caption_id": (4,),
         "clip_hash": (4,),
+        "has_picture": (4,),
     }
     for i, number in enumerate(numbers(batch)):
         assert batch["clip_id"][i] == f"c{number}"
@@ -70,7 +72,7 @@ def test_epochs_differ_and_cover_everything(tmp_path: Path) -> None:
 
 def test_a_reader_of_few_columns_reads_no_others(tmp_path: Path) -> None:
     batch = next(FeatureReader(write(tmp_path), "train", 4, SAMPLES, columns=("latents",)).batches())
-    assert batch.keys() == {"clip_id", "caption", "latents", "caption_id", "clip_hash"}
+    assert batch.keys() == {"clip_id", "caption", "latents", "caption_id", "clip_hash", "has_picture"}
     assert batch["latents"].dtype == torch.float32
 
 
@@ -356,3 +358,16 @@ def test_k3_one_of_eight_ranks_is_fed(
     print(stage, found)
     assert found["wait_share"] <= 0.05, found
     assert found["rows_decoded_twice"] == 0, found
+
+
+def test_clips_without_a_picture_are_marked_or_left_out(tmp_path: Path) -> None:
+    uri = write(tmp_path, bare_every=5)
+    bare = [n for n in TRAIN if n % 5 == 0]
+    for batch in itertools.islice(FeatureReader(uri, "train", 4, SAMPLES).batches(), 10):
+        assert batch["has_picture"].tolist() == [n not in bare for n in numbers(batch)]
+    reader = FeatureReader(uri, "train", 4, SAMPLES, pictures_only=True)
+    assert (reader.num_rows, reader.steps_per_epoch) == (16, 4)
+    epoch = [n for batch in itertools.islice(reader.batches(), 4) for n in numbers(batch)]
+    assert sorted(epoch) == [n for n in TRAIN if n not in bare]
+    with pytest.raises(UserError, match=r"batch_size=17: is more than the 16 rows of split 'train' with a picture"):
+        FeatureReader(uri, "train", 17, SAMPLES, pictures_only=True)

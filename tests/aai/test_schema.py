@@ -123,7 +123,13 @@ def test_signals_stand_in_both_curated_tables() -> None:
 
 def test_manifest_columns() -> None:
     assert schema.MANIFEST_REQUIRED == ("uri",)
-    assert schema.MANIFEST_OPTIONAL == ("start_s", "end_s", "caption", "labels", "split")
+    assert schema.MANIFEST_OPTIONAL == ("start_s", "end_s", "caption", "labels", "split", "image_uri")
+
+
+def test_clips_of_several_kinds_have_one_column_more() -> None:
+    plain, mixed = (columns(schema.feature_table(2, 4, 3, 4, 256, kinds)) for kinds in (False, True))
+    assert mixed == [*plain, "picture: string not null"]
+    assert (schema.VIDEO_PICTURES, schema.STILL_PICTURE, schema.NO_PICTURE) == ("frames", "still", "none")
 
 
 def test_only_plain_parquet_types() -> None:

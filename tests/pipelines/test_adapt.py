@@ -1,6 +1,7 @@
 """adapt on real Ray with two workers, on a table of 16 toy clips and random small models."""
 
 import io
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,15 @@ from aai.inject import Injector
 from aai.memory import PeakMemory, StepCost
 from aai.painter import Painter
 from aai.sampling import PaintRequest
+from aai.schema import NO_PICTURE, STILL_PICTURE
 from pipelines import adapt, featurize
 from pipelines.adapt import AdaptConfig, AdaptRecipe
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig, TrainClusterConfig
 from pipelines.training.following import samples
+from pipelines.training.stage import make_work
 from tests.pipelines.conftest import no_models_here, run_here
-from tests.tiny import write_bundle_of, write_clip, write_clip_table, write_diffusion
+from tests.tiny import of_kinds, write_bundle_of, write_clip, write_clip_table, write_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +196,27 @@ def test_the_encoder_must_hear_the_rate_of_the_features(settings: dict[str, Any]
     assert recipe.prepare(manifest) == recipe.config
     with pytest.raises(UserError, match=r"bundle=.*: hears 16000 Hz, the features hold 8000 Hz"):
         recipe.prepare(manifest.model_copy(update={"sample_rate_hz": 8_000}))
+
+
+def test_clips_of_sound_and_text_alone_are_left_out(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twelve clips of train and four of val, every other one of which has no picture."""
+    run_here(monkeypatch)
+    spec = read_bundle(settings["bundle"]).config.foundation
+    clips = of_kinds(write_clip_table(tmp_path / "accepted", 2, 8), [NO_PICTURE, STILL_PICTURE])
+    features = {"input": clips, "out": str(tmp_path / "features"), "foundation": spec.model_dump()}
+    featurize.run(featurize.FeaturizeConfig.parse(features))
+    config = AdaptConfig.parse({**settings, "features": features["out"], "out": str(tmp_path / "out")})
+    recipe = AdaptRecipe(config)
+    with caplog.at_level(logging.INFO):
+        recipe.prepare(FeatureManifest.read(config.features))
+    assert "adapt: 8 of 12 clips of train have no picture and are left out" in caplog.text
+    assert config.plan().training["steps"] == "3 = 3.0 epochs of 4 clips"
+    recipe.precompute()
+    work = make_work(0, 1, (AdaptRecipe, config.model_dump(mode="json"), 1))
+    for _, batch in zip(range(3), work.batches(0), strict=False):
+        assert batch["has_picture"].all()
+        assert {clip[-1] for clip in batch["clip_id"]} <= {"1", "5"}
+    assert work.evaluate is not None
+    assert all(np.isfinite(value) for value in work.evaluate().values())

@@ -1,5 +1,6 @@
 """featurize and align on real Ray with two workers, on a table of 48 toy clips and random small models."""
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,15 +20,16 @@ from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
 from aai.fit import FitConfig
 from aai.precision import resolve
+from aai.schema import NO_PICTURE, STILL_PICTURE
 from pipelines import adapt, align, featurize
 from pipelines.align import AlignConfig, AlignRecipe
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.settings import ClusterConfig
 from pipelines.training import following, ray_train
 from pipelines.training.recipe import Trained
-from pipelines.training.stage import validates
+from pipelines.training.stage import make_work, validates
 from tests.pipelines.conftest import no_models_here, run_here
-from tests.tiny import BACKBONES, write_ast, write_clap, write_clip, write_clip_table, write_diffusion
+from tests.tiny import BACKBONES, of_kinds, write_ast, write_clap, write_clip, write_clip_table, write_diffusion
 
 ENCODER = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_mel_bins": 32, "head_size": 32}
 
@@ -226,3 +228,37 @@ def test_validation_is_never_left_out_in_silence(settings: dict[str, Any], tmp_p
     assert not (tmp_path / "out").exists()
     assert not validates(FitConfig(eval_every=0), without)
     assert validates(FitConfig(eval_every=4), manifest)
+
+
+def test_clips_of_sound_and_text_train_the_text_term_alone(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_here(monkeypatch)
+    found = {}
+    for name, kinds in (("mixed", (NO_PICTURE, STILL_PICTURE)), ("bare", (NO_PICTURE,))):
+        clips = of_kinds(write_clip_table(tmp_path / f"clips-{name}", 1, 8), kinds)
+        featurize.run(featurized(clips, tmp_path / name, settings["foundation"]))
+        found[name] = {**settings, "features": str(tmp_path / name), "fit": {"batch_size": 6, "warmup_steps": 0}}
+    recipe = AlignRecipe(AlignConfig.parse(found["mixed"]))
+    manifest = FeatureManifest.read(recipe.config.features)
+    caplog.set_level(logging.INFO)
+    settled = recipe.prepare(manifest)
+    assert "align: 4 of 6 clips of train have no picture: they train the text term alone" in caplog.text
+    work = make_work(0, 1, (AlignRecipe, settled.model_dump(mode="json"), 1))
+    batch = next(work.batches(0))
+    assert int(batch["has_picture"].sum()) == 2
+    loss, terms = work.task(batch)
+    assert min(terms["loss_image"], terms["loss_text"]) > 0
+    assert torch.isfinite(loss)
+    assert work.evaluate is not None
+    assert work.evaluate().keys() == {"val_a2v_r1", "val_a2t_r1"}
+
+    without_text = AlignConfig.parse({**found["mixed"], "loss": {"w_text": 0}})
+    AlignRecipe(without_text).prepare(manifest)
+    assert "4 of 6 clips of train have no picture: they are left out, since loss.w_text is 0" in caplog.text
+    assert without_text.plan().training["steps"].endswith("epochs of 2 clips")
+    bare = FeatureManifest.read(found["bare"]["features"])
+    rule = r"loss\.w_image=1.0: none of the 6 clips of train has a picture; set it to 0"
+    with pytest.raises(UserError, match=rule):
+        AlignRecipe(AlignConfig.parse(found["bare"])).prepare(bare)
+    AlignRecipe(AlignConfig.parse({**found["bare"], "loss": {"w_image": 0}})).prepare(bare)

@@ -22,7 +22,7 @@ from aai.version import code_version
 from pipelines import featurize
 from pipelines.featurize import FeaturizeConfig, FeaturizeWorker
 from tests.pipelines.conftest import run_shards_here
-from tests.tiny import write_clip, write_clip_table, write_diffusion, write_sizes
+from tests.tiny import of_kinds, write_clip, write_clip_table, write_diffusion, write_sizes
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +252,46 @@ def test_a_table_begun_before_rates_were_read_is_begun_anew(inputs: dict[str, An
     (tmp_path / "manifest.json").unlink()
     featurize.run(config)
     assert ran() == [file.name]
+
+
+def test_a_still_stands_for_all_pictures_and_a_clip_without_one_says_so(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Beside the same clips as videos: what a picture is encoded to does not depend on the clip's kind."""
+    whole = FeaturizeConfig.parse({**inputs, "out": str(tmp_path / "whole")})
+    featurize.run(whole)
+    kinds = (schema.VIDEO_PICTURES, schema.STILL_PICTURE, schema.VIDEO_PICTURES, schema.NO_PICTURE)
+    clips = of_kinds(write_clip_table(tmp_path / "clips", 2, 4), kinds)
+    config = FeaturizeConfig.parse({**inputs, "input": clips, "out": str(tmp_path / "mixed")})
+    featurize.run(config)
+    manifest = FeatureManifest.read(config.out)
+    assert (manifest.rows, manifest.without_picture) == ({"train": 6, "val": 2}, {"val": 2})
+    assert (manifest.clips("val", pictures_only=True), manifest.clips("train", pictures_only=True)) == (0, 6)
+    assert FeatureManifest.read(whole.out).without_picture == {}
+    found, usual = storage.read_table(config.out), storage.read_table(whole.out)
+    assert found["picture"].to_pylist() == list(kinds) * 2
+    images, expected = (np.array(t["image_features"].to_pylist()).reshape(8, 2, 32) for t in (found, usual))
+    latents, of_frame = (np.array(t["latents"].to_pylist()) for t in (found, usual))
+    for row, kind in enumerate(kinds * 2):
+        if kind == schema.NO_PICTURE:
+            assert not images[row].any()
+            assert not latents[row].any()
+            continue
+        np.testing.assert_allclose(images[row], expected[row][[0, 0] if kind == schema.STILL_PICTURE else [0, 1]])
+        assert (kind == schema.STILL_PICTURE) != np.allclose(latents[row], of_frame[row])  # of the middle one of two
+    split = load_split(config.out, "val", 8_000)
+    assert split["has_picture"].tolist() == [False, False]
+    assert load_split(config.out, "val", 8_000, pictures_only=True)["clip_id"] == []
+    assert len(load_split(config.out, "train", 8_000, pictures_only=True)["clip_id"]) == 6
+
+
+def test_a_table_of_sounds_and_texts_alone_has_the_shapes_of_the_models(inputs: dict[str, Any], tmp_path: Path) -> None:
+    clips = of_kinds(write_clip_table(tmp_path / "clips", 1, 4), [schema.NO_PICTURE])
+    config = FeaturizeConfig.parse({**inputs, "input": clips, "out": str(tmp_path / "out")})
+    featurize.run(config)
+    manifest = FeatureManifest.read(config.out)
+    assert (manifest.num_frames, manifest.latent_shape) == (1, (8, 8, 8))
+    assert manifest.without_picture == manifest.rows == {"train": 3, "val": 1}
+    assert ran() == ["shard-00000.parquet"]
+    write_clip_table(tmp_path / "clips", 1, 4)  # the same clips, and now they are all of videos
+    featurize.run(config)
+    assert ran() == ["shard-00000.parquet"]
+    assert "picture" not in storage.read_table(config.out).column_names

@@ -15,7 +15,7 @@ import pytest
 from aai.media.child import GRACE_S, MediaChild
 from aai.media.decode import decode_audio
 from aai.media.limits import ClipError, DecodeConfig
-from aai.media.measure import MEASURED_ROW, clip_id, measure_bytes
+from aai.media.measure import MEASURED_ROW, VIDEO, Shown, clip_id, measure_bytes
 from aai.media.ranged import AskedRanges, Content, hash_of
 from aai.media.shots import Probe, probe_bytes, probe_to_json
 from aai.media.still import decode_still
@@ -111,6 +111,22 @@ def test_a_kill_from_outside_costs_nothing_and_two_one_clip(slow: bytes) -> None
         thread.join()
         assert (row["code"], row["transient"]) == ("CRASHED", True)
         assert "SIGKILL" in row["message"]
+
+
+@pytest.mark.parametrize("ranged", [False, True], ids=["sent", "ranged"])
+def test_sounds_alone_and_with_stills_are_measured_as_here(ranged: bool) -> None:
+    data, cfg, picture = wav(2.0), DecodeConfig(), png(80, 60)
+    content: Content = AskedRanges(len(data), lambda start, end: data[start:end]) if ranged else data
+    alone = Shown(must_be_video=False)
+    asked = [Shown(still=picture), alone, Shown(still=png(90, 60)), VIDEO, Shown(still=b"none"), alone]
+    with MediaChild(cfg) as child:
+        rows = [child.measure(content, 0.0, 1.0, shown=shown) for shown in asked]
+        assert rows == [measure_bytes(data, 0.0, 1.0, cfg, shown=shown) for shown in asked]
+        assert [row["code"] for row in rows] == [None, None, None, "NO_VIDEO", "UNREADABLE", None]
+        assert [len(row["frames"] or []) for row in rows] == [1, 0, 1, 0, 0, 0]
+    with MediaChild(DecodeConfig(timeout_s=1e-9)) as child:
+        late = child.measure(content, 0.0, 1.0, shown=asked[0])
+        assert (late["code"], late["clip_id"]) == ("TIMEOUT", rows[0]["clip_id"])
 
 
 def bytes_read(pid: int) -> int:

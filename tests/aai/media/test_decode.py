@@ -1,11 +1,13 @@
 import io
 import wave
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
-from aai.media.decode import ClipError, DecodeConfig, decode_audio, decode_clip
+from aai.media.container import shows_video
+from aai.media.decode import ClipError, DecodeConfig, decode_audio, decode_clip, decode_sound
 from tests.clips import frame_value, index_first, make_clip, tone
 
 CFG = DecodeConfig()
@@ -173,3 +175,67 @@ def test_decode_audio() -> None:
         with pytest.raises(ClipError) as caught:
             decode_audio(data, limit_s, limit, 16_000)
         assert caught.value.code == code
+
+
+def sweep(duration_s: float, sample_rate_hz: int) -> np.ndarray:
+    """A tone that rises by 200 Hz a second from 300 Hz: its pitch tells the time."""
+    t = np.arange(round(duration_s * sample_rate_hz)) / sample_rate_hz
+    return (0.5 * np.sin(2 * np.pi * (300 * t + 100 * t**2))).astype(np.float32)
+
+
+def sound_file(kind: str, duration_s: float = 12.0) -> bytes:
+    """A sound without a video, in the container and codec of a common file name."""
+    container, codec, rate_hz = {
+        "wav": ("wav", "pcm_s16le", 44_100),
+        "mp3": ("mp3", "libmp3lame", 44_100),
+        "flac": ("flac", "flac", 44_100),
+        "ogg": ("ogg", "libopus", 48_000),
+        "m4a": ("mp4", "aac", 44_100),
+    }[kind]
+    sink = io.BytesIO()
+    with av.open(sink, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=rate_hz, layout="mono")
+        frame = av.AudioFrame.from_ndarray(sweep(duration_s, rate_hz)[None], "fltp", "mono")
+        frame.sample_rate, frame.time_base, frame.pts = rate_hz, Fraction(1, rate_hz), 0
+        resampler = av.AudioResampler(stream.format.name, "mono", rate_hz, frame_size=stream.frame_size or 1152)
+        for part in (*resampler.resample(frame), *resampler.resample(None)):
+            out.mux(stream.encode(part))
+        out.mux(stream.encode(None))
+    return sink.getvalue()
+
+
+def pitch_hz(audio: np.ndarray, at_s: float) -> float:
+    """The loudest pitch of a tenth of a second of sound at 16 kHz."""
+    part = audio[round(at_s * 16_000) :][:1600] * np.hanning(1600)
+    return float(np.abs(np.fft.rfft(part, 16_000)).argmax())
+
+
+@pytest.mark.parametrize("kind", ["wav", "mp3", "flac", "ogg", "m4a"])
+def test_a_sound_alone_is_placed_in_time_as_that_of_a_video(kind: str) -> None:
+    """Also far into a file, where reading begins in the middle."""
+    data, cfg = sound_file(kind), DecodeConfig()
+    assert not shows_video(data, cfg)
+    whole = decode_sound(data, None, None, cfg)
+    assert whole.duration_s == len(whole.audio) / 16_000 == pytest.approx(12, abs=0.1)
+    assert (whole.channels, whole.source_sample_rate_hz) == (1, 48_000 if kind == "ogg" else 44_100)
+    for start_s, end_s in ((0.0, 2.0), (5.0, 7.0), (10.5, 11.5)):
+        part = decode_sound(data, start_s, end_s, cfg)
+        assert len(part.audio) == round((end_s - start_s) * 16_000)
+        for at_s in (0.1, end_s - start_s - 0.2):
+            assert pitch_hz(part.audio, at_s) == pytest.approx(300 + 200 * (start_s + at_s + 0.05), abs=12)
+    for window, code in (((13.0, 14.0), "OUT_OF_RANGE"), ((2.0, 1.0), "OUT_OF_RANGE"), ((0.0, 11.0), "TOO_LONG")):
+        with pytest.raises(ClipError) as found:
+            decode_sound(data, *window, DecodeConfig(max_duration_s=10))
+        assert found.value.code == code
+
+
+def test_the_sound_of_a_video_is_the_same_with_its_pictures_and_without() -> None:
+    cfg = DecodeConfig()
+    for data in (make_clip(), make_clip(start_s=1.5), make_clip(duration_s=5.0)):
+        assert shows_video(data, cfg)
+        for window in ((None, None), (0.5, 1.5), (1.2, 1.9)):
+            clip, sound = decode_clip(data, *window, cfg), decode_sound(data, *window, cfg)
+            np.testing.assert_array_equal(sound.audio, clip.audio)
+            assert (sound.channels, sound.source_sample_rate_hz) == (clip.channels, clip.source_sample_rate_hz)
+    with pytest.raises(ClipError, match="NO_AUDIO"):
+        decode_sound(make_clip(has_audio=False), None, None, cfg)

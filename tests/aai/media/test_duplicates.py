@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from aai.errors import UserError
-from aai.media.duplicates import EXCLUDED, EXCLUDED_SPLIT, DuplicateConfig, HashedClip, find_duplicates
+from aai.media.duplicates import (
+    BANDS,
+    EXCLUDED,
+    EXCLUDED_SPLIT,
+    DuplicateConfig,
+    HashedClip,
+    _prints_of,
+    find_duplicates,
+    near_pairs_of,
+)
+from aai.media.edited import EditedConfig
 
 RNG = np.random.default_rng(0)
 CFG = DuplicateConfig()
@@ -87,3 +97,38 @@ def test_all_that_is_like_an_excluded_clip_goes_whatever_it_is_like_besides() ->
     same_as_first = replace(first, split="test", uri="/other.mp4")
     dropped = find_duplicates([like_second, second, first, same_as_first], CFG)
     assert {index: code for index, (code, _) in dropped.items()} == {0: EXCLUDED, 3: EXCLUDED}
+
+
+def sound(name: str, words: np.ndarray, split: str = "train", of_video: bool = False) -> HashedClip:
+    made = replace(row(name, split), sound_print=words.astype(np.uint32).tobytes(), duration_s=0.064 * len(words))
+    return made if of_video else replace(made, uri=f"/{name}.wav", is_video=False)
+
+
+def test_clips_without_a_video_are_told_by_their_sounds() -> None:
+    """A picture that many share makes none of them a duplicate; a video stays where it is doubled."""
+    heard = RNG.integers(1, 2**32, (8, 40))
+    clips = [sound(f"m{i}", words) for i, words in enumerate(heard)]
+    assert find_duplicates(clips, CFG) == {}
+    clips += [sound("a", heard[0]), sound("b", heard[1][5:]), sound("z", heard[2], of_video=True)]
+    clips += [sound("t", heard[3], "test"), sound("c", RNG.integers(1, 2**32, 40), of_video=True)]
+    for cfg in (CFG, DuplicateConfig(edited=EditedConfig(enabled=False))):
+        dropped = {clips[i].clip_id: (code, why.split()[3]) for i, (code, why) in find_duplicates(clips, cfg).items()}
+        assert dropped == {
+            "m0": ("NEAR_DUPLICATE", "/a.wav"),
+            "m1": ("NEAR_DUPLICATE", "/b.wav"),
+            "m2": ("NEAR_DUPLICATE", "/z.mp4"),
+            "m3": ("CROSS_SPLIT_DUPLICATE", "/t.wav"),
+        }
+
+
+def test_a_shared_still_costs_no_comparison_of_all_with_all() -> None:
+    count = 3000
+    clips = [sound(f"{i:04d}", words) for i, words in enumerate(RNG.integers(1, 2**32, (count, 20)))]
+    clips = [
+        replace(clip, video_hash=bytes(32), audio_hash=bytes(32)) for clip in clips
+    ]  # as what has none is compared
+    pairs = sum(len(near_pairs_of(_prints_of(clips), CFG, band)) for band in range(BANDS))
+    assert pairs == 0
+    assert find_duplicates([*clips, sound("x", np.frombuffer(clips[7].sound_print or b"", np.uint32))], CFG).keys() == {
+        3000
+    }

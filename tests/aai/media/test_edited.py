@@ -66,7 +66,26 @@ def prints(sounds: list[np.ndarray], group: np.ndarray | None = None, pictures_o
         starts=np.cumsum([0, *map(len, sounds)]),
         duration_s=np.full(count, 10.0),
         group=np.arange(count) if group is None else group,
+        is_video=np.ones(count, bool),
     )
+
+
+def test_what_is_of_no_video_is_known_by_its_sound_alone() -> None:
+    sounds = [random_words(60) for _ in range(40)]
+    sounds += [sounds[i][10:] for i in range(20)]  # 40 to 59 are cuts of 0 to 19, and look like nothing else
+    data = prints(sounds)
+    strict = EditedConfig(max_picture_bits=0)  # random pictures are alike by chance at times
+    assert edited_pairs_of(data, strict).tolist() == []
+    half = prints([sounds[0], np.concatenate([sounds[0][30:], random_words(30)])])
+    assert len(edited_pairs_of(replace(half, pictures=np.zeros_like(half.pictures)), CFG)) == 1
+    assert len(edited_pairs_of(replace(half, is_video=np.array([True, False])), CFG)) == 0, "nothing but half a sound"
+    moves = np.ones(60, bool)
+    moves[[0, 1, 41, 42, 30]] = False  # of pair 0 the original, of pair 1 both, of pair 2 the cut
+    bare = replace(data, is_video=moves)
+    for cfg in (strict, EditedConfig(enabled=False)):
+        assert edited_pairs_of(bare, cfg).tolist() == [[0, 40], [1, 41], [2, 42]]
+    parts = [edited_pairs_of(bare, strict, part, 3) for part in range(3)]
+    assert np.unique(np.concatenate(parts), axis=0).tolist() == [[0, 40], [1, 41], [2, 42]]
 
 
 def random_words(count: int) -> np.ndarray:

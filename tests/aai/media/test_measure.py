@@ -1,3 +1,4 @@
+import hashlib
 import io
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ from PIL import Image
 
 from aai.media.decode import decode_clip
 from aai.media.limits import DecodeConfig
-from aai.media.measure import DECODER, DECODER_VERSION, MEASURED_ROW, measure_bytes
+from aai.media.measure import DECODER, DECODER_VERSION, MEASURED_ROW, Shown, clip_id, kind_of, measure_bytes
 from aai.media.waveform import read_sound, sound_rate_hz
 from aai.schema import SIGNALS
 from tests.clips import make_clip, remuxed
@@ -79,3 +80,74 @@ def test_another_row_of_the_same_file_is_another_version_of_the_decoder(name: st
     make, figures = MADE[name]
     row = measure_bytes(make(), None, None, DecodeConfig())
     assert (DECODER_VERSION, [row[name] for name in NAMES]) == (2, pytest.approx(figures, abs=0.06))
+
+
+def still(size: tuple[int, int] = (120, 80), kind: str = "JPEG") -> bytes:
+    """A picture that is dark on its left half."""
+    pixels = np.full((size[1], size[0], 3), 200, np.uint8)
+    pixels[:, : size[0] // 2] = 20
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, kind)
+    return sink.getvalue()
+
+
+SOUND_ALONE = Shown(must_be_video=False)
+SEEN = ("width", "height", "fps", "av_gap_s", "luma_mean", "luma_std", "motion", "video_hash", "picture_print")
+
+
+def test_a_sound_alone_is_a_row_in_which_nothing_is_seen() -> None:
+    data, cfg = make_clip(has_video=False), DecodeConfig()
+    row = measure_bytes(data, None, None, cfg, shown=SOUND_ALONE)
+    assert list(row) == MEASURED_ROW.names
+    assert pa.RecordBatch.from_pylist([row], schema=MEASURED_ROW).to_pylist() == [row]
+    assert [name for name in MEASURED_ROW.names if row[name] is None] == [
+        *(name for name in MEASURED_ROW.names if name in SEEN),
+        "stage",
+        "code",
+        "message",
+        "transient",
+    ]
+    assert (row["frames"], row["frame_pts_s"], kind_of(row)) == ([], [], "none")
+    beside = measure_bytes(make_clip(), None, None, cfg)
+    assert kind_of(beside) == "frames"
+    for name in ("rms_db", "audio_hash", "sound_print", "channels", "source_sample_rate_hz"):
+        assert row[name] == beside[name], name
+    missing = measure_bytes(data, None, None, cfg)
+    assert (missing["code"], kind_of(missing)) == ("NO_VIDEO", None)
+    # Whatever may have no video, a video is measured as ever.
+    assert measure_bytes(make_clip(), None, None, cfg, shown=SOUND_ALONE) == beside
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_still_is_the_picture_of_its_sound(kind: str) -> None:
+    cfg, given = DecodeConfig(frame_size_px=40), still(kind=kind)
+    row = measure_bytes(make_clip(has_video=False), None, None, cfg, shown=Shown(still=given))
+    (jpeg,) = row["frames"]
+    picture = np.asarray(Image.open(io.BytesIO(jpeg))).astype(int)
+    assert picture.shape == (40, 60, 3)
+    assert abs(picture[:, :28].mean() - 20) < 4
+    assert abs(picture[:, 32:].mean() - 200) < 4
+    assert (row["width"], row["height"], row["frame_pts_s"], kind_of(row)) == (120, 80, [0.0], "still")
+    assert row["luma_mean"] == pytest.approx(110, abs=3)
+    assert [row[name] for name in ("fps", "av_gap_s", "motion", "video_hash", "picture_print")] == [None] * 5
+    ids = {
+        measure_bytes(data, None, None, cfg, shown=shown)["clip_id"]
+        for data in (make_clip(has_video=False),)
+        for shown in (Shown(still=given), Shown(still=still((90, 80), kind)), SOUND_ALONE)
+    }
+    assert len(ids) == 3, "another picture is another clip"
+    # What a video shows itself does not count beside a picture of its own.
+    assert kind_of(measure_bytes(make_clip(), None, None, cfg, shown=Shown(still=given))) == "still"
+
+
+def test_a_bad_still_is_a_row_with_the_reason() -> None:
+    data = make_clip(has_video=False)
+    for given, code, message in (
+        (b"", "UNREADABLE", "its picture is none of PNG, JPEG, WEBP"),
+        (still()[:300], "UNREADABLE", "its picture cannot be decoded"),
+        (still((5000, 5000)), "TOO_LARGE", "its picture 5000x5000 px is over the limit"),
+    ):
+        row = measure_bytes(data, None, None, DecodeConfig(), shown=Shown(still=given))
+        assert (row["stage"], row["code"]) == ("decode", code)
+        assert row["message"].startswith(message)
+        assert row["clip_id"] == clip_id(row["content_hash"], None, None, hashlib.sha256(given).hexdigest())

@@ -40,6 +40,26 @@ def test_keys_are_what_they_were_in_every_version() -> None:
     assert list(row_keys(rows)) == [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]
 
 
+def test_a_still_belongs_to_its_key_and_to_the_plan(tmp_path: Path) -> None:
+    sound, still = tmp_path / "a.wav", tmp_path / "a.jpg"
+    for file in (sound, still):
+        file.write_bytes(b"x")
+    rows = [row(sound, image_uri=str(still)), row(sound), row(sound, image_uri=str(tmp_path / "b.jpg"))]
+    first = list(row_keys(rows))
+    assert first[1:2] == list(row_keys([row(sound)])), "as in every version"
+    assert len(set(first)) == 3
+    os.utime(still, ns=(1, 1))
+    assert [one == other for one, other in zip(first, row_keys(rows), strict=True)] == [False, True, True]
+    ledger = Ledger(str(tmp_path / "out"))
+    ledger.add(entries("a", "b"), rows_per_shard=2)
+    ledger.add([Entry("c", "c.wav", None, None, "c.jpg"), *entries("d")], rows_per_shard=2)
+    for found in (ledger, Ledger(str(tmp_path / "out"))):
+        images = {name: [entry.image_uri for entry in found.shards[name]] for name in found.shards}
+        assert images == {"shard-00000": [None, None], "shard-00001": ["c.jpg", None]}
+    files = storage.list_files(str(tmp_path / "out"), ".parquet")
+    assert ["image_uri" in storage.read_table(file).column_names for file in files] == [False, True]
+
+
 def test_s3_keys_follow_the_content(s3: str) -> None:
     uri = storage.join(s3, "a.mp4")
     missing = row_keys([row(uri)])

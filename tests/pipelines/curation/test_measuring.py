@@ -9,7 +9,7 @@ import pytest
 from aai import storage
 from aai.errors import UserError
 from aai.media.limits import DecodeConfig
-from aai.media.measure import measure_bytes
+from aai.media.measure import kind_of, measure_bytes
 from aai.media.ranged import hash_of
 from pipelines.curation import measuring
 from pipelines.curation.curate_config import CurateConfig
@@ -19,6 +19,7 @@ from pipelines.curation.ledger import Entry
 from pipelines.curation.measuring import MeasureResult, MeasureShard, MeasureWorker
 from pipelines.engine import ranges
 from tests.clips import make_clip, make_moving
+from tests.hostile import png
 
 
 def measure(out: Path, name: str, clips: Sequence[Entry]) -> MeasureResult:
@@ -128,3 +129,30 @@ def test_a_job_is_stopped_only_after_enough_rows(monkeypatch: pytest.MonkeyPatch
     watch(MeasureResult(rows=9, rejected=0, reused=0))  # exactly half is what may be
     with pytest.raises(UserError, match=r"max_reject_ratio=0\.5: 53% of 19 rows were rejected so far; .* under out"):
         watch(MeasureResult(rows=1, rejected=1, reused=0))
+
+
+def test_a_sound_is_measured_as_its_name_and_its_picture_say(tmp_path: Path) -> None:
+    sound, video, still = make_clip(has_video=False), make_clip(), png(80, 60)
+    for name, data in (("a.m4a", sound), ("a.mp4", sound), ("v.m4a", video), ("s.png", still), ("t.png", still[:50])):
+        storage.write_bytes(f"{tmp_path}/{name}", data)
+    shown = [("a.m4a", None), ("a.m4a", "s.png"), ("a.m4a", "t.png"), ("a.m4a", "gone.png"), ("a.mp4", None)]
+    shown += [("v.m4a", None), ("v.m4a", "s.png"), ("gone.m4a", "s.png")]
+    clips = [
+        Entry(f"k{i}", f"{tmp_path}/{name}", None, None, image and f"{tmp_path}/{image}")
+        for i, (name, image) in enumerate(shown)
+    ]
+    out = tmp_path / "out"
+    assert measure(out, "shard-00000", clips).reused == 0
+    rows = storage.read_table(shard_file(str(out), MEASURED, "shard-00000")).to_pylist()
+    assert [row["code"] or kind_of(row) for row in rows] == [
+        "none", "still", "UNREADABLE", "MISSING_FILE", "NO_VIDEO", "frames", "still", "MISSING_FILE",
+    ]  # fmt: skip
+    assert rows[3]["message"] == f"its picture, {tmp_path}/gone.png: no such file"
+    assert rows[7]["message"] == "no such file"
+    assert rows[5] == {**measure_bytes(video, None, None, DecodeConfig()), "key": "k5"}
+
+    write_known(str(out), {"shard-00000"})
+    again = measure(out, "shard-00001", clips)
+    assert (again.rows, again.reused) == (8, 4), "the good ones, and never a sound alone for a file named as a video"
+    same = storage.read_table(shard_file(str(out), MEASURED, "shard-00001")).to_pylist()
+    assert same == rows

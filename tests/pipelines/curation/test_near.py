@@ -43,6 +43,7 @@ def prints(clips: int, copies: int, cut: int = 0, words: int = 20, seed: int = 0
         starts=np.arange(clips + 1) * words,
         duration_s=np.full(clips, words * 0.064),
         group=np.arange(clips),
+        is_video=np.ones(clips, bool),
     )
 
 

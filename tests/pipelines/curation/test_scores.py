@@ -22,7 +22,7 @@ from pipelines.curation.curate_config import ScoreConfig
 from pipelines.curation.layout import SCORED, shard_file
 from pipelines.curation.measured import MEASURED_TABLE
 from pipelines.curation.scores import ScoreWorker, check_sound
-from pipelines.curation.similarity import CaptionedClip, ScoreShard
+from pipelines.curation.similarity import CaptionedClip, ScoreShard, sample_embeddings
 from pipelines.engine.shards import Result
 from tests.clips import make_clip
 from tests.taggers import write_ast_tagger
@@ -79,6 +79,32 @@ def scored(out: Path) -> dict[str, dict[str, Any]]:
     """What a worker wrote, by key."""
     rows = storage.read_table(shard_file(str(out), SCORED, "shard-00000")).to_pylist()
     return {row.pop("key"): row for row in rows}
+
+
+def test_what_is_not_seen_has_no_scores_and_is_no_evidence_of_chance(
+    measured: tuple[Path, list[dict[str, Any]], FoundationSpec], tmp_path: Path
+) -> None:
+    _, rows, foundation = measured
+    bare = [{**row, "frames": []} if i in (1, 5) else row for i, row in enumerate(rows)]
+    for name, given in (("whole", rows), ("bare", bare), ("all bare", [{**row, "frames": []} for row in rows])):
+        table = pa.Table.from_pylist(given, schema=MEASURED_TABLE)
+        storage.write_table(str(tmp_path / name / "_measured/shard-00000.parquet"), table)
+    bundle = str(write_bundle_of(tmp_path / "bundle", foundation))
+    settings = {"caption": True, "foundation": foundation, "bundle": bundle, "prompts": {"dark": ["night", "day"]}}
+    config = ScoreConfig.parse(settings).model_dump(mode="json")
+    found, nothing = {}, dict.fromkeys(("caption_similarity", "av_similarity", "dark"))
+    for name in ("whole", "bare", "all bare"):
+        ScoreWorker(str(tmp_path / name), config, 1, False)(shard(rows))
+        rows_of = scored(tmp_path / name)
+        found[name] = {key: {signal: row[signal] for signal in nothing} for key, row in rows_of.items()}
+    assert {key for key, row in found["bare"].items() if row == nothing} == {"key1", "key5"}
+    assert set(map(str, found["all bare"].values())) == {str(nothing)}
+    for key in ("key0", "key3", "key7"):
+        assert found["bare"][key]["av_similarity"] == pytest.approx(found["whole"][key]["av_similarity"], abs=1e-5)
+    keys, audio, image = sample_embeddings(str(tmp_path / "bare"), ["shard-00000"], {"key0"})
+    assert sorted(keys) == ["key3", "key4", "key6", "key7"]
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=1e-2)
+    assert len(audio) == 4
 
 
 def test_captions_alone_need_no_bundle(measured: tuple[Path, list[dict[str, Any]], FoundationSpec]) -> None:

@@ -1,5 +1,6 @@
 """Which clips are evaluated, in which shards, on tables of a few rows."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,21 @@ def test_the_first_clips_by_id_and_their_pictures(tables: tuple[str, str]) -> No
             assert here[place[at]] == place["clip_id"]
     assert len(find_clips(*tables, "test", 100).test) == 12
     assert len(find_clips(*tables, "test", 10).test) == 10
+
+
+def test_clips_without_a_picture_are_left_out(tables: tuple[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    features, clips = tables
+    for file in storage.list_files(features, ".parquet"):
+        table = storage.read_table(file)
+        kinds = ["none" if clip in ("c03", "c13") else "still" for clip in table["clip_id"].to_pylist()]
+        storage.write_table(file, table.append_column("picture", pa.array(kinds)))
+    with caplog.at_level(logging.INFO):
+        found = find_clips(features, clips, "test", 10)
+    assert found.test["clip_id"].to_pylist() == [name for name in NAMES[:11] if name != "c03"]
+    assert found.train["clip_id"].to_pylist() == NAMES[12:], "of these the sounds count"
+    assert "evaluate: 1 of 12 clips of test have no picture and are left out" in caplog.text
+    with pytest.raises(UserError, match=r"split=test: has 9 clips with a picture, besides 1 without, in "):
+        find_clips(features, clips, "test", 9)
 
 
 def test_too_few_clips_or_other_pictures_are_refused(tables: tuple[str, str], tmp_path: Path) -> None:

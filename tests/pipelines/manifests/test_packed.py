@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.manifests.packed import _TABLE, BLOCK_ROWS, PackedRows
+from pipelines.manifests.packed import _TABLE, BLOCK_ROWS, PackedRows, have_images
 from pipelines.manifests.row import ManifestRow
 
 
@@ -40,3 +40,12 @@ def test_a_row_takes_little_more_than_its_texts() -> None:
 def test_every_field_is_kept() -> None:
     """What is no column of its own stands in `others`."""
     assert {*_TABLE.names[:-1]} <= set(ManifestRow.__dataclass_fields__)
+
+
+def test_whether_any_row_has_a_picture() -> None:
+    plain, shown = rows(5), [*rows(5), ManifestRow(uri="/a.wav", image_uri="/a.jpg", split="train", extra={"n": 1.0})]
+    assert not have_images(plain)
+    assert not have_images(PackedRows([*plain, replace(plain[0], extra={"n": 1.0})]))
+    assert have_images(shown)
+    assert have_images(PackedRows(shown))
+    assert list(PackedRows(shown)) == shown

@@ -49,6 +49,17 @@ def test_what_is_refused_names_manifest_and_row(given: dict[str, Any], rule: str
     assert rule in str(caught.value)
 
 
+def test_a_picture_is_a_uri_as_any_other() -> None:
+    assert row(uri="a.wav", image_uri=" b.jpg ").image_uri == "/data/b.jpg"
+    assert row("s3://bucket/x/clips.csv", uri="a.wav", image_uri="b.jpg").image_uri == "s3://bucket/x/b.jpg"
+    for empty in ("", "  ", None, NAN):
+        assert row(uri="a.wav", image_uri=empty).image_uri is None
+    assert "image_uri" not in row(uri="a.wav").content(), "digests of before know none"
+    assert row(uri="a.wav", image_uri="b.jpg").content()["image_uri"] == "/data/b.jpg"
+    with pytest.raises(UserError, match="row 7: scheme 'http' is not allowed"):
+        row(uri="a.wav", image_uri="http://host/b.jpg")
+
+
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [

@@ -1,7 +1,7 @@
 import pytest
 
 from pipelines.manifests.row import ManifestRow
-from pipelines.manifests.sources import place_of, source_of
+from pipelines.manifests.sources import names_sound, place_of, source_of
 
 YOUTUBE = r"([\w-]{11})_\d+"
 
@@ -24,3 +24,11 @@ def test_without_a_pattern_a_file_is_a_video() -> None:
     assert {source_of(row, None) for row in rows} == {"/a/film.mp4"} == {place_of(row) for row in rows}
     inside = ManifestRow(uri="/t/0001.tar#512,1000,s/0001.mp4", split="train")
     assert source_of(inside, None) == place_of(inside) == "/t/0001.tar/s/0001.mp4"
+
+
+def test_a_name_tells_whether_there_may_be_no_video() -> None:
+    for uri, is_sound in (
+        ("/a/bell.wav", True), ("/a/BELL.Opus", True), ("/a/bell.mp4", False), ("/a/bell", False),
+        ("/t/0001.tar#512,1000,s/bell.flac", True), ("/wav/0001.tar#512,1000,s/bell.webm", False),
+    ):  # fmt: skip
+        assert names_sound(uri) == is_sound, uri

@@ -194,3 +194,26 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         "a.mp4",
         f"b.tar#0,6,{REST}",
     ]
+
+
+def test_a_picture_beside_a_sound_alone_is_its_still(tmp_path: Path) -> None:
+    tar = make_tar(
+        {
+            "s/1.jpg": b"first",
+            "s/1.flac": b"sound",
+            "s/2.wav": b"sound",
+            "s/2.0.jpg": b"a frame of an export",
+            "s/3.mp4": b"video",
+            "s/3.jpg": b"its thumbnail",
+            "s/4.mp3": b"sound",
+            "s/4.PNG": b"later",
+            "t/1.webp": b"another folder, and no sound",
+        }
+    )
+    uri = put(tmp_path / "a.tar", tar)
+    rows = {row.uri.rsplit(",", 1)[1]: row.image_uri for row in read_manifest(uri)}
+    assert list(rows) == ["s/1.flac", "s/2.wav", "s/3.mp4", "s/4.mp3"]
+    assert (rows["s/2.wav"], rows["s/3.mp4"]) == (None, None)
+    stills = [rows[name] or "" for name in ("s/1.flac", "s/4.mp3")]
+    assert [still.rsplit(",", 1)[1] for still in stills] == ["s/1.jpg", "s/4.PNG"]
+    assert [storage.read_bytes(still) for still in stills] == [b"first", b"later"]
