@@ -111,7 +111,7 @@ class CurateProtocol(Protocol):
 class StillFeaturizer:
     """Holds no models; writes what FeaturizeWorker writes, at one stroke as that does."""
 
-    def __init__(self, config: dict[str, Any], digest: str) -> None:
+    def __init__(self, config: dict[str, Any], digest: str, **_: Any) -> None:
         self.digest = digest
 
     def __call__(self, shard: featurize.FeaturizeShard) -> Result:
