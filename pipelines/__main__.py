@@ -146,7 +146,8 @@ def load_config(verb: str, argv: list[str]) -> tuple[VerbConfig, argparse.Namesp
     parser, flags = build_parser(verb)
     args = parser.parse_args(argv)
     given = {setting: getattr(args, flag) for flag, setting in flags.items()}
-    values = {setting: value for setting, value in given.items() if not (value is None or value is False or value == [])}
+    values = {setting: value for setting, value in given.items() if value is not None and value is not False}
+    values = {setting: value for setting, value in values.items() if value != []}  # of a flag that takes many
     return module_of(verb).CONFIG.load(config_file(args.config), args.set, values), args
 
 

@@ -147,8 +147,8 @@ def check_services(services: tuple[Service, ...]) -> list[Finding]:
     found = []
     for service in services:
         if service.host in ("127.0.0.1", "localhost", "::1") or service.keys_file or os.environ.get("AAI_API_KEY"):
-            found.append(ok("serve.key", service.host, "is guarded by a key, or for this machine alone"))
+            found.append(ok("service.key", service.host, "is guarded by a key, or for this machine alone"))
         else:
             remedy = "set AAI_API_KEY (openssl rand -hex 32), or keys_file; or host=127.0.0.1"
-            found.append(failure("serve.key", service.host, "others can reach the service, and it has no key", remedy))
+            found.append(failure("service.key", service.host, "others can reach it, and it has no key", remedy))
     return found

@@ -178,17 +178,15 @@ def check_own_token() -> list[Finding]:
     file = token_file()
     if os.environ.get("RAY_AUTH_TOKEN") or not file.is_file():
         return []
-    if _others_reach(file):
+    if file.stat().st_mode & 0o044 and _ways_in(file):
         rule = "others on this machine can read the token of Ray"
         return [warning("ray.token_file", str(file), rule, f"chmod 600 {file}")]
     return [ok("ray.token_file", str(file), "is for its owner alone")]
 
 
-def _others_reach(file: Path) -> bool:
-    """Whether the rights of a file, and of the folders above it, let others read it."""
-    here = file.resolve()
-    ways_in = all(folder.stat().st_mode & 0o011 for folder in here.parents)
-    return bool(here.stat().st_mode & 0o044) and ways_in
+def _ways_in(file: Path) -> bool:
+    """Whether the folders above a file let others come to it."""
+    return all(folder.stat().st_mode & 0o011 for folder in file.resolve().parents)
 
 
 def check_local_token() -> list[Finding]:

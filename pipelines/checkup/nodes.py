@@ -209,7 +209,7 @@ def _together(nodes: Sequence[Node], here: Mapping[str, Any], asked: Asked) -> l
             lacking.setdefault(("node.folder", path), []).append(node.name)
         for name, pinned in node.facts["models"].items():
             if pinned != here["models"].get(name):
-                lacking.setdefault(("foundation.node", f"{name}: {pinned}"), []).append(node.name)
+                lacking.setdefault(("weights.node", f"{name}: {pinned}"), []).append(node.name)
     if clocks:
         found.append(failure("node.clock", few(clocks), "the clock is off from ours", CLOCK))
     if len(drivers) > 1:
@@ -218,7 +218,7 @@ def _together(nodes: Sequence[Node], here: Mapping[str, Any], asked: Asked) -> l
     words = {
         "node.environment": ("is set here and not there", "give every node the environment of docs/clusters.md"),
         "node.folder": ("is not there", "use a file system that all nodes share, or s3://"),
-        "foundation.node": ("is another model than here", "copy the folder anew to these nodes"),
+        "weights.node": ("is another model than here", "copy the folder anew to these nodes"),
     }
     for (check, what), names in sorted(lacking.items()):
         rule, remedy = words[check]

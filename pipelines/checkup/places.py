@@ -127,7 +127,7 @@ def _is_refused(where: str, new: bool = False, over: str | None = None) -> bool:
 def _refused(uri: str, error: Exception, otherwise: str, remedy: str) -> Finding:
     """A server's refusal by what it means."""
     cause: Any = error.__cause__ or error
-    said = getattr(cause, "response", {}).get("Error", {})
+    said = (getattr(cause, "response", None) or {}).get("Error", {})
     code = str(said.get("Code", ""))
     names = {kind.__name__ for kind in type(cause).__mro__} | {kind.__name__ for kind in type(error).__mro__}
     if names & set(_NO_WAY):

@@ -5,8 +5,10 @@ import os
 import sqlite3
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from aai.errors import UserError
+from pipelines.checkup.doors import is_loopback
 from pipelines.checkup.finding import Finding, failure, ok, warning
 from pipelines.checkup.places import clock_finding, skew_of
 from pipelines.registry import store, tracking
@@ -76,6 +78,7 @@ def _check_writing(cfg: TrackingConfig) -> list[Finding]:
             with tracking.run(cfg, "aai doctor") as run:
                 run_id, step = run.run_id, "mlflow.artifacts"
                 run.log_bytes("doctor.txt", b"written by aai doctor")
+                place = tracking.attempt(cfg, client.get_run, run_id).info.artifact_uri
         finally:
             if run_id is not None:
                 tracking.attempt(cfg, client.delete_run, run_id)
@@ -83,7 +86,17 @@ def _check_writing(cfg: TrackingConfig) -> list[Finding]:
         return [_refused(cfg, step, error.rule)]
     except OSError as error:  # of a client that stores artifacts itself
         return [_refused(cfg, step, str(error))]
-    return [ok("mlflow.write", cfg.uri, f"a run with a file was written to {cfg.experiment!r}, and deleted")]
+    found = [ok("mlflow.write", cfg.uri, f"a run with a file was written to {cfg.experiment!r}, and deleted")]
+    if not is_everybodys(place, cfg.uri):
+        rule = f"files of {cfg.experiment!r} go to {place}: a folder of whichever machine writes them"
+        remedy = "start the server with --artifacts-destination, and name another tracking.experiment"
+        found.append(failure("mlflow.artifacts", cfg.uri, rule, remedy))
+    return found
+
+
+def is_everybodys(place: str, uri: str) -> bool:
+    """Whether files that one machine logs to `place` are found by the others; a server on loopback has no others."""
+    return not place.startswith(("/", "file:")) or is_loopback(urlsplit(uri).hostname or "")
 
 
 def _refused(cfg: TrackingConfig, step: str, rule: str) -> Finding:

@@ -22,13 +22,13 @@ def check_weights(spec: FoundationSpec, run_dirs: tuple[str, ...]) -> list[Findi
         try:
             where, _ = locate(model_id, revision, name)
         except UserError as error:
-            found.append(failure("foundation.folder", model_id, error.rule, f"{error.setting}: {error.remedy}"))
+            found.append(failure("weights.folder", model_id, error.rule, f"{error.setting}: {error.remedy}"))
             continue
         if not os.path.isdir(where):
             found.append(_of_hub(where, str(revision), "config.json" if name == "clip" else "model_index.json"))
             continue
         broken = broken_files(Path(where))
-        found += [failure("foundation.file", f"{model_id} {file}", why, RESTORE) for file, why in broken.items()]
+        found += [failure("weights.file", f"{model_id} {file}", why, RESTORE) for file, why in broken.items()]
         if not broken:
             found += _compared(spec, name, model_id, run_dirs)
     return found
@@ -68,7 +68,7 @@ def _cut_off(file: Path) -> str | None:
 def _compared(spec: FoundationSpec, name: str, model_id: str, run_dirs: tuple[str, ...]) -> list[Finding]:
     """The hash of a folder beside the one that the features of each run record."""
     key = f"{name}_revision"
-    found = [ok("foundation.hash", model_id, pinned_by(model_id, None, name))]
+    found = [ok("weights.hash", model_id, pinned_by(model_id, None, name))]
     for run_dir in run_dirs:
         uri = storage.join(run_dir, "features", "manifest.json")
         try:
@@ -78,7 +78,7 @@ def _compared(spec: FoundationSpec, name: str, model_id: str, run_dirs: tuple[st
         if recorded.get(name) == model_id and not is_identity(spec, key, recorded.get(key)):
             rule = f"{uri} was made with the hash {recorded.get(key)}, the folder has {found[0].found}"
             remedy = "restore the folder that made the features, or make them anew: another out of featurize"
-            found.append(failure("foundation.hash", model_id, rule, remedy))
+            found.append(failure("weights.hash", model_id, rule, remedy))
     return found
 
 
@@ -88,17 +88,17 @@ def _of_hub(model_id: str, revision: str, file: str) -> Finding:
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(model_id, file, revision=revision), str):
-        return ok("foundation.hub", model_id, "lies in the cache of this machine")
+        return ok("weights.hub", model_id, "lies in the cache of this machine")
     remedy = "put the folder on every node and name its path (docs/clusters.md), or open the way to the hub"
     if constants.HF_HUB_OFFLINE:
         return failure(
-            "foundation.hub", model_id, "is not in the cache, and HF_HUB_OFFLINE forbids fetching it", remedy
+            "weights.hub", model_id, "is not in the cache, and HF_HUB_OFFLINE forbids fetching it", remedy
         )
     try:
         answer = requests.head(hf_hub_url(model_id, file, revision=revision), timeout=4, allow_redirects=True)
     except requests.RequestException as error:
-        return failure("foundation.hub", model_id, f"the hub does not answer ({type(error).__name__})", remedy)
+        return failure("weights.hub", model_id, f"the hub does not answer ({type(error).__name__})", remedy)
     if answer.status_code >= 400:
         rule = f"the hub answers {answer.status_code} for {file} at {revision[:12]}"
-        return failure("foundation.hub", model_id, rule, "mend the id or the revision, or log in: HF_TOKEN")
-    return ok("foundation.hub", model_id, "is fetched from the hub when it is first used")
+        return failure("weights.hub", model_id, rule, "mend the id or the revision, or log in: HF_TOKEN")
+    return ok("weights.hub", model_id, "is fetched from the hub when it is first used")
