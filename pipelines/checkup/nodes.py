@@ -49,7 +49,7 @@ class Node:
 
 def check_here(asked: Asked, clusters: Mapping[str, TrainClusterConfig]) -> list[Finding]:
     """This machine alone: commands start a Ray of their own on it."""
-    facts = told.facts(PACKAGES, (), (), {})
+    facts = told.facts(PACKAGES, asked.variables, asked.paths, dict(asked.models))
     resources = {"object_store_memory": OBJECT_STORE_BYTES, "GPU": len(facts["gpus"])}
     node, now = "this machine", time.time()
     found = check_local_token() + judge([Node(node, resources, facts, now, now)], facts, asked)

@@ -66,12 +66,17 @@ def _readable(subject: str, exists: Callable[[], bool]) -> Finding:
 # ---------------------------------------------------------------- S3
 
 
-def _check_s3(uri: str, is_written: bool, max_skew_s: float) -> list[Finding]:
+def impatient_s3() -> None:
+    """From now on this process, which only asks, waits seconds for S3, not minutes."""
     import s3fs
 
     kind = s3fs.S3FileSystem
-    kind.retries, kind.connect_timeout, kind.read_timeout = 1, 3, 5  # of this process, which only asks
+    kind.retries, kind.connect_timeout, kind.read_timeout = 1, 3, 5
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")
+
+
+def _check_s3(uri: str, is_written: bool, max_skew_s: float) -> list[Finding]:
+    impatient_s3()
     fs, path = storage.filesystem(uri)
     bucket, _, prefix = path.partition("/")
     try:

@@ -8,6 +8,7 @@ from aai import storage
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec, is_identity, locate, pinned_by
 from pipelines.checkup.finding import Finding, failure, ok
+from pipelines.checkup.places import impatient_s3
 
 RESTORE = "copy the folder anew from where it came, on every node, and compare its size"
 
@@ -67,13 +68,14 @@ def _cut_off(file: Path) -> str | None:
 
 def _compared(spec: FoundationSpec, name: str, model_id: str, run_dirs: tuple[str, ...]) -> list[Finding]:
     """The hash of a folder beside the one that the features of each run record."""
+    impatient_s3()
     key = f"{name}_revision"
     found = [ok("weights.hash", model_id, pinned_by(model_id, None, name))]
     for run_dir in run_dirs:
         uri = storage.join(run_dir, "features", "manifest.json")
         try:
             recorded = storage.read_json(uri).get("foundation", {})
-        except (OSError, ValueError, AttributeError):  # no features yet; whether the place answers is another check
+        except Exception:  # no features yet; whether the place answers is another check
             continue
         if recorded.get(name) == model_id and not is_identity(spec, key, recorded.get(key)):
             rule = f"{uri} was made with the hash {recorded.get(key)}, the folder has {found[0].found}"

@@ -110,6 +110,8 @@ def test_this_machine_alone_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     rows = check_here(Asked(min_free_gb=0), {})
     assert [row for row in rows if row.state == "failure"] == []
+    asked = Asked(variables=("PATH",), paths=("/tmp",), models=(("m", "/nowhere"),), min_free_gb=0)
+    assert [row for row in check_here(asked, {}) if row.state == "failure"] == []
     wants = {"align": TrainClusterConfig(num_workers=64, gpus_per_worker=1)}
     assert "ray.room" in wrong(check_here(Asked(min_free_gb=0), wants))
 
