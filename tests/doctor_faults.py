@@ -119,7 +119,7 @@ def node_has_another_torch(place: Place) -> Place:
 
 
 def node_has_another_commit(place: Place) -> Place:
-    other, root = place.folder / "checkout", Path(__file__).resolve().parents[2]
+    other, root = place.folder / "checkout", Path(__file__).resolve().parents[1]
     if not other.exists():
         shutil.copytree(root / "aai", other / "aai", ignore=shutil.ignore_patterns("weights"))
         (other / "aai" / "COMMIT").write_text("0000000")
