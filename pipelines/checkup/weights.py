@@ -16,6 +16,7 @@ RESTORE = "copy the folder anew from where it came, on every node, and compare i
 def check_weights(spec: FoundationSpec, run_dirs: tuple[str, ...]) -> list[Finding]:
     """Looks at both models of a foundation. run_dirs: runs whose features, if there are any, name what made them."""
     found: list[Finding] = []
+    recorded = _recorded(run_dirs)
     for name, model_id, revision in (
         ("clip", spec.clip, spec.clip_revision),
         ("diffusion", spec.diffusion, spec.diffusion_revision),
@@ -31,7 +32,7 @@ def check_weights(spec: FoundationSpec, run_dirs: tuple[str, ...]) -> list[Findi
         broken = broken_files(Path(where))
         found += [failure("weights.file", f"{model_id} {file}", why, RESTORE) for file, why in broken.items()]
         if not broken:
-            found += _compared(spec, name, model_id, run_dirs)
+            found += _compared(spec, name, model_id, recorded)
     return found
 
 
@@ -66,19 +67,30 @@ def _cut_off(file: Path) -> str | None:
     return None if size == expected else f"has {size} bytes, its header says {expected}"
 
 
-def _compared(spec: FoundationSpec, name: str, model_id: str, run_dirs: tuple[str, ...]) -> list[Finding]:
-    """The hash of a folder beside the one that the features of each run record."""
+def _recorded(run_dirs: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """What the features of each run say of their models, by their manifest; no features, or a place that is away: {}."""
     impatient_s3()
-    key = f"{name}_revision"
-    found = [ok("weights.hash", model_id, pinned_by(model_id, None, name))]
+    found = {}
     for run_dir in run_dirs:
         uri = storage.join(run_dir, "features", "manifest.json")
         try:
-            recorded = storage.read_json(uri).get("foundation", {})
-        except Exception:  # no features yet; whether the place answers is another check
+            if uri.startswith("s3://"):  # one question to a server that is away, where reading would put several
+                fs, path = storage.filesystem(uri)
+                bucket, _, key = path.partition("/")
+                fs.call_s3("head_object", Bucket=bucket, Key=key)
+            found[uri] = dict(storage.read_json(uri).get("foundation", {}))
+        except Exception:  # whether the place answers is another check
             continue
-        if recorded.get(name) == model_id and not is_identity(spec, key, recorded.get(key)):
-            rule = f"{uri} was made with the hash {recorded.get(key)}, the folder has {found[0].found}"
+    return found
+
+
+def _compared(spec: FoundationSpec, name: str, model_id: str, recorded: dict[str, dict[str, str]]) -> list[Finding]:
+    """The hash of a folder beside the one that the features of each run record."""
+    key = f"{name}_revision"
+    found = [ok("weights.hash", model_id, pinned_by(model_id, None, name))]
+    for uri, said in recorded.items():
+        if said.get(name) == model_id and not is_identity(spec, key, said.get(key)):
+            rule = f"{uri} was made with the hash {said.get(key)}, the folder has {found[0].found}"
             remedy = "restore the folder that made the features, or make them anew: another out of featurize"
             found.append(failure("weights.hash", model_id, rule, remedy))
     return found
@@ -93,9 +105,7 @@ def _of_hub(model_id: str, revision: str, file: str) -> Finding:
         return ok("weights.hub", model_id, "lies in the cache of this machine")
     remedy = "put the folder on every node and name its path (docs/clusters.md), or open the way to the hub"
     if constants.HF_HUB_OFFLINE:
-        return failure(
-            "weights.hub", model_id, "is not in the cache, and HF_HUB_OFFLINE forbids fetching it", remedy
-        )
+        return failure("weights.hub", model_id, "is not in the cache, and HF_HUB_OFFLINE forbids fetching it", remedy)
     try:
         answer = requests.head(hf_hub_url(model_id, file, revision=revision), timeout=4, allow_redirects=True)
     except requests.RequestException as error:
