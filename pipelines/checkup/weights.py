@@ -68,7 +68,7 @@ def _cut_off(file: Path) -> str | None:
 
 
 def _recorded(run_dirs: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """What the features of each run say of their models, by their manifest, as far as it can be read.""""""
+    """What the features of each run say of their models, by their manifest, as far as it can be read."""
     impatient_s3()
     found = {}
     for run_dir in run_dirs:
