@@ -96,7 +96,8 @@ class Front(BaseHTTPRequestHandler):
 
     def _conditional(self, body: bytes, path: str) -> None:
         new, over = self.headers.get("If-None-Match"), self.headers.get("If-Match")
-        if self.conditional and ((new and path in self.tags) or (over and self.tags.get(path) != over)):
+        is_put = self.command == "PUT"  # a read has conditions of its own, which the server honours
+        if is_put and self.conditional and ((new and path in self.tags) or (over and self.tags.get(path) != over)):
             return self._answer(412, {}, b"<Error><Code>PreconditionFailed</Code></Error>")
         upstream = http.client.HTTPConnection(self.target, timeout=30)
         upstream.request(self.command, self.path, body, dict(self.headers))  # the signature covers these headers
