@@ -47,6 +47,7 @@ VERBS = {
     "serve": "serve the promoted bundle over HTTP",
     "bench": "measure decoding, stages, trainings or a CLIP beside alternatives and floor",
     "plan": "capacity plan: stage rates on a sample, CPUs a GPU needs, time and storage for N clips on M nodes",
+    "doctor": "what would stop a run: versions, GPUs, ports, S3, MLflow, disks, clocks, models, configs",
     "demo": "all of the above on the toy world, ending with a report",
 }
 """Every command and what it does; the module of the same name in pipelines/ has `CONFIG`, `run` and maybe `add_flags`.
@@ -146,6 +147,7 @@ def load_config(verb: str, argv: list[str]) -> tuple[VerbConfig, argparse.Namesp
     args = parser.parse_args(argv)
     given = {setting: getattr(args, flag) for flag, setting in flags.items()}
     values = {setting: value for setting, value in given.items() if value is not None and value is not False}
+    values = {setting: value for setting, value in values.items() if value != []}  # of a flag that takes many
     return module_of(verb).CONFIG.load(config_file(args.config), args.set, values), args
 
 

@@ -31,13 +31,14 @@ MAY_IMPORT = {
     "service": {"registry", "settings"},
     "training": CLUSTER | {"registry"},
     "tuning": {"engine", "pages", "training"},
+    "checkup": CLUSTER | {"registry"},
     "tracing": {"curation", "registry", "settings"},
     "curation": CLUSTER | {"manifests", "pages", "registry"},
     "benches": CLUSTER | {"manifests", "registry", "training", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
 }
 """What each package (or single module) of pipelines/ may import of the others; a verb may import all packages."""
-RUNS_OTHERS = {"bench", "demo", "plan", "tune"}
-"""Verbs that run other verbs, and the only ones that may import benches/."""
+RUNS_OTHERS = {"bench", "demo", "doctor", "plan", "tune"}
+"""Verbs that run other verbs, or look at their settings, and the only ones that may import benches/."""
 SAME_STEM = {"align", "adapt"}
 """A verb, and the stage of the paper that it runs."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
