@@ -8,7 +8,6 @@ Nothing is decoded: the tables of `write_measured` hold drawn signals, and sound
 import hashlib
 import io
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -117,8 +116,9 @@ def _measured(rng: np.random.Generator, keys: list[str], hashes: dict[str, np.nd
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had resident so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most memory that this process has had resident so far; `getrusage` would count its parent's before it began."""
+    (most,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(most.split()[1]) / 1024
 
 
 def run_timed(out: str, bare: bool, **values: Any) -> dict[str, Any]:
