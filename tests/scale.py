@@ -116,7 +116,7 @@ def _measured(rng: np.random.Generator, keys: list[str], hashes: dict[str, np.nd
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had resident so far; `getrusage` would count its parent's before it began."""
+    """The most memory that this process had resident so far; `getrusage` counts its parent's before it began, too."""
     (most,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(most.split()[1]) / 1024
 
