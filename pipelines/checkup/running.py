@@ -11,7 +11,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from pipelines.checkup.finding import Finding, failure
+import psutil
+
+from pipelines.checkup.finding import Finding, failure, warning
+
+_WATCHED_S, _WORKS_S = 0.5, 0.05
+"""How long a late check is watched, and how much CPU time it takes in that if it does not wait."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,27 @@ def run_checks(checks: Sequence[Check], timeout_s: float) -> list[Finding]:
         left = [connection for _, _, connection, _ in started]
         while left and (remaining_s := end_s - time.monotonic()) > 0:
             left = [connection for connection in left if connection not in wait(left, remaining_s)]
-        return [row for check, process, ours, log in started for row in _result(check, process, ours, log, timeout_s)]
+        busy = _at_work([process for _, process, connection, _ in started if connection in left])
+        rows: list[Finding] = []
+        for check, child, connection, log in started:
+            rows += _result(check, child, connection, log, timeout_s, child in busy)
+    return rows
+
+
+def _at_work(processes: Sequence[BaseProcess]) -> list[BaseProcess]:
+    """Those that compute and do not wait for somebody else: on a busy machine they only need more time."""
+    before = {process: _cpu_s(process) for process in processes}
+    if processes:
+        time.sleep(_WATCHED_S)
+    return [process for process, cpu_s in before.items() if _cpu_s(process) > cpu_s + _WORKS_S]
+
+
+def _cpu_s(process: BaseProcess) -> float:
+    try:
+        times = psutil.Process(process.pid).cpu_times()
+    except psutil.Error:  # it has just ended
+        return 0.0
+    return float(times.user + times.system)
 
 
 def _child(connection: Connection, log: str, check: Check) -> None:
@@ -57,13 +82,19 @@ def _child(connection: Connection, log: str, check: Check) -> None:
     os._exit(0)  # at an ordinary end some libraries wait for what does not answer
 
 
-def _result(check: Check, process: BaseProcess, connection: Connection, log: Path, timeout_s: float) -> list[Finding]:
+def _result(
+    check: Check, process: BaseProcess, connection: Connection, log: Path, timeout_s: float, is_busy: bool
+) -> list[Finding]:
     try:
         if not connection.poll():
             if check.late is not None:
                 return [check.late]
             rule = f"did not end within {timeout_s:g} s"
-            remedy = "something on the way swallows what is sent, or this machine is very busy: --timeout-s 60 tells"
+            if is_busy:
+                return [
+                    warning("doctor.busy", check.subject, f"{rule}: this machine is busy", "give it --timeout-s 60")
+                ]
+            remedy = "something on the way swallows what is sent; --timeout-s 60 tells what is slow from what is dead"
             return [failure("doctor.timeout", check.subject, rule, remedy)]
         found: list[Finding] = connection.recv()
         return found

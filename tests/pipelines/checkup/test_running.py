@@ -18,6 +18,11 @@ def hang() -> list[Finding]:
     return []
 
 
+def work() -> list[Finding]:
+    while True:
+        pass
+
+
 def die() -> list[Finding]:
     print("the last word", file=sys.stderr, flush=True)
     os.abort()
@@ -42,3 +47,8 @@ def test_what_hangs_is_ended_and_told() -> None:
     assert rows[1] == late
     assert (rows[0].check, rows[0].subject) == ("doctor.timeout", "a")
     assert "within 1 s" in rows[0].found
+
+
+def test_what_only_needs_more_time_is_no_failure() -> None:
+    rows = run_checks([Check("a", work), Check("b", hang)], timeout_s=8)
+    assert [(row.check, row.state) for row in rows] == [("doctor.busy", "warning"), ("doctor.timeout", "failure")]
