@@ -155,9 +155,9 @@ def spread_near_pairs(prints: PrintSource, cfg: DuplicateConfig, out: str, clust
 
 
 def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of about PART_ROWS."""
+    """The same rows in tables of about PART_ROWS, none of them empty."""
     held: list[pa.Table] = []
-    for table in tables:
+    for table in filter(len, tables):
         held.append(table)
         if sum(map(len, held)) >= PART_ROWS:
             yield pa.concat_tables(held)

@@ -110,6 +110,22 @@ def test_workers_find_what_one_process_finds(tmp_path: Path, monkeypatch: pytest
     assert not storage.list_files(storage.join(str(tmp_path), NEAR))
 
 
+@pytest.mark.usefixtures("shards_here")
+def test_shards_without_a_clip_to_compare_may_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "SPREAD_FROM", 100)
+    monkeypatch.setattr(near, "PART_ROWS", 300)
+    data = prints(600, 10)
+    full = source(data)
+
+    def tables() -> Iterator[pa.Table]:
+        empty = near.PRINT_TABLE.empty_table()
+        yield from (empty, *full.tables(), empty)
+
+    found = near.spread_near_pairs(near.PrintSource(600, tables), CFG, str(tmp_path), ClusterConfig(num_workers=2))
+    assert np.array_equal(found, near_pairs(data, CFG))
+    assert len(found) == 10
+
+
 @pytest.mark.accept
 def test_rays_workers_find_what_one_process_finds_among_many(tmp_path: Path) -> None:
     """200,000 clips of 10 s: what the search costs stands in the output."""
