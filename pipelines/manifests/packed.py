@@ -42,6 +42,7 @@ class PackedRows(Sequence[ManifestRow]):
         for batch in batches:
             self._starts.append(self._starts[-1] + batch.num_rows)
         self._block = lru_cache(BLOCKS_KEPT)(self._made)
+        self._last = -1
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -54,6 +55,9 @@ class PackedRows(Sequence[ManifestRow]):
         if isinstance(place, slice):
             return [self[i] for i in range(len(self))[place]]
         place = range(len(self))[place]  # counts from the end, and knows where that is
+        is_far, self._last = abs(place - self._last) > BLOCK_ROWS, place
+        if is_far:  # a manifest that was put in another order is asked for all over the place
+            return _rows(self.table.slice(place, 1))[0]
         return self._block(place // BLOCK_ROWS)[place % BLOCK_ROWS]
 
     def __iter__(self) -> Iterator[ManifestRow]:

@@ -1,8 +1,10 @@
+from collections import Counter
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 
-from pipelines.manifests.packed import _TABLE, BLOCK_ROWS, PackedRows, have_images
+from pipelines.manifests.packed import _TABLE, BLOCK_ROWS, PackedRows, _rows, have_images
 from pipelines.manifests.row import ManifestRow
 
 
@@ -29,6 +31,23 @@ def test_they_come_back_as_they_were_in_any_order() -> None:
         packed[len(given)]
     assert packed != given[:-1]
     assert list(PackedRows([])) == []
+
+
+def test_asking_all_over_the_place_makes_few_rows_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, made = rows(20 * BLOCK_ROWS), Counter[str]()
+    packed = PackedRows(given)
+
+    def counted(table: pa.Table) -> list[ManifestRow]:
+        made["rows"] += len(table)
+        return _rows(table)
+
+    monkeypatch.setattr("pipelines.manifests.packed._rows", counted)
+    assert [packed[place] for place in range(len(given))] == given
+    assert made.pop("rows") == len(given)
+    places = [place * 1999 % len(given) for place in range(len(given))]
+    assert sorted(places) == list(range(len(given)))
+    assert [packed[place] for place in places] == [given[place] for place in places]
+    assert made.pop("rows") == len(given)
 
 
 def test_a_row_takes_little_more_than_its_texts() -> None:
