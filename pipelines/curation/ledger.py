@@ -73,10 +73,11 @@ def _keys(rows: Sequence[ManifestRow], stamps: Stamps) -> ClipKeys:
 def _number(keys: ClipKeys, again: np.ndarray, rows: Sequence[ManifestRow], stamps: Stamps) -> None:
     """Gives each further listing of a clip a key of its own."""
     seen: Counter[str] = Counter()
-    for place in again.tolist():
-        (text,) = _texts([rows[place]], stamps)
-        seen[text] += 1
-        keys.packed[place] = _hash(f"{text}{seen[text]}").encode()
+    for start in range(0, len(again), KEYED_AT_ONCE):
+        places = again[start : start + KEYED_AT_ONCE].tolist()
+        for place, text in zip(places, _texts([rows[place] for place in places], stamps), strict=True):
+            seen[text] += 1
+            keys.packed[place] = _hash(f"{text}{seen[text]}").encode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from aai import storage
 from aai.errors import UserError
 from pipelines.curation.clip_keys import ClipKeys
 from pipelines.curation.ledger import Entry, Ledger, row_keys
+from pipelines.curation.stamps import Stamps
 from pipelines.manifests.row import ManifestRow
 
 
@@ -30,6 +32,20 @@ def test_keys_follow_the_file_and_the_window_not_the_caption(tmp_path: Path) -> 
     os.utime(a, ns=(1, 1))
     assert row_keys([row(a), row(b)]) != first[:2]
     assert row_keys([row(a), row(b)])[1] == first[1]
+
+
+def test_stamps_are_asked_for_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question goes through all of a folder of S3."""
+    asked, of = [], Stamps.of
+
+    def counted(stamps: Stamps, uris: Sequence[str]) -> list[str]:
+        asked.append(len(uris))
+        return of(stamps, uris)
+
+    monkeypatch.setattr(Stamps, "of", counted)
+    rows = [row(f"/none/{number % 3}.mp4") for number in range(300)]
+    assert len(set(row_keys(rows))) == 300
+    assert len(asked) <= 4, "two for the rows and two for those that are listed again"
 
 
 def test_keys_are_what_they_were_in_every_version() -> None:
