@@ -199,6 +199,9 @@ def _from_csv(manifest: str, data: bytes) -> Iterator[RawRow]:
             yield _raw(line)
     except UnicodeDecodeError as error:
         raise UserError("manifest", manifest, "is not UTF-8 text", "save it as UTF-8") from error
+    except csv.Error as error:
+        rule = f"cannot be read as CSV ({error}, in or before line {reader.line_num + 1})"
+        raise UserError("manifest", manifest, rule, "look for a quote that is not closed") from error
 
 
 def _from_files(place: str) -> list[RawRow]:

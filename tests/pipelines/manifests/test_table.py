@@ -106,6 +106,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         "uri,start_s\na.mp4,soon\n": "row 1: start_s is 'soon'",
         "uri,caption\n ,x\n": "row 1 has an empty uri",
         "uri\nhttp://host/a.mp4\n": "scheme 'http' is not allowed",
+        'uri,caption\na.mp4,"x\n' + "b.mp4,y\n" * 20_000: r"cannot be read as CSV \(field larger .* not closed",
     }
     for number, (text, message) in enumerate(bad.items()):
         manifest = write(tmp_path / f"{number}.csv", text)
