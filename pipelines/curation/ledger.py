@@ -45,9 +45,7 @@ def row_keys(rows: Sequence[ManifestRow]) -> ClipKeys:
         parts.append(_keys(rows[start : start + KEYED_AT_ONCE], stamps))
     keys = ClipKeys.joined(parts)
     again = np.flatnonzero(keys.places(keys) != np.arange(len(keys)))
-    if len(again):
-        _number(keys, again, rows, stamps)
-    return keys
+    return _numbered(keys, again, rows, stamps) if len(again) else keys
 
 
 def _texts(rows: Sequence[ManifestRow], stamps: Stamps) -> list[str]:
@@ -70,14 +68,15 @@ def _keys(rows: Sequence[ManifestRow], stamps: Stamps) -> ClipKeys:
     return ClipKeys(_hash(text) for text in _texts(rows, stamps))
 
 
-def _number(keys: ClipKeys, again: np.ndarray, rows: Sequence[ManifestRow], stamps: Stamps) -> None:
-    """Gives each further listing of a clip a key of its own."""
-    seen: Counter[str] = Counter()
+def _numbered(keys: ClipKeys, again: np.ndarray, rows: Sequence[ManifestRow], stamps: Stamps) -> ClipKeys:
+    """The keys, with one of its own for each further listing of a clip."""
+    packed, seen = keys.packed.copy(), Counter[str]()  # what was asked so far knows their order
     for start in range(0, len(again), KEYED_AT_ONCE):
         places = again[start : start + KEYED_AT_ONCE].tolist()
         for place, text in zip(places, _texts([rows[place] for place in places], stamps), strict=True):
             seen[text] += 1
-            keys.packed[place] = _hash(f"{text}{seen[text]}").encode()
+            packed[place] = _hash(f"{text}{seen[text]}").encode()
+    return ClipKeys(packed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,9 @@ def test_keys_are_what_they_were_in_every_version() -> None:
     rows = [row("/none/a.mp4"), row("/none/a.mp4"), row("/none/b.mp4", start_s=1.0, end_s=2.5), row("/none/a.mp4")]
     texts = ['["/none/a.mp4", null, null, "missing"]', '["/none/a.mp4", null, null, "missing"]1']
     texts += ['["/none/b.mp4", 1.0, 2.5, "missing"]', '["/none/a.mp4", null, null, "missing"]2']
-    assert list(row_keys(rows)) == [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]
+    keys = row_keys(rows)
+    assert list(keys) == [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]
+    assert keys.places(ClipKeys(list(keys))).tolist() == [0, 1, 2, 3], "each is found where it stands"
 
 
 def test_a_still_belongs_to_its_key_and_to_the_plan(tmp_path: Path) -> None:
