@@ -77,13 +77,15 @@ def sample_embeddings(
     vectors: list[np.ndarray] = []
     for table in read_columns(scored_files(out, shards), ["key", "av_similarity", *EMBEDDINGS]):
         table = table.filter(table["av_similarity"].is_valid())  # a clip without a picture has none
+        table = table.filter(pa.array([key not in against for key in table["key"].to_pylist()], pa.bool_()))
+        if not len(table):
+            continue
         both = [table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in EMBEDDINGS]
         pairs = np.stack([flat.reshape(len(table), -1) for flat in both], axis=1)  # [n, 2, D]
-        chosen = [i for i, key in enumerate(table["key"].to_pylist()) if key not in against]
-        keys, vectors = [*keys, *table["key"].take(chosen).to_pylist()], [*vectors, *pairs[chosen]]
+        keys, vectors = [*keys, *table["key"].to_pylist()], [*vectors, *pairs]
         kept = sample(keys)
         keys, vectors = [keys[i] for i in kept], [vectors[i] for i in kept]
-    stacked = np.array(vectors, np.float32)
+    stacked = np.array(vectors, np.float32) if vectors else np.empty((0, 2, 0), np.float32)
     return keys, stacked[:, 0], stacked[:, 1]
 
 
