@@ -123,8 +123,10 @@ class _Actor:
 
     def work(self, text: str) -> str:
         """A shard's answer: `result` and `call` (see Stage), or `user_error`, or `error` with the shard's name."""
-        values = json.loads(text_at(text))
+        name = text
         try:
+            values = json.loads(text_at(text))  # not there any more where another driver has taken over
+            name = values["name"]
             self.worker = self.worker or self.make()
             started_s = time.monotonic()
             with fencing.guarded(*self.guards):
@@ -134,7 +136,7 @@ class _Actor:
         except UserError as error:
             return json.dumps({"user_error": [str(arg) for arg in error.args]})
         except Exception:
-            return json.dumps({"error": traceback.format_exc(), "shard": values["name"]})
+            return json.dumps({"error": traceback.format_exc(), "shard": name})
 
 
 @dataclass

@@ -1,3 +1,4 @@
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ import pytest
 
 from aai.errors import UserError
 from pipelines.engine.cluster import connect, shutdown
-from pipelines.engine.shards import Result, Shard, recorded, run_shards
+from pipelines.engine.shards import Result, Shard, _Actor, recorded, run_shards
+from pipelines.engine.waiting import WaitingTexts
 from pipelines.settings import ClusterConfig
 
 CLUSTER = ClusterConfig(num_workers=2)
@@ -162,6 +164,17 @@ def test_records_that_wait_in_files_reach_their_workers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="clips=3: is wrong; mend it"):
         run_shards("test", [make(7, mistake=True)], Writer, {"folder": str(tmp_path)}, CLUSTER, waiting=str(waiting))
     assert not list(waiting.parent.rglob("*.parquet"))
+
+
+def test_a_record_that_is_gone_is_an_answer_and_no_crash(tmp_path: Path) -> None:
+    """As for workers that outlive a killed driver, when another one has taken its folder over."""
+    texts = WaitingTexts(str(tmp_path / "_waiting"))
+    texts.add("{}")
+    (place,) = texts.places()
+    texts.remove()
+    answer = json.loads(_Actor(Writer, {"folder": str(tmp_path)}, ()).work(place))
+    assert "FileNotFoundError" in answer["error"]
+    assert answer["shard"] == place
 
 
 def test_a_small_job_is_done_here_where_ray_would_have_to_be_started(
