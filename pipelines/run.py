@@ -13,8 +13,10 @@ run ends. Run the same command again to go on.
 
 import argparse
 import logging
+import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pydantic
@@ -35,6 +37,7 @@ from pipelines.chain.stages import (
     record_file,
     record_of,
 )
+from pipelines.checkup import doors
 from pipelines.engine.lock import output_lock
 from pipelines.settings import Plan, RayVerbConfig, VerbConfig
 
@@ -56,6 +59,8 @@ class RunConfig(VerbConfig):
     """The stage to end after."""
     attempts: int = pydantic.Field(3, ge=1, le=100)
     """How often a stage that breaks off is begun; it goes on where it stopped."""
+    away_s: float = pydantic.Field(600, ge=0)
+    """How long a cluster at HOST:PORT that does not answer is waited for, before a stage that broke off goes on."""
     doctor: bool = True
     """Look first for what would stop the run (`aai doctor`), if there is anything to do."""
     estimate: str = "${run_dir}/plan/plan.json"
@@ -146,7 +151,7 @@ def perform(config: RunConfig, stage: ChainStage, settings: VerbConfig) -> None:
         words += ["--address", address]
     before = record_of(stage.verb, settings)  # of what it reads, not of what somebody changes meanwhile
     begin_s = time.monotonic()
-    code, attempts = launch(stage.verb, words, config.attempts)
+    code, attempts = launch(stage.verb, words, config.attempts, ready=partial(wait_for, address, config.away_s))
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code != 0:
@@ -156,6 +161,17 @@ def perform(config: RunConfig, stage: ChainStage, settings: VerbConfig) -> None:
         raise UserError("stage", stage.verb, rule, "mend that and run the same command again: it goes on here")
     record = before.ended(settings, time.monotonic() - begin_s, attempts)
     storage.write_json(record_file(config.run_dir, stage.verb), record.model_dump())
+
+
+def wait_for(address: str | None, most_s: float) -> None:
+    """Returns when a cluster at HOST:PORT answers, or after the time given; at once for what is no such address."""
+    if address is None or not re.fullmatch(r"(ray://)?[^/]+:\d+", address):
+        return
+    host, port = doors.split(address.removeprefix("ray://"))
+    end_s = time.monotonic() + most_s
+    while doors.listens(host, port) != "yes" and time.monotonic() < end_s:
+        log.info("run: %s does not answer, waiting", address)
+        time.sleep(5.0)
 
 
 def look_first(config: RunConfig, chosen: list[ChainStage]) -> None:

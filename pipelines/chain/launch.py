@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
@@ -17,10 +17,13 @@ PAUSE_S = 10.0
 """Before a stage that broke off goes on: a node that is gone has been noticed by then."""
 
 
-def launch(verb: str, words: Sequence[str], attempts: int, pause_s: float = PAUSE_S) -> tuple[int, int]:
+def launch(
+    verb: str, words: Sequence[str], attempts: int, pause_s: float = PAUSE_S, ready: Callable[[], None] = lambda: None
+) -> tuple[int, int]:
     """Runs `aai VERB WORDS`, again as long as it breaks off; (exit code, attempts that it took).
 
-    A mistake of the user's is not tried again, and neither is what was interrupted.
+    A mistake of the user's is not tried again, and neither is what was interrupted. ready: returns when the stage can
+    be begun again, after the pause.
     """
     command = [sys.executable, "-m", "pipelines", verb, *words]
     for attempt in range(1, attempts + 1):
@@ -33,6 +36,7 @@ def launch(verb: str, words: Sequence[str], attempts: int, pause_s: float = PAUS
                 verb, told(code), attempt, attempts, pause_s,
             )  # fmt: skip
             time.sleep(pause_s)
+            ready()
     return code, attempt
 
 

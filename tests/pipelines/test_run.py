@@ -1,12 +1,15 @@
 """A chain of commands: what is done, what is left, what ends it. On a cluster: tests/e2e/test_run_on_cluster.py."""
 
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from pipelines.__main__ import main
-from pipelines.run import RunConfig
+from pipelines.run import RunConfig, wait_for
+from tests.surroundings import free_port
 
 CHAIN = """
 run_dir: {run_dir}
@@ -99,3 +102,15 @@ def test_a_part_of_the_chain() -> None:
     assert [stage.verb for stage in config.chosen()] == ["featurize", "align"]
     config = RunConfig.parse({"stages": stages, "only": ["adapt", "curate"]})
     assert [stage.verb for stage in config.chosen()] == ["curate", "adapt"]
+
+
+def test_a_cluster_that_is_away_is_waited_for() -> None:
+    port = free_port()
+    begin_s = time.monotonic()
+    for address in (None, "auto", "local"):
+        wait_for(address, 60)
+    wait_for(f"127.0.0.1:{port}", 0)
+    with socket.create_server(("127.0.0.1", port)):
+        wait_for(f"127.0.0.1:{port}", 60)
+        wait_for(f"ray://127.0.0.1:{port}", 60)
+    assert time.monotonic() - begin_s < 30
