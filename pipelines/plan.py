@@ -2,6 +2,7 @@
 
     aai plan                                             # on the toy world
     aai plan --manifest FILE --clips 200000 --nodes 4 --set gpu_images_per_s=2500
+    aai plan --manifest FOLDER --scale                   # also OUT/scale.md: up to 100 million clips
 
 Curates and featurizes a small sample of the manifest in one process, without Ray, and calculates the rest; of the two
 trainings, from the work of a step of the configs that are meant. Says what was measured, what was given and what is
@@ -10,6 +11,7 @@ assumed; writes OUT/plan.json. (What a single command would read, write and occu
 
 import argparse
 import logging
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from aai.config import Config
 from aai.errors import UserError
 from pipelines import world
 from pipelines.benches.rates import Rates, measure_rates
+from pipelines.benches.scaling import SIZES, page
 from pipelines.benches.trainings import HEADER, Nodes, Training, foundation_note, plan_training
 from pipelines.engine.machine import machine
 from pipelines.manifests.row import ManifestRow
@@ -75,6 +78,8 @@ class CapacityConfig(VerbConfig):
     """Config file of the adapt that is planned for."""
     gpu_tflops: float = pydantic.Field(GPU_TFLOPS, gt=0)
     """TFLOP/s that a training step reaches on a GPU."""
+    scale: bool = False
+    """Also write OUT/scale.md: what 200 thousand, 2 million and 100 million clips take, and what gives way first."""
     measure_s: float = pydantic.Field(2.0, ge=0)
     """How long each model step is measured at least."""
 
@@ -96,8 +101,9 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     parser.add_argument("--manifest", metavar="FILE", help="CSV or Parquet manifest, or a folder of media files")
     parser.add_argument("--out", metavar="DIR", help="folder of plan.json")
     parser.add_argument("--clips", type=int, metavar="N", help="clips to plan for")
+    parser.add_argument("--scale", action="store_true", help="also write OUT/scale.md, for far more clips")
     parser.add_argument("--nodes", type=int, metavar="M", help="nodes to plan for")
-    return {"manifest": "manifest", "out": "out", "clips": "clips", "nodes": "nodes"}
+    return {"manifest": "manifest", "out": "out", "clips": "clips", "nodes": "nodes", "scale": "scale"}
 
 
 def run(config: CapacityConfig) -> dict[str, Any]:
@@ -116,10 +122,26 @@ def run(config: CapacityConfig) -> dict[str, Any]:
     planned = trainings(rates, config, clips)
     result["trainings"] = [training.rounded() for training in planned]
     storage.write_json(f"{config.out}/plan.json", result)
+    if config.scale:
+        write_scale(rates, config)
     for line in [*report(result), *trainings_report(planned, config)]:
         print(line)
     log.info("plan: -> %s/plan.json", config.out)
     return result
+
+
+def write_scale(rates: Rates, config: CapacityConfig) -> None:
+    """OUT/scale.md."""
+    results = [{"machine": machine(), **calculate(rates, config, clips)} for clips in SIZES.values()]
+    words = ["aai", "plan", "--scale", "--nodes", str(config.nodes)]
+    words += ["--manifest", "FOLDER"] if config.manifest else []
+    for name in ("gpu_images_per_s", "gpu_latents_per_s"):
+        if getattr(config, name):
+            words += ["--set", f"{name}={getattr(config, name):g}"]
+    if config.curate:
+        words += ["--set", f"curate=[{','.join(config.curate)}]"]
+    storage.write_bytes(f"{config.out}/scale.md", page(results, shlex.join(words)).encode())
+    log.info("plan: -> %s/scale.md", config.out)
 
 
 def _toy_manifest(config: CapacityConfig) -> str:

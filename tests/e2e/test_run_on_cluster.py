@@ -107,8 +107,10 @@ class Nodes:
 
     def raylets(self) -> set[psutil.Process]:
         """Those of this cluster."""
-        every = psutil.process_iter(["name", "cmdline"])
-        return {one for one in every if one.info["name"] == "raylet" and self.address in " ".join(one.info["cmdline"])}
+        port = self.address.rpartition(":")[2]
+        mine = re.compile(rf"--gcs-address=\S*:{port}$")
+        every = [one for one in psutil.process_iter(["name", "cmdline"]) if one.info["name"] == "raylet"]
+        return {one for one in every if any(mine.match(word) for word in one.info["cmdline"] or ())}
 
     def add(self) -> None:
         """One more node."""
