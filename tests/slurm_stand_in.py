@@ -34,7 +34,7 @@ def parser(name: str, *flags: str, **valued: type) -> argparse.ArgumentParser:
 SRUN = parser("srun", "no-kill", nodes=int, ntasks=int, exclude=str, cpu_bind=str, kill_on_bad_exit=int, wait=int)
 SBATCH = parser(
     "sbatch", "exclusive", "no-kill", "requeue", job_name=str, nodes=int, ntasks_per_node=int, mem=int, open_mode=str,
-    output=str, signal=str, time=str,
+    output=str, signal=str, time=str, gpus_per_node=int,
 )  # fmt: skip
 
 

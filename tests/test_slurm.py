@@ -1,13 +1,16 @@
-"""The batch script of infra/slurm without a Ray: its shell, its options, and what it says of mistakes."""
+"""The batch script of infra/slurm without a Ray: its shell, its options, what it says of mistakes, its page."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.cluster_yaml import ROOT, shellcheck
-from tests.slurm_stand_in import options_of, sbatch
+from tests.manifest_checks import check_entrypoint
+from tests.slurm_stand_in import SBATCH, options_of, sbatch
+from tests.test_infra import documented
 
 SCRIPT = ROOT / "infra" / "slurm" / "aai.sbatch"
 TEXT = SCRIPT.read_text()
@@ -54,3 +57,21 @@ def test_a_mistake_is_told(
 ) -> None:
     assert sbatch(SCRIPT, arguments, 2, tmp_path, environment).wait(60) == code
     assert word in (tmp_path / "aai-4711.log").read_text()
+
+
+def submitted() -> list[str]:
+    """The jobs that the page submits."""
+    return documented((ROOT / "docs" / "vms-slurm.md").read_text(), "sbatch")
+
+
+@pytest.mark.parametrize("line", submitted())
+def test_documented_jobs_can_be_submitted(line: str) -> None:
+    script, *command = SBATCH.parse_args(shlex.split(line)[1:]).rest
+    assert ROOT / script == SCRIPT
+    check_entrypoint(shlex.join(["aai", *command, "--address", "auto"]))
+
+
+def test_jobs_are_documented_and_their_settings_too() -> None:
+    assert len(submitted()) >= 2
+    page = (ROOT / "docs" / "vms-slurm.md").read_text()
+    assert [name for name in set(re.findall(r"\bAAI_\w+", TEXT)) if f"`{name}`" not in page] == []

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.tags import TAG_RAY_NODE_KIND
+from ray.scripts.scripts import cli
 
 from tests.cluster_yaml import ROOT, against_compute_api, launched, mistakes
+from tests.manifest_checks import check_entrypoint
+from tests.test_infra import documented
 
 VMS = sorted((ROOT / "infra" / "vms").glob("*.yaml"))
 AWS, GCP = (path.read_text() for path in VMS)
@@ -136,3 +140,19 @@ def test_ray_makes_the_nodes_on_aws_and_opens_nothing(tmp_path: Path, monkeypatc
     assert [instance.public_ip_address for instance in instances] == [None] * 4
     assert "0.0.0.0/0" not in str([group.ip_permissions for group in ec2.security_groups.all()])
     assert not (tmp_path / ".ssh").exists() or os.listdir(tmp_path / ".ssh") == []
+
+
+PAGE = (ROOT / "docs" / "vms-slurm.md").read_text()
+
+
+@pytest.mark.parametrize("line", documented(PAGE, "ray"))
+def test_documented_commands_are_rays_and_ours(line: str) -> None:
+    _, verb, *words = shlex.split(line, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
+    cli.commands[verb].make_context(verb, words, resilient_parsing=False)
+    for command in [word.removeprefix("cd aai && ") for word in words if "aai " in word]:
+        check_entrypoint(command)
+
+
+def test_the_page_says_how_many_mistakes_were_planted() -> None:
+    assert f"{len(PLANTED)} planted mistakes" in " ".join(PAGE.split())
