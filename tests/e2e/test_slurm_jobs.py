@@ -23,12 +23,14 @@ pytestmark = [pytest.mark.accept, pytest.mark.timeout(400)]
 CLIPS = 60
 
 
-def curate(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """A job of two nodes that curates the toy world in `folder`."""
+def curate(folder: Path, nodes: int = 2, **environment: str) -> subprocess.Popen[bytes]:
+    """A job that curates the toy world in `folder`."""
     sets = {"run_dir": folder / "run", "cluster.num_workers": 2, "rows_per_shard": 2, "tracking": "null"}
     words = [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
     script = ROOT / "infra" / "slurm" / "aai.sbatch"
-    return sbatch(script, ["curate", "--config", f"{ROOT}/configs/demo/curate.yaml", *words], 2, folder, environment)
+    return sbatch(
+        script, ["curate", "--config", f"{ROOT}/configs/demo/curate.yaml", *words], nodes, folder, environment
+    )
 
 
 def log(folder: Path) -> str:
@@ -79,6 +81,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[pa.Table]:
     assert sum("raylet" in process.name() for process in running) == 2
     shown = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not any(token in word for words in shown for word in words)
+    files = [path for folder in Path("/tmp").glob(f"aai-{JOB}-*") for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
     assert job.wait(200) == 0
     assert "2 of 2 nodes, 2 CPUs, 0 GPUs" in log(folder)
     assert token not in log(folder)
@@ -129,3 +134,13 @@ def test_a_job_survives_the_loss_of_a_node(undisturbed: list[pa.Table], tmp_path
     assert psutil.wait_procs(processes(folder), timeout=10)[1] == []
     for left in Path("/tmp").glob(f"aai-{JOB}-*"):  # what a dead node leaves
         subprocess.run(["rm", "-r", left], check=True)
+
+
+def test_jobs_share_a_machine_without_knowing_of_each_other(undisturbed: list[pa.Table], tmp_path: Path) -> None:
+    folders = [world(tmp_path / name) for name in ("one", "two")]
+    jobs = [curate(folder, nodes=1) for folder in folders]
+    for folder, job in zip(folders, jobs, strict=True):
+        assert job.wait(200) == 0
+        assert tables(folder) == undisturbed
+    for folder in folders:
+        assert_nothing_is_left(folder)
