@@ -50,6 +50,7 @@ def test_nothing_secret_stands_in_an_argument() -> None:
     [
         ((), {}, 2, "no command was given"),
         (("curate",), {"SLURM_JOB_NUM_NODES": "3"}, 1, "scontrol tells 2 of 3 nodes"),
+        (("curate",), {"AAI_HEAD_IP": "203.0.113.9"}, 2, "AAI_HEAD_IP=203.0.113.9 is no address of"),
     ],
 )
 def test_a_mistake_is_told(

@@ -144,3 +144,10 @@ def test_jobs_share_a_machine_without_knowing_of_each_other(undisturbed: list[pa
         assert tables(folder) == undisturbed
     for folder in folders:
         assert_nothing_is_left(folder)
+
+
+def test_a_head_that_does_not_start_ends_the_job(tmp_path: Path) -> None:
+    folder = world(tmp_path)
+    assert curate(folder, SLURM_CPUS_ON_NODE="none").wait(60) == 1
+    assert "Ray's head did not start" in log(folder)
+    assert_nothing_is_left(folder)
