@@ -48,12 +48,16 @@ VERBS = {
     "bench": "measure decoding, stages, trainings or a CLIP beside alternatives and floor",
     "plan": "capacity plan: stage rates on a sample, CPUs a GPU needs, time and storage for N clips on M nodes",
     "doctor": "what would stop a run: versions, GPUs, ports, S3, MLflow, disks, clocks, models, configs",
+    "run": "a chain of commands, from clips to a promoted model; what is unchanged is skipped",
+    "submit": "any command as a job of a Ray cluster elsewhere: packs, follows, ends as the job does",
+    "jobs": "the jobs of a Ray cluster: list them, follow one, stop one",
     "demo": "all of the above on the toy world, ending with a report",
 }
 """Every command and what it does; the module of the same name in pipelines/ has `CONFIG`, `run` and maybe `add_flags`.
 
 `CONFIG` is a VerbConfig class; `run(config) -> dict` does the work and returns the figures of the summary line;
-`add_flags(parser) -> dict` adds short flags (such as --rollback) and maps each to the setting it stands for.
+`add_flags(parser) -> dict` adds short flags (such as --rollback) and maps each to the setting it stands for;
+`arranged(argv) -> list` puts the arguments of a command that runs another one into the order that is parsed.
 """
 
 
@@ -144,11 +148,12 @@ def config_file(name: str) -> Path:
 def load_config(verb: str, argv: list[str]) -> tuple[VerbConfig, argparse.Namespace]:
     """Parses a verb's arguments into its config."""
     parser, flags = build_parser(verb)
-    args = parser.parse_args(argv)
+    module = module_of(verb)
+    args = parser.parse_args(module.arranged(argv) if hasattr(module, "arranged") else argv)
     given = {setting: getattr(args, flag) for flag, setting in flags.items()}
     values = {setting: value for setting, value in given.items() if value is not None and value is not False}
     values = {setting: value for setting, value in values.items() if value != []}  # of a flag that takes many
-    return module_of(verb).CONFIG.load(config_file(args.config), args.set, values), args
+    return module.CONFIG.load(config_file(args.config), args.set, values), args
 
 
 def print_plan(verb: str, config: VerbConfig) -> None:
@@ -156,7 +161,7 @@ def print_plan(verb: str, config: VerbConfig) -> None:
     plan = config.plan()
     print(f"aai {verb}: settings are valid; nothing was started")
     for title, rows in plan:
-        if not rows and title in ("chosen", "training"):  # not every command has them
+        if not rows and title in ("chosen", "training", "stages"):  # not every command has them
             continue
         print(f"{title}:")
         for name, value in rows.items():

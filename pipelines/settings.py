@@ -172,6 +172,8 @@ class Plan(Config):
     """What settings that are `auto` stand for, and why."""
     training: dict[str, str] = pydantic.Field(default_factory=dict)
     """Steps, batches and memory of a training."""
+    stages: dict[str, str] = pydantic.Field(default_factory=dict)
+    """Of a chain of commands: which would run, and why."""
 
 
 _NAMED = re.compile(r"\$\{(\w+)\}")

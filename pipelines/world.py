@@ -25,7 +25,7 @@ REMEDY = "choose another folder or delete it"
 class WorldConfig(VerbConfig):
     """Settings of `aai world`."""
 
-    out: str = "runs/demo/world"
+    out: str = "${run_dir}/world"
     """Folder or s3:// prefix of the world."""
     clips: int = pydantic.Field(2400, ge=0)
     """Clips to write, planted ones included; 0 writes none."""

@@ -11,7 +11,7 @@ from pipelines.__main__ import CONFIGS, VERBS, main, module_of
 REAL = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "demo")
 CLUSTER_VERBS = [
     "curate", "featurize", "align", "adapt", "tune", "evaluate", "promote", "generate", "edit", "stylize", "serve",
-    "doctor",
+    "doctor", "run",
 ]  # fmt: skip
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -20,7 +20,6 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), 
 TEMPLATES = {
     "aai VERB --help": "VERB is any",
     "aai VERB --config FILE --set a.b=c": "VERB is any",
-    "aai curate --config ...": "what follows `ray job submit`; the whole line stands above it",
     "aai serve --address": "the flag alone is meant",
 }
 """What looks like a command and is none, and why."""
@@ -99,6 +98,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     storage.write_bytes(str(folder / "data/vggsound.csv"), b"abcdefghijk,30,dog barking,train\n")
     storage.write_bytes(str(folder / "data/vggsound/abcdefghijk_000030.mp4"), b"")
     with pytest.MonkeyPatch.context() as patch:
+        (folder / "infra").symlink_to(ROOT / "infra")
         patch.chdir(folder)
         patch.setenv("AAI_BUCKET", str(folder))
         patch.setenv("AAI_API_KEY", "a-key-for-this-test")

@@ -32,12 +32,14 @@ MAY_IMPORT = {
     "training": CLUSTER | {"registry"},
     "tuning": {"engine", "pages", "training"},
     "checkup": CLUSTER | {"registry"},
+    "chain": {"settings"},
+    "submission": {"__main__", "checkup", "settings"},
     "tracing": {"curation", "registry", "settings"},
     "curation": CLUSTER | {"manifests", "pages", "registry"},
     "benches": CLUSTER | {"manifests", "registry", "training", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
 }
 """What each package (or single module) of pipelines/ may import of the others; a verb may import all packages."""
-RUNS_OTHERS = {"bench", "demo", "doctor", "plan", "tune"}
+RUNS_OTHERS = {"bench", "demo", "doctor", "jobs", "plan", "run", "submit", "tune"}
 """Verbs that run other verbs, or look at their settings, and the only ones that may import benches/."""
 SAME_STEM = {"align", "adapt"}
 """A verb, and the stage of the paper that it runs."""

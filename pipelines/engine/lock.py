@@ -38,6 +38,8 @@ BEAT_S = 10.0
 """How often a lease is refreshed."""
 LEASE_S = 60.0
 """How long after its last refresh a lease can be taken over."""
+WATCH_BEATS = 4
+"""How long it is watched before, in beats: two beats in a row may each arrive 14 s late, and are one apart."""
 SETTLE_S = 1.0
 """How long a write that has no condition is given to be seen by the other driver."""
 LATE_S = 1.0
@@ -277,7 +279,7 @@ def _written(where: str, data: bytes, new: bool = False, over: str | None = None
 
 def _is_over(where: str, found: Record) -> bool:
     """Whether a lease's holder is gone: by its clock, and as seen by ours, since clocks of two hosts may differ."""
-    watch_s = 3 * BEAT_S
+    watch_s = WATCH_BEATS * BEAT_S
     if time.time() - found.get("beat", float("inf")) < LEASE_S - watch_s:
         return False
     time.sleep(watch_s)

@@ -41,6 +41,10 @@ from pipelines.settings import ClusterConfig
 
 log = logging.getLogger(__name__)
 
+MOST_BLOCKS, BLOCKS_OF_WORKER = 2000, 50
+"""From so many shards on, in all and for each worker, Ray handles several at once: its own work for a task takes
+milliseconds of the driver, and kilobytes that it keeps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
@@ -119,7 +123,7 @@ class _Actor:
         self.worker: Worker[Any, Any] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"answer": [self.work(text) for text in batch["shard"]]}
+        return {"answer": [self.work(str(text)) for text in batch["shard"]]}
 
     def work(self, text: str) -> str:
         """A shard's answer: `result` and `call` (see Stage), or `user_error`, or `error` with the shard's name."""
@@ -320,12 +324,13 @@ def _pool_answers(job: _Job) -> Iterator[str]:
 
 
 def _ray_answers(job: _Job) -> Iterator[str]:
-    """The answers by way of Ray Data: one block, one task and one batch per shard."""
+    """The answers by way of Ray Data: one block, one task and one batch per shard, or for several of very many."""
     import ray
 
     _quiet_ray_data()
-    resources = {"batch_size": 1, "num_cpus": job.cluster.cpus_per_worker, "num_gpus": job.cluster.gpus_per_worker}
-    dataset = ray.data.from_items([{"shard": text} for text in job.shards], override_num_blocks=len(job.shards))
+    resources = {"batch_size": None, "num_cpus": job.cluster.cpus_per_worker, "num_gpus": job.cluster.gpus_per_worker}
+    blocks = min(len(job.shards), max(MOST_BLOCKS, BLOCKS_OF_WORKER * job.workers))
+    dataset = ray.data.from_items([{"shard": text} for text in job.shards], override_num_blocks=blocks)
     if job.stateful:
         pool = ray.data.ActorPoolStrategy(size=job.workers)
         dataset = dataset.map_batches(_Actor, fn_constructor_kwargs=job.actor, compute=pool, **resources)

@@ -1,4 +1,4 @@
-"""J4: what the driver of curate costs as the data grows. The long evidence prints its figures."""
+"""J4, N7: what a driver costs as the data grows. The long evidence prints its figures."""
 
 import json
 import os
@@ -145,3 +145,14 @@ def test_j4_a_distant_s3_server_is_asked_little_and_not_waited_for(s3: str, monk
     asked = figures["tables"].total()
     print(f"{asked / shards:.2f} requests a shard, and {figures['card'].total()} for the clips that the card shows")
     assert asked <= MAX_REQUESTS * shards + ONCE
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(3600)
+def test_n7_100_000_empty_shards_cost_little() -> None:
+    command = [sys.executable, "-m", "tests.empty_shards", "100000"]
+    found = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
+    print(found)
+    assert found["shards"] == 100_000
+    assert found["ms_per_shard"] <= 2
+    assert found["driver_peak_mb"] <= 2000

@@ -119,7 +119,7 @@ def test_only_verbs_on_ray_take_an_address(capsys: pytest.CaptureFixture[str]) -
         parser, flags = build_parser(verb)
         assert ("--address" in parser.format_help()) == ("address" in flags)
         offered |= {verb} if "address" in flags else set()
-    on_ray = {"curate", "featurize", "align", "adapt", "tune", "evaluate", "generate", "serve", "demo", "doctor"}
+    on_ray = {"curate", "featurize", "align", "adapt", "tune", "evaluate", "generate", "serve", "demo", "doctor", "run"}
     assert offered == on_ray
     with pytest.raises(SystemExit):
         main(["promote", "--address", "auto", "--dry-run"])

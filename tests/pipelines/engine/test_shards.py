@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from aai.errors import UserError
+from pipelines.engine import shards
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.engine.shards import Result, Shard, _Actor, recorded, run_shards
 from pipelines.engine.waiting import WaitingTexts
@@ -101,6 +102,20 @@ def test_each_shard_runs_once_and_finished_ones_never(tmp_path: Path, stateful: 
     assert (tmp_path / "s1").read_text() == "kept\n"
     assert [(tmp_path / f"s{i}").read_text() for i in (0, 2, 3, 4)] == ["♪\n", "♪\n", "None\n", "♪\n"]
     assert run() == []
+
+
+def test_very_many_shards_are_handled_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(shards, "BLOCKS_OF_WORKER", 1)
+    todo, args = [make(i, mistake=i == 9) for i in range(20)], {"folder": str(tmp_path)}
+    seen: list[Any] = []
+    with recorded() as stages:
+        results = run_shards("test", todo[:9], Writer, args, CLUSTER, on_result=seen.append)
+    assert sorted(result.name for result in results) == sorted(result.name for result in seen)
+    assert [(tmp_path / f"s{i}").read_text().count("\n") for i in range(9)] == [1] * 9
+    assert len(stages[0].calls) == 9
+    with pytest.raises(UserError, match="clips=3: is wrong; mend it"):
+        run_shards("test", todo, Writer, args, CLUSTER, done=lambda shard: shard.name in {f"s{i}" for i in range(9)})
 
 
 def test_the_workers_error_ends_the_job_and_a_second_run_goes_on(

@@ -1,0 +1,69 @@
+"""A stage as a process of its own: its resources end with it, and what kills it does not kill the run."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+USER_ERROR, INTERRUPTED = 2, 130
+"""Exit codes of a command that would end the same way again, and of one that was told to stop."""
+PAUSE_S = 10.0
+"""Before a stage that broke off goes on: a node that is gone has been noticed by then."""
+
+
+def launch(
+    verb: str, words: Sequence[str], attempts: int, pause_s: float = PAUSE_S, ready: Callable[[], None] = lambda: None
+) -> tuple[int, int]:
+    """Runs `aai VERB WORDS`, again as long as it breaks off; (exit code, attempts that it took).
+
+    A mistake of the user's is not tried again, and neither is what was interrupted. ready: returns when the stage can
+    be begun again, after the pause.
+    """
+    command = [sys.executable, "-m", "pipelines", verb, *words]
+    for attempt in range(1, attempts + 1):
+        code = _run(command)
+        if code in (0, USER_ERROR, INTERRUPTED):
+            break
+        if attempt < attempts:
+            log.warning(
+                "run: %s broke off (%s), attempt %d of %d; it goes on in %g s where it stopped",
+                verb, told(code), attempt, attempts, pause_s,
+            )  # fmt: skip
+            time.sleep(pause_s)
+            ready()
+    return code, attempt
+
+
+def told(code: int) -> str:
+    """An exit code in words: a negative one is a signal's."""
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def _run(command: Sequence[str]) -> int:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, env=environment) as process, _passed_on(process):
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal has told the stage, too: it ends in good order
+                continue
+
+
+@contextmanager
+def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """While the body runs, SIGTERM goes on to the process, as SIGINT: the stage gives its locks back."""
+
+    def stop(*_: object) -> None:
+        process.send_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

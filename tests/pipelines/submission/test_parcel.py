@@ -1,0 +1,82 @@
+"""What travels with a job."""
+
+from pathlib import Path
+
+import pytest
+
+from aai.errors import UserError
+from pipelines.submission.cluster_file import ClusterFile
+from pipelines.submission.parcel import entrypoint, has_address, pack
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a config of one's own, from which commands are given."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "curate.yaml").write_text("run_dir: /data/run\nmanifest: ${run_dir}/m.csv\nout: /data/out\n")
+    (tmp_path / "mine" / "run.yaml").write_text(
+        "run_dir: s3://bucket/run\nstages: [{verb: curate, config: mine/curate.yaml}, "
+        "{verb: align, config: configs/demo/align.yaml}]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def packed(cluster: ClusterFile, *words: str) -> list[str]:
+    """The files that travel."""
+    into = Path("parcel")
+    into.mkdir()
+    pack(cluster, words[0], words[1:], into)
+    return sorted(file.relative_to(into).as_posix() for file in into.rglob("*") if file.is_file())
+
+
+def test_a_config_travels_by_its_name(here: Path) -> None:
+    assert packed(ClusterFile(), "curate", "--config", "mine/curate.yaml") == ["mine/curate.yaml"]
+
+
+def test_a_chain_takes_the_configs_of_its_stages_along(here: Path) -> None:
+    # The shipped ones are on the nodes.
+    assert packed(ClusterFile(), "run", "--config", "mine/run.yaml") == ["mine/curate.yaml", "mine/run.yaml"]
+
+
+def test_the_code_travels_where_the_nodes_have_none(here: Path) -> None:
+    files = packed(ClusterFile(code="package"), "curate", "--config", "mine/curate.yaml")
+    assert {"mine/curate.yaml", "aai/storage.py", "pipelines/curate.py", "configs/demo/curate.yaml"} <= set(files)
+    assert not [file for file in files if "__pycache__" in file]
+
+
+def test_nothing_travels_to_a_folder_that_all_share(here: Path) -> None:
+    assert packed(ClusterFile(folder="."), "curate", "--config", "mine/curate.yaml") == []
+    with pytest.raises(UserError, match="is no folder of this machine"):
+        pack(ClusterFile(folder="/nowhere"), "curate", ["--config", "mine/curate.yaml"], here)
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["curate", "--config", "mine/curate.yaml", "--set", "run_dir=runs/x"], "ends with the job"),
+        (["curate", "--config", "mine/curate.yaml", "--set", "out=curated"], "ends with the job"),
+        (["curate", "--config", "mine/curate.yaml", "--set", "filters.nothing=1"], "unknown key"),
+        (["curate", "--config", "nowhere.yaml"], "no such file"),
+        (["featurize"], "ends with the job"),  # the demo's, under runs/
+    ],
+)
+def test_what_could_not_work_is_refused_here(here: Path, words: list[str], rule: str) -> None:
+    with pytest.raises(UserError, match=rule):
+        pack(ClusterFile(), words[0], words[1:], here / "parcel")
+
+
+def test_a_config_from_elsewhere_cannot_travel(here: Path) -> None:
+    with pytest.raises(UserError, match="is not below this folder"):
+        pack(ClusterFile(), "curate", ["--config", str(here / "mine" / "curate.yaml")], here / "parcel")
+
+
+def test_the_shell_line() -> None:
+    words = ["--set", "prompts=['a {caption}']"]
+    assert entrypoint(ClusterFile(), "featurize", words, True) == (
+        """aai featurize --set 'prompts=['"'"'a {caption}'"'"']' --address auto"""
+    )
+    assert entrypoint(ClusterFile(code="package"), "promote", [], False) == "python -P -m pipelines promote"
+    line = entrypoint(ClusterFile(folder="/shared/my project"), "run", ["--address", "head:6379"], True)
+    assert line == "cd '/shared/my project' && aai run --address head:6379"
+    assert [has_address(["--set", "cluster.address=x"]), has_address(["--set", "run_dir=x"])] == [True, False]
