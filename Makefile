@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 FAST := tests/aai tests/test_configs.py tests/test_imports.py tests/test_layering.py tests/test_lint.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast lint fix coverage accept mutation foundation
+.PHONY: help setup demo test fast lint fix coverage accept mutation foundation docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -54,3 +54,6 @@ mutation: setup ## change the code in 360 places and count the changes that the 
 
 foundation: setup ## train the toy foundation models again from nothing (hours on a CPU)
 	$(BIN)/aai foundation
+
+docs: setup ## the pages of docs/ as a site, each link checked: runs/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
