@@ -48,6 +48,7 @@ VERBS = {
     "bench": "measure decoding, stages, trainings or a CLIP beside alternatives and floor",
     "plan": "capacity plan: stage rates on a sample, CPUs a GPU needs, time and storage for N clips on M nodes",
     "doctor": "what would stop a run: versions, GPUs, ports, S3, MLflow, disks, clocks, models, configs",
+    "status": "where a run stands: what runs, what broke off and how far it came, what is finished, what comes next",
     "demo": "all of the above on the toy world, ending with a report",
 }
 """Every command and what it does; the module of the same name in pipelines/ has `CONFIG`, `run` and maybe `add_flags`.

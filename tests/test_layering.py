@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "tuning": {"engine", "pages", "training"},
     "checkup": CLUSTER | {"registry"},
     "tracing": {"curation", "registry", "settings"},
+    "overview": {"curation", "engine"},
     "curation": CLUSTER | {"manifests", "pages", "registry"},
     "benches": CLUSTER | {"manifests", "registry", "training", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
 }
