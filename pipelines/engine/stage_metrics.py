@@ -90,14 +90,15 @@ class StageMetrics:
         self.add("aai_pipeline_work_seconds_total", work_s)
         self.add("aai_pipeline_wait_seconds_total", wait_s)
 
-    def begin_training(self, steps: int) -> None:
-        """A training begins, or goes on."""
+    def begin_training(self, steps: int, goes_on: bool = False) -> None:
+        """A training begins, or goes on from a step that nobody knows before its first entry."""
+        self._step = None if goes_on else 0
         self.set("aai_train_steps_planned", steps)
         self.set("aai_train_checkpoint_timestamp_seconds", time.time())
 
     def entry(self, step: int, figures: Mapping[str, float], clips_per_step: int) -> None:
         """An entry of a training's history."""
-        if self._step is not None:  # before the first entry nobody knows where a run that goes on began
+        if self._step is not None:
             self.add("aai_pipeline_rows_total", (step - self._step) * clips_per_step, unit="clip")
         self._step = step
         self.set("aai_train_step", step)

@@ -36,7 +36,7 @@ from pipelines.engine.machine import load
 from pipelines.engine.stage_metrics import telling
 from pipelines.settings import TrainClusterConfig
 from pipelines.training.board import Board
-from pipelines.training.following import OnLog, OnPicture, following
+from pipelines.training.following import OnLog, OnPicture, following, history
 from pipelines.training.recipe import Trained
 
 log = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ def train(
 def _followed(name: str, board: Any, out: str, fit: FitConfig, on_log: OnLog, on_picture: OnPicture) -> Iterator[None]:
     """While the body runs, the training is followed, and its metrics are told."""
     with telling(name) as metrics:
-        metrics.begin_training(fit.steps)
+        metrics.begin_training(fit.steps, goes_on=bool(history(out)))
 
         def heard(step: int, figures: dict[str, float]) -> None:
             metrics.entry(step, figures, fit.batch_size)

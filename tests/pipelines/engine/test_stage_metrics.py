@@ -68,7 +68,7 @@ def test_dashboard_and_alerts_name_only_what_stages_tell(port: int, tmp_path: Pa
     assert total(samples, "ray_aai_pipeline_rows_total", stage="curate", unit="clip") == 60
     assert total(samples, "ray_aai_pipeline_rejects_total", stage="curate", code="SILENT") == 6
     assert total(samples, "ray_aai_pipeline_shards_done", stage="curate") == 6
-    assert total(samples, "ray_aai_pipeline_rows_total", stage="align", unit="clip") == 16
+    assert total(samples, "ray_aai_pipeline_rows_total", stage="align", unit="clip") == 32
     assert total(samples, "ray_aai_train_step", stage="align") == 4
 
 
@@ -92,6 +92,7 @@ def test_a_restart_takes_no_rows_back(port: int, monkeypatch: pytest.MonkeyPatch
     metrics, added = StageMetrics("restarted"), list[float]()
     rows = metrics._counters["aai_pipeline_rows_total"]
     monkeypatch.setattr(rows, "inc", lambda amount, tags: added.append(amount))
+    metrics.begin_training(300, goes_on=True)
     for step in (210, 220, 200, 210):
         metrics.entry(step, {"loss": 1.0}, 2)
     assert added == [20, 20]
