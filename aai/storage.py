@@ -126,6 +126,34 @@ def file_sizes(uri: str, suffix: str = "") -> dict[str, int]:
     return {name: found[name] for name in sorted(found) if name.endswith(suffix)}
 
 
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What a listing tells of a file."""
+
+    size_bytes: int
+    modified_s: float
+    """Unix time."""
+
+
+def files_in(uri: str, depth: int | None = None) -> dict[str, FileFacts]:
+    """{name within the folder: facts} of its files, down to `depth` levels, by one listing; {} where it is absent."""
+    fs, path = filesystem(uri)
+    base, found = path.rstrip("/") + "/", {}
+    for name, about in fs.find(path, maxdepth=depth, detail=True).items():
+        modified = about["LastModified"].timestamp() if uri.startswith("s3://") else about["mtime"]
+        found[name.removeprefix(base)] = FileFacts(int(about["size"]), float(modified))
+    return found
+
+
+def names_in(uri: str) -> list[str]:
+    """Names of what lies directly in a folder, in order; [] where it is absent."""
+    fs, path = filesystem(uri)
+    try:
+        return sorted(name.rstrip("/").rsplit("/", 1)[1] for name in fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+
+
 def shard_names(folder: str) -> set[str]:
     """Names of a folder's Parquet files, without their ending."""
     return {file.rsplit("/", 1)[1].removesuffix(".parquet") for file in list_files(folder, ".parquet")}

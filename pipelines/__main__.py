@@ -51,6 +51,7 @@ VERBS = {
     "run": "a chain of commands, from clips to a promoted model; what is unchanged is skipped",
     "submit": "any command as a job of a Ray cluster elsewhere: packs, follows, ends as the job does",
     "jobs": "the jobs of a Ray cluster: list them, follow one, stop one",
+    "status": "where a run stands: what runs, what broke off and how far it came, what is finished, what comes next",
     "demo": "all of the above on the toy world, ending with a report",
 }
 """Every command and what it does; the module of the same name in pipelines/ has `CONFIG`, `run` and maybe `add_flags`.

@@ -190,8 +190,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return found
     clips = find_clips(config.features, config.clips, config.split, config.max_clips)
     check_conditions(config.pictures, clips.labels, config.judge, bundle.config)
-    config = config.model_copy(update=settled(config, stamp))
     cases, samples = plan_pictures(config, clips)
+    planned = {"clips": len(clips.labels), "pictures": len(cases)}
+    config = config.model_copy(update=settled(config, stamp, planned))
     listen(config, clips, cases)
     paint(config, cases)
     result = {**stamp, **figures(config, clips), "samples": samples, "dtype": config.dtype}
@@ -232,10 +233,11 @@ def refuse_foreign(out: str) -> None:
         raise UserError("out", out, "is not empty, nor written by evaluate", "choose another folder")
 
 
-def settled(config: EvaluateConfig, stamp: dict[str, str]) -> dict[str, Any]:
+def settled(config: EvaluateConfig, stamp: dict[str, str], planned: dict[str, int]) -> dict[str, Any]:
     """What `dtype` stands for in this evaluation, and the sizes of its shards; one that goes on keeps them.
 
-    A shard's number means other clips where shards have another size.
+    A shard's number means other clips where shards have another size. planned: how many clips and pictures there will
+    be, noted for `aai status`.
     """
     started = storage.join(config.out, STARTED)
     kept = {name: getattr(config, name) for name in ("clips_per_shard", "cases_per_shard")}
@@ -243,7 +245,7 @@ def settled(config: EvaluateConfig, stamp: dict[str, str]) -> dict[str, Any]:
         before = storage.read_json(started)
         return {name: before.get(name, value) for name, value in kept.items()} | {"dtype": before["dtype"]}
     kept["dtype"] = worker_dtype(config.dtype, config.worker_device, config.cluster, config.out)
-    storage.write_json(started, {**stamp, **kept})
+    storage.write_json(started, {**stamp, **kept, "planned": planned})
     return kept
 
 

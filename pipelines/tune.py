@@ -199,7 +199,8 @@ def run(config: TuneConfig) -> dict[str, Any]:
     told = {"stage": config.stage, "metric": metric, "mode": mode, "trials": len(candidates), "seed": config.seed}
     swept = {"space": {name: str(where) for name, where in (config.space or SPACES[config.stage]).items()}}
     with tracking.run(base.tracking, "tune", told | swept, {"digest": sweep_digest}, earlier_run(config)) as opened:
-        storage.write_json(started(config), {"digest": sweep_digest, "mlflow_run": opened.run_id})
+        begun = {"digest": sweep_digest, "mlflow_run": opened.run_id, "trials": len(candidates)}
+        storage.write_json(started(config), begun)
         end_children(opened)  # of a driver that was killed
         parts = metric, mode, config.stopping, config.concurrent, config.out, {PARENT: opened.run_id}
         sweep = Sweep(RECIPES[config.stage], candidates, *parts)

@@ -24,6 +24,51 @@ SCHEMAS = Path(os.environ.get("AAI_KUBERAY_CRDS", ROOT.parent / "shared" / "data
 OLDEST, NEWEST = "1.32", "1.37"
 """The versions of Kubernetes for which the manifests are checked."""
 Document = dict[str, Any]
+POD_MONITOR = {
+    "type": "object",
+    "properties": {
+        "apiVersion": {"const": "monitoring.coreos.com/v1"},
+        "kind": {},
+        "metadata": {"type": "object", "additionalProperties": True},
+        "spec": {
+            "type": "object",
+            "required": ["selector", "podMetricsEndpoints"],
+            "properties": {
+                "selector": {
+                    "type": "object",
+                    "properties": {
+                        "matchLabels": {
+                            "type": "object",
+                            "minProperties": 1,
+                            "additionalProperties": {"type": "string"},
+                        }
+                    },
+                },
+                "podMetricsEndpoints": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {
+                            "port": {"type": "string"},
+                            "interval": {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"},
+                            "relabelings": {
+                                "type": "array",
+                                "items": {
+                                    "type": "object",
+                                    "properties": {
+                                        "sourceLabels": {"type": "array", "items": {"pattern": "^[a-zA-Z_]\\w*$"}},
+                                        "targetLabel": {"type": "string"},
+                                    },
+                                },
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+"""What we use of the PodMonitor of Prometheus' operator, of which neither Kubernetes nor KubeRay has a schema."""
 
 
 def command() -> list[str] | None:
@@ -112,8 +157,9 @@ def schema_errors(document: Document) -> list[str]:
 def _schema_errors(text: str) -> list[str]:
     document = json.loads(text)
     name = f"{document['kind']} {document['metadata']['name']}"
-    if document["apiVersion"] == "ray.io/v1":
-        found = _kuberay(document["kind"]).iter_errors(document)
+    own = jsonschema.Draft202012Validator(strict(POD_MONITOR)) if document["kind"] == "PodMonitor" else None
+    if own or document["apiVersion"] == "ray.io/v1":
+        found = (own or _kuberay(document["kind"])).iter_errors(document)
         return [f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
     try:
         for version in (OLDEST, NEWEST):

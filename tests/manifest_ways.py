@@ -28,7 +28,7 @@ IMPLICIT = {8080, 8265, 10001, 6379}
 
 def ways(documents: list[Document]) -> Iterator[str]:
     """All that does not lead where it should."""
-    for check in (unserved, addresses, unadmitted, entrance, upgrades):
+    for check in (unserved, addresses, unadmitted, entrance, upgrades, monitors):
         yield from check(documents)
 
 
@@ -160,3 +160,20 @@ def upgrades(documents: list[Document]) -> Iterator[str]:
             yield f"{name}: an upgrade by steps needs clusterUpgradeOptions"
         if re.search(rf"\b{name}-serve-svc\b", yaml.safe_dump_all(of(documents, "Ingress"))):
             yield f"{name}: the ingress goes past the gateway that shares out the requests"
+
+
+def monitors(documents: list[Document]) -> Iterator[str]:
+    """PodMonitors of pods that there are not, of a port that KubeRay does not name, or to which no policy lets in."""
+    for monitor in of(documents, "PodMonitor"):
+        name, wanted = monitor["metadata"]["name"], monitor["spec"]["selector"]["matchLabels"]
+        chosen = [pod for pod in pods(documents) if wanted.items() <= labels(pod).items()]
+        if not any(8080 in ports(pod) for pod in chosen):
+            yield f"PodMonitor {name}: selects no Ray pod by {wanted}"
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+            if endpoint["port"] != "metrics":
+                yield f"PodMonitor {name}: no Ray pod has a port {endpoint['port']}"
+        policies = [each["spec"] for each in of(documents, "NetworkPolicy")]
+        own = [each for each in policies if each["podSelector"].get("matchLabels", {}).items() <= wanted.items()]
+        rules = [rule for each in own for rule in each.get("ingress", []) if {"port": 8080} in rule.get("ports", [])]
+        if own and "kubernetes.io/metadata.name: monitoring" not in yaml.safe_dump(rules):
+            yield f"PodMonitor {name}: no NetworkPolicy lets Prometheus in"

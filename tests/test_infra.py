@@ -22,6 +22,7 @@ from tests.kustomized import (
     needs_kustomize,
     needs_schemas,
     pinned,
+    planted,
     rendered,
     schema_errors,
     site,
@@ -67,6 +68,34 @@ def test_an_upgrade_by_steps_has_no_mistakes(tmp_path: Path) -> None:
     (service,) = [document for document in found if document["kind"] == "RayService"]
     assert service["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade"
     assert "aai-gateway-istio" in yaml.safe_dump([each for each in found if each["kind"] == "Ingress"])
+
+
+def monitored(tmp_path: Path) -> list[Document]:
+    """The site gpu with the component monitoring."""
+    changed = copied(tmp_path) / "overlays" / "gpu" / "kustomization.yaml"
+    ingress = "  - ../../components/ingress\n"
+    changed.write_text(changed.read_text().replace(ingress, f"{ingress}  - ../../components/monitoring\n"))
+    return [*documents(text_of(changed.parent)), *rendered("gpu/jobs")]
+
+
+@needs_kustomize
+@needs_schemas
+def test_monitors_find_every_ray_pod_and_mistakes_in_them_are_found(tmp_path: Path) -> None:
+    found = monitored(tmp_path)
+    assert mistakes(found) == []
+    assert {each["metadata"]["name"] for each in found if each["kind"] == "PodMonitor"} == {
+        "aai-training",
+        "aai-service",
+    }
+    for name, old, new, said in (
+        ("PodMonitor/aai-training", "port: metrics", "port: metric", "has a port metric"),
+        ("PodMonitor/aai-training", "app: aai-training", "app: aai-trainings", "selects no Ray pod"),
+        ("PodMonitor/aai-service", "podMetricsEndpoints:", "endpoints:", "endpoints"),
+        ("PodMonitor/aai-service", "interval: 15s", "interval: 15", "15"),
+        ("NetworkPolicy/aai-service", "name: monitoring", "name: monitor", "lets Prometheus in"),
+    ):
+        wrong = mistakes(planted(found, name, lambda text, old=old, new=new: text.replace(old, new, 1)))
+        assert any(said in sentence for sentence in wrong), (name, new, wrong)
 
 
 @needs_kustomize

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "chain": {"settings"},
     "submission": {"__main__", "checkup", "settings"},
     "tracing": {"curation", "registry", "settings"},
+    "overview": {"curation", "engine"},
     "curation": CLUSTER | {"manifests", "pages", "registry"},
     "benches": CLUSTER | {"manifests", "registry", "training", "__main__", *VERBS} - {"bench", "plan", "demo", "tune"},
 }

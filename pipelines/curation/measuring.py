@@ -101,8 +101,9 @@ class MeasureWorker:
                 rows.append({**row, "key": clip.key})
         table = pa.Table.from_pylist(rows, schema=MEASURED_TABLE)
         storage.write_table(shard_file(self.out, MEASURED, shard.name), table)
-        rejected = sum(bool(row.get("code") or broken_rules(row, self.filters)) for row in rows)
-        return MeasureResult(rows=len(rows), rejected=rejected, reused=reused)
+        broken = [row.get("code") or next((code for code, _ in broken_rules(row, self.filters)), None) for row in rows]
+        codes = Counter(code for code in broken if code)
+        return MeasureResult(rows=len(rows), rejected=codes.total(), codes=codes, reused=reused)
 
     def _read_ahead(
         self, groups: Sequence[list[Entry]], hashes: Mapping[str, str]

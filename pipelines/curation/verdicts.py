@@ -1,6 +1,7 @@
 """Judging: which measured clips are taken. Thresholds, correspondence and duplicates, from small columns only."""
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -285,7 +286,7 @@ class JudgeWorker:
             schema = _widened(schema, shard.columns).with_metadata({DIGEST: shard.digest.encode()})
             table = pa.Table.from_pylist(rows, schema=schema)
             storage.write_table(shard_file(self.out, folder, shard.name), table)
-        return Result(rows=shard.rows, rejected=len(rejected))
+        return Result(rows=shard.rows, rejected=len(rejected), codes=Counter(str(row["code"]) for row in rejected))
 
     def _judged(self, measured: MeasuredRow, clip: JudgedClip) -> MeasuredRow:
         """The row of either table: `code` tells which."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from aai import fencing, storage
 from aai.errors import UserError
@@ -44,6 +44,8 @@ SETTLE_S = 1.0
 """How long a write that has no condition is given to be seen by the other driver."""
 LATE_S = 1.0
 """On disk, how long a write of a killed driver's worker is given to be over; under s3:// 1.5 beats."""
+LOOK_S = 0.05
+"""How long who only looks whether a folder is locked may have a share of its lock."""
 LOST = signal.SIGUSR1
 """What a driver sends itself when its lease was taken over."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -89,6 +91,56 @@ class Fence:
         found = _surely_read(where)
         if found.get("holder") != self.holder:
             raise _busy(self.out, found, "was taken over by")
+
+
+@dataclass(frozen=True)
+class LockState:
+    """What a lock says of the driver that holds it, or that ended without giving it back."""
+
+    host: str
+    pid: int
+    started: str
+    """UTC."""
+    is_held: bool
+    beat_age_s: float | None
+    """How long ago a lease was refreshed, by both hosts' clocks; None where the kernel holds the lock."""
+
+
+def holding(out: str) -> LockState | None:
+    """Who holds the lock of a folder, without taking it; None where there is none."""
+    where = storage.join(storage.absolute(out), LOCK)
+    record = _read(where)
+    if not record or "holder" not in record:
+        return None
+    age_s: float | None = max(0.0, time.time() - float(record["beat"]))
+    held = None if where.startswith("s3://") else _is_locked(where)
+    if held is None:
+        held = cast(float, age_s) < LEASE_S
+    else:
+        age_s = None
+    return LockState(str(record["host"]), int(record["pid"]), str(record["started"]), held, age_s)
+
+
+def _is_locked(path: str) -> bool | None:
+    """Whether a process has a file locked; None where the file system knows no locks.
+
+    It is asked for a share, which is let go at once: a driver that begins in this very moment tries twice.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def is_empty(out: str) -> bool:
@@ -161,7 +213,7 @@ def _locked_file(out: str, mine: Record) -> tuple[int, Record]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_alone(descriptor)
             held = _parsed(os.pread(descriptor, 4096, 0))
             if os.fstat(descriptor).st_size and "holder" not in held:
                 raise UserError("out", out, f"holds a file {LOCK} of something else", "choose another folder")
@@ -181,6 +233,15 @@ def _locked_file(out: str, mine: Record) -> tuple[int, Record]:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its holder removed it between our opening and our locking: try the new one
+
+
+def _lock_alone(descriptor: int) -> None:
+    """Raises BlockingIOError when another process has the lock, but not for one that only looked (`holding`)."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(LOOK_S)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _holder_of(descriptor: int) -> Record:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from aai import fencing
 from aai.errors import UserError
 from pipelines.engine.cluster import connect, is_connected, native_stderr_held
+from pipelines.engine.stage_metrics import telling
 from pipelines.engine.waiting import WaitingTexts, text_at
 from pipelines.settings import ClusterConfig
 
@@ -63,6 +64,8 @@ class Result:
     rows: int
     rejected: int | None = None
     """Shown beside the progress, where a stage rejects rows."""
+    codes: dict[str, int] = field(default_factory=dict)
+    """Of the rejected rows, by code: for the metrics."""
 
 
 S = TypeVar("S", bound=Shard)
@@ -121,12 +124,16 @@ class _Actor:
         self.make, self.guards = partial(worker_cls, **worker_args), guards
         self.shard_type, _ = _records(worker_cls)
         self.worker: Worker[Any, Any] | None = None
+        self.ended_s: float | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         return {"answer": [self.work(str(text)) for text in batch["shard"]]}
 
     def work(self, text: str) -> str:
-        """A shard's answer: `result` and `call` (see Stage), or `user_error`, or `error` with the shard's name."""
+        """A shard's answer: `result`, `call` (see Stage) and `wait_s` (since the shard before), or an error.
+
+        An error is `user_error`, or `error` with the shard's name.
+        """
         name = text
         try:
             values = json.loads(text_at(text))  # not there any more where another driver has taken over
@@ -135,8 +142,10 @@ class _Actor:
             started_s = time.monotonic()
             with fencing.guarded(*self.guards):
                 result = self.worker(_unpack(self.shard_type, values))
-            call = (os.getpid(), result.rows, started_s, time.monotonic())
-            return json.dumps({"result": _pack(result), "call": call})
+            wait_s = 0.0 if self.ended_s is None else started_s - self.ended_s
+            self.ended_s = time.monotonic()
+            call = (os.getpid(), result.rows, started_s, self.ended_s)
+            return json.dumps({"result": _pack(result), "call": call, "wait_s": wait_s})
         except UserError as error:
             return json.dumps({"user_error": [str(arg) for arg in error.args]})
         except Exception:
@@ -263,12 +272,17 @@ def _run(
     with (
         native_stderr_held() as terminal,
         tqdm(total=total, desc=name, unit=unit, mininterval=1.0, file=terminal) as bar,
+        telling(name) as metrics,
     ):
+        metrics.shards(0, len(job.shards))
         for text in stream(job):
             answer = json.loads(text)
             _raise_for(name, answer)
             stage.calls.append(tuple(answer["call"]))
             results.append(result := _unpack(result_type, answer["result"]))
+            work_s = stage.calls[-1][3] - stage.calls[-1][2]
+            metrics.result(result.rows, unit, result.codes, work_s, answer["wait_s"])
+            metrics.shards(len(results), len(job.shards) - len(results))
             if result.rejected is not None:
                 rejected += result.rejected
                 bar.set_postfix(rejected=rejected, refresh=False)

@@ -30,6 +30,7 @@ RETRY_S, PATIENCE_S = 15.0, 600.0
 Entry = dict[str, Any]
 OnLog = Callable[[int, dict[str, float]], None]
 OnPicture = Callable[[int, bytes], None]
+OnCheckpoint = Callable[[], None]
 
 
 def history(out: str) -> list[Entry]:
@@ -46,10 +47,19 @@ def samples(out: str) -> list[tuple[int, bytes]]:
 class Follower:
     """Takes what the ranks have posted on the board, shows it and writes it down."""
 
-    def __init__(self, name: str, board: Any, out: str, bar: Any, on_log: OnLog, on_picture: OnPicture) -> None:
+    def __init__(
+        self,
+        name: str,
+        board: Any,
+        out: str,
+        bar: Any,
+        on_log: OnLog,
+        on_picture: OnPicture,
+        on_checkpoint: OnCheckpoint = lambda: None,
+    ) -> None:
         """Entries of earlier, interrupted calls are kept."""
         self.name, self.board, self.out, self.bar = name, board, out, bar
-        self.on_log, self.on_picture = on_log, on_picture
+        self.on_log, self.on_picture, self.on_checkpoint = on_log, on_picture, on_checkpoint
         self.entries = {_key(entry): entry for entry in history(out)}
         self.skipped = {(entry["step"], entry["rank"]): entry for entry in _read(out, SKIPPED)}
         self._unwritten: set[str] = set()
@@ -63,6 +73,8 @@ class Follower:
                 self._skip(entry)
             elif "picture" in entry:
                 self._pictures.append(entry)
+            elif "checkpoint" in entry:
+                self.on_checkpoint()
             else:
                 self._log(entry)
         for file, entries in ((HISTORY, self.entries), (SKIPPED, self.skipped)):
@@ -100,15 +112,24 @@ class Follower:
 
 @contextmanager
 def following(
-    name: str, board: Any, out: str, steps: int, on_log: OnLog, on_picture: OnPicture = lambda step, png: None
+    name: str,
+    board: Any,
+    out: str,
+    steps: int,
+    on_log: OnLog,
+    on_picture: OnPicture = lambda step, png: None,
+    on_checkpoint: OnCheckpoint = lambda: None,
 ) -> Iterator[None]:
-    """While the body runs, a thread follows the training; what is left at its end is taken then."""
+    """While the body runs, a thread follows the training; what is left at its end is taken then.
+
+    on_checkpoint is called when one is in the run's storage.
+    """
     stop = threading.Event()
     with (
         native_stderr_held() as terminal,
         tqdm(total=steps, desc=name, unit="step", mininterval=1.0, file=terminal) as bar,
     ):
-        follower = Follower(name, board, out, bar, on_log, on_picture)
+        follower = Follower(name, board, out, bar, on_log, on_picture, on_checkpoint)
 
         def watch() -> None:
             told = False

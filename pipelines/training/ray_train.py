@@ -33,9 +33,10 @@ from aai.fit import FitConfig, State
 from aai.memory import memory_explained, peak_memory_gb
 from pipelines.engine.cluster import connect
 from pipelines.engine.machine import load
+from pipelines.engine.stage_metrics import telling
 from pipelines.settings import TrainClusterConfig
 from pipelines.training.board import Board
-from pipelines.training.following import OnLog, OnPicture, following
+from pipelines.training.following import OnLog, OnPicture, following, history
 from pipelines.training.recipe import Trained
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,8 @@ class Session:
                 self._sending.set()
             here = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"step": state.step}, here, delete_local_checkpoint_after_upload=True, **how)
+            if not how:
+                ray.get(self.board.post.remote({"checkpoint": state.step}))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -148,6 +151,7 @@ class Session:
             try:
                 storage.upload_folder(checkpoint.path, f"s3://{target}")
                 self._sending.clear()
+                self.board.post.remote({"checkpoint": name})
                 return ray.train.Checkpoint(target, place.storage_filesystem)
             except Exception as error:
                 if time.monotonic() > gives_up_s:
@@ -213,7 +217,7 @@ def train(
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-    with following(name, board, out, fit.steps, on_log, on_picture):
+    with _followed(name, board, out, fit, on_log, on_picture):
         try:
             result = trainer.fit()
         except ray.train.v2.api.exceptions.TrainingFailedError as error:
@@ -224,6 +228,20 @@ def train(
         raise RuntimeError(f"{name}: training ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         return Trained.load(Path(folder) / TRAINED)
+
+
+@contextlib.contextmanager
+def _followed(name: str, board: Any, out: str, fit: FitConfig, on_log: OnLog, on_picture: OnPicture) -> Iterator[None]:
+    """While the body runs, the training is followed, and its metrics are told."""
+    with telling(name) as metrics:
+        metrics.begin_training(fit.steps, goes_on=bool(history(out)))
+
+        def heard(step: int, figures: dict[str, float]) -> None:
+            metrics.entry(step, figures, fit.batch_size)
+            on_log(step, figures)
+
+        with following(name, board, out, fit.steps, heard, on_picture, metrics.checkpoint):
+            yield
 
 
 def checkpoints(out: str) -> str:

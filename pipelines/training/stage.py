@@ -63,7 +63,7 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C, on_log: OnLog, tags: Map
                 send.figures(int(entry["step"]), _figures(entry))
             for picture in following.samples(config.out):
                 send.picture(*picture)
-            storage.write_json(ranks_file(config, run_digest), {"ranks": ranks})
+            storage.write_json(ranks_file(config, run_digest), {"ranks": ranks, "steps": config.fit.steps})
             work = make_work, (recipe_class, settings, ranks), config.cluster.at_most(ranks), config.out, run_digest
 
             def heard(step: int, figures: dict[str, float]) -> None:
@@ -98,7 +98,7 @@ def _run(recipe_class: type[TrainRecipe[C]], config: C, on_log: OnLog, tags: Map
 
 
 def ranks_file(config: StageConfig, run_digest: str) -> str:
-    """Where a run notes its ranks."""
+    """Where a run notes its ranks, and of how many steps it is."""
     return storage.join(ray_train.checkpoints(config.out), f"{run_digest}.json")
 
 

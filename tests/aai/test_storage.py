@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -111,6 +112,18 @@ def test_sizes_come_with_the_listing(base: str) -> None:
     assert list(storage.file_sizes(folder, ".x").items()) == [(f"{folder}/b.x", 2), (f"{folder}/sub/a.x", 1)]
     assert list(storage.file_sizes(folder)) == storage.list_files(folder)
     assert storage.file_sizes(storage.join(base, "absent")) == {}
+
+
+def test_a_listing_tells_sizes_times_and_one_level(base: str) -> None:
+    for name in ("a/x", "a/b/y", "z"):
+        storage.write_bytes(f"{base}/listed/{name}", b"12")
+    found = storage.files_in(f"{base}/listed")
+    assert found.keys() == {"a/x", "a/b/y", "z"}
+    assert {facts.size_bytes for facts in found.values()} == {2}
+    assert all(abs(facts.modified_s - time.time()) < 60 for facts in found.values())
+    assert storage.files_in(f"{base}/listed", depth=1).keys() == {"z"}
+    assert storage.names_in(f"{base}/listed") == ["a", "z"]
+    assert (storage.files_in(f"{base}/absent"), storage.names_in(f"{base}/absent")) == ({}, [])
 
 
 def test_tables_come_back_in_file_order(base: str) -> None:

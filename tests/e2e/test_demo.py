@@ -19,7 +19,7 @@ from aai.bundle import read_bundle
 from aai.media.decode import decode_audio
 from aai.painter import Painter
 from aai.sampling import PaintRequest
-from pipelines import demo
+from pipelines import demo, status
 from pipelines.__main__ import main
 from pipelines.engine import cluster
 from pipelines.registry import versions
@@ -160,6 +160,17 @@ def test_everything_says_which_code_wrote_it(summary: dict[str, Any], run_dir: P
         assert re.fullmatch(f"aai {CODE}", Image.open(file).info["Software"])
     painted = storage.read_table(str(run_dir / "evaluate" / "pictures"), ["png"])["png"][0].as_py()
     assert re.fullmatch(f"aai {CODE}", Image.open(io.BytesIO(painted)).info["Software"])
+
+
+def test_status_tells_what_is_finished(summary: dict[str, Any], run_dir: Path) -> None:
+    result = status.run(status.CONFIG.parse({"run_dir": str(run_dir)}))
+    stages = {stage["stage"]: stage for stage in result["stages"]}
+    assert stages.keys() == set(demo.STAGES)
+    assert {stage["state"] for stage in stages.values()} == {"finished"}
+    assert {stage["outdated"] for stage in stages.values()} == {""}
+    assert stages["curate"]["rejects"] == summary["curate"]["by_code"]
+    assert stages["promote"]["sha"] == stages["adapt"]["sha"] == read_bundle(str(run_dir / "adapt" / "bundle")).sha
+    assert result["next"] == f"aai serve --set run_dir={run_dir}"
 
 
 @pytest.mark.usefixtures("summary")

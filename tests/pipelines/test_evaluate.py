@@ -170,6 +170,8 @@ def test_pictures_are_of_the_clips_they_name(config: EvaluateConfig, world: dict
 
 def test_only_what_is_missing_is_made_again(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate.run(config)
+    planned = storage.read_json(f"{config.out}/_started.json")["planned"]
+    assert (planned["clips"], planned["pictures"]) == (first["retrieval"]["gallery"], first["generation"]["pictures"])
     before = content(config.out)
     assert evaluate.run(config) == first
     moved = {"num_workers": 5, "address": None}

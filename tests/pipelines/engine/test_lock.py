@@ -1,8 +1,11 @@
 """Two drivers on one output folder, as real processes: the second is refused, a killed first one is in nobody's way."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ import pytest
 from aai import fencing, storage
 from aai.errors import UserError
 from pipelines.engine import lock
-from pipelines.engine.lock import LOCK, is_empty, output_lock
+from pipelines.engine.lock import LOCK, holding, is_empty, output_lock
 from tests.pipelines.conftest import python
 
 HOLD = """
@@ -221,3 +224,47 @@ def test_every_verb_that_resumes_an_output_takes_its_lock(
         assert main([*verb.split(), *VERBS[verb], *setting]) == 2
         assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
         assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+
+
+def test_who_only_looks_is_told_the_holder_and_is_in_nobodys_way(out: str) -> None:
+    assert holding(out) is None
+    with holder(out) as first:
+        found = holding(out)
+        assert found is not None
+        assert (found.is_held, found.pid, found.host) == (True, first.pid, os.uname().nodename)
+        assert (found.beat_age_s is not None) == out.startswith("s3://")
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        end_s = time.monotonic() + 20
+        while found is not None and found.is_held and time.monotonic() < end_s:
+            found = holding(out)
+    assert found is not None
+    assert (found.is_held, found.pid) == (False, first.pid)
+    with output_lock(out):
+        assert (seen := holding(out)) is not None
+        assert (seen.is_held, seen.pid) == (True, os.getpid())
+    assert holding(out) is None
+
+
+def test_a_driver_that_begins_while_somebody_looks_is_not_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out" / LOCK
+    path.parent.mkdir()
+    path.touch()
+    with path.open() as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        threading.Timer(lock.LOOK_S / 2, lambda: fcntl.flock(looked_at, fcntl.LOCK_UN)).start()
+        with output_lock(str(path.parent)):
+            pass
+
+
+def test_a_file_system_without_locks_is_looked_at_by_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        with output_lock(str(tmp_path / "out")):
+            found = holding(str(tmp_path / "out"))
+    assert found is not None
+    assert found.is_held
+    assert found.beat_age_s is not None

@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 from cryptography.fernet import Fernet
 from mlflow import MlflowClient
-from prometheus_client.parser import text_string_to_metric_families
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from aai.bundle import read_bundle
@@ -30,55 +27,16 @@ from tests.hostile import wav
 from tests.pipelines.registry.test_versions import serving as mlflow_server
 from tests.pipelines.service.test_webhook import BODY, signed
 from tests.pipelines.test_serve import HEADERS, KEY, QUICK, WEBHOOK_SECRET, Service, crowd, service  # noqa: F401
+from tests.scraped import Samples, missing, of_the_service, samples_at, total
 
 SERVED = {"follow_s": 3600}
 """Nobody looks by himself at what the alias names."""
-MONITORING = Path(__file__).resolve().parents[3] / "infra" / "monitoring"
 REQUESTS = "ray_aai_requests_total"
-NAMED = re.compile(r"\b(ray_aai_\w+)(?:\{([^}]*)\})?")
-BY = re.compile(r"\bby \(([^)]*)\)")
-MATCH = re.compile(r'(\w+)(=~?)"([^"]*)"')
-UNSEEN = (("code", "internal"), ("outcome", "failed"))
-"""What nothing here brings about."""
-Samples = dict[str, list[tuple[dict[str, str], float]]]
-
-
-def expressions() -> list[str]:
-    """The queries of the dashboard and the alerts."""
-    board = json.loads((MONITORING / "dashboard.json").read_text())
-    rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())
-    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    return found + [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
-
-
-def missing(expression: str, samples: Samples) -> list[str]:
-    """Metrics, labels and values (of `=`, or one of `=~`) that a query names and nobody exports."""
-    found, known = [], set()
-    for name, selector in NAMED.findall(expression):
-        matches = [(label, value) for label, _, value in MATCH.findall(selector) if not value.startswith("$")]
-        wanted = [match for match in matches if match not in UNSEEN]
-        fitting = [row for row, _ in samples.get(name, []) if all(re.fullmatch(v, row.get(k, "")) for k, v in wanted)]
-        if not fitting:
-            found.append(f"{name} with {matches}")
-        known |= {label for row in fitting for label in row}
-    labels = {label.strip() for by in BY.findall(expression) for label in by.split(",")}
-    return found + [f"by {label}" for label in sorted(labels - known) if not found]
 
 
 def scrape(running: Service) -> Samples:
-    """All samples of our own metrics, as Prometheus reads them."""
-    text = httpx.get(f"http://127.0.0.1:{running.metrics_port}/metrics", timeout=20).text
-    samples: Samples = defaultdict(list)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name.startswith("ray_aai_"):
-                samples[sample.name].append((sample.labels, sample.value))
-    return samples
-
-
-def total(samples: Samples, name: str, **labels: str) -> float:
-    """The sum of a metric's samples with these labels."""
-    return sum(value for row, value in samples[name] if labels.items() <= row.items())
+    """What Prometheus finds at a service."""
+    return samples_at(running.metrics_port)
 
 
 def until(running: Service, name: str, value: float, **labels: str) -> Samples:
@@ -214,7 +172,7 @@ def test_dashboard_and_alerts_name_only_what_there_is(
     until(service, "ray_aai_version_refused", 1, version=str(bad))
     versions.delete_alias(registry, "champion")
     samples = until(service, "ray_aai_registry_trouble", 1)
-    assert {e: found for e in expressions() if (found := missing(e, samples))} == {}
+    assert {e: found for e in of_the_service() if (found := missing(e, samples))} == {}
     versions.set_alias(registry, "champion", 1)
     samples = until(service, "ray_aai_version_refused", 0, version=str(bad))
     assert total(samples, REQUESTS, verb="registry", status="202", code="ok") >= 3

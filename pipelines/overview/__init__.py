@@ -1,0 +1,1 @@
+"""Where a run stands, as its folder tells it."""
