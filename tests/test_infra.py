@@ -126,7 +126,7 @@ def test_every_file_belongs_to_an_overlay() -> None:
 @needs_kustomize
 @pytest.mark.parametrize("overlay", ["dev", "gpu"])
 def test_there_is_a_job_for_every_batch_stage(overlay: str) -> None:
-    known = {"curate", "featurize", "align", "adapt", "tune", "evaluate", "promote"}
+    known = {"curate", "featurize", "align", "adapt", "tune", "evaluate", "promote", "run"}
     found = jobs(overlay)
     assert found.keys() == known | {"world" if overlay == "dev" else "weights"}
     assert [name for name, entrypoint in found.items() if entrypoint and entrypoint.split()[1] != name] == []
@@ -145,7 +145,7 @@ def test_documented_commands_are_those_of_the_jobs_and_name_every_overlay() -> N
     assert {line[3] for line in applied} == {f"infra/kubernetes/overlays/{name}" for name in ("gpu", "gpu/jobs")}
     assert [name for name in OVERLAYS if f"infra/kubernetes/overlays/{name}" not in PAGE] == []
     asked = [line[-1].partition("=")[2] for line in applied if line[-1].startswith("aai/job=")]
-    assert [*asked, "tune"] == ["weights", *(shlex.split(line)[1] for line in documented(CLUSTERS, "aai")), "tune"]
+    assert [*asked, "run", "tune"] == ["weights", *(shlex.split(line)[1] for line in documented(CLUSTERS, "aai")), "tune"]
     labels = [each["metadata"]["labels"].get("app.kubernetes.io/component") for each in rendered("gpu")[1:]]
     assert {"service", "training", "registry"} <= set(labels)
 
@@ -361,7 +361,7 @@ def test_the_driver_of_the_database_is_in_the_image() -> None:
 def test_labels_choose_one_job() -> None:
     """`kubectl apply -k ... -l aai/job=curate`: each label is of one object."""
     labels = [each["metadata"].get("labels", {}).get("aai/job") for each in rendered("gpu/jobs")]
-    assert len([label for label in labels if label]) == len({label for label in labels if label}) == 8
+    assert len([label for label in labels if label]) == len({label for label in labels if label}) == 9
 
 
 def test_hf_takes_the_flags_of_the_weights_job() -> None:
