@@ -35,6 +35,7 @@ SRUN = parser("srun", "no-kill", nodes=int, ntasks=int, exclude=str, cpu_bind=st
 SBATCH = parser(
     "sbatch", "exclusive", "no-kill", "requeue", job_name=str, nodes=int, ntasks_per_node=int, mem=int, open_mode=str,
     output=str, signal=str, time=str, gpus_per_node=int,
+    dependency=str,
 )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.accept, pytest.mark.timeout(400)]
 CLIPS = 60
 
 
-def curate(folder: Path, nodes: int = 2, **environment: str) -> subprocess.Popen[bytes]:
-    """A job that curates the toy world in `folder`."""
+def curate(folder: Path, nodes: int = 2, chain: bool = False, **environment: str) -> subprocess.Popen[bytes]:
+    """A job that curates the toy world in `folder`, alone or as a stage of `aai run`."""
     sets = {"run_dir": folder / "run", "cluster.num_workers": 2, "rows_per_shard": 2, "tracking": "null"}
     words = [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
     script = ROOT / "infra" / "slurm" / "aai.sbatch"
@@ -98,7 +98,7 @@ def test_a_job_gives_its_tables_and_ends(undisturbed: list[pa.Table]) -> None:
 
 def test_at_the_time_limit_the_job_is_queued_again_and_goes_on(undisturbed: list[pa.Table], tmp_path: Path) -> None:
     folder = world(tmp_path)
-    job = curate(folder)
+    job = curate(folder, chain=True)
     until(lambda: measured(folder) >= 3, job)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(100) != 0
@@ -107,7 +107,7 @@ def test_at_the_time_limit_the_job_is_queued_again_and_goes_on(undisturbed: list
     assert (folder / "requeued").read_text() == f"{JOB}\n"
     assert_nothing_is_left(folder)
     assert done < CLIPS / 2
-    assert curate(folder, SLURM_RESTART_COUNT="1").wait(200) == 0
+    assert curate(folder, chain=True, SLURM_RESTART_COUNT="1").wait(200) == 0
     assert tables(folder) == undisturbed
     print(f"{done} of {CLIPS // 2} shards were measured when the time was over")
 
