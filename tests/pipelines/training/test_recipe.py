@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from aai import storage
 from aai.features import FeatureManifest
 from pipelines.engine.cluster import connect, shutdown
+from pipelines.overview.stage_states import StageStatus, read_stages
 from pipelines.settings import ClusterConfig
 from pipelines.training import following
 from pipelines.training.recipe import Trained
@@ -69,7 +70,13 @@ def test_a_third_stage_is_one_file_of_at_most_120_lines() -> None:
 
 def test_a_third_stage_killed_and_resumed_ends_where_it_would_have(features: str, tmp_path: Path) -> None:
     whole = third_stage.run(settings(features, tmp_path / "whole"))
-    killed = run_stage(MortalRecipe, settings(features, tmp_path / "killed"))
+    seen: list[StageStatus] = []
+
+    def look(step: int, figures: dict[str, float]) -> None:
+        seen.extend(stage for stage in read_stages(str(tmp_path)) if stage.stage == "align")
+
+    killed = run_stage(MortalRecipe, settings(features, tmp_path / "align"), look)
+    check_status(seen)
     assert Path(features, "killed").exists()
     assert killed["digest"] == whole["digest"]
     assert killed["steps"] == STEPS
@@ -82,9 +89,19 @@ def test_a_third_stage_killed_and_resumed_ends_where_it_would_have(features: str
     assert killed["sha"] == whole["sha"]
     written = storage.read_json(storage.join(whole["bundle"], "map.json"))
     assert (written["map"], written["data_fingerprint"]) == ({"width": 3, "bias": True}, "f")
-    steps = [(entry["step"], "loss" in entry) for entry in following.history(str(tmp_path / "killed"))]
+    steps = [(entry["step"], "loss" in entry) for entry in following.history(str(tmp_path / "align"))]
     assert steps == [(step, True) for step in range(1, STEPS + 1)] + [(STEPS, False)]
     assert third_stage.run(settings(features, tmp_path / "whole")) == whole  # nothing to do
+
+
+def check_status(seen: list[StageStatus]) -> None:
+    """What `aai status` tells while a training runs."""
+    assert {stage.state for stage in seen} == {"running"}
+    assert {stage.holder.pid for stage in seen if stage.holder} == {os.getpid()}
+    last = {part.what: (part.done, part.of) for part in seen[-1].progress}
+    assert last["trained"] == (STEPS, STEPS)
+    assert last["last checkpoint"][0] >= DIES_AT
+    assert seen[-1].figures["loss"] > 0
 
 
 def test_what_changes_the_weights_changes_the_digest(tmp_path: Path) -> None:
