@@ -10,13 +10,14 @@ from aai.foundation.identity import FoundationSpec, is_identity, locate, pinned_
 from pipelines.checkup.finding import Finding, failure, ok
 from pipelines.checkup.places import impatient_s3
 
+MANIFEST_BYTES = 2**20
+"""No manifest of features is larger."""
 RESTORE = "copy the folder anew from where it came, on every node, and compare its size"
 
 
 def check_weights(spec: FoundationSpec, run_dirs: tuple[str, ...]) -> list[Finding]:
     """Looks at both models of a foundation. run_dirs: runs whose features, if there are any, name what made them."""
-    found: list[Finding] = []
-    recorded = _recorded(run_dirs)
+    recorded, found = _recorded(run_dirs)
     for name, model_id, revision in (
         ("clip", spec.clip, spec.clip_revision),
         ("diffusion", spec.diffusion, spec.diffusion_revision),
@@ -67,10 +68,10 @@ def _cut_off(file: Path) -> str | None:
     return None if size == expected else f"has {size} bytes, its header says {expected}"
 
 
-def _recorded(run_dirs: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """What the features of each run say of their models, by their manifest, as far as it can be read."""
+def _recorded(run_dirs: tuple[str, ...]) -> tuple[dict[str, dict[str, str]], list[Finding]]:
+    """What the features of each run say of their models, by their manifest; and manifests that are none."""
     impatient_s3()
-    found = {}
+    found, broken = {}, []
     for run_dir in run_dirs:
         uri = storage.join(run_dir, "features", "manifest.json")
         try:
@@ -78,10 +79,15 @@ def _recorded(run_dirs: tuple[str, ...]) -> dict[str, dict[str, str]]:
                 fs, path = storage.filesystem(uri)
                 bucket, _, key = path.partition("/")
                 fs.call_s3("head_object", Bucket=bucket, Key=key)
-            found[uri] = dict(storage.read_json(uri).get("foundation", {}))
+            content = storage.read_bytes(uri, MANIFEST_BYTES)
         except Exception:  # whether the place answers is another check
             continue
-    return found
+        try:
+            found[uri] = dict(json.loads(content).get("foundation", {}))
+        except (ValueError, AttributeError, TypeError):
+            rule, remedy = "is not what featurize writes", "restore it, or featurize into another `out`"
+            broken.append(failure("features.manifest", uri, rule, remedy))
+    return found, broken
 
 
 def _compared(spec: FoundationSpec, name: str, model_id: str, recorded: dict[str, dict[str, str]]) -> list[Finding]:

@@ -40,6 +40,13 @@ def test_whole_models_are_fine(mine: FoundationSpec, tmp_path: Path) -> None:
     assert [row.check for row in rows] == ["weights.hash"] * 2
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"foundation": 3}'])
+def test_a_manifest_that_is_none_is_told(mine: FoundationSpec, tmp_path: Path, content: str) -> None:
+    run = Path(featurized(mine, tmp_path / "run"))
+    (run / "features" / "manifest.json").write_text(content)
+    assert wrong(check_weights(mine, (str(run),))) == ["features.manifest"]
+
+
 def test_a_model_that_is_cut_off_or_changed_is_seen(mine: FoundationSpec, tmp_path: Path) -> None:
     run = featurized(mine, tmp_path / "run")
     weights = next(Path(mine.clip).glob("*.safetensors"))
