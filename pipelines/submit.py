@@ -110,7 +110,7 @@ def run(config: SubmitConfig) -> dict[str, Any]:
                 runtime_env={"working_dir": folder, "env_vars": variables},
                 metadata={
                     "command": f"aai {' '.join([verb, *words])}",
-                    "by": getpass.getuser(),
+                    "by": whoami(),
                     "code": code_version(),
                 },
                 entrypoint_num_cpus=config.driver_cpus,
@@ -124,6 +124,14 @@ def run(config: SubmitConfig) -> dict[str, Any]:
         return {"job": job}
     watch(client, job)
     return {"job": job}
+
+
+def whoami() -> str:
+    """Who submits."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container whose user has no name
+        return "unknown"
 
 
 def takes_address(config: VerbConfig) -> bool:
