@@ -149,6 +149,8 @@ def watch(client: Any, job: str) -> None:
         except KeyboardInterrupt:
             if not goes_on(client, job):
                 raise
+    if not follower.shown:  # Ray passes no log on that has bytes other than UTF-8 near its begin
+        log.warning("submit: its log could not be shown; on the head it is job-driver-%s.log among Ray's logs", job)
     if details.status == "SUCCEEDED":
         log.info("submit: job %s succeeded", job)
         return
