@@ -34,6 +34,7 @@ from pipelines.chain.stages import (
     estimate,
     kept_record,
     out_of,
+    places_of,
     record_file,
     record_of,
 )
@@ -109,7 +110,8 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Runs what is to be run; returns what was done and what was left. Raises UserError where a stage failed."""
+    """Runs what is to be run; returns what was done and what was left. Raises UserError where a stage failed,
+    SystemExit where it broke off."""
     begin_s, chosen = time.monotonic(), config.chosen()
     configs = {stage.verb: settings_of(config, stage) for stage in chosen}  # before hours of work: all are valid
     done, hours = list[str](), planned(config)
@@ -144,7 +146,7 @@ def settings_of(config: RunConfig, stage: ChainStage) -> VerbConfig:
 
 
 def perform(config: RunConfig, stage: ChainStage, settings: VerbConfig) -> None:
-    """Runs a stage and keeps what it was made of. Raises UserError when it does not end well."""
+    """Runs a stage and keeps what it was made of. Raises UserError for a mistake, SystemExit where it broke off."""
     address = config.address
     words = stage.words(config.run_dir)
     if address and isinstance(settings, RayVerbConfig):
@@ -154,11 +156,13 @@ def perform(config: RunConfig, stage: ChainStage, settings: VerbConfig) -> None:
     code, attempts = launch(stage.verb, words, config.attempts, ready=partial(wait_for, address, config.away_s))
     if code == INTERRUPTED:
         raise KeyboardInterrupt
-    if code != 0:
-        rule = (
-            "failed; what it said stands above" if code == USER_ERROR else f"broke off {attempts} times: {told(code)}"
-        )
-        raise UserError("stage", stage.verb, rule, "mend that and run the same command again: it goes on here")
+    if code == USER_ERROR:
+        remedy = "mend that and run the same command again: it goes on here"
+        raise UserError("stage", stage.verb, "failed; what it said stands above", remedy)
+    if code != 0:  # another try may do: who started us is told so by another code than of a mistake
+        told_of = (stage.verb, attempts, told(code))
+        log.error("run: stage %s broke off %d times (%s); run the same command again: it goes on here", *told_of)
+        raise SystemExit(code if code > 0 else 128 - code)
     record = before.ended(settings, time.monotonic() - begin_s, attempts)
     storage.write_json(record_file(config.run_dir, stage.verb), record.model_dump())
 
@@ -181,7 +185,10 @@ def look_first(config: RunConfig, chosen: list[ChainStage]) -> None:
     if config.address:
         words += ["--address", config.address]
     log.info("run: aai doctor looks first (doctor=false leaves it out)")
-    if launch("doctor", words, attempts=1)[0] != 0:
+    code, _ = launch("doctor", words, attempts=1)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code != 0:
         raise UserError("stage", "doctor", "found what would stop the run", "see above, or --set doctor=false")
 
 
@@ -211,9 +218,8 @@ def reads_of(config: RunConfig, stage: ChainStage, before: str) -> bool:
     """Whether a stage reads what another one of the run writes."""
     other = next(one for one in config.stages if one.verb == before)
     made = storage.absolute(out_of(settings_of(config, other))).rstrip("/")
-    values = settings_of(config, stage).model_dump(mode="json", exclude={"out", "run_dir", "tracking"})
-    return any(f"{storage.absolute(value).rstrip('/')}/".startswith(f"{made}/") for value in values.values()
-               if isinstance(value, str))  # fmt: skip
+    places = places_of(settings_of(config, stage)).values()
+    return any(f"{storage.absolute(place).rstrip('/')}/".startswith(f"{made}/") for place in places)
 
 
 def price(config: RunConfig, plan: dict[str, Any] | None, verb: Verb) -> str:

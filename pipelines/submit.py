@@ -110,7 +110,7 @@ def run(config: SubmitConfig) -> dict[str, Any]:
                 runtime_env={"working_dir": folder, "env_vars": variables},
                 metadata={
                     "command": f"aai {' '.join([verb, *words])}",
-                    "by": getpass.getuser(),
+                    "by": whoami(),
                     "code": code_version(),
                 },
                 entrypoint_num_cpus=config.driver_cpus,
@@ -124,6 +124,14 @@ def run(config: SubmitConfig) -> dict[str, Any]:
         return {"job": job}
     watch(client, job)
     return {"job": job}
+
+
+def whoami() -> str:
+    """Who submits."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container whose user has no name
+        return "unknown"
 
 
 def takes_address(config: VerbConfig) -> bool:
@@ -141,6 +149,8 @@ def watch(client: Any, job: str) -> None:
         except KeyboardInterrupt:
             if not goes_on(client, job):
                 raise
+    if not follower.shown:  # Ray passes no log on that has bytes other than UTF-8 near its begin
+        log.warning("submit: its log could not be shown; on the head it is job-driver-%s.log among Ray's logs", job)
     if details.status == "SUCCEEDED":
         log.info("submit: job %s succeeded", job)
         return

@@ -106,7 +106,7 @@ class TuneConfig(VerbConfig):
     def candidates(self) -> tuple[Candidate, ...]:
         """All trials. Raises UserError for what the stage, or the metric, does not take: before anything runs."""
         space = {name: self.space[name] for name in sorted(self.space)} or SPACES[self.stage]
-        base = self._config({}, 0)
+        base = self.stage_config()
         self._check_metric(space)
         if "adapter.parts" in space:
             rule, remedy = "the sounds are embedded once for all trials", "set overrides.adapter.parts"
@@ -125,6 +125,10 @@ class TuneConfig(VerbConfig):
         if len(found) < self.trials:
             log.warning("tune: the space has no more than %d trials that differ", len(found))
         return tuple(found)
+
+    def stage_config(self) -> StageConfig:
+        """The stage as it is, from which all trials begin."""
+        return self._config({}, 0)
 
     def _config(self, settings: Settings, number: int) -> StageConfig:
         """The stage's settings with some changed."""

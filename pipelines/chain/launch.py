@@ -22,10 +22,10 @@ def launch(
 ) -> tuple[int, int]:
     """Runs `aai VERB WORDS`, again as long as it breaks off; (exit code, attempts that it took).
 
-    A mistake of the user's is not tried again, and neither is what was interrupted. ready: returns when the stage can
-    be begun again, after the pause.
+    A mistake of the user's is not tried again, and neither is what was interrupted: the code is INTERRUPTED when we
+    were told to stop, however the stage ended then. ready: returns when the stage can be begun again, after the pause.
     """
-    command = [sys.executable, "-m", "pipelines", verb, *words]
+    command = [sys.executable, "-P", "-m", "pipelines", verb, *words]  # a folder of that name in this one is not ours
     for attempt in range(1, attempts + 1):
         code = _run(command)
         if code in (0, USER_ERROR, INTERRUPTED):
@@ -47,23 +47,47 @@ def told(code: int) -> str:
 
 def _run(command: Sequence[str]) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen(command, env=environment) as process, _passed_on(process):
+    with subprocess.Popen(command, env=environment) as process, _passed_on(process) as told_to_stop:
         while True:
             try:
-                return process.wait()
-            except KeyboardInterrupt:  # the terminal has told the stage, too: it ends in good order
-                continue
+                code = process.wait()
+                return INTERRUPTED if told_to_stop else code
+            except KeyboardInterrupt:
+                told_to_stop.append(signal.SIGINT)
+                if not _is_in_front():  # else the terminal has told the stage, too: it ends in good order
+                    process.send_signal(signal.SIGINT)
+
+
+def _is_in_front() -> bool:
+    """Whether Ctrl-C at the terminal reaches this process, and with it those that it started."""
+    try:
+        descriptor = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
-def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """While the body runs, SIGTERM goes on to the process, as SIGINT: the stage gives its locks back."""
+def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
+    """While the body runs, SIGTERM goes on to the process, as SIGINT: the stage gives its locks back.
 
-    def stop(*_: object) -> None:
-        process.send_signal(signal.SIGINT)
+    A process that a script started with `&` does not hear SIGINT, and neither does what it starts: there SIGTERM stays
+    what it is. Yields the signals that came.
+    """
+    came: list[int] = []
+    goes_on = signal.SIGTERM if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else signal.SIGINT
+
+    def stop(number: int, _: object) -> None:
+        came.append(number)
+        process.send_signal(goes_on)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,19 +1,29 @@
 """The stages of a run: what each reads, what it makes, and whether it stands as it was made."""
 
+import os
+import re
 from datetime import UTC, datetime
+from functools import reduce
 from typing import Any, Literal
 
 import pydantic
 
 from aai import storage
 from aai.config import Config
-from aai.foundation.identity import FoundationSpec, identity
+from aai.foundation.identity import FoundationSpec, identity, pinned_by
 from pipelines.chain.fingerprints import MISSING, code_fingerprint, fingerprint, flat
 from pipelines.settings import VerbConfig
 
 Verb = Literal["world", "curate", "featurize", "align", "adapt", "tune", "evaluate", "promote"]
-READS = ("manifest", "exclude", "input", "features", "clips", "bundle", "evaluation", "against")
+READS = (
+    "manifest", "label_names", "exclude", "input", "features", "clips", "bundle", "evaluation", "against",
+    "scores.bundle", "trust.public_keys", "trust.authorities",
+)  # fmt: skip
 """Settings that name what a stage reads, in all stages that have them; besides them tables of `signals`."""
+FOUNDATIONS, MODELS = ("foundation", "scores.foundation"), ("encoder.pretrained", "scores.tagger", "judge.model")
+"""Settings that name frozen models: of a hub id the revision counts, which is a setting, of a folder what is loaded."""
+TRACKS = ("evaluate", "promote")
+"""Stages whose tracking counts: what they leave there is asked for later."""
 RESULTS: dict[Verb, str] = {
     "world": "world.json",
     "curate": "curate.json",
@@ -77,28 +87,68 @@ def out_of(config: VerbConfig) -> str:
 
 def record_of(verb: Verb, config: VerbConfig, code: str | None = None) -> StageRecord:
     """What a stage would be made of now."""
-    apart = {*ELSEWHERE, *(() if verb == "promote" else ("tracking",))}
+    settings, base = _settings(verb, config), swept_by(config)
+    if base is not None:
+        settings |= {f"base.{name}": value for name, value in _settings(verb, base).items()}
+    return StageRecord(verb=verb, settings=settings, inputs=inputs_of(config), code=code or code_fingerprint())
+
+
+def _settings(verb: Verb, config: VerbConfig) -> dict[str, str]:
+    """Those that count, as a record has them: no folder of the run, and no password of an address."""
+    apart = {*ELSEWHERE, *(() if verb in TRACKS else ("tracking",))}
     settings = flat(config.model_dump(mode="json", exclude=apart))
-    for place in (config.run_dir.rstrip("/"), storage.absolute(config.run_dir).rstrip("/")):
-        settings = {name: value.replace(place, "${run_dir}") for name, value in settings.items()}
-    code = code or code_fingerprint()
-    return StageRecord(verb=verb, settings=settings, inputs=inputs_of(config), code=code)
+    settings.pop("tracking.wait_s", None)
+    there = {config.run_dir.rstrip("/"), storage.absolute(config.run_dir).rstrip("/")} - {""}
+    places = "|".join(re.escape(place) for place in sorted(there, key=len, reverse=True))
+    of_run = re.compile(rf"(?<![\w.~-])(?<!\w/)(?:{places})(?![\w.~-])(?:/(?=/))*")  # the whole of a path's names
+    for name, value in settings.items():
+        value = of_run.sub("${run_dir}", value) if places else value
+        settings[name] = re.sub(r"://[^/\s@\"]+@", "://***@", value)
+    return settings
+
+
+def swept_by(config: VerbConfig) -> VerbConfig | None:
+    """The stage that `aai tune` sweeps, as it stands in the file that it names."""
+    told = getattr(config, "stage_config", None)
+    return told() if told is not None else None
+
+
+def places_of(config: VerbConfig) -> dict[str, str]:
+    """{setting: file, folder or s3:// prefix} of what a stage reads."""
+    found: dict[str, str] = {}
+    for name in READS:
+        value = _value(config, name)
+        if isinstance(value, str) and value:
+            found[name] = value
+        elif isinstance(value, tuple):
+            found |= {f"{name}.{number}": uri for number, uri in enumerate(value)}
+    for name, signal in (getattr(config, "signals", None) or {}).items():
+        if getattr(signal, "table", None):
+            found[f"signals.{name}.table"] = signal.table
+    if base := swept_by(config):
+        found |= {f"base.{name}": uri for name, uri in places_of(base).items()}
+    return found
 
 
 def inputs_of(config: VerbConfig) -> dict[str, str]:
     """Fingerprints of what a stage reads, by setting; of frozen models what pins them."""
-    found: dict[str, str] = {}
-    for name in READS:
-        uri = getattr(config, name, None)
-        if isinstance(uri, str) and uri:
-            found[name] = f"{fingerprint(uri)}{_made_of(uri)}"
-    for name, signal in (getattr(config, "signals", None) or {}).items():
-        if getattr(signal, "table", None):
-            found[f"signals.{name}.table"] = fingerprint(signal.table)
-    foundation = getattr(config, "foundation", None)
-    if isinstance(foundation, FoundationSpec):
-        found |= {f"foundation.{name}": value for name, value in identity(foundation).items() if "revision" in name}
+    found = {name: f"{fingerprint(uri)}{_made_of(uri)}" for name, uri in places_of(config).items()}
+    for part, of_part in (("", config), ("base.", swept_by(config))):
+        for name in FOUNDATIONS:
+            spec = _value(of_part, name)
+            if isinstance(spec, FoundationSpec):
+                pins = {key: value for key, value in identity(spec).items() if "revision" in key}
+                found |= {f"{part}{name}.{key}": value for key, value in pins.items()}
+        for name in MODELS:
+            model = _value(of_part, name)
+            if isinstance(model, str) and os.path.isdir(model):
+                found[f"{part}{name}"] = pinned_by(model, None, name)
     return found
+
+
+def _value(config: object, name: str) -> object:
+    """A setting by its dotted name; None where there is none."""
+    return reduce(lambda section, part: getattr(section, part, None), name.split("."), config)
 
 
 def _made_of(uri: str) -> str:

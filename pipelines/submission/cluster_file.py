@@ -11,6 +11,8 @@ from aai.errors import UserError
 from pipelines.settings import Plan, VerbConfig
 
 SECRET_NAME = re.compile(r"(?i)key|secret|token|password|credential")
+PASSWORD = re.compile(r"://[^/\s@]+@")
+"""User and password within an address."""
 PASSED = ("AAI_BUCKET", "AAI_LOG", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE")
 
 
@@ -54,7 +56,7 @@ class ClusterFile(VerbConfig):
         """The variables that jobs get. Raises UserError where one holds a password."""
         found = {name: os.environ[name] for name in self.variables if os.environ.get(name)}
         for name, value in found.items():
-            if re.search(r"://[^/\s@]+@", value):
+            if PASSWORD.search(value):
                 remedy = "give the address without, and user and password on the nodes (docs/clusters.md)"
                 raise UserError(name, "(not shown)", "holds a password, which the dashboard would show", remedy)
         return found

@@ -1,5 +1,6 @@
 """What travels with a job: the config files that its command was given, and, where the nodes have none, the code."""
 
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -8,10 +9,14 @@ from pathlib import Path
 from aai import storage
 from aai.errors import UserError
 from pipelines.__main__ import CONFIGS, config_file, load_config
-from pipelines.checkup.needs import needs_of
+from pipelines.checkup.needs import INPUTS, needs_of
 from pipelines.settings import VerbConfig
-from pipelines.submission.cluster_file import ClusterFile
+from pipelines.submission.cluster_file import PASSWORD, ClusterFile
 
+SECRET_VALUE = re.compile(r"(?i)(^|[._])(password|secret|token|api_?key)$")
+"""Settings whose value is a secret itself, unlike those that name its file."""
+FILES = ("label_names", "exclude", "table")
+"""Settings that name files which do not travel."""
 PACKAGES = ("aai", "pipelines", "configs")
 
 
@@ -20,15 +25,25 @@ def pack(cluster: ClusterFile, verb: str, words: Sequence[str], into: Path) -> V
 
     Raises UserError where the config is wrong, or names a place that the nodes cannot know.
     """
+    refuse_secrets(words)
     config, args = load_config(verb, list(words))
-    files = {verb: args.config, **{stage.verb: stage.config for stage in getattr(config, "stages", ())}}
+    chosen, swept = getattr(config, "chosen", tuple), getattr(config, "stage_config", None)  # of run, and of tune
+    files, parts = {verb: str(args.config)}, [config]
+    for stage in chosen():
+        files[stage.verb] = stage.config
+        parts.append(load_config(stage.verb, stage.words(config.run_dir))[0])
+    if swept is not None:
+        parts.append(swept())
+        files |= {"base": config.base} if config.base else {}  # type: ignore[attr-defined]
     if cluster.folder is None:
         for name in files.values():
             _copy(name, into)
-        out = getattr(config, "out", None)
-        refuse_places_of_here(files, config.run_dir, *([out] if isinstance(out, str) else []))
+        refuse_places_of_here(files, config.run_dir, *(place for part in parts for place in places_in(part)))
     elif not Path(cluster.folder).is_dir():
         raise UserError("folder", cluster.folder, "is no folder of this machine", "give one that all nodes share")
+    else:
+        for name in files.values():
+            refuse_another_file(name, Path(cluster.folder))
     if cluster.code == "package":
         root = CONFIGS.parent
         for name in PACKAGES:
@@ -48,6 +63,36 @@ def _copy(name: str, into: Path) -> None:
     target = into / name
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, target)
+
+
+def refuse_secrets(words: Sequence[str]) -> None:
+    """Raises UserError for what everybody who sees the dashboard would read in the job's command."""
+    for word in words:
+        name, is_setting, value = word.removeprefix("--set=").partition("=")
+        if PASSWORD.search(word) or (is_setting and value and SECRET_VALUE.search(name)):
+            rule, remedy = "holds a secret, which the dashboard would show", "set it in the nodes' environment"
+            raise UserError(name if is_setting else "command", "(not shown)", rule, remedy)
+
+
+def refuse_another_file(name: str, folder: Path) -> None:
+    """Raises UserError where a config that was checked here is not the one that the job will read in its folder."""
+    here, there = config_file(name), folder / name
+    if here.is_relative_to(CONFIGS) and not there.exists():
+        return
+    if not there.exists() or not there.samefile(here):
+        rule = f"is not the file of that name in {folder}, where the job starts"
+        raise UserError("config", name, rule, "submit from that folder, or give the file's absolute path")
+
+
+def places_in(config: VerbConfig) -> list[str]:
+    """What a command reads and writes with its settings as they are here, an sqlite store and a key, too."""
+    found = [getattr(config, name, None) for name in ("out", *INPUTS, *FILES)]
+    tracking, signing = getattr(config, "tracking", None), getattr(config, "signing", None)
+    if tracking is not None and tracking.uri.startswith("sqlite:///"):
+        found.append(tracking.uri.removeprefix("sqlite:///"))
+    if signing is not None:
+        found.append(signing.private_key)
+    return [uri for uri in found if isinstance(uri, str) and uri and not uri.startswith("models:")]
 
 
 def refuse_places_of_here(files: dict[str, str], run_dir: str, *more: str) -> None:
@@ -70,4 +115,5 @@ def entrypoint(cluster: ClusterFile, verb: str, words: Sequence[str], on_ray: bo
 
 def has_address(words: Sequence[str]) -> bool:
     """Whether a command was told where to work."""
-    return any(word == "--address" or word.startswith(("--address=", "cluster.address=")) for word in words)
+    starts = ("--address=", "cluster.address=", "--set=cluster.address=", "address=", "--set=address=")
+    return any(word == "--address" or word.startswith(starts) for word in words)

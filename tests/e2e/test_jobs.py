@@ -85,6 +85,16 @@ def test_a_job_is_stopped(aai: Aai, tmp_path: Path) -> None:
     assert "is no job of this cluster" in aai("jobs", "logs", "nobody").stderr
 
 
+def test_a_log_that_ray_does_not_pass_on_is_told_of(aai: Aai, cluster: Path) -> None:
+    headers, job = {"Authorization": f"Bearer {TOKEN}"}, {"entrypoint": r"printf 'caf\351\n'; exit 3"}
+    sent = requests.post(f"{address(cluster)}/api/jobs/", json=job, headers=headers, timeout=60)
+    assert sent.ok, sent.text[:200]
+    name = sent.json()["submission_id"]
+    followed = aai("jobs", "logs", name)
+    assert followed.returncode == 3, followed.stderr
+    assert f"its log could not be shown; on the head it is job-driver-{name}.log" in followed.stderr
+
+
 def test_another_token_is_refused(aai: Aai, tmp_path: Path, cluster: Path) -> None:
     for words in (("jobs",), ("submit", "world", "--set", f"run_dir={tmp_path}/run")):
         done = aai(*words, token="f" * 32)

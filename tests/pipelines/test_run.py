@@ -61,6 +61,23 @@ def test_what_is_finished_is_skipped_and_what_fails_ends_the_run(
     assert "promote" not in text
 
 
+@pytest.mark.parametrize(("ends", "code"), [(1, 1), (-9, 137)])
+def test_what_broke_off_ends_the_run_with_its_exit_code(
+    chain: Path, ends: int, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipelines.run.launch", lambda *_, **__: (ends, 3))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "world", "--config", str(chain)])
+    assert ended.value.code == code
+    assert "run: stage world broke off 3 times" in caplog.text
+    assert not (chain.parent / "run" / "_run" / "world.json").exists()
+
+
+def test_who_stops_the_first_look_stops_the_run(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.run.launch", lambda *_, **__: (130, 1))
+    assert main(["run", "world", "--config", str(chain), "--set", "doctor=true"]) == 130
+
+
 def test_a_plan_tells_hours_and_costs(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain.write_text(
         f"run_dir: {tmp_path}/run\nnode_cost_per_h: 3\nestimate: {tmp_path}/plan.json\nstages:\n"

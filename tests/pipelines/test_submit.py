@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.__main__ import load_config, main
-from pipelines.submit import arranged
+from pipelines.submit import arranged, whoami
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,11 @@ def test_the_plan_shows_the_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert "http://127.0.0.1:8265" in told
     assert main(["submit", "--dry-run"]) == 0  # of no command, the cluster alone
     assert "http://127.0.0.1:8265" in capsys.readouterr().out
+
+
+def test_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1000")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert whoami() == "unknown"

@@ -47,28 +47,52 @@ def test_an_exit_code_in_words() -> None:
     assert (told(3), told(-9)) == ("exit code 3", "killed by SIGKILL")
 
 
-def test_a_stage_is_told_to_stop_when_the_run_is(tmp_path: Path) -> None:
+LAUNCHES = """
+import os, signal, sys
+from pipelines.chain.launch import launch
+os.setsid()  # away from the terminal of who runs the tests
+os.chdir(sys.argv[1])
+sys.path.insert(0, sys.argv[1])
+if sys.argv[2] == "behind":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `command &`
+print(launch("verb", [], 3, pause_s=0.1), flush=True)
+"""
+IN_GOOD_ORDER, AT_ONCE, ALL_THE_SAME = "sys.exit(130)", "os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(0)"
+
+
+@pytest.mark.parametrize(
+    ("where", "sent", "ends"),
+    [
+        ("in front", signal.SIGTERM, IN_GOOD_ORDER),
+        ("in front", signal.SIGTERM, AT_ONCE),  # still importing, or told by others, too
+        ("in front", signal.SIGTERM, ALL_THE_SAME),  # nothing is begun after it
+        ("in front", signal.SIGINT, IN_GOOD_ORDER),  # by `kill`, not by a terminal
+        ("behind", signal.SIGTERM, IN_GOOD_ORDER),
+    ],
+)
+def test_a_stage_is_told_to_stop_when_the_run_is(tmp_path: Path, where: str, sent: signal.Signals, ends: str) -> None:
     (tmp_path / "pipelines").mkdir()
     (tmp_path / "pipelines" / "__init__.py").touch()
     (tmp_path / "pipelines" / "__main__.py").write_text(
-        "import sys, time\n"
-        "try:\n    print('begun', flush=True)\n    time.sleep(60)\n"
-        "except KeyboardInterrupt:\n    sys.exit(130)\n"
+        "import os, signal, sys, time\n"
+        f"try:\n    print('begun', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    {ends}\n"
     )
-    run = python(
-        """
-        import os, sys
-        from pipelines.chain.launch import launch
-        os.chdir(sys.argv[1])
-        sys.path.insert(0, sys.argv[1])
-        print(launch("verb", [], 3), flush=True)
-        """,
-        str(tmp_path),
-    )
+    run = python(LAUNCHES, str(tmp_path), where)
     assert run.stdout is not None
     assert run.stdout.readline() == "begun\n"
-    run.send_signal(signal.SIGTERM)
-    assert run.communicate(timeout=60)[0] == "(130, 1)\n"
+    run.send_signal(sent)
+    assert run.communicate(timeout=30)[0] == "(130, 1)\n"
+
+
+def test_a_folder_of_the_same_name_is_not_taken_for_the_commands(
+    counting: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoy = counting.parent / "elsewhere" / "pipelines"
+    decoy.mkdir(parents=True)
+    (decoy / "__main__.py").write_text("raise SystemExit(7)")
+    (decoy / "__init__.py").touch()
+    monkeypatch.chdir(decoy.parent)
+    assert launch("verb", [str(counting), "1", "0"], 1) == (0, 1)
 
 
 def test_a_pause_lies_between_attempts(counting: Path) -> None:

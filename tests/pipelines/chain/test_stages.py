@@ -72,6 +72,8 @@ def test_a_finished_run_stands_and_elsewhere_too(finished: str) -> None:
         ("align", "fit.steps=7", "fit.steps: "),
         ("promote", "tracking.model_name=other", "tracking.model_name: "),
         ("align", "tracking.experiment=other", ""),
+        ("evaluate", "tracking.experiment=other", "tracking.experiment: "),  # promote asks there for it
+        ("promote", "tracking.wait_s=1", ""),
         ("align", "cluster.num_workers=1", ""),
         ("featurize", "prompts=['a sound of {caption}']", "prompts: "),
     ],
@@ -125,6 +127,68 @@ def test_a_record_that_is_not_understood_is_none(finished: str, content: str) ->
 def test_frozen_models_count_by_what_pins_them(finished: str) -> None:
     found = inputs_of(settings("align", finished))
     assert set(found) == {"features", "foundation.clip_revision", "foundation.diffusion_revision"}
+
+
+def model_folder(folder: Path) -> Path:
+    """A folder of weights; other ones have the same size."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("verb", "setting"),
+    [("align", "encoder.pretrained"), ("evaluate", "judge.model"), ("curate", "scores.tagger"),
+     ("curate", "scores.foundation.clip"), ("curate", "scores.bundle"), ("curate", "label_names"),
+     ("promote", "trust.public_keys")],
+)  # fmt: skip
+def test_what_else_a_stage_reads_counts_by_its_content(finished: str, verb: Any, setting: str) -> None:
+    folder = model_folder(Path(finished) / "other")
+    file = {"scores.bundle": "bundle.json", "label_names": "names.csv", "trust.public_keys": "key.pem"}.get(setting)
+    if file:
+        (folder / file).write_text("{}")
+    place = folder if setting == "scores.bundle" or not file else folder / file
+    given = f"{setting}=[{place}]" if setting == "trust.public_keys" else f"{setting}={place}"
+    more = ["encoder.backbone=ast"] if verb == "align" else []
+    before = inputs_of(settings(verb, finished, given, *more))
+    (folder / (file or "model.safetensors")).write_bytes(b"[]" if file else b"changed")
+    after = inputs_of(settings(verb, finished, given, *more))
+    changed = [name for name in before if before[name] != after[name]]
+    assert [name.startswith(setting) for name in changed] == [True]
+
+
+def test_a_sweep_is_made_of_the_stage_that_it_sweeps(finished: str) -> None:
+    base = Path(finished) / "align.yaml"
+    base.write_text(Path("configs/demo/align.yaml").read_text())
+    config = settings("tune", finished, f"base={base}")
+    Path(out_of(config)).mkdir(parents=True)
+    storage.write_json(record_file(finished, "tune"), record_of("tune", config).ended(config, 1.0, 1).model_dump())
+    storage.write_json(f"{out_of(config)}/tune.json", {})
+    assert why(finished, "tune", f"base={base}") == [f"{out_of(config)} is not as it was left"]
+    base.write_text(base.read_text().replace("steps: 300", "steps: 301"))
+    (Path(finished) / "features" / "manifest.json").write_text('{"other": 1}')
+    told = why(finished, "tune", f"base={base}")
+    assert told[:2] == ["base.fit.steps: 300 -> 301", "base.features changed"]
+
+
+def test_only_the_whole_name_of_the_runs_folder_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Path("featurize.yaml")
+
+    def told(run_dir: str, prompt: str) -> tuple[str, str]:
+        config.write_text(f"run_dir: {run_dir}\ninput: ${{run_dir}}/x\nout: y\nprompts: ['{prompt}']\n")
+        found = record_of("featurize", load_config("featurize", ["--config", str(config)])[0]).settings
+        return found["input"], found["prompts"]
+
+    assert told("do", "a dog does {caption}") == ('"${run_dir}/x"', '["a dog does {caption}"]')
+    beside = f"{tmp_path}/dodo {{caption}}"
+    assert told(f"{tmp_path}/do/", beside) == ('"${run_dir}/x"', f'["{beside}"]')
+    assert told(".", "1.5 {caption}") == ('"${run_dir}/x"', '["1.5 {caption}"]')
+
+
+def test_a_password_stands_in_no_record(finished: str) -> None:
+    config = settings("promote", finished, "tracking.uri=https://me:hunter22@mlflow.example.org")
+    assert record_of("promote", config).settings["tracking.uri"] == '"https://***@mlflow.example.org"'
 
 
 def test_every_stage_names_its_result(finished: str) -> None:

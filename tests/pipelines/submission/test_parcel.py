@@ -47,6 +47,8 @@ def test_the_code_travels_where_the_nodes_have_none(here: Path) -> None:
 
 def test_nothing_travels_to_a_folder_that_all_share(here: Path) -> None:
     assert packed(ClusterFile(folder="."), "curate", "--config", "mine/curate.yaml") == []
+    with pytest.raises(UserError, match="is not the file of that name in"):
+        pack(ClusterFile(folder=str(here / "mine")), "curate", ["--config", "mine/curate.yaml"], here)
     with pytest.raises(UserError, match="is no folder of this machine"):
         pack(ClusterFile(folder="/nowhere"), "curate", ["--config", "mine/curate.yaml"], here)
 
@@ -59,6 +61,11 @@ def test_nothing_travels_to_a_folder_that_all_share(here: Path) -> None:
         (["curate", "--config", "mine/curate.yaml", "--set", "filters.nothing=1"], "unknown key"),
         (["curate", "--config", "nowhere.yaml"], "no such file"),
         (["featurize"], "ends with the job"),  # the demo's, under runs/
+        (["curate", "--config", "mine/curate.yaml", "--set", "manifest=clips.csv"], "clips.csv: is relative"),
+        (["curate", "--config", "mine/curate.yaml", "--set", "exclude=left.txt"], "left.txt: is relative"),
+        (["curate", "--config", "mine/curate.yaml", "--set", "tracking.uri=sqlite:///mlflow.db"], "mlflow.db: is rel"),
+        (["adapt", "--set", "run_dir=/data", "--set", "signing.private_key=key.pem"], "key.pem: is relative"),
+        (["run", "--config", "mine/run.yaml", "--set", "stages=[{verb: world, config: none.yaml}]"], "no such file"),
     ],
 )
 def test_what_could_not_work_is_refused_here(here: Path, words: list[str], rule: str) -> None:
@@ -71,6 +78,27 @@ def test_a_config_from_elsewhere_cannot_travel(here: Path) -> None:
         pack(ClusterFile(), "curate", ["--config", str(here / "mine" / "curate.yaml")], here / "parcel")
 
 
+def test_a_sweep_takes_the_config_that_it_begins_from_along(here: Path) -> None:
+    (here / "mine" / "align.yaml").write_text("features: /data/features\nout: /data/align\n")
+    (here / "mine" / "tune.yaml").write_text("run_dir: /data\nbase: mine/align.yaml\nout: /data/tune\n")
+    (here / "mine" / "lost.yaml").write_text("features: features\nout: /data/align\n")
+    with pytest.raises(UserError, match="features: is relative"):
+        packed(ClusterFile(), "tune", "--config", "mine/tune.yaml", "--base", "mine/lost.yaml")
+    (here / "parcel").rename(here / "refused")
+    store = ["--set", "overrides.tracking.uri=https://mlflow.example.org"]
+    assert packed(ClusterFile(), "tune", "--config", "mine/tune.yaml", *store) == ["mine/align.yaml", "mine/tune.yaml"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["tracking.uri=https://me:hunter22@example.org", "--set=tracking.uri=http://hunter22@host", "hub.token=hunter22"],
+)  # fmt: skip
+def test_a_secret_in_the_command_is_not_sent_or_shown(here: Path, word: str) -> None:
+    with pytest.raises(UserError, match="holds a secret, which the dashboard would show") as caught:
+        pack(ClusterFile(), "align", [word], here / "parcel")
+    assert "hunter22" not in str(caught.value)
+
+
 def test_the_shell_line() -> None:
     words = ["--set", "prompts=['a {caption}']"]
     assert entrypoint(ClusterFile(), "featurize", words, True) == (
@@ -79,4 +107,6 @@ def test_the_shell_line() -> None:
     assert entrypoint(ClusterFile(code="package"), "promote", [], False) == "python -P -m pipelines promote"
     line = entrypoint(ClusterFile(folder="/shared/my project"), "run", ["--address", "head:6379"], True)
     assert line == "cd '/shared/my project' && aai run --address head:6379"
-    assert [has_address(["--set", "cluster.address=x"]), has_address(["--set", "run_dir=x"])] == [True, False]
+    assert not has_address(["--set", "run_dir=x"])
+    for words in (["--set", "cluster.address=x"], ["--set=cluster.address=x"], ["--address=x"], ["--set", "address=x"]):
+        assert has_address(words)
