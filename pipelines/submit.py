@@ -25,8 +25,8 @@ from aai.version import code_version
 from pipelines.run import RunConfig
 from pipelines.settings import Plan, RayVerbConfig, VerbConfig
 from pipelines.submission.cluster_file import ClusterFile, add_cluster_flag
-from pipelines.submission.jobs_api import JobLog, enter, exit_code, refused, send
-from pipelines.submission.parcel import entrypoint, pack
+from pipelines.submission.jobs_api import ENDED, JobLog, enter, exit_code, refused, send
+from pipelines.submission.parcel import digest_of, entrypoint, pack
 
 log = logging.getLogger(__name__)
 
@@ -97,22 +97,24 @@ def arranged(argv: Sequence[str]) -> list[str]:
 
 
 def run(config: SubmitConfig) -> dict[str, Any]:
-    """Sends the command and follows it; returns {job}. Raises SystemExit with the job's exit code where it failed."""
+    """Sends the command and follows it; returns {job}. Raises SystemExit with the job's exit code where it failed.
+
+    A job that is the same and runs already is followed: who lost its way to one comes back to it by the same command.
+    """
     verb, words = config.split()
     with tempfile.TemporaryDirectory() as folder:
         of_verb = pack(config, verb, words, Path(folder))
         variables, client = config.environment(), enter(config)
         on_ray = takes_address(of_verb)
+        line = entrypoint(config, verb, words, on_ray)
+        told = {"command": " ".join(["aai", verb, *words]), "by": whoami(), "code": code_version()}
+        told["digest"] = digest_of(Path(folder), line)
         try:
-            job = send(
+            job = running(client, told["digest"]) or send(
                 client,
-                entrypoint=entrypoint(config, verb, words, on_ray),
+                entrypoint=line,
                 runtime_env={"working_dir": folder, "env_vars": variables},
-                metadata={
-                    "command": f"aai {' '.join([verb, *words])}",
-                    "by": whoami(),
-                    "code": code_version(),
-                },
+                metadata=told,
                 entrypoint_num_cpus=config.driver_cpus,
                 entrypoint_num_gpus=0 if on_ray else config.driver_gpus,
             )
@@ -124,6 +126,15 @@ def run(config: SubmitConfig) -> dict[str, Any]:
         return {"job": job}
     watch(client, job)
     return {"job": job}
+
+
+def running(client: Any, digest: str) -> str | None:
+    """The job of this digest that has not ended; None where there is none."""
+    for job in client.list_jobs():
+        if job.submission_id and job.status not in ENDED and (job.metadata or {}).get("digest") == digest:
+            log.info("submit: it runs already, since another `aai submit` of the same command")
+            return str(job.submission_id)
+    return None
 
 
 def whoami() -> str:

@@ -1,5 +1,6 @@
 """What travels with a job: the config files that its command was given, and, where the nodes have none, the code."""
 
+import hashlib
 import re
 import shlex
 import shutil
@@ -102,6 +103,15 @@ def refuse_places_of_here(files: dict[str, str], run_dir: str, *more: str) -> No
         if "://" not in place and not Path(place).is_absolute():
             remedy = "give an s3:// prefix, a path that all nodes know, or `folder` in the cluster file"
             raise UserError("run_dir", place, "is relative to a folder that ends with the job", remedy)
+
+
+def digest_of(folder: Path, line: str) -> str:
+    """What tells whether two jobs are the same: their shell line, and all that travels."""
+    sha = hashlib.sha256(line.encode())
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        sha.update(f"\n{file.relative_to(folder)}\n".encode())
+        sha.update(file.read_bytes())
+    return sha.hexdigest()[:24]
 
 
 def entrypoint(cluster: ClusterFile, verb: str, words: Sequence[str], on_ray: bool) -> str:

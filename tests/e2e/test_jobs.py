@@ -71,13 +71,16 @@ def address(cluster: Path) -> str:
 
 
 def test_a_job_is_stopped(aai: Aai, tmp_path: Path) -> None:
-    done = aai("submit", "--detach", "world", "--set", f"run_dir={tmp_path}/run", "--set", "clips=5000")
+    command = ("submit", "--detach", "world", "--set", f"run_dir={tmp_path}/run", "--set", "clips=5000")
+    done = aai(*command)
     assert done.returncode == 0, done.stderr
     name = done.stderr.split("submit: job ")[1].split()[0]
     end_s = time.monotonic() + 60
     while not list(tmp_path.glob("run/world/clips/*")):
         assert time.monotonic() < end_s, aai("jobs").stdout
         time.sleep(0.5)
+    again = aai(*command)
+    assert f"it runs already, since another `aai submit` of the same command\nsubmit: job {name} on" in again.stderr
     assert aai("jobs", "stop", name).returncode == 0
     followed = aai("jobs", "logs", name)
     assert (followed.returncode, f"job {name} stopped" in followed.stderr) == (130, True), followed.stderr

@@ -6,7 +6,7 @@ import pytest
 
 from aai.errors import UserError
 from pipelines.submission.cluster_file import ClusterFile
-from pipelines.submission.parcel import entrypoint, has_address, pack
+from pipelines.submission.parcel import digest_of, entrypoint, has_address, pack
 
 
 @pytest.fixture
@@ -110,3 +110,15 @@ def test_the_shell_line() -> None:
     assert not has_address(["--set", "run_dir=x"])
     for words in (["--set", "cluster.address=x"], ["--set=cluster.address=x"], ["--address=x"], ["--set", "address=x"]):
         assert has_address(words)
+
+
+def test_the_same_job_has_the_same_digest(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "mine").mkdir(parents=True)
+        (tmp_path / name / "mine" / "x.yaml").write_text("clips: 3\n")
+    assert (
+        digest_of(tmp_path / "a", "aai x") == digest_of(tmp_path / "b", "aai x") != digest_of(tmp_path / "b", "aai y")
+    )
+    before = digest_of(tmp_path / "b", "aai x")
+    (tmp_path / "b" / "mine" / "x.yaml").write_text("clips: 4\n")
+    assert digest_of(tmp_path / "b", "aai x") != before
