@@ -1,5 +1,6 @@
 """N2: `aai run` on a cluster of three nodes with a token, while nodes die in every stage, and the head once."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -67,14 +68,16 @@ class Run:
         return code
 
 
+def rows(folder: Path, name: str) -> dict[str, Any]:
+    """A table of a run, without where it lies and who wrote it."""
+    table = storage.read_table(str(folder / "run" / name))
+    table = table.drop_columns([column for column in ("message",) if column in table.column_names])
+    return dict(table.sort_by("clip_id").replace_schema_metadata(None).to_pydict())
+
+
 def tables(folder: Path) -> dict[str, Any]:
-    """Rows of all tables of a run, without where they lie and who wrote them."""
-    found = {}
-    for name in ("curated/accepted", "curated/rejected", "features"):
-        table = storage.read_table(str(folder / "run" / name))
-        table = table.drop_columns([column for column in ("message",) if column in table.column_names])
-        found[name] = table.sort_by("clip_id").replace_schema_metadata(None).to_pydict()
-    return found
+    """All tables of a run."""
+    return {name: rows(folder, name) for name in ("curated/accepted", "curated/rejected", "features")}
 
 
 def figures(folder: Path) -> dict[str, float]:
@@ -117,6 +120,17 @@ class Nodes:
         before = self.raylets()
         self.stack.enter_context(ray_node(self.address, None, "--num-cpus", "2"))
         self.workers += self.raylets() - before
+
+    def freeze_the_oldest(self, seconds: float) -> None:
+        """A node of workers does not answer, does not work and does not send for a while; then it is back."""
+        raylet = self.workers[0]
+        frozen = [raylet, *raylet.children(recursive=True)]
+        for one in frozen:
+            one.suspend()
+        time.sleep(seconds)
+        for one in frozen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.resume()
 
     def kill_the_oldest(self) -> None:
         """SIGKILL to the raylet of a node of workers, which ends with it."""
@@ -185,3 +199,22 @@ def test_n2_the_head_dies_and_comes_back(
     print("the head died in", at, figures(tmp_path / "struck"), "undisturbed:", figures(whole))
     assert "it goes on in" in run.log.read_text()
     assert tables(tmp_path / "struck") == tables(whole)
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("verb", ["curate", "align", "adapt"])
+def test_n9_a_node_that_is_cut_off_for_a_minute(
+    undisturbed: tuple[Path, Path], nodes: Nodes, tmp_path: Path, verb: str
+) -> None:
+    world, whole = undisturbed
+    file = chain(tmp_path / "cut", world)
+    run = Run(file, "--address", nodes.address, "--until", verb)
+    assert run.wait_for(verb)
+    time.sleep(12 if verb != "curate" else 4)
+    at, begin_s = run.stage(), time.monotonic()
+    nodes.freeze_the_oldest(60)
+    run.ended()
+    print(f"cut off in {at} for 60 s, ended {time.monotonic() - begin_s - 60:.0f} s after it was back")
+    names = ("curated/accepted", "curated/rejected") if verb == "curate" else ("curated/accepted", "features")
+    assert {name: rows(tmp_path / "cut", name) for name in names} == {name: rows(whole, name) for name in names}

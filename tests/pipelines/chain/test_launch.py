@@ -53,8 +53,8 @@ from pipelines.chain.launch import launch
 os.setsid()  # away from the terminal of who runs the tests
 os.chdir(sys.argv[1])
 sys.path.insert(0, sys.argv[1])
-if sys.argv[2] == "behind":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `command &`
+# As at a terminal, or as a script's `command &`, however the tests themselves were started.
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[2] == "behind" else signal.default_int_handler)
 print(launch("verb", [], 3, pause_s=0.1), flush=True)
 """
 IN_GOOD_ORDER, AT_ONCE, ALL_THE_SAME = "sys.exit(130)", "os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(0)"
