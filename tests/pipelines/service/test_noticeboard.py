@@ -69,7 +69,7 @@ def test_all_who_wait_hear_of_a_move_and_of_a_burst_once(monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False)
+    ray.init("local", num_cpus=1, include_dashboard=False)
     yield
     ray.shutdown()
 
