@@ -75,7 +75,7 @@ def datasets(config: VerbConfig) -> tuple[list[tuple[str, str]], list[tuple[str,
     """What a command reads and writes, as OpenLineage names data: (namespace, name)."""
     inputs = []
     for name in READ:
-        value = getattr(config, name, None)
+        value = getattr(config, name, None) if name in type(config).model_fields else None  # else maybe a method
         for uri in (value,) if isinstance(value, str) else value or ():
             if isinstance(uri, str) and uri:
                 inputs.append(_named(uri.partition("=")[2] or uri if name == "audio" else uri, config))

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from aai.errors import UserError
-from pipelines.__main__ import main
+from pipelines.__main__ import load_config, main
 from pipelines.engine.events import KEY_VARIABLE, VARIABLE, datasets, told
 from pipelines.export import CONFIG as ExportConfig
 from pipelines.models import ModelsConfig
@@ -87,6 +87,14 @@ def test_data_is_named_by_where_it_lies() -> None:
     inputs, outputs = datasets(config)
     assert inputs == [("http://mlflow:5000", "models:/aai/3"), ("file", "/a/b.wav"), ("file", "/c.wav")]
     assert outputs == [("s3://bucket", "x/y")]
+
+
+@pytest.mark.parametrize("verb", ["curate", "featurize", "align", "adapt", "tune", "evaluate", "promote", "run"])
+def test_every_stage_can_be_told_of(verb: str) -> None:
+    config, _ = load_config(verb, [])
+    inputs, outputs = datasets(config)
+    assert len(outputs) == (verb != "run")
+    assert bool(inputs) == (verb not in ("run", "tune"))
 
 
 def test_nothing_is_told_where_nobody_collects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
