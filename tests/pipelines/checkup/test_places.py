@@ -26,16 +26,6 @@ def wrong(rows: list[Finding]) -> list[str]:
     return [row.check for row in rows if row.state != "ok"]
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A check lets this process ask S3 once; that must not stay."""
-    for name in ("retries", "connect_timeout", "read_timeout"):
-        monkeypatch.setattr(s3fs.S3FileSystem, name, getattr(s3fs.S3FileSystem, name))
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    yield
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
 @contextmanager
 def fronted(monkeypatch: pytest.MonkeyPatch, s3_server: dict[str, str], **how: object) -> Iterator[None]:
     """A front before the S3 server."""
