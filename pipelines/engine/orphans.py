@@ -4,6 +4,8 @@ A training within a trial of Ray Tune leaves one when the trial is stopped (ray 
 asks the dashboard whether its training is alive, and a local Ray has none.
 """
 
+import time
+
 import ray
 from ray._private.state import gcs_pb2, state
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -13,12 +15,35 @@ _REMOVED = gcs_pb2.PlacementGroupTableData.PlacementGroupState.REMOVED
 
 def remove_orphans() -> int:
     """Removes this job's placement groups whose maker, an actor, is dead, and returns how many; a driver's stay."""
-    job, removed = ray.get_runtime_context().get_job_id(), 0
+    removed = 0
+    for group in _groups_of_actors():
+        if group.creator_actor_dead:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            removed += 1
+    return removed
+
+
+def remove_last_orphans(limit_s: float) -> int:
+    """Removes orphans until no actor of this job has a placement group, and returns how many still have one.
+
+    For the end of the work: a maker may die after its caller has heard its last word.
+    """
+    deadline_s = time.monotonic() + limit_s
+    while left := len(_groups_of_actors()):
+        remove_orphans()
+        if time.monotonic() > deadline_s:
+            break
+        time.sleep(0.1)
+    return left
+
+
+def _groups_of_actors() -> list[gcs_pb2.PlacementGroupTableData]:
+    """This job's placement groups that an actor made and nobody removed; detached ones are meant to stay."""
+    job, found = ray.get_runtime_context().get_job_id(), []
     for data in state._connect_and_get_accessor().get_placement_group_table():
         group = gcs_pb2.PlacementGroupTableData.FromString(data)
         by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
         ours = group.creator_job_id.hex() == job and not group.is_detached
-        if ours and by_actor and group.creator_actor_dead and group.state != _REMOVED:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-            removed += 1
-    return removed
+        if ours and by_actor and group.state != _REMOVED:
+            found.append(group)
+    return found

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from aai import storage
 from aai.config import Config
 from aai.errors import UserError
 from pipelines.engine.cluster import connect, native_stderr_held
-from pipelines.engine.orphans import remove_orphans
+from pipelines.engine.orphans import remove_last_orphans, remove_orphans
 from pipelines.training import ray_train
 from pipelines.training.following import history
 from pipelines.training.recipe import StageConfig, TrainRecipe
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 STOPPED = "stopped.json"
 """In the folder of a trial that was stopped early, with the step and value that decided: it does not go on."""
-ORPHANS_S = 1.0
+ORPHANS_S, ORPHANS_END_S = 1.0, 20.0
 SCRATCH = "_tune"
 """Where Tune keeps its own state while it runs."""
 DRIVER = {"memory": 2**20}
@@ -142,15 +142,24 @@ def _in_thread(tuner: tune.Tuner, watch: "Watch") -> tune.ResultGrid:
     try:
         while thread.is_alive():
             thread.join(ORPHANS_S)
-            try:
+            with _cluster_busy():
                 remove_orphans()  # the next trial's workers wait for the CPUs of one that was stopped
-            except Exception as error:  # the cluster is busy: asked again in a moment
-                log.debug("what stopped trials left behind cannot be looked at (%s)", error)
+        with _cluster_busy():
+            remove_last_orphans(ORPHANS_END_S)  # the last trial's driver may die after Tune has returned
     finally:
         watch.ends = True  # nothing new is started where we were interrupted
     if isinstance(found[0], BaseException):
         raise found[0]
     return found[0]
+
+
+@contextlib.contextmanager
+def _cluster_busy() -> Iterator[None]:
+    """What stopped trials left is a matter of room alone: where it cannot be looked at, the sweep goes on."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("what stopped trials left behind cannot be looked at (%s)", error)
 
 
 def _tuner(sweep: Sweep, watch: "Watch", progress: "Progress") -> tune.Tuner:

@@ -1,5 +1,6 @@
 """Placement groups on real Ray: of a dead actor, of one that lives, of the driver, and detached ones."""
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import ray
 from ray.util.placement_group import placement_group
 
 from pipelines.engine.cluster import connect, shutdown
-from pipelines.engine.orphans import remove_orphans
+from pipelines.engine.orphans import remove_last_orphans, remove_orphans
 from pipelines.settings import ClusterConfig
 
 
@@ -52,3 +53,12 @@ def test_only_what_a_dead_actor_left_is_removed() -> None:
     assert removed == 1
     assert free_cpus(1) == 1
     assert remove_orphans() == 0
+
+
+def test_the_last_orphans_are_waited_for() -> None:
+    assert remove_last_orphans(20) == 0  # those of the test above
+    maker = make_maker()
+    ray.get(maker.make.remote())
+    assert remove_last_orphans(0.5) == 1  # its maker lives: nothing is taken from it
+    threading.Timer(1, ray.kill, [maker]).start()  # it dies while it is waited for
+    assert remove_last_orphans(20) == 0
