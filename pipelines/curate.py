@@ -94,7 +94,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
     out = storage.absolute(config.out)
     settings = config.digests()
     _open(out, settings, config.rejudge)
-    rows = cut_rows(rows, config.cut, config.decode, out, config.cluster, os.path.dirname(out))
+    rows = cut_rows(rows, config.cut, config.decode, out, config.cluster, os.path.dirname(out), config.kept_bytes)
     keys = row_keys(rows)
     settings["input"] = _input(config, rows, keys, sources)
     where = storage.join(out, "curate.json")

@@ -186,6 +186,10 @@ class CurateConfig(RayVerbConfig):
     cut: CutConfig = CutConfig()
     rows_per_shard: int = pydantic.Field(128, ge=1)
     """Rows of one unit of work, and of one Parquet file."""
+    film_cache_gb: float = pydantic.Field(16, ge=0)
+    """Disk of each node, in its folder for temporary files, for what was read of files under s3:// of more than 128 MB,
+    until all clips are measured: their bytes are fetched once, not for each shard. 0 = none. A tenth of the disk stays
+    free in any case."""
     decode: FittedDecodeConfig = FittedDecodeConfig()
     filters: FittedFilterConfig = FittedFilterConfig()
     duplicates: DuplicateConfig = DuplicateConfig()
@@ -241,6 +245,11 @@ class CurateConfig(RayVerbConfig):
         if self.filters.min_caption_similarity is not None and not self.scores.caption:
             raise ValueError("filters.min_caption_similarity needs scores.caption=true")
         return self
+
+    @property
+    def kept_bytes(self) -> int:
+        """`film_cache_gb` in bytes."""
+        return int(self.film_cache_gb * 10**9)
 
     def plan(self) -> Plan:
         """Counts the manifest's rows; decodes nothing."""

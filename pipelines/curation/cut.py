@@ -20,6 +20,7 @@ from aai.media.shots import Probe, probe_from_json, probe_to_json, require_shots
 from pipelines.curation.curate_config import CutConfig
 from pipelines.curation.layout import CUT
 from pipelines.curation.stamps import stamps_of
+from pipelines.engine.kept_blocks import KeptBlocks
 from pipelines.engine.ranges import open_file
 from pipelines.engine.shards import Result, Shard, run_shards
 from pipelines.manifests.packed import PackedRows
@@ -85,8 +86,9 @@ class CutShard(Shard):
 class CutWorker:
     """Looks through the files of one shard -> _cut/SHARD.json."""
 
-    def __init__(self, out: str, cut: dict[str, Any], decode: dict[str, Any]) -> None:
+    def __init__(self, out: str, cut: dict[str, Any], decode: dict[str, Any], kept_bytes: int = 0) -> None:
         self.out, self.cut, self.decode = out, CutConfig.parse(cut), DecodeConfig.parse(decode)
+        self.kept = KeptBlocks(out, kept_bytes)
         if self.cut.mode == "shots":
             require_shots()  # on every node
         self.child = MediaChild(self.decode)
@@ -99,7 +101,7 @@ class CutWorker:
 
     def probe(self, uri: str) -> Probe | ClipError:
         """What is found in one file, or why it cannot be read; nothing is raised."""
-        data = open_file(uri, self.decode.max_bytes)
+        data = open_file(uri, self.decode.max_bytes, self.kept)
         if isinstance(data, ClipError):  # decoding will tell it again, as a rejected row
             return data
         threshold = self.cut.shot_threshold if self.cut.mode == "shots" else None
@@ -153,11 +155,13 @@ def cut_rows(
     out: str,
     cluster: ClusterConfig,
     log_dir: str | None = None,
+    kept_bytes: int = 0,
 ) -> Sequence[ManifestRow]:
     """The manifest's rows in their order, those of whole files replaced by their clips.
 
     out: folder or s3:// prefix; what was found stays in out/_cut. A file that cannot be looked through, or is no longer
-    than one clip, stays one row. Raises UserError where shots are asked for and PySceneDetect is missing.
+    than one clip, stays one row. kept_bytes: of large remote files, on each node's disk for who decodes them. Raises
+    UserError where shots are asked for and PySceneDetect is missing.
     """
     if cfg.mode == "none":
         return rows
@@ -166,7 +170,7 @@ def cut_rows(
         return rows
     keys = _keys(uris, cfg)
     shards = _shards(keys, _known(out), _FILES_PER_SHARD[cfg.mode])
-    arguments = {"out": out, "cut": cfg.model_dump(), "decode": decode_cfg.model_dump()}
+    arguments = {"out": out, "cut": cfg.model_dump(), "decode": decode_cfg.model_dump(), "kept_bytes": kept_bytes}
     run_shards("cut", shards, CutWorker, arguments, cluster, log_dir=log_dir, unit="file")
     found = _known(out)
     parts = (_clips(row, found[keys[row.uri]], cfg) if _is_whole_file(row) else [row] for row in rows)

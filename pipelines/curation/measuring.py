@@ -31,6 +31,7 @@ from pipelines.curation.layout import MEASURED, WAITING, shard_file, shard_of
 from pipelines.curation.ledger import Entry, Ledger
 from pipelines.curation.measured import MEASURED_TABLE, MeasuredTables
 from pipelines.engine.columns import read_columns
+from pipelines.engine.kept_blocks import KeptBlocks, remove_kept
 from pipelines.engine.ranges import open_file
 from pipelines.engine.reading import read_file
 from pipelines.engine.shards import Result, Shard, run_shards
@@ -75,15 +76,17 @@ class MeasureResult(Result):
     rejected: int
     reused: int
     """Clips whose content an earlier run had measured."""
+    kept: bool = False
+    """Whether blocks of files may lie on the node's disk now."""
 
 
 class MeasureWorker:
     """Measures the clips of one shard -> _measured/SHARD.parquet."""
 
-    def __init__(self, out: str, decode: dict[str, Any], filters: dict[str, Any]) -> None:
+    def __init__(self, out: str, decode: dict[str, Any], filters: dict[str, Any], kept_bytes: int = 0) -> None:
         self.out, self.decode, self.filters = out, DecodeConfig.parse(decode), FilterConfig.parse(filters)
         self.child = MediaChild(self.decode)
-        self.known = KnownClips(out)
+        self.known, self.kept = KnownClips(out), KeptBlocks(out, kept_bytes)
 
     def __call__(self, shard: MeasureShard) -> MeasureResult:
         """Measures the shard's clips."""
@@ -103,7 +106,7 @@ class MeasureWorker:
         storage.write_table(shard_file(self.out, MEASURED, shard.name), table)
         broken = [row.get("code") or next((code for code, _ in broken_rules(row, self.filters)), None) for row in rows]
         codes = Counter(code for code in broken if code)
-        return MeasureResult(rows=len(rows), rejected=codes.total(), codes=codes, reused=reused)
+        return MeasureResult(rows=len(rows), rejected=codes.total(), codes=codes, reused=reused, kept=self.kept.in_use)
 
     def _read_ahead(
         self, groups: Sequence[list[Entry]], hashes: Mapping[str, str]
@@ -112,7 +115,7 @@ class MeasureWorker:
         waiting: deque[tuple[list[Entry], Future[ReadFile | ClipError]]] = deque()
         with ThreadPoolExecutor(READ_AHEAD) as pool:
             for clips in groups:
-                waiting.append((clips, pool.submit(_read, clips, self.decode.max_bytes, hashes)))
+                waiting.append((clips, pool.submit(_read, clips, self.decode.max_bytes, hashes, self.kept)))
                 if len(waiting) > READ_AHEAD:
                     clips, future = waiting.popleft()
                     yield clips, future.result()
@@ -127,10 +130,10 @@ class MeasureWorker:
         return None if is_other else row
 
 
-def _read(clips: Sequence[Entry], max_bytes: int, hashes: Mapping[str, str]) -> ReadFile | ClipError:
+def _read(clips: Sequence[Entry], max_bytes: int, hashes: Mapping[str, str], kept: KeptBlocks) -> ReadFile | ClipError:
     """The file of some clips, or why it cannot be read."""
     uri = clips[0].uri
-    content = open_file(uri, max_bytes)
+    content = open_file(uri, max_bytes, kept)
     if isinstance(content, ClipError):
         return content
     stills = {clip.image_uri for clip in clips if clip.image_uri is not None}
@@ -229,12 +232,17 @@ def measure_rows(
     if added and added != list(ledger.shards):
         log.info("curate: %d new or changed rows, %d to try again", len(new), len(again))
     hashes = {row.uri: row.content_hash for row in rows if row.content_hash}
-    args = {"out": out, "decode": config.decode.model_dump(), "filters": config.filters.model_dump()}
+    args = {
+        "out": out,
+        "decode": config.decode.model_dump(),
+        "filters": config.filters.model_dump(),
+        "kept_bytes": config.kept_bytes,
+    }
     counts = Counter({"earlier": len(done)})
     watch = _RejectWatch(config, len(rows))
 
     def on_result(result: MeasureResult) -> None:
-        counts.update({"measured": result.rows, "reused": result.reused})
+        counts.update({"measured": result.rows, "reused": result.reused, "kept": int(result.kept)})
         watch(result)
 
     shards, logs, waiting = _shards(ledger, done, hashes), os.path.dirname(out), storage.join(out, WAITING)
@@ -245,6 +253,8 @@ def measure_rows(
     run_shards(
         "curate", shards, MeasureWorker, args, config.cluster, is_done, logs, on_result=on_result, waiting=waiting
     )
+    if counts["kept"]:
+        remove_kept(out)
     return ledger.valid(keys), counts
 
 

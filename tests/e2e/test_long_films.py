@@ -4,6 +4,7 @@ import hashlib
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from aai import storage
 from aai.media.limits import DecodeConfig
-from pipelines.curation.curate_config import CutConfig
+from pipelines.curation.curate_config import CurateConfig, CutConfig
 from pipelines.curation.cut import CutWorker, _clips
 from pipelines.curation.layout import MEASURED, shard_file
 from pipelines.curation.ledger import Entry
@@ -105,8 +106,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.accept
 @pytest.mark.timeout(7200)
+@pytest.mark.parametrize("place", ["disk", "s3"])
 def test_j3_a_film_of_two_hours_in_windows_costs_about_one_decode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str, place: str
 ) -> None:
     scene, film, out = tmp_path / "scene.mp4", tmp_path / "film.mp4", str(tmp_path / "out")
     write_scene(scene, (1280, 720))
@@ -117,14 +119,19 @@ def test_j3_a_film_of_two_hours_in_windows_costs_about_one_decode(
 
     sizes, cfg, row = counted(monkeypatch), CutConfig(mode="windows"), ManifestRow(uri=str(film), split="train")
     clips: list[ManifestRow] = []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kept_bytes = CurateConfig(manifest="", out=out).kept_bytes
+    if place == "s3":
+        row = replace(row, uri=f"{s3}/film.mp4")
+        storage.filesystem(s3)[0].put_file(str(film), row.uri)
 
     def look() -> None:
-        worker = CutWorker(out, cfg.model_dump(), {})
+        worker = CutWorker(out, cfg.model_dump(), {}, kept_bytes)
         clips.extend(_clips(row, worker.probe(row.uri), cfg))
         worker.child.close()
 
     def measure() -> None:
-        worker = MeasureWorker(out, DecodeConfig().model_dump(), {})
+        worker = MeasureWorker(out, DecodeConfig().model_dump(), {}, kept_bytes)
         for first in range(0, len(clips), 128):
             entries = [Entry(f"{clip.start_s}", clip.uri, clip.start_s, clip.end_s) for clip in clips[first:][:128]]
             hashes = {row.uri: str(clips[0].content_hash)}
@@ -143,4 +150,6 @@ def test_j3_a_film_of_two_hours_in_windows_costs_about_one_decode(
     assert codes == [None] * len(clips)
     assert spent["measuring"][0] + spent["looking through it"][0] <= 1.3
     assert max(read for _, read in spent.values()) <= 1.3
+    if place == "s3":
+        assert sum(read for _, read in spent.values()) <= 1.0
     assert storage.exists(shard_file(out, MEASURED, "0"))

@@ -11,6 +11,7 @@ from aai.errors import UserError
 from aai.media.limits import DecodeConfig
 from aai.media.measure import kind_of, measure_bytes
 from aai.media.ranged import hash_of
+from pipelines import curate
 from pipelines.curation import measuring
 from pipelines.curation.curate_config import CurateConfig
 from pipelines.curation.known_clips import write_known
@@ -40,6 +41,30 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Entry
         Entry("k3", good, 0.5, 1.5), Entry("k4", good, 1.0, 1.2),
     ]  # fmt: skip
     return out, clips, measure(out, "shard-00000", clips)
+
+
+@pytest.mark.parametrize("film_cache_gb", [16, 0])
+def test_a_film_on_s3_is_fetched_once_by_a_whole_run(
+    tmp_path: Path, s3: str, shards_here: None, monkeypatch: pytest.MonkeyPatch, film_cache_gb: int
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    data = make_moving(num_frames=100, size=(320, 240))
+    monkeypatch.setattr(ranges, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(ranges, "BLOCK_BYTES", len(data) // 20)
+    storage.write_bytes(f"{s3}/clips/film.mp4", data)
+    read, sizes = storage.read_range, []
+
+    def counted(uri: str, start: int, end: int) -> bytes:
+        sizes.append(end - start)
+        return read(uri, start, end)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    settings = {"manifest": f"{s3}/clips", "out": f"{s3}/out", "decode": {"frame_size_px": 32}, "rows_per_shard": 1}
+    cut = {"mode": "windows", "window_s": 3, "min_s": 1}
+    config = CurateConfig.parse({**settings, "cut": cut, "film_cache_gb": film_cache_gb, "max_reject_ratio": 1})
+    assert curate.run(config)["rows_in"] == 2
+    assert (sum(sizes) == len(data)) == (film_cache_gb > 0), f"{sum(sizes)} of {len(data)} bytes"
+    assert not list(tmp_path.glob("aai-blocks-*")), "they go when the last clip is measured"
 
 
 def test_every_clip_has_its_row_in_order_good_or_not(measured: tuple[Path, list[Entry], MeasureResult]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from aai import storage
 from aai.media.limits import ClipError
 from pipelines.engine import ranges
+from pipelines.engine.kept_blocks import KeptBlocks
 from pipelines.engine.ranges import FileRanges, open_file
 
 DATA = random.Random(0).randbytes(1050)
@@ -47,6 +48,28 @@ def test_a_large_file_is_read_by_blocks(
     assert len(blocks) == 4, "the last blocks are kept"
     found.read(900, 901)
     assert len(blocks) == 5
+
+
+def test_a_block_of_s3_is_fetched_once_by_all_who_share_a_disk(
+    tmp_path: Path, blocks: list[tuple[int, int]], s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    uri, disk = storage.join(s3, "a"), str(tmp_path / "a")
+    for place in (uri, disk):
+        storage.write_bytes(place, DATA)
+    fetched = []
+    for place in (uri, uri, disk, disk):
+        blocks.clear()
+        found = open_file(place, 2000, KeptBlocks("run", 10_000))
+        assert isinstance(found, FileRanges)
+        assert found.read(150, 350) == DATA[150:350]
+        fetched.append(len(blocks))
+    assert fetched == [3, 0, 3, 3], "what lies on a disk already is not kept on a disk"
+    other = bytes(reversed(DATA))
+    storage.write_bytes(uri, other)
+    found = open_file(uri, 2000, KeptBlocks("run", 10_000))
+    assert isinstance(found, FileRanges)
+    assert found.read(150, 350) == other[150:350], "a changed file is another"
 
 
 def test_a_small_file_is_read_at_once(tmp_path: Path, blocks: list[tuple[int, int]]) -> None:
