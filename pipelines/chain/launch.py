@@ -74,10 +74,10 @@ def _is_in_front() -> bool:
 
 @contextmanager
 def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
-    """While the body runs, SIGTERM goes on to the process, as SIGINT: the stage gives its locks back.
+    """While the body runs, SIGTERM and SIGHUP go on to the process, as SIGINT: the stage gives its locks back.
 
-    A process that a script started with `&` does not hear SIGINT, and neither does what it starts: there SIGTERM stays
-    what it is. Yields the signals that came.
+    A process that a script started with `&` does not hear SIGINT, and neither does what it starts: there the signal is
+    SIGTERM. Under `nohup` SIGHUP stays ignored. Yields the signals that came.
     """
     came: list[int] = []
     goes_on = signal.SIGTERM if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else signal.SIGINT
@@ -86,8 +86,10 @@ def _passed_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
         came.append(number)
         process.send_signal(goes_on)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

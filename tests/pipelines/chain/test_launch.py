@@ -55,6 +55,7 @@ os.chdir(sys.argv[1])
 sys.path.insert(0, sys.argv[1])
 # As at a terminal, or as a script's `command &`, however the tests themselves were started.
 signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[2] == "behind" else signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 print(launch("verb", [], 3, pause_s=0.1), flush=True)
 """
 IN_GOOD_ORDER, AT_ONCE, ALL_THE_SAME = "sys.exit(130)", "os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(0)"
@@ -67,6 +68,7 @@ IN_GOOD_ORDER, AT_ONCE, ALL_THE_SAME = "sys.exit(130)", "os.kill(os.getpid(), si
         ("in front", signal.SIGTERM, AT_ONCE),  # still importing, or told by others, too
         ("in front", signal.SIGTERM, ALL_THE_SAME),  # nothing is begun after it
         ("in front", signal.SIGINT, IN_GOOD_ORDER),  # by `kill`, not by a terminal
+        ("in front", signal.SIGHUP, IN_GOOD_ORDER),  # a connection that ended
         ("behind", signal.SIGTERM, IN_GOOD_ORDER),
     ],
 )
