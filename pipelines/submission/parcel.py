@@ -10,6 +10,7 @@ from pathlib import Path
 from aai import storage
 from aai.errors import UserError
 from pipelines.__main__ import CONFIGS, config_file, load_config
+from pipelines.chain.stages import places_of
 from pipelines.checkup.needs import INPUTS, needs_of
 from pipelines.settings import VerbConfig
 from pipelines.submission.cluster_file import PASSWORD, ClusterFile
@@ -86,8 +87,8 @@ def refuse_another_file(name: str, folder: Path) -> None:
 
 
 def places_in(config: VerbConfig) -> list[str]:
-    """What a command reads and writes with its settings as they are here, an sqlite store and a key, too."""
-    found = [getattr(config, name, None) for name in ("out", *INPUTS, *FILES)]
+    """What a command reads and writes with its settings as they are here: an sqlite store, keys and tables, too."""
+    found = [getattr(config, name, None) for name in ("out", *INPUTS, *FILES)] + list(places_of(config).values())
     tracking, signing = getattr(config, "tracking", None), getattr(config, "signing", None)
     if tracking is not None and tracking.uri.startswith("sqlite:///"):
         found.append(tracking.uri.removeprefix("sqlite:///"))
