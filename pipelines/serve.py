@@ -32,7 +32,7 @@ from pipelines.service import proxy
 from pipelines.service.answers import ServedModel
 from pipelines.service.canary import CanaryConfig
 from pipelines.service.gateway import Gateway
-from pipelines.service.guard import Limits
+from pipelines.service.guard import MAX_HELD_BACK, Limits
 from pipelines.service.keys import KEY_VARIABLE, Keys, api_key
 from pipelines.service.loading import PainterConfig
 from pipelines.service.painters import PainterReplica
@@ -211,7 +211,7 @@ def application(config: ServeConfig, uri: str, model: ServedModel, need_key: boo
     gateway = serve.deployment(
         name="Gateway",
         num_replicas=config.gateways,  # Serve bounds the queue of each: their shares make up the whole
-        max_ongoing_requests=256,
+        max_ongoing_requests=2 * MAX_HELD_BACK,
         max_queued_requests=256,
         backpressure_config=full,
         ray_actor_options={"num_cpus": 0},

@@ -23,6 +23,8 @@ DEADLINE = "aai.deadline_s"
 """Of a request's scope: when its time is over."""
 YOUNG_S = 0.1
 """An upload of this age may still be slow without making room for others."""
+MAX_HELD_BACK = 512
+"""Clients that were sent away and do not know it yet: half of what a gateway answers at once."""
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -105,6 +107,7 @@ class Guard:
         self, app: ASGIApp, limits: Limits, keys: Keys | None, full: Callable[[], bool] = lambda: False
     ) -> None:
         self._app, self._limits, self._keys, self._full = app, limits, keys, full
+        self._held_back = 0
         self._uploads: list[Upload] = []
         """Those whose bodies are being received."""
 
@@ -198,6 +201,16 @@ class Guard:
         slowest.send_away()
         self._ended(slowest)
 
+    async def _hold_back(self, upload: "Upload") -> None:
+        """Returns when the grace is over: who was sent away hears of it no sooner, since it would be back at once."""
+        if self._held_back >= MAX_HELD_BACK:
+            return
+        self._held_back += 1
+        try:
+            await asyncio.sleep(max(0.0, self._limits.upload_grace_s - upload.age_s()))
+        finally:
+            self._held_back -= 1
+
     def _too_large(self) -> ApiError:
         rule = f"the request is over the limit of {self._limits.max_bytes} bytes"
         return ApiError(413, "upload_too_large", rule, {"Connection": "close"})
@@ -208,7 +221,11 @@ class Guard:
         async def counted() -> Message:
             if upload.done:
                 return await receive()
-            message = await upload.received(receive)
+            try:
+                message = await upload.received(receive)
+            except ApiError:
+                await self._hold_back(upload)
+                raise
             if upload.total > self._limits.max_bytes:
                 raise self._too_large()
             if upload.done:

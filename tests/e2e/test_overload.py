@@ -9,6 +9,7 @@ import statistics
 import threading
 import time
 from collections import Counter
+from http.client import HTTPConnection
 
 import httpx
 import psutil
@@ -78,19 +79,27 @@ def test_m4_ten_times_more_than_it_paints(service: Service) -> None:  # noqa: F8
     others = Counter[int]()
     stop = threading.Event()
 
-    def ask() -> None:
-        with httpx.Client(headers=HEADERS, timeout=130) as client:
-            while not stop.is_set():
-                start = time.monotonic()
-                answer = client.post(f"{service.url}/v1/generate", files={"audio": wav()}, data={"steps": "20"})
-                seconds = time.monotonic() - start
-                if answer.status_code == 200:
-                    taken_s.append(seconds)
-                elif answer.status_code == 429:
-                    refused_s.append(seconds)
-                    stop.wait(0.5)
-                else:
-                    others[answer.status_code] += 1
+    request = httpx.Request(
+        "POST", f"{service.url}/v1/generate", headers=HEADERS, files={"audio": wav()}, data={"steps": "20"}
+    )
+    body, headers = request.read(), dict(request.headers)
+
+    def ask() -> None:  # the lightest client there is: it asks on the same two cores
+        link = HTTPConnection(request.url.host, request.url.port, timeout=130)
+        while not stop.is_set():
+            start = time.monotonic()
+            link.request("POST", request.url.path, body, headers)
+            answer = link.getresponse()
+            answer.read()
+            seconds = time.monotonic() - start
+            if answer.status == 200:
+                taken_s.append(seconds)
+            elif answer.status == 429:
+                refused_s.append(seconds)
+                stop.wait(0.5)
+            else:
+                others[answer.status] += 1
+        link.close()
 
     clients = [threading.Thread(target=ask) for _ in range(90)]
     memory = [held_bytes()]

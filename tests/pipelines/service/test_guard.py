@@ -11,6 +11,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from pipelines.service import guard
 from pipelines.service.guard import Guard, Limits, Upload, queue_full
 from pipelines.service.keys import Keys, hashed
 
@@ -128,21 +129,28 @@ def test_more_uploads_at_once_than_the_limit_are_told_to_come_back() -> None:
     assert asyncio.run(Trickle(app, 5000, 0, 2).run())[0] == 200  # the places are free again
 
 
-def test_the_slowest_makes_room_where_it_is_too_slow() -> None:
-    app = Guard(Reader(), LIMITS.model_copy(update={"upload_grace_s": 60.0}), None)
+@pytest.mark.parametrize("held_back", [512, 0])
+def test_the_slowest_makes_room_where_it_is_too_slow(held_back: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_HELD_BACK", held_back)
+    app = Guard(Reader(), LIMITS.model_copy(update={"upload_grace_s": 4.0}), None)
 
     async def run() -> list[tuple[int, float]]:
         slow = [
             asyncio.create_task(Trickle(app, 1, 0.05, 1000).run()),
-            asyncio.create_task(Trickle(app, 0, 60, 2).run()),
+            asyncio.create_task(Trickle(app, 0, 3600, 2).run()),
         ]
         await asyncio.sleep(0.8)
         quick = [await Trickle(app, 1000, 0, 3).run(), await Trickle(app, 1000, 0, 3).run()]
         third = asyncio.create_task(Trickle(app, 1000, 0.05, 5).run())
-        return [*quick, await third, *await asyncio.gather(*slow[1:])]
+        found = [*quick, await third, *await asyncio.gather(*slow[1:])]
+        slow[0].cancel()
+        return found
 
     results = asyncio.run(asyncio.wait_for(run(), 20))
     assert [status for status, _ in results] == [200, 200, 200, 408]
+    assert max(seconds for _, seconds in results[:2]) < 0.5
+    told_s = results[3][1]
+    assert told_s >= 4 if held_back else told_s < 2, "its place is free at once, but it hears of it after the grace"
     assert app._uploads == []
 
 
