@@ -62,8 +62,7 @@ class ProxyErrors:
         try:
             await self._app(scope, receive, answer)
             if not started:  # Serve's proxy says nothing when the gateway's process ends
-                lost = busy(503, "no_gateway", "the gateway went away; try again", RETRY_AFTER_S)
-                await lost.response()(scope, receive, send)
+                await _lost("went away").response()(scope, receive, send)
         except Exception as error:
             if started and not refused:
                 raise
@@ -79,8 +78,14 @@ def _is_utf8(value: bytes) -> bool:
     return True
 
 
+def _lost(how: str) -> ApiError:
+    return busy(503, "no_gateway", f"the gateway {how}; try again", RETRY_AFTER_S)
+
+
 def _told(status: int, text: bytes) -> ApiError:
     if status == 500:  # whatever it says is of the inside
         return ApiError(500, "internal", "the service failed; the reason is in its log")
+    if status == 408:  # of Serve's own deadline, which is later than the gateway's: its node may be cut off
+        return _lost("does not answer")
     retry = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
     return ApiError(status, f"http_{status}", text.decode(errors="replace"), retry)

@@ -34,7 +34,7 @@ def asked(app: Any, headers: list[tuple[bytes, bytes]] | None = None) -> httpx.R
         (PlainTextResponse("Path '*' not found.", 404), "http_404", "Path '*' not found."),
         (PlainTextResponse("unavailable", 503), "http_503", "unavailable"),
         (PlainTextResponse("Traceback: secret", 500), "internal", "the reason is in its log"),
-        (StreamingResponse(iter([b"timed ", b"out"]), 408, media_type="text/plain"), "http_408", "timed out"),
+        (StreamingResponse(iter([b"timed ", b"out"]), 408, media_type="text/plain"), "no_gateway", "does not answer"),
     ],
 )
 def test_plain_errors_have_our_form(answer: ASGIApp, code: str, said: str) -> None:
