@@ -1,5 +1,12 @@
 """The one error type for mistakes a user can mend, and how others' words are shown."""
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk, a quota and a largest file size that leave no room."""
+
 
 class UserError(ValueError):
     """A wrong setting or input: printed as one line, exit code 2, no traceback.
@@ -14,6 +21,23 @@ class UserError(ValueError):
     def __str__(self) -> str:
         text = f"{self.setting}={self.value}: {self.rule}; {self.remedy}"
         return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def room_explained(place: str) -> Iterator[None]:
+    """Turns the error of a disk that is full into a UserError that names where room is to be made."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        remedy = "make room there, and give the command again: it goes on where it stopped"
+        raise UserError("disk", place, f"is full ({error})", remedy) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Python's own error, or the one of a library in Rust, which only says it."""
+    return getattr(error, "errno", None) in FULL or any(f"(os error {code})" in str(error) for code in FULL)
 
 
 def printable(text: object) -> str:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from aai.errors import UserError
+from aai.errors import UserError, room_explained
 from aai.fencing import ask_guards
 from aai.version import METADATA_KEY, UNKNOWN, code_version
 
@@ -233,17 +233,25 @@ def write_bytes(uri: str, data: bytes | memoryview, new: bool = False, over: str
             raise
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with _beside(target) as temporary:
         temporary.write_bytes(data)
         ask_guards(absolute(uri))
         if new:
             target.hardlink_to(temporary)  # unlike a rename, it fails where the name is taken
         else:
             temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A name beside a file's for what shall take its place; nothing of it stays. A full disk is a UserError."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with room_explained(str(target.parent)):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_json(uri: str) -> Any:
@@ -367,11 +375,7 @@ def writing(uri: str) -> Iterator[Path]:
             fs.put_file(str(local), path)  # an upload in parts shows when it is complete
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with _beside(target) as temporary:
         yield temporary
         ask_guards(absolute(uri))
         temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
