@@ -28,7 +28,7 @@ from torch import nn
 from aai import fit as loop
 from aai import storage
 from aai.config import Config
-from aai.errors import UserError
+from aai.errors import UserError, room_explained
 from aai.fit import FitConfig, State
 from aai.memory import memory_explained, peak_memory_gb
 from pipelines.engine.cluster import connect
@@ -37,6 +37,7 @@ from pipelines.engine.stage_metrics import telling
 from pipelines.settings import TrainClusterConfig
 from pipelines.training.board import Board
 from pipelines.training.following import OnLog, OnPicture, following, history
+from pipelines.training.gloo import GlooConfig
 from pipelines.training.recipe import Trained
 
 log = logging.getLogger(__name__)
@@ -124,11 +125,8 @@ class Session:
             return
         folder = tempfile.mkdtemp(prefix=f"{LOCAL}{os.getpid()}-")
         try:
-            state.save(Path(folder) / STATE)
-            if state.ended:
-                module, settings = self.work.export()
-                about = settings.model_dump(mode="json"), state.step, state.precision, state.kept_step
-                Trained(module.state_dict(), *about).save(Path(folder) / TRAINED)
+            with room_explained(folder):
+                self._save(state, Path(folder))
             how: dict[str, Any] = {}
             if self.out.startswith("s3://"):
                 modes = ray.train.CheckpointUploadMode
@@ -136,12 +134,20 @@ class Session:
                 how = {"checkpoint_upload_mode": mode, "checkpoint_upload_fn": self._upload}
                 self._sending.set()
             here = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"step": state.step}, here, delete_local_checkpoint_after_upload=True, **how)
+            with room_explained(checkpoints(self.out)):
+                ray.train.report({"step": state.step}, here, delete_local_checkpoint_after_upload=True, **how)
             if not how:
                 ray.get(self.board.post.remote({"checkpoint": state.step}))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _save(self, state: State, folder: Path) -> None:
+        state.save(folder / STATE)
+        if state.ended:
+            module, settings = self.work.export()
+            about = settings.model_dump(mode="json"), state.step, state.precision, state.kept_step
+            Trained(module.state_dict(), *about).save(folder / TRAINED)
 
     def _upload(self, checkpoint: Any, name: str) -> Any:
         """Sends a checkpoint's files to the run's storage; errors are bridged for ten minutes, then raised."""
@@ -206,7 +212,7 @@ def train(
             "preemptible": cluster.address is not None,
             "cpus": cluster.cpus_per_worker,
         },
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=_processes(cluster),
         scaling_config=_scaling(cluster),
         run_config=ray.train.RunConfig(
             name=digest,
@@ -285,6 +291,12 @@ def _resume() -> State | None:
         return None
     with checkpoint.as_directory() as folder:
         return State.load(Path(folder) / STATE)
+
+
+def _processes(cluster: TrainClusterConfig) -> Any:
+    if cluster.gpus_per_worker:
+        return ray.train.torch.TorchConfig(backend="nccl")
+    return ray.train.torch.TorchConfig(backend="gloo") if cluster.address is None else GlooConfig(backend="gloo")
 
 
 def _scaling(cluster: TrainClusterConfig) -> Any:
