@@ -156,21 +156,30 @@ def clock_library(folder: Path) -> Path:
 
 @contextmanager
 def ray_node(
-    head: str | None = None, environment: dict[str, str] | None = None, *options: str, before: str = ""
+    head: str | None = None,
+    environment: dict[str, str] | None = None,
+    *options: str,
+    before: str = "",
+    at: str = "",
+    inside: str = "",
 ) -> Iterator[str]:
     """A node of a Ray cluster in processes of its own: the head, or one more of the cluster at `head`.
 
     environment: on top of this process's. before: a shell command that runs first, in mounts of the node's own.
-    Yields the cluster's address.
+    at: its address, where this machine has several. inside: a network namespace. Yields the cluster's address.
     """
-    address = head or f"{socket.gethostbyname(socket.gethostname())}:{free_port()}"
+    address = head or f"{at or socket.gethostbyname(socket.gethostname())}:{free_port()}"
     place = ["--address", address] if head else ["--head", "--port", address.rpartition(":")[2]]
     folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")  # sockets lie there: a longer path would be too long
-    place += [] if head else ["--temp-dir", folder, "--include-dashboard", "false"]
+    place += [] if head else ["--include-dashboard", "false"]
+    place += [] if head and not inside else ["--temp-dir", folder]
+    place += ["--node-ip-address", at] if at else []
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *place, "--disable-usage-stats"]
     command += ["--object-store-memory", str(100 * 2**20), *options]
     if before:
         command = ["unshare", "--mount", "sh", "-ec", f"{before}; exec {shlex.join(command)}"]
+    if inside:
+        command = ["ip", "netns", "exec", inside, *command]
     with (Path(folder) / "log").open("w") as log:
         process = subprocess.Popen(
             command, env=os.environ | (environment or {}), stdout=log, stderr=log, start_new_session=True
@@ -188,7 +197,7 @@ def ray_node(
 
 def _started(process: "subprocess.Popen[bytes]", address: str, log: Path) -> str:
     """The address, once `ray start` says that it runs."""
-    end_s = time.monotonic() + 60
+    end_s = time.monotonic() + 120  # a busy machine takes its time
     while "Ray runtime started" not in log.read_text():
         assert process.poll() is None, log.read_text()[-2000:]
         assert time.monotonic() < end_s, log.read_text()[-2000:]

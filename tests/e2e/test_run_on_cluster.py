@@ -1,6 +1,5 @@
 """N2: `aai run` on a cluster of three nodes with a token, while nodes die in every stage, and the head once."""
 
-import contextlib
 import re
 import subprocess
 import sys
@@ -29,12 +28,13 @@ STAGES: dict[str, list[str]] = {
 HEAD = re.compile(r"^\[\d+/\d+\] (\w+): (?!unchanged)", re.MULTILINE)
 
 
-def chain(folder: Path, world: Path) -> Path:
-    """The config of a run in a folder, on clips that are there."""
+def chain(folder: Path, world: Path, **more: list[str]) -> Path:
+    """The config of a run in a folder, on clips that are there; more: settings by stage, besides those above."""
     stages: list[dict[str, Any]] = [
-        {"verb": verb, "config": f"configs/demo/{verb}.yaml", "set": settings} for verb, settings in STAGES.items()
+        {"verb": verb, "config": f"configs/demo/{verb}.yaml", "set": [*settings, *more.get(verb, [])]}
+        for verb, settings in STAGES.items()
     ]
-    stages[0]["set"] = [*STAGES["curate"], f"manifest={world}/manifest.csv"]
+    stages[0]["set"] += [f"manifest={world}/manifest.csv"]
     folder.mkdir(parents=True)
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump({"run_dir": str(folder / "run"), "stages": stages, "attempts": 5}))
@@ -121,17 +121,6 @@ class Nodes:
         self.stack.enter_context(ray_node(self.address, None, "--num-cpus", "2"))
         self.workers += self.raylets() - before
 
-    def freeze_the_oldest(self, seconds: float) -> None:
-        """A node of workers does not answer, does not work and does not send for a while; then it is back."""
-        raylet = self.workers[0]
-        frozen = [raylet, *raylet.children(recursive=True)]
-        for one in frozen:
-            one.suspend()
-        time.sleep(seconds)
-        for one in frozen:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.resume()
-
     def kill_the_oldest(self) -> None:
         """SIGKILL to the raylet of a node of workers, which ends with it."""
         self.workers.pop(0).kill()
@@ -199,22 +188,3 @@ def test_n2_the_head_dies_and_comes_back(
     print("the head died in", at, figures(tmp_path / "struck"), "undisturbed:", figures(whole))
     assert "it goes on in" in run.log.read_text()
     assert tables(tmp_path / "struck") == tables(whole)
-
-
-@pytest.mark.accept
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("verb", ["curate", "align", "adapt"])
-def test_n9_a_node_that_is_cut_off_for_a_minute(
-    undisturbed: tuple[Path, Path], nodes: Nodes, tmp_path: Path, verb: str
-) -> None:
-    world, whole = undisturbed
-    file = chain(tmp_path / "cut", world)
-    run = Run(file, "--address", nodes.address, "--until", verb)
-    assert run.wait_for(verb)
-    time.sleep(12 if verb != "curate" else 4)
-    at, begin_s = run.stage(), time.monotonic()
-    nodes.freeze_the_oldest(60)
-    run.ended()
-    print(f"cut off in {at} for 60 s, ended {time.monotonic() - begin_s - 60:.0f} s after it was back")
-    names = ("curated/accepted", "curated/rejected") if verb == "curate" else ("curated/accepted", "features")
-    assert {name: rows(tmp_path / "cut", name) for name in names} == {name: rows(whole, name) for name in names}

@@ -1,0 +1,183 @@
+"""N9: a node whose network is cut, or that is taken back with a notice, in the middle of each stage of a run.
+
+The nodes are network namespaces of this machine with a cable each; wants root.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray._raylet import GcsClient
+
+from pipelines.training.following import history
+from tests.e2e.test_run_on_cluster import Run, chain, rows
+from tests.networks import Network, network
+from tests.surroundings import ray_node
+
+MORE = {"align": ["fit.steps=150"], "adapt": ["fit.steps=60"]}
+"""So many steps that a cut is in their middle."""
+WORKERS = {"curate": "MapWorker(MapBatches(_Actor))", "align": "RayTrainWorker", "adapt": "RayTrainWorker"}
+"""How the processes are called that do a stage's work."""
+
+
+class Fleet:
+    """A head without CPUs, where the commands run, and nodes of one worker each, all on a network of their own."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack, self.network = stack, stack.enter_context(network())
+        self.address = stack.enter_context(ray_node(None, None, "--num-cpus", "0", at=self.network.here))
+
+    def add(self) -> None:
+        """One more node."""
+        name, address = self.network.add()
+        self.stack.enter_context(ray_node(self.address, None, "--num-cpus", "1", at=address, inside=name))
+
+    def cut(self, name: str, seconds: float) -> None:
+        """A node hears nobody and is heard by nobody for so long; it works on."""
+        self.network.cut(name)
+        time.sleep(seconds)
+        self.network.mend(name)
+
+    def replace(self, name: str) -> bool:
+        """Whether a node is gone: then another one comes in its place."""
+        gone = name not in self.network.holders("raylet/raylet")
+        if gone:
+            self.add()
+        return gone
+
+    def take_back(self, name: str, notice_s: int) -> None:
+        """As a cloud does with a spot node: it is announced, and after so many seconds the machine is gone."""
+        host = self.network.address_of(name)
+        (node,) = [each for each in self._nodes() if each.node_manager_address == host]
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the spot node is taken back"]
+        command = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.address, *why]
+        command += ["--node-id", node.node_id.hex(), "--deadline-remaining-seconds", str(notice_s)]
+        subprocess.run(command, check=True)
+        time.sleep(notice_s)
+        for process in self.network.processes(name):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _nodes(self) -> list[Any]:
+        return list(GcsClient(address=self.address).get_all_node_info().values())
+
+
+@pytest.fixture
+def fleet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """A head and three nodes."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 2)
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "100")
+    with ExitStack() as stack:
+        found = Fleet(stack)
+        for _ in range(3):
+            found.add()
+        yield found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(a world of clips, the folder of a run on this machine that nothing disturbed)."""
+    from aai.toy.writer import write_world
+
+    base = tmp_path_factory.mktemp("n9")
+    write_world(str(base / "world"), 120, seed=3, progress=False)
+    Run(chain(base / "whole", base / "world", **MORE), "--until", "adapt").ended()
+    return base / "world", base / "whole"
+
+
+def begun(fleet: Fleet, file: Path, until: str) -> Run:
+    """A run on the cluster, of which nothing stays when that ends."""
+    run = Run(file, "--address", fleet.address, "--until", until)
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)
+
+    fleet.stack.callback(end)
+    return run
+
+
+def at_work(network: Network, folder: Path, verb: str) -> str:
+    """The first node with a process that works for a stage, once it is in the middle of its work."""
+    end_s = time.monotonic() + 120
+    while time.monotonic() < end_s:
+        found = network.holders(WORKERS[verb])
+        if found and (verb == "curate" or any(entry["step"] > 10 for entry in history(str(folder / "run" / verb)))):
+            return found[0]
+        time.sleep(0.1)
+    raise AssertionError(f"nobody works for {verb}")
+
+
+def trained(folder: Path, verb: str) -> tuple[list[float], bytes]:
+    """What a training came to: the loss of every step that its history has, and the weights."""
+    losses = [entry["loss"] for entry in history(str(folder / "run" / verb)) if "loss" in entry]
+    weights = {"align": "aligner", "adapt": "adapter"}[verb]
+    return losses, (folder / "run" / verb / "bundle" / f"{weights}.safetensors").read_bytes()
+
+
+def check(struck: Path, whole: Path, *trainings: str) -> None:
+    """A run has come to what another came to, row for row and bit for bit."""
+    for name in ("curated/accepted", "curated/rejected", "features"):
+        assert rows(struck, name) == rows(whole, name), name
+    for verb in trainings:
+        assert trained(struck, verb) == trained(whole, verb), verb
+
+
+def over(run: Run, verb: str, since_s: float) -> float:
+    """Seconds from a moment to the end of a stage."""
+    while run.stage() == verb:
+        time.sleep(0.2)
+    return time.monotonic() - since_s
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("cut_s", [60.0, 100.0])
+def test_n9_a_node_that_works_is_cut_off_in_every_stage(
+    undisturbed: tuple[Path, Path], fleet: Fleet, tmp_path: Path, cut_s: float
+) -> None:
+    world, whole = undisturbed
+    cut = tmp_path / "cut"
+    run = begun(fleet, chain(cut, world, **MORE), "adapt")
+    for verb in WORKERS:
+        assert run.wait_for(verb)
+        name = at_work(fleet.network, cut, verb)
+        fleet.cut(name, cut_s)
+        there, back_s = run.stage() == verb, time.monotonic()
+        print(f"{verb}: {name} with a {WORKERS[verb]} cut off for {cut_s:g} s, still at it: {there}", end="; ")
+        print(f"the stage ended {over(run, verb, back_s):.0f} s after; the node is gone: {fleet.replace(name)}")
+    run.ended()
+    check(cut, whole, "align", "adapt")
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(3600)
+def test_n9_a_node_that_works_is_taken_back_with_a_notice(
+    undisturbed: tuple[Path, Path], fleet: Fleet, tmp_path: Path
+) -> None:
+    world, whole = undisturbed
+    taken = tmp_path / "taken"
+    more = {**MORE, "align": [*MORE["align"], "cluster.max_failures=0", "fit.checkpoint_every=10000"]}
+    run = begun(fleet, chain(taken, world, **more), "align")
+    for verb in ("curate", "align"):
+        assert run.wait_for(verb)
+        name, begin_s = at_work(fleet.network, taken, verb), time.monotonic()
+        fleet.take_back(name, 10)
+        print(
+            f"{verb}: {name} with a {WORKERS[verb]} taken back after 10 s, still at it: {run.stage() == verb}", end="; "
+        )
+        print(f"the stage ended {over(run, verb, begin_s):.0f} s after the notice")
+        assert fleet.replace(name)
+    run.ended()
+    assert "broke off" not in run.log.read_text()
+    check(taken, whole, "align")
