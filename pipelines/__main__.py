@@ -1,6 +1,7 @@
 """The command line: `aai VERB --config FILE [--set a.b=c ...]`. One verb, one module, one config class."""
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
@@ -192,7 +193,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        print(f"aai: error: verb={verb}: no such command; one of: {', '.join(VERBS)}", file=sys.stderr)
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(VERBS)}"
+        print(f"aai: error: verb={verb}: no such command; {remedy}", file=sys.stderr)
         return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about libraries that are not needed here
     logging.basicConfig(level=os.environ.get("AAI_LOG", "INFO"), format="%(message)s", stream=sys.stderr)

@@ -1,7 +1,7 @@
 """A sound's A* as a textual-inversion file, with which diffusers alone paints the same picture.
 
-aai export --audio dog.wav
-aai export --audio dog=dog.wav --audio rain=rain.wav --out tokens
+    aai export --audio dog.wav
+    aai export --audio dog=dog.wav --audio rain=rain.wav --out tokens
 
 OUT/NAME.safetensors holds the word <NAME>; in Python, without this package:
 

@@ -6,7 +6,7 @@
     aai jobs                                                             # what became of them
 
 All but --cluster, --detach and --dry-run is the command's own. Its settings are checked here first. Ctrl-C asks whether
-the job is to stop or to go on; when this machine goes away, the job goes on. docs/clusters.md tells of cluster files.
+the job is to stop or to go on; when this machine goes away, the job goes on. docs/runs.md tells of cluster files.
 """
 
 import argparse

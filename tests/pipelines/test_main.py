@@ -47,6 +47,7 @@ def test_every_verb_has_help_with_all_its_settings(verb: str, capsys: pytest.Cap
     assert "--dry-run" in out
     assert [line for line in settings_help(module_of(verb).CONFIG) if line not in out] == []
     assert "run_dir" in out
+    assert "\naai " not in out  # commands stand indented, under what they do
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -64,7 +65,8 @@ def test_every_verb_has_a_default_config_and_a_plan(
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     line = mistake(capsys, "curatee")
     assert "verb=curatee" in line
-    assert "curate" in line
+    assert "did you mean 'curate'?" in line
+    assert "one of: world, foundation," in mistake(capsys, "zzz")
 
 
 @pytest.mark.parametrize(
