@@ -149,7 +149,7 @@ def read_bundle(uri: str | Path) -> Bundle:
     uri = str(uri)
     names = _names(uri)
     if not names or names == [""]:  # nothing, or a file
-        raise UserError("bundle", uri, "no such bundle folder", "give the folder that `aai adapt` wrote")
+        raise UserError("bundle", uri, "no such bundle folder", "give the folder that `aai align` or `aai adapt` wrote")
     _check_names(uri, names)  # before anything is copied or read
     folder = Path(storage.local_folder(uri))
     meta = _read_meta(uri, folder)

@@ -267,6 +267,9 @@ def list_shards(config: FeaturizeConfig) -> list[FeaturizeShard]:
     """One shard for each file of the input that has rows. Raises UserError when there is none."""
     shards = []
     files = storage.file_sizes(config.input, ".parquet")
+    accepted = storage.join(config.input, "accepted")
+    if any(file.startswith(f"{accepted}/") for file in files):  # beside it lies what was rejected
+        raise UserError("input", config.input, "is curate's whole output, rejected clips too", f"give {accepted}")
     tables = read_columns(files, ["clip_id", "caption", "split", schema.PICTURE])
     for (file, size_bytes), table in zip(files.items(), tables, strict=True):
         if table.num_rows:

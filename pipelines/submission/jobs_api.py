@@ -42,7 +42,10 @@ def _knock(cluster: ClusterFile, door: doors.Door) -> None:
     if answer in ("closed", "silent", "other"):
         words = {"closed": "nobody listens there", "silent": "takes connections and says nothing, or they get lost"}
         rule = words.get(answer, "what listens there is no dashboard of Ray")
-        remedy = "give the dashboard's address; on Kubernetes: kubectl port-forward service/NAME-head-svc 8265"
+        remedy = (
+            "give the dashboard's address in a cluster file (docs/runs.md), or start a cluster (`ray start --head`); "
+            "on Kubernetes: kubectl port-forward service/NAME-head-svc 8265"
+        )
         raise UserError("address", cluster.address, rule, remedy)
     if answer == "open" and not doors.is_loopback(door.host):
         raise UserError("address", cluster.address, "takes jobs from everybody who reaches it", doors.GUARD)
@@ -67,7 +70,7 @@ def send(client: Any, **job: Any) -> str:
 def refused(cluster: ClusterFile, error: Exception) -> UserError:
     """What the jobs API would not do."""
     reason = str(error).strip().split("\n")[0][:300]
-    return UserError("address", cluster.address, f"refused ({reason})", "see `aai jobs`, and docs/clusters.md")
+    return UserError("address", cluster.address, f"refused ({reason})", "see `aai jobs`, and docs/runs.md")
 
 
 class JobLog:

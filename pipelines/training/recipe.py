@@ -130,7 +130,13 @@ class StageConfig(RayVerbConfig):
         return "not told for this stage"
 
     def refuse_what_cannot_fit(self) -> None:
-        """Raises UserError when a step is forecast to need more than a worker's device has."""
+        """Raises UserError when a step takes more clips than there are, or is forecast to need more than a worker's
+        device has."""
+        manifest = self.manifest()
+        clips = manifest.clips("train", self.pictures_only) if manifest is not None else 0
+        if 0 < clips < self.fit.batch_size:
+            rule = f"is more than the {clips} rows of split 'train'{' with a picture' * self.pictures_only}"
+            raise UserError("fit.batch_size", self.fit.batch_size, rule, "lower it, or featurize more clips")
         limit_gb = 0.9 * self.cluster.gb_per_worker
         cost = self.step_cost() if limit_gb else ""
         if isinstance(cost, StepCost) and cost.num_bytes > limit_gb * 1e9:

@@ -253,7 +253,7 @@ def test_clips_of_sound_and_text_train_the_text_term_alone(
     assert work.evaluate is not None
     assert work.evaluate().keys() == {"val_a2v_r1", "val_a2t_r1"}
 
-    without_text = AlignConfig.parse({**found["mixed"], "loss": {"w_text": 0}})
+    without_text = AlignConfig.parse({**found["mixed"], "loss": {"w_text": 0}, "fit": {"batch_size": 2}})
     AlignRecipe(without_text).prepare(manifest)
     assert "4 of 6 clips of train have no picture: they are left out, since loss.w_text is 0" in caplog.text
     assert without_text.plan().training["steps"].endswith("epochs of 2 clips")

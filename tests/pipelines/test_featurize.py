@@ -171,6 +171,9 @@ def test_auto_is_decided_once_for_a_table(
 def test_mistakes_are_user_errors(inputs: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no clips"):
         featurize.run(FeaturizeConfig.parse({**inputs, "input": str(tmp_path / "none"), "out": str(tmp_path)}))
+    curated = Path(inputs["input"]).parent
+    with pytest.raises(UserError, match=f"curate's whole output, rejected clips too; give {curated}/accepted$"):
+        featurize.run(FeaturizeConfig.parse({**inputs, "input": str(curated), "out": str(tmp_path)}))
     with pytest.raises(UserError, match="does not contain"):
         FeaturizeConfig.parse({**inputs, "out": "x", "prompts": ["sound"]})
     config = FeaturizeConfig.parse({**inputs, "out": str(tmp_path), "latent_frame": 2})

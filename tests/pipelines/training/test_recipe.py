@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from aai import storage
+from aai.errors import UserError
 from aai.features import FeatureManifest
 from pipelines.engine.cluster import connect, shutdown
 from pipelines.overview.stage_states import StageStatus, read_stages
@@ -48,11 +49,17 @@ class MortalRecipe(CaptionRecipe):
         return MortalTask(super().build().mapping, storage.join(self.config.features, "killed"))
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = table.write(tmp_path_factory.mktemp("features"))
+def written(place: Path) -> str:
+    """A table of 21 rows of train and 9 of val, with a manifest that says so."""
+    folder = table.write(place)
     manifest = FeatureManifest.read(folder).model_copy(update={"rows": {"train": 21, "val": 9}})
     storage.write_json(f"{folder}/manifest.json", manifest.model_dump(mode="json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = written(tmp_path_factory.mktemp("features"))
     connect(ClusterConfig())
     yield folder
     shutdown()
@@ -137,3 +144,10 @@ def test_what_was_trained_survives_the_file(tmp_path: Path) -> None:
     found = Trained.load(tmp_path / "x")
     assert (found.settings, found.step, found.precision, found.kept_step) == ({"width": 3}, 7, "bfloat16", 5)
     assert all(torch.equal(found.weights[name], value) for name, value in weights.items())
+
+
+def test_more_clips_a_step_than_there_are_is_told_before_anything_starts(tmp_path: Path) -> None:
+    settings = {"features": written(tmp_path), "out": str(tmp_path / "out")}
+    CaptionConfig.parse({**settings, "fit": {"batch_size": 20}}).plan()
+    with pytest.raises(UserError, match=r"fit\.batch_size=22: is more than the 21 rows of split 'train'; lower it"):
+        CaptionConfig.parse({**settings, "fit": {"batch_size": 22}}).plan()
