@@ -50,6 +50,8 @@ LOCAL = "aai-checkpoint-"
 """How the folder of a checkpoint that is being made begins; then comes the process."""
 LEFT_S = 3600.0
 """A folder of a process that is gone is left over when it is older."""
+ROOM_S = 5.0
+"""How long what others have just given back may take until it counts as free."""
 UPLOAD_S, UPLOAD_WAIT_S = 600.0, 15.0
 """How long sending a checkpoint is tried before it is given up, and the wait between two tries."""
 
@@ -179,6 +181,35 @@ def remove_leftovers() -> None:
                 shutil.rmtree(folder)
 
 
+def tell_of_room(name: str, cluster: TrainClusterConfig, patience_s: float = ROOM_S) -> None:
+    """Says what a training waits for where the cluster has no room for its fewest workers: Ray waits without a word."""
+    each = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    wanted = {kind: cluster.fewest_workers * count for kind, count in each.items()}
+    gives_up_s = time.monotonic() + patience_s
+    while True:
+        free = ray.available_resources()
+        short = [kind for kind, count in wanted.items() if count > free.get(kind, 0)]
+        if not short:
+            return
+        if time.monotonic() > gives_up_s:
+            lacking = " and ".join(
+                f"{wanted[kind]:g} {kind}s, of which {free.get(kind, 0):g} are free" for kind in short
+            )
+            remedy = "add nodes, end what runs there (a job's own command counts, too), or lower cluster.num_workers"
+            log.warning("%s: waits for room: its workers want %s; %s", name, lacking, remedy)
+            return
+        time.sleep(0.5)
+
+
+def _enter(name: str, cluster: TrainClusterConfig, out: str) -> None:
+    """Connects to Ray."""
+    connect(cluster, out)
+    if cluster.address is None:  # nobody preempts this machine: one process less to start
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    else:
+        tell_of_room(name, cluster)
+
+
 def train(
     name: str,
     make_work: MakeWork,
@@ -196,9 +227,7 @@ def train(
     prefix; history.jsonl there gets every entry, also of earlier, interrupted calls. on_log and on_picture are
     called on the driver, in another thread. Raises the workers' own UserError or FloatingPointError, else RuntimeError.
     """
-    connect(cluster, out)
-    if cluster.address is None:  # nobody preempts this machine: one process less to start
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    _enter(name, cluster, out)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # not on a node that may be taken
     trainer = ray.train.torch.TorchTrainer(

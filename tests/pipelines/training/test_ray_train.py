@@ -146,3 +146,13 @@ def test_a_skipped_step_is_listed_once_however_often_it_comes(tmp_path: Path) ->
             assert listed.stat().st_mtime_ns == written_ns
         lines = [json.loads(line) for line in listed.read_text().splitlines()]
         assert [(line["step"], line["rank"]) for line in lines] == [(3, 0), (3, 1)]
+
+
+def test_a_training_without_room_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    ray_train.tell_of_room("align", CLUSTER, patience_s=30)
+    assert caplog.text == ""
+    ray_train.tell_of_room(
+        "align", CLUSTER.model_copy(update={"num_workers": 1000, "gpus_per_worker": 1}), patience_s=0
+    )
+    assert "align: waits for room: its workers want 1000 CPUs, of which " in caplog.text
+    assert "are free and 1000 GPUs, of which 0 are free; add nodes" in caplog.text
