@@ -25,19 +25,21 @@ def enter(cluster: ClusterFile) -> Any:
     """A `ray.job_submission.JobSubmissionClient`. Raises UserError where nobody answers, or everybody is let in."""
     parts = urlsplit(cluster.address)
     door = doors.Door("dashboard", parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-    if parts.scheme == "http":  # behind https stands somebody's gateway, with rules of its own
-        _knock(cluster, door)
+    headers = None
+    if parts.scheme == "http" and _knock(cluster, door) == "guarded":  # https: a gateway, with rules of its own
+        headers = {"Authorization": f"Bearer {ray_token()}"}  # Ray's client has one only under RAY_AUTH_MODE=token
     from ray.job_submission import JobSubmissionClient
 
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     try:
-        return JobSubmissionClient(cluster.address, verify=cluster.ca_file or True)
+        return JobSubmissionClient(cluster.address, verify=cluster.ca_file or True, headers=headers)
     except Exception as error:
         raise refused(cluster, error) from error
 
 
-def _knock(cluster: ClusterFile, door: doors.Door) -> None:
+def _knock(cluster: ClusterFile, door: doors.Door) -> doors.Answer:
+    """How the door answers who may enter. Raises UserError where nobody may, or everybody."""
     answer = doors.ask(door)
     if answer in ("closed", "silent", "other"):
         words = {"closed": "nobody listens there", "silent": "takes connections and says nothing, or they get lost"}
@@ -53,6 +55,7 @@ def _knock(cluster: ClusterFile, door: doors.Door) -> None:
         raise UserError("address", cluster.address, "wants a token, and there is none here", doors.GIVE)
     if answer == "guarded" and doors.ask(door, ray_token()) != "open":
         raise UserError("address", cluster.address, "refuses the token of this machine", doors.GIVE)
+    return answer
 
 
 def send(client: Any, **job: Any) -> str:

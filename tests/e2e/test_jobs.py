@@ -36,7 +36,8 @@ def aai(cluster: Path, tmp_path: Path) -> Aai:
     """Runs a command from a folder of its own, with the cluster's token and cluster file."""
 
     def command(*words: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"RAY_AUTH_TOKEN": token, "PYTHONPATH": str(ROOT)}
+        environment.pop("RAY_AUTH_MODE", None)  # the token is enough
         line = [sys.executable, "-m", "pipelines", words[0], "--cluster", str(cluster), *words[1:]]
         return subprocess.run(line, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=240)
 
