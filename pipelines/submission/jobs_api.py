@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 STARTS_S = 90.0
 """How long a cluster that has just started is given to take a job."""
+WAKES_S = 15.0
+"""How long one that takes connections may say nothing."""
 AWAY_S = 300.0
 """How long a head that does not answer is waited for while a job is followed."""
 
@@ -40,7 +42,9 @@ def enter(cluster: ClusterFile) -> Any:
 
 def _knock(cluster: ClusterFile, door: doors.Door) -> doors.Answer:
     """How the door answers who may enter. Raises UserError where nobody may, or everybody."""
-    answer = doors.ask(door)
+    answer, begin_s = doors.ask(door), time.monotonic()
+    while answer == "silent" and time.monotonic() - begin_s < WAKES_S:  # a dashboard that has just been started
+        answer = doors.ask(door)
     if answer in ("closed", "silent", "other"):
         words = {"closed": "nobody listens there", "silent": "takes connections and says nothing, or they get lost"}
         rule = words.get(answer, "what listens there is no dashboard of Ray")

@@ -192,9 +192,7 @@ def tell_of_room(name: str, cluster: TrainClusterConfig, patience_s: float = ROO
         if not short:
             return
         if time.monotonic() > gives_up_s:
-            lacking = " and ".join(
-                f"{wanted[kind]:g} {kind}s, of which {free.get(kind, 0):g} are free" for kind in short
-            )
+            lacking = " and ".join(f"{wanted[kind]:g} {kind}s ({free.get(kind, 0):g} free)" for kind in short)
             remedy = "add nodes, end what runs there (a job's own command counts, too), or lower cluster.num_workers"
             log.warning("%s: waits for room: its workers want %s; %s", name, lacking, remedy)
             return

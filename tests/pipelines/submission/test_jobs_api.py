@@ -27,3 +27,11 @@ def test_something_else_listens(s3: str) -> None:
 )
 def test_a_command_ends_as_its_job(status: str, code: int | None, ends: int) -> None:
     assert exit_code(SimpleNamespace(status=status, driver_exit_code=code)) == ends
+
+
+def test_a_dashboard_that_wakes_up_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["silent", "silent", "guarded", "silent"])
+    monkeypatch.setattr("pipelines.checkup.doors.ask", lambda door, token=None: next(answers))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a token")
+    with pytest.raises(UserError, match="refuses the token of this machine"):  # it was knocked at until it answered
+        enter(ClusterFile(address="http://127.0.0.1:8265"))

@@ -154,5 +154,5 @@ def test_a_training_without_room_says_what_it_waits_for(caplog: pytest.LogCaptur
     ray_train.tell_of_room(
         "align", CLUSTER.model_copy(update={"num_workers": 1000, "gpus_per_worker": 1}), patience_s=0
     )
-    assert "align: waits for room: its workers want 1000 CPUs, of which " in caplog.text
-    assert "are free and 1000 GPUs, of which 0 are free; add nodes" in caplog.text
+    assert "align: waits for room: its workers want 1000 CPUs (" in caplog.text
+    assert " free) and 1000 GPUs (0 free); add nodes" in caplog.text
