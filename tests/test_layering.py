@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "tuning": {"engine", "pages", "training"},
     "checkup": CLUSTER | {"registry"},
     "chain": {"settings"},
-    "submission": {"__main__", "checkup", "settings"},
+    "submission": {"__main__", "chain", "checkup", "settings"},
     "tracing": {"curation", "registry", "settings"},
     "overview": {"curation", "engine"},
     "curation": CLUSTER | {"manifests", "pages", "registry"},
