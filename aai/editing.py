@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from aai.errors import UserError
@@ -188,3 +190,18 @@ def repainted(
         painted = vae.decode(done.to(vae.dtype)).sample.float().clamp(-1, 1)
     whole = F.interpolate(small.float(), size=pixels.shape[-2:], mode="bilinear").clamp(0, 1) if mask is None else mask
     return torch.where(whole > 0, whole * painted + (1 - whole) * pixels, pixels), whole
+
+
+def unit_of(image: Image.Image) -> Tensor:
+    """An RGB picture -> [3, H, W] in -1..1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def white_of(mask: Image.Image) -> Tensor:
+    """1 where a mask is nearer to white than to black, else 0, [1, H, W]."""
+    return (unit_of(mask.convert("L").convert("RGB"))[:1] > 0).float()
+
+
+def picture_of(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in -1..1 -> an RGB picture."""
+    return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy())

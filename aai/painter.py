@@ -18,7 +18,7 @@ from aai.adapt import AdapterConfig, AudioAdapter
 from aai.addons import AddOns, add_to, with_controlnet
 from aai.bundle import Bundle, read_bundle
 from aai.concepts import Concepts, Vocabulary
-from aai.editing import Change, Repainting, repainted, same_dtype
+from aai.editing import Change, Repainting, picture_of, repainted, same_dtype, unit_of, white_of
 from aai.encoders.aligner import load_aligner
 from aai.encoders.audio import AudioEncoder
 from aai.errors import UserError
@@ -27,8 +27,9 @@ from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Sound, names_in
 from aai.precision import dtype_of
+from aai.regions import block_count, embed_in_regions, in_regions, widened
 from aai.reuse import reused
-from aai.sampling import DEFAULT_PROMPT, HEAD_PATTERN, PaintRequest, SamplingConfig, check_repaint, check_steps
+from aai.sampling import DEFAULT_PROMPT, HEAD_PATTERN, Mixing, PaintRequest, SamplingConfig, check_repaint, check_steps
 from aai.sdxl import injector_of, prompt_arguments
 from aai.sounds import Sounds, Window, named, prompt_for, windows
 
@@ -48,15 +49,20 @@ def paint(
     sampling: SamplingConfig,
     **given: Any,
 ) -> list[Image.Image]:
-    """One picture per row of prompt embeddings [B, L, D_h], against those of the negative prompt [1, L, D_h].
+    """One picture per row of prompt embeddings [B, L, D_h], against those of the negative prompt [1 or B, L, D_h].
 
     Picture b starts from `seeds[b]` and does not depend on the others. given: what else the pipeline takes.
+    Embeddings [B, R L, D_h] say what each strip of the picture shows (see aai.regions).
     """
     check_steps(pipe.scheduler, sampling.steps)
+    length = pipe.tokenizer.model_max_length
+    blocks = block_count(embeds, length)
+    negative = widened(negative, blocks, length).expand_as(embeds)
+    models = [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)  # a fresh one: it holds the step index
-    with reused(pipe.unet, sampling.reuse_steps), same_dtype(pipe.vae):
+    with in_regions(models, blocks, length), reused(pipe.unet, sampling.reuse_steps), same_dtype(pipe.vae):
         found = pipe(
-            **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.expand_as(embeds).to(pipe.unet.dtype)),
+            **prompt_arguments(pipe.unet, embeds.to(pipe.unet.dtype), negative.to(pipe.unet.dtype)),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             guidance_scale=sampling.guidance_scale,
             num_inference_steps=sampling.steps,
@@ -190,13 +196,21 @@ class Painter:
         return self.adapter(self.parts(audio, window))[0]
 
     @torch.no_grad()
-    def embed(self, sounds: Sounds, prompt: str, strength: float = 1.0) -> Tensor:
-        """Prompt embedding [1, L, D_h] with the sounds at their placeholders."""
-        return self.injector.embed(prompt, {name: Sound(self.hear(x), strength) for name, x in named(sounds).items()})
+    def embed(self, sounds: Sounds, prompt: str, strength: float = 1.0, mixing: Mixing = "regions") -> Tensor:
+        """Prompt embedding [1, L, D_h] with the sounds at their placeholders, of several in strips [1, R L, D_h]."""
+        return self._mixed(prompt, {n: Sound(self.hear(x), strength) for n, x in named(sounds).items()}, mixing)
+
+    def _mixed(self, prompt: str, sounds: Mapping[str, Sound], mixing: Mixing) -> Tensor:
+        if mixing == "regions":
+            anything = self.vocabulary.any_object if self.vocabulary else self.injector.neutral_word
+            return embed_in_regions(self.injector, prompt, sounds, anything)
+        return self.injector.embed(prompt, sounds)
 
     @torch.no_grad()
     def embed_request(self, sounds: Sounds, request: PaintRequest) -> tuple[Tensor, Tensor]:
         """Embeddings [1, L, D_h] of a request's prompt and of its negative prompt; either may name sounds.
+
+        Of several sounds in strips (`request.mixing`) the prompt's is [1, R L, D_h].
 
         Raises UserError for a sound that neither names, and for a name without a sound.
         """
@@ -205,7 +219,7 @@ class Painter:
         heard = {name: Sound(self.hear(x, request.window), request.sound_strength) for name, x in given.items()}
         against = {name: sound for name, sound in heard.items() if name in names_in(negative)}
         within = {name: heard[name] for name in heard if name in names_in(wanted) or name not in against}
-        return self.injector.embed(wanted, within), self.embed_negative(negative, against)
+        return self._mixed(wanted, within, request.mixing), self.embed_negative(negative, against)
 
     def prompt_of(self, request: PaintRequest, names: Sequence[str]) -> str:
         """The prompt of a request with sounds of these names: its own, or the bundle's with those not negative."""
@@ -240,7 +254,7 @@ class Painter:
         """
         if negative is None:
             negative = self.embed_negative(request.negative_prompt)
-        negative = negative.expand_as(embeds)
+        negative = negative.expand(len(embeds), -1, -1)
         given = None if images is None else [self._fitted(image) for image in images]
 
         def some(at: slice) -> list[Image.Image]:
@@ -327,10 +341,10 @@ class Painter:
         told = [part.to(self.pipe.unet.dtype) for part in (source, target, negative)]
 
         def some(at: slice) -> list[Image.Image]:
-            pixels = torch.stack([_unit(self._fitted(image)) for image in images[at]]).to(self.device)
+            pixels = torch.stack([unit_of(self._fitted(image)) for image in images[at]]).to(self.device)
             open_ = None
             if masks is not None:
-                open_ = torch.stack([_white(self._fitted(mask)) for mask in masks[at]]).to(self.device)
+                open_ = torch.stack([white_of(self._fitted(mask)) for mask in masks[at]]).to(self.device)
             done, _ = repainted(self.pipe, pixels, Change(*(part[at] for part in told)), how, seeds[at], open_)
             return self._fit_to_show(done)
 
@@ -342,7 +356,7 @@ class Painter:
         unfit = [False] * len(pixels)
         if getattr(self.pipe, "safety_checker", None) is not None:
             _, unfit = self.pipe.run_safety_checker(pixels.clone(), self.device, self.pipe.unet.dtype)
-        return [_picture(torch.full_like(x, -1) if bad else x) for x, bad in zip(pixels, unfit, strict=True)]
+        return [picture_of(torch.full_like(x, -1) if bad else x) for x, bad in zip(pixels, unfit, strict=True)]
 
     @torch.no_grad()
     def embed_repaint(
@@ -382,18 +396,3 @@ class Painter:
         if self.vocabulary is None:
             raise UserError("bundle", "vocabulary", "is absent", "give adapt a `vocabulary` and train a new bundle")
         return Concepts(shared_clip(self.foundation, self.device.type), self.vocabulary)
-
-
-def _unit(image: Image.Image) -> Tensor:
-    """An RGB picture -> [3, H, W] in -1..1."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def _white(mask: Image.Image) -> Tensor:
-    """1 where a mask is nearer to white than to black, else 0, [1, H, W]."""
-    return (_unit(mask.convert("L").convert("RGB"))[:1] > 0).float()
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in -1..1 -> an RGB picture."""
-    return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy())

@@ -11,6 +11,7 @@ from aai.sounds import Window
 
 DEFAULT_PROMPT = "a photo of <sound>"
 HEAD_PATTERN = r"^a \w+ of\b"
+Mixing = Literal["regions", "words"]
 REPAINT = {"edit": 0.8, "stylize": 0.8}
 """How much of the given picture each verb paints anew by default."""
 
@@ -43,6 +44,9 @@ class PaintRequest(SamplingConfig):
     """Text with <sound> where the sound belongs; of several sounds the <NAME> of each, or <NAME*0.6> for one at six
     tenths of its strength. Empty = the bundle's own ("a photo of <sound>"); edit and stylize read the medium off the
     picture instead. The negative prompt may name sounds as well."""
+    mixing: Mixing = "regions"
+    """Several sounds of a prompt: regions gives each a strip of the picture, from left to right in the order of the
+    prompt, and the rest of the prompt to all; words leaves it to the prompt, of which one sound mostly wins."""
     num_images: int = pydantic.Field(1, ge=1, le=8)
     seed: int = pydantic.Field(0, ge=0, lt=2**63 - 8)
     """Picture i of a request uses seed + i."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from aai.errors import UserError
 from aai.inject import Sound
 from aai.painter import Painter
+from aai.regions import block_count, widened
 from aai.sampling import PaintRequest
 from aai.sounds import Sounds, named
 
@@ -43,7 +44,10 @@ def paint_strip(
                 given = {name: 10 ** (gain_db / 20) * audio for name, audio in given.items()}
                 labels[i] = f"{gain_db + 0.0:.0f} dB"  # no minus before a zero
             rows.append(painter.embed_request(given, asked))
-        embeds, negative = (torch.cat(part) for part in zip(*rows, strict=True))
+        length = painter.injector.tokenizer.model_max_length
+        blocks = max(block_count(row, length) for row, _ in rows)  # sounds of strength 0 have none of their own
+        embeds = torch.cat([widened(row, blocks, length) for row, _ in rows])
+        negative = torch.cat([row for _, row in rows])
     painted: list[Image.Image] = []
     for some, against in zip(embeds.split(_AT_ONCE), negative.split(_AT_ONCE), strict=True):
         painted += painter.paint(some, [request.seed] * len(some), request, negative=against)

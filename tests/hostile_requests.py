@@ -22,6 +22,7 @@ FIELDS = (
     "num_images",
     "names",
     "window",
+    "mixing",
     "denoise_strength",
     "sound_strength",
     "repaint",

@@ -80,6 +80,9 @@ def test_a_controlnet_guides_generation(bundle: Path, plain: Painter, tmp_path: 
     a, b = (pixels(painter.generate(sound(1), REQUEST, control=image)) for image in (white, edges))
     assert a.shape == (1, 64, 64, 3)
     assert not np.array_equal(a, b)
+    both, words = (pixels(painter.generate([sound(1), sound(2)], REQUEST.model_copy(update=how), control=white))
+                   for how in ({}, {"mixing": "words"}))  # fmt: skip
+    assert not np.array_equal(both, words)
     off = AddOns(controlnet=str(tmp_path / "net"), controlnet_scale=0)
     unguided = pixels(Painter.load(bundle, addons=off).generate(sound(1), REQUEST, control=white))
     assert np.abs(unguided - pixels(plain.generate(sound(1), REQUEST))).max() <= 1

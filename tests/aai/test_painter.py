@@ -47,7 +47,7 @@ def test_strength_zero_paints_what_plain_diffusion_paints(painter: Painter) -> N
 
 def test_several_sounds_stand_where_the_prompt_names_them(painter: Painter) -> None:
     both = {"dog": sound(1), "rain": sound(2)}
-    found = painter.generate(both, REQUEST.model_copy(update={"prompt": "<rain*0.5> and <dog>"}))
+    found = painter.generate(both, REQUEST.model_copy(update={"prompt": "<rain*0.5> and <dog>", "mixing": "words"}))
     embeds = painter.injector.embed(
         "<b> and <a>", {"a": Sound(painter.hear(sound(1))), "b": Sound(painter.hear(sound(2)), 0.5)}
     )

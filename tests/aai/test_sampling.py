@@ -18,6 +18,7 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "seed": 0,
         "sound_strength": 1.0,
         "window": "middle",
+        "mixing": "regions",
         "denoise_strength": None,
         "repaint": "img2img",
         "mask_threshold": 0.4,

@@ -59,6 +59,13 @@ def test_strength_begins_at_the_neutral_word_and_ends_at_the_request(painter: Pa
         assert np.abs(pixels([picture]) - pixels(alone)).max() <= 1
 
 
+def test_strength_of_two_sounds_begins_at_the_neutral_word(painter: Painter) -> None:
+    strip = paint_strip(painter, "strength", [sound(1), sound(2)], REQUEST, 2)
+    for (_, picture), strength in zip(strip, (0.0, 1.0), strict=True):
+        alone = painter.generate([sound(1), sound(2)], REQUEST.model_copy(update={"sound_strength": strength}))
+        assert np.abs(pixels([picture]) - pixels(alone)).max() <= 1
+
+
 def test_loudness_falls_by_equal_steps(painter: Painter) -> None:
     strip = paint_strip(painter, "loudness", sound(1), REQUEST, 9)  # more than are painted at once
     assert [label for label, _ in strip[:1] + strip[4:5] + strip[8:]] == ["-30 dB", "-15 dB", "0 dB"]
