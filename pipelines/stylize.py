@@ -1,6 +1,6 @@
 """Puts a sound's ambience (rain, night, ...) onto a given picture; its object is kept.
 
-    aai stylize --audio rain.wav --image dog.png
+aai stylize --audio rain.wav --image dog.png
 """
 
 import argparse

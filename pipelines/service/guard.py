@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ logger = logging.getLogger("ray.serve")  # the only one that Serve writes for it
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 DEADLINE = "aai.deadline_s"
 """Of a request's scope: when its time is over."""
-YOUNG_S = 0.1
+YOUNG_S = 0.5
 """An upload of this age may still be slow without making room for others."""
 MAX_HELD_BACK = 512
 """Clients that were sent away and do not know it yet: half of what a gateway answers at once."""
@@ -202,12 +203,13 @@ class Guard:
         self._ended(slowest)
 
     async def _hold_back(self, upload: "Upload") -> None:
-        """Returns when the grace is over: who was sent away hears of it no sooner, since it would be back at once."""
+        """Returns when the grace is over, or up to as long after it: who was sent away would be back at once, and many
+        of them together."""
         if self._held_back >= MAX_HELD_BACK:
             return
         self._held_back += 1
         try:
-            await asyncio.sleep(max(0.0, self._limits.upload_grace_s - upload.age_s()))
+            await asyncio.sleep(max(0.0, random.uniform(1, 2) * self._limits.upload_grace_s - upload.age_s()))
         finally:
             self._held_back -= 1
 
@@ -224,7 +226,8 @@ class Guard:
             try:
                 message = await upload.received(receive)
             except ApiError:
-                await self._hold_back(upload)
+                if upload.sent_away:
+                    await self._hold_back(upload)
                 raise
             if upload.total > self._limits.max_bytes:
                 raise self._too_large()
@@ -254,7 +257,7 @@ class Upload:
         self.total, self.done = 0, False
         self.key: ApiKey | None = None
         """Whose quota it counts for."""
-        self._sent_away = False
+        self.sent_away = False
         self._timer: asyncio.Timeout | None = None
 
     def age_s(self) -> float:
@@ -263,7 +266,7 @@ class Upload:
 
     def send_away(self) -> None:
         """Ends it where it waits."""
-        self._sent_away = True
+        self.sent_away = True
         if self._timer is not None:
             self._timer.reschedule(asyncio.get_running_loop().time())
 
@@ -271,7 +274,7 @@ class Upload:
         """The next piece. Raises ApiError 408 for one that does not come in time."""
         limits = self._limits
         allowed_s = limits.upload_grace_s + self.total / limits.min_upload_bytes_per_s
-        self._timer = asyncio.timeout(0 if self._sent_away else max(0.0, allowed_s - self.age_s()))
+        self._timer = asyncio.timeout(0 if self.sent_away else max(0.0, allowed_s - self.age_s()))
         try:
             async with self._timer:
                 message = await receive()
