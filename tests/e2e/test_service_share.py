@@ -28,7 +28,7 @@ def test_m3_a_picture_of_a_second_is_five_percent_slower_at_most(tmp_path: Path)
     spec = FoundationSpec(clip=str(clip), diffusion=str(tmp_path / "diffusion"))
     bundle = write_bundle_of(tmp_path / "bundle", spec)
     told = {
-        "out": str(tmp_path / "bench"), "serve.bundle": str(bundle), "repeats": "3", "serve.cell_s": "20",
+        "out": str(tmp_path / "bench"), "serve.bundle": str(bundle), "repeats": "3", "serve.cell_s": "10",
         "serve.clients": "[1,8]", "serve.open_shares": "[]", "serve.overload": "1",
         "overrides": '["trust.public_keys=[]"]',
     }  # fmt: skip
