@@ -1,6 +1,8 @@
 """Puts a sound's object into a given picture; what the sound does not speak of is kept.
 
-aai edit --audio dog.wav --image cat.png
+    aai edit --audio dog.wav --image cat.png
+
+The prompt is read off the picture where none is given.
 """
 
 import argparse

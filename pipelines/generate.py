@@ -1,11 +1,13 @@
 """Paints pictures by a sound, with the promoted bundle or the one that --bundle names.
 
-aai generate --audio dog.wav
-aai generate --audio dog.wav --prompt "a sketch of <sound>" --num-images 4
-aai generate --audio dog=dog.wav --audio rain=rain.wav --prompt "a photo of <dog> and <rain*0.6>"
-aai generate --audio dog.wav --audio rain.wav --strip morph
-aai generate --audio dog.wav --refine runs/demo/features
-aai generate --manifest sounds/ --out s3://bucket/pictures
+    aai generate --audio dog.wav
+    aai generate --audio dog.wav --prompt "a sketch of <sound>" --num-images 4
+    aai generate --audio dog=dog.wav --audio rain=rain.wav --prompt "a photo of <dog> and <rain*0.6>"
+    aai generate --audio dog.wav --audio rain.wav --strip morph
+    aai generate --audio dog.wav --refine runs/demo/features
+    aai generate --manifest sounds/ --out s3://bucket/pictures
+
+In a prompt <sound> stands for the sound, or of several sounds the <NAME> of each.
 """
 
 import argparse

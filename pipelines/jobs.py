@@ -1,8 +1,10 @@
 """The jobs of a Ray cluster.
 
-aai jobs                       # list them; --cluster FILE names the cluster, as for `aai submit`
-aai jobs logs ID               # show what one wrote and writes, until it ends
-aai jobs stop ID               # tell one to stop; the same command, submitted again, goes on
+    aai jobs                       # list them; --cluster FILE names the cluster, as for `aai submit`
+    aai jobs logs ID               # show what one wrote and writes, until it ends
+    aai jobs stop ID               # tell one to stop; the same command, submitted again, goes on
+
+docs/runs.md tells of cluster files.
 """
 
 import argparse

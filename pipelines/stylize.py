@@ -1,6 +1,8 @@
 """Puts a sound's ambience (rain, night, ...) onto a given picture; its object is kept.
 
-aai stylize --audio rain.wav --image dog.png
+    aai stylize --audio rain.wav --image dog.png
+
+The prompt is read off the picture where none is given.
 """
 
 import argparse
