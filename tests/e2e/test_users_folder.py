@@ -75,7 +75,8 @@ def test_pictures_and_sounds_are_kept_as_the_foundation_takes_them(
     manifest = FeatureManifest.read(features)
     assert (manifest.image_dim, manifest.latent_shape) == (768, (4, 64, 64))
     assert manifest.enlarged == {"clip": 0, "latents": 9}
-    align = load_config("align", ["--features", features, "--out", "unused", *words(foundation)])[0]
+    argv = ["--features", features, "--out", "unused", *words(foundation, "fit.batch_size=4")]
+    align = load_config("align", argv)[0]
     assert align.plan().chosen["encoder.clip_s"].startswith("1.5 (auto: 95% of 9 clips last 1.5")
 
 
