@@ -17,7 +17,7 @@ def remove_orphans() -> int:
     """Removes this job's placement groups whose maker, an actor, is dead, and returns how many; a driver's stay."""
     removed = 0
     for group in _groups_of_actors():
-        if group.creator_actor_dead:
+        if group.creator_actor_dead or _is_dead(group.creator_actor_id):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
             removed += 1
     return removed
@@ -35,6 +35,12 @@ def remove_last_orphans(limit_s: float) -> int:
             break
         time.sleep(0.1)
     return left
+
+
+def _is_dead(actor_id: bytes) -> bool:
+    """Whether an actor is dead; a group that it asked for last may have been made after its death, and not tell."""
+    told = state._connect_and_get_accessor().get_actor_info(ray.ActorID(actor_id))
+    return told is None or gcs_pb2.ActorTableData.FromString(told).state == gcs_pb2.ActorTableData.ActorState.DEAD
 
 
 def _groups_of_actors() -> list[gcs_pb2.PlacementGroupTableData]:

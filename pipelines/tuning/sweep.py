@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 STOPPED = "stopped.json"
 """In the folder of a trial that was stopped early, with the step and value that decided: it does not go on."""
-ORPHANS_S, ORPHANS_END_S = 1.0, 20.0
+ORPHANS_S, ORPHANS_END_S = 1.0, 60.0
 SCRATCH = "_tune"
 """Where Tune keeps its own state while it runs."""
 DRIVER = {"memory": 2**20}
