@@ -14,6 +14,12 @@ from aai.media.decode import decode_audio
 from pipelines.benches.asking import VERBS, Form, Load, arrivals, ask
 
 
+class Patient(ThreadingHTTPServer):
+    """More may knock at once than the five that Python lets wait."""
+
+    request_queue_size = 64
+
+
 @contextmanager
 def server(paint_s: float, every_refused: int = 0) -> Iterator[tuple[str, list[str]]]:
     """A server that answers after a while, or refuses; and the paths that it was asked."""
@@ -39,7 +45,7 @@ def server(paint_s: float, every_refused: int = 0) -> Iterator[tuple[str, list[s
         def log_message(self, *_: Any) -> None:
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd = Patient(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{httpd.server_port}", seen
