@@ -98,7 +98,7 @@ def make_moving(
     codec: str = "libx264",
     container: str = "mp4",
     num_frames: int = 60,
-    fps: int = 20,
+    fps: int | Fraction = 20,
     size: tuple[int, int] = (128, 96),
     options: dict[str, str] | None = None,
     sound: str = "aac",
@@ -119,11 +119,11 @@ def make_moving(
             pixels = np.roll(scenes[number * 2 // num_frames], -3 * number, axis=1)[:, :width]
             pixels = (pixels * 3 // 4 + rng.integers(0, 40, (height, width, 1))).clip(0, 255).astype(np.uint8)
             frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, fps)
+            frame.pts, frame.time_base = number, 1 / Fraction(fps)
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
         kind = "s16" if sound.startswith("pcm") else "s16p" if "mp2" in sound else "fltp"
-        samples = np.tile(tone(num_frames / fps, audio.rate), (2, 1))
+        samples = np.tile(tone(float(num_frames / fps), audio.rate), (2, 1))
         if not kind.startswith("flt"):
             samples = (samples * 32_767).astype(np.int16)
         if kind == "s16":

@@ -23,7 +23,7 @@ from aai.media.container import (
 )
 from aai.media.limits import ClipError, Deadline, DecodeConfig, Tally
 from aai.media.picking import seconds
-from aai.media.pictures import HASH_FRAMES, Pictures
+from aai.media.pictures import Pictures
 from aai.media.ranged import Content
 from aai.media.sound import SoundTrack
 
@@ -38,7 +38,7 @@ class DecodedClip:
     frames: np.ndarray  # uint8 [K, h, w, 3], RGB
     frame_pts_s: list[float]  # [K], true times; the first may lie just before 0
     luma: np.ndarray  # uint8 [K, 32, 32], the same frames in grey
-    hash_luma: np.ndarray  # uint8 [4, 32, 32], of 4 evenly spaced times
+    hash_luma: np.ndarray  # uint8 [4, 32, 32], of `hash_times_s`
     duration_s: float
     width: int  # as shown: upright, with square pixels
     height: int
@@ -123,10 +123,8 @@ def _clip(pictures: Pictures, sound: SoundTrack, samples: np.ndarray, clock: Dea
     audio_s = len(samples) / cfg.sample_rate_hz
     video_s = min(pictures.last_end_s, pictures.end_s) - pictures.start_s
     duration_s = max(audio_s, video_s)
-    targets_s, hash_s = (
-        pictures.start_s + (np.arange(count) + 0.5) / count * duration_s for count in (cfg.num_frames, HASH_FRAMES)
-    )
-    kept, hashed = pictures.decode(targets_s, hash_s, clock)
+    targets_s = pictures.start_s + (np.arange(cfg.num_frames) + 0.5) / cfg.num_frames * duration_s
+    kept, hashed = pictures.decode(targets_s, pictures.hash_times_s(), clock)
     pictures.tally.check()
     if not kept:
         raise ClipError("UNREADABLE", "no frame of the video can be decoded")

@@ -15,6 +15,9 @@ from aai.media.showing import Picture, Scaler, pixel_aspect
 
 HASH_FRAMES = 4
 """Evenly spaced pictures that the perceptual hash is made of."""
+_LATER = 5 / 16
+"""Of a frame: so much later than evenly spaced. Eighths of a clip often fall on the very moment where a frame begins,
+and another container or speed rounds that moment the other way; a sixteenth is as far from all eighths as can be."""
 _MAX_FPS = 1000  # packets per second; a forged index must not fill the memory
 # Decoding from any key frame gives what decoding from the start does (tests hold that); others are decoded whole.
 _FROM_KEY_FRAME = {"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mpeg2video", "mjpeg"}
@@ -53,7 +56,7 @@ class Pictures:
         self.packets.append(packet)
         if len(self.packets) > (self.cfg.max_duration_s + 1) * _MAX_FPS:
             raise ClipError("TOO_LONG", f"more than {len(self.packets)} video packets")
-        stamp = packet.dts if packet.pts is None else packet.pts
+        stamp = packet.dts if packet.pts is None or self.in_avi else packet.pts
         if stamp is None or packet.is_discard or self._time_s(stamp) >= self.end_s:
             return True
         time_s = self._time_s(stamp)
@@ -75,6 +78,14 @@ class Pictures:
         rate = (self.count - 1) / span_s if span_s > 0 else self.count / max(duration_s, 1e-3)
         declared = (float(told or 0) for told in (self.stream.average_rate, self.stream.guessed_rate))
         return next((told for told in declared if abs(told - rate) <= _SAME_RATE * rate), rate)
+
+    def hash_times_s(self) -> np.ndarray:
+        """When the HASH_FRAMES are shown: even parts of what the video shows itself, whatever the length of its sound,
+        which padding and other containers change."""
+        begin_s, end_s = max(self.shown_s[0], self.start_s), min(self.last_end_s, self.end_s)
+        even = (np.arange(HASH_FRAMES) + 0.5) / HASH_FRAMES * (end_s - begin_s)
+        times_s: np.ndarray = begin_s + even + _LATER / self.rate(end_s - begin_s)
+        return times_s
 
     def begins_late(self) -> bool:
         """Whether the frame on show at start_s is missing: a file without an index was entered in the middle."""
