@@ -1,6 +1,7 @@
 """N2: `aai run` on a cluster of three nodes with a token, while nodes die in every stage, and the head once."""
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -163,6 +164,30 @@ def test_n2_a_node_dies_in_every_stage(
     again = Run(tmp_path / "struck" / "run.yaml", "--address", nodes.address)
     again.ended()
     assert "done: none; unchanged: curate, featurize, align, adapt, evaluate, promote" in again.log.read_text()
+
+
+@pytest.mark.accept
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("after_s", [1.0, 2.0, 3.0])
+def test_n2_a_node_dies_while_a_model_is_promoted(
+    undisturbed: tuple[Path, Path], nodes: Nodes, tmp_path: Path, after_s: float
+) -> None:
+    """The shortest stage, on a run that has come so far undisturbed, and was moved."""
+    world, whole = undisturbed
+    file = chain(tmp_path / "struck", world)
+    shutil.copytree(whole / "run", tmp_path / "struck" / "run", ignore=shutil.ignore_patterns("promote*", "mlflow*"))
+    run = Run(file, "--address", nodes.address)
+    assert run.wait_for("promote")
+    time.sleep(after_s)
+    at = run.stage()
+    nodes.kill_the_oldest()
+    nodes.add()
+    run.ended()
+    print(f"a node died {after_s:g} s after the beginning of promote, when it was at", at)
+    assert at == "promote"
+    assert "done: promote; unchanged: curate, featurize, align, adapt, evaluate" in run.log.read_text()
+    promoted = storage.read_json(str(tmp_path / "struck" / "run" / "promote" / "promote.json"))
+    assert (promoted["version"], promoted["alias"]) == (1, "champion")
 
 
 @pytest.mark.accept
