@@ -36,7 +36,7 @@ def chain(folder: Path, world: Path, **more: list[str]) -> Path:
         for verb, settings in STAGES.items()
     ]
     stages[0]["set"] += [f"manifest={world}/manifest.csv"]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump({"run_dir": str(folder / "run"), "stages": stages, "attempts": 5}))
     return file
@@ -99,6 +99,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("n2")
     write_world(str(base / "world"), 120, seed=3, progress=False)
     Run(chain(base / "whole", base / "world")).ended()
+    return base / "world", base / "whole"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(a world of clips, the folder of an undisturbed run whose model is not promoted yet)."""
+    from aai.toy.writer import write_world
+
+    base = tmp_path_factory.mktemp("n2-evaluated")
+    write_world(str(base / "world"), 120, seed=3, progress=False)
+    Run(chain(base / "whole", base / "world"), "--until", "evaluate").ended()
     return base / "world", base / "whole"
 
 
@@ -170,13 +181,12 @@ def test_n2_a_node_dies_in_every_stage(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("after_s", [1.0, 2.0, 3.0])
 def test_n2_a_node_dies_while_a_model_is_promoted(
-    undisturbed: tuple[Path, Path], nodes: Nodes, tmp_path: Path, after_s: float
+    evaluated: tuple[Path, Path], nodes: Nodes, tmp_path: Path, after_s: float
 ) -> None:
     """The shortest stage, on a run that has come so far undisturbed, and was moved."""
-    world, whole = undisturbed
-    file = chain(tmp_path / "struck", world)
-    shutil.copytree(whole / "run", tmp_path / "struck" / "run", ignore=shutil.ignore_patterns("promote*", "mlflow*"))
-    run = Run(file, "--address", nodes.address)
+    world, whole = evaluated
+    shutil.copytree(whole / "run", tmp_path / "struck" / "run")
+    run = Run(chain(tmp_path / "struck", world), "--address", nodes.address)
     assert run.wait_for("promote")
     time.sleep(after_s)
     at = run.stage()
