@@ -17,6 +17,8 @@ from torch import Tensor
 from aai.foundation.clip import FrozenClip
 from aai.inject import with_head
 from aai.painter import Painter
+from aai.regions import joined
+from aai.sampling import PaintRequest
 from aai.toy.grammar import caption_of
 
 CONDITIONS = (
@@ -73,7 +75,7 @@ class Conditions:
 
     @torch.no_grad()
     def embed(self, condition: str, clips: Sequence[HeldOutClip]) -> Tensor:
-        """Prompt embeddings [B, L, D_h] of clips under a condition of CONDITIONS."""
+        """Prompt embeddings [B, L, D_h], of parts in strips [B, R L, D_h], of clips under a condition of CONDITIONS."""
         if condition == "caption":
             return self.painter.embed_text([clip.caption for clip in clips])
         if condition == "ceiling":
@@ -90,8 +92,9 @@ class Conditions:
             return self._closed_form(heard)
         if condition in ("sound", "shuffled_audio", "sketch"):
             prompt = SKETCH if condition == "sketch" else self.prompt
-            parts = torch.cat([self.painter.parts(clip.audio) for clip in clips])
-            return self._write(self.painter.adapter(parts), prompt)
+            asked = PaintRequest(prompt=prompt)  # as everyone's sounds are painted
+            rows = [self.painter.embed_request(clip.audio, asked)[0] for clip in clips]
+            return joined(rows, self.painter.injector.tokenizer.model_max_length)
         raise ValueError(f"condition {condition!r} is none of {CONDITIONS}")
 
     def _write(self, tokens: Tensor, prompt: str) -> Tensor:

@@ -26,6 +26,7 @@ from aai.foundation.clip import shared_clip
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Sound, names_in
+from aai.parting import in_time
 from aai.precision import dtype_of
 from aai.regions import block_count, embed_in_regions, in_regions, widened
 from aai.reuse import reused
@@ -97,9 +98,8 @@ class Painter:
         prompt: str = DEFAULT_PROMPT,
         head_pattern: str = HEAD_PATTERN,
     ) -> None:
-        self.prompt, self.head_pattern = prompt, head_pattern
-        self.pipe, self.aligner, self.adapter = pipe, aligner, adapter
-        self.foundation, self.vocabulary = foundation, vocabulary
+        self.prompt, self.head_pattern, self.foundation = prompt, head_pattern, foundation
+        self.pipe, self.aligner, self.adapter, self.vocabulary = pipe, aligner, adapter, vocabulary
         self.image_pipe = AutoPipelineForImage2Image.from_pipe(pipe)
         self.image_pipe.set_progress_bar_config(disable=True)
         self.injector = injector_of(pipe, neutral_word)
@@ -130,8 +130,7 @@ class Painter:
         if bundle.config.adapter is None or adapter_state is None:
             raise UserError("bundle", bundle.folder, "has no adapter", "run `aai adapt` and use its bundle")
         bundle.verify_foundation()
-        addons = addons or AddOns()
-        spec = bundle.config.foundation
+        spec, addons = bundle.config.foundation, addons or AddOns()
         pipe = beside.pipe if beside else load_diffusion(spec, device, dtype_of(dtype, device))
         if not beside:
             add_to(pipe, addons, spec)
@@ -210,12 +209,13 @@ class Painter:
     def embed_request(self, sounds: Sounds, request: PaintRequest) -> tuple[Tensor, Tensor]:
         """Embeddings [1, L, D_h] of a request's prompt and of its negative prompt; either may name sounds.
 
-        Of several sounds in strips (`request.mixing`) the prompt's is [1, R L, D_h].
+        Of several sounds, or parts of one, in strips (`request.mixing`, `sound_parts`) the prompt's is [1, R L, D_h].
 
         Raises UserError for a sound that neither names, and for a name without a sound.
         """
         given = named(sounds)
         negative, wanted = request.negative_prompt, self.prompt_of(request, list(given))
+        wanted, given = in_time(wanted, given, request, self.listen, self.aligner.config)
         heard = {name: Sound(self.hear(x, request.window), request.sound_strength) for name, x in given.items()}
         against = {name: sound for name, sound in heard.items() if name in names_in(negative)}
         within = {name: heard[name] for name in heard if name in names_in(wanted) or name not in against}

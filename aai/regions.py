@@ -58,6 +58,12 @@ def block_count(embeds: Tensor, length: int) -> int:
     return embeds.shape[1] // length
 
 
+def joined(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Prompt embeddings [1, R L, D_h] as one batch [B, R L, D_h]; of fewer strips than others, as equal blocks."""
+    blocks = max(block_count(row, length) for row in rows)
+    return torch.cat([widened(row, blocks, length) for row in rows])
+
+
 def widened(embeds: Tensor, blocks: int, length: int) -> Tensor:
     """Prompt embeddings [B, L, D_h] as those of R equal blocks [B, R L, D_h]; those of so many blocks as they are."""
     return embeds if block_count(embeds, length) == blocks else side_by_side([embeds] * blocks, length)

@@ -47,6 +47,9 @@ class PaintRequest(SamplingConfig):
     mixing: Mixing = "regions"
     """Several sounds of a prompt: regions gives each a strip of the picture, from left to right in the order of the
     prompt, and the rest of the prompt to all; words leaves it to the prompt, of which one sound mostly wins."""
+    sound_parts: int | None = pydantic.Field(None, ge=1, le=4)
+    """Generate, with mixing=regions: equal parts in time of each sound, which are painted side by side. Empty = two
+    where the only sound's halves tell of different things, by what the bundle knows of its own training; else one."""
     num_images: int = pydantic.Field(1, ge=1, le=8)
     seed: int = pydantic.Field(0, ge=0, lt=2**63 - 8)
     """Picture i of a request uses seed + i."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from aai.errors import UserError
 from aai.inject import Sound
 from aai.painter import Painter
-from aai.regions import block_count, widened
+from aai.regions import joined as as_batch
 from aai.sampling import PaintRequest
 from aai.sounds import Sounds, named
 
@@ -45,8 +45,7 @@ def paint_strip(
                 labels[i] = f"{gain_db + 0.0:.0f} dB"  # no minus before a zero
             rows.append(painter.embed_request(given, asked))
         length = painter.injector.tokenizer.model_max_length
-        blocks = max(block_count(row, length) for row, _ in rows)  # sounds of strength 0 have none of their own
-        embeds = torch.cat([widened(row, blocks, length) for row, _ in rows])
+        embeds = as_batch([row for row, _ in rows], length)  # sounds of strength 0 have no strip of their own
         negative = torch.cat([row for _, row in rows])
     painted: list[Image.Image] = []
     for some, against in zip(embeds.split(_AT_ONCE), negative.split(_AT_ONCE), strict=True):

@@ -7,6 +7,7 @@ and writes OUT/bundle, OUT/history.jsonl and, last, OUT/align.json. The same com
 import argparse
 import logging
 import os
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -16,12 +17,14 @@ from aai.align import AlignLossConfig, AlignTask, validate
 from aai.augment import AugmentConfig
 from aai.bundle import BundleConfig, write_bundle
 from aai.config import Config
+from aai.encoders.aligner import embed
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig, described, mel_statistics
 from aai.encoders.depth import freeze_lowest, num_layers, rate_scales
 from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
 from aai.foundation.identity import FoundationSpec
 from aai.memory import StepCost, step_cost
+from aai.parting import apart_below
 from pipelines.settings import Choice, Plan
 from pipelines.training.lengths import LONGEST_S, check_cut, clip_lengths_s, fitting_clip_s
 from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, prepare_network, refuse_given
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 
 STATISTICS_CLIPS = 256
 """Training clips that the mean and deviation of the log-mel are taken over."""
+HALVED_CLIPS = 64
+"""Of val, by which it is known how unlike the halves of a sound are that tell of different things."""
 
 
 class FittedEncoderConfig(AudioEncoderConfig):
@@ -48,7 +53,7 @@ class AlignConfig(StageConfig):
     foundation: FoundationSpec = FoundationSpec()
     """Must be what the features were made with."""
     encoder: FittedEncoderConfig = FittedEncoderConfig()
-    """mel_mean, mel_std and embed_dim are taken from the data, and refused here."""
+    """mel_mean, mel_std, embed_dim and apart_below are taken from the data, and refused here."""
     loss: AlignLossConfig = AlignLossConfig()
     frozen_layers: int = pydantic.Field(0, ge=0)
     """So many of the backbone's lowest layers, and what is below them, are not trained."""
@@ -141,7 +146,7 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
     def prepare(self, manifest: FeatureManifest) -> AlignConfig:
         """Takes the CLIP's dimension, and the log-mel's statistics or what a pretrained backbone says of itself."""
         check_foundation(self.config.foundation, manifest)
-        refuse_given("encoder", self.config.encoder, ("mel_mean", "mel_std", "embed_dim"))
+        refuse_given("encoder", self.config.encoder, ("mel_mean", "mel_std", "embed_dim", "apart_below"))
         encoder = described(self.config.encoder)
         rate_hz = encoder.sample_rate_hz
         remedy = f"curate with decode.sample_rate_hz={rate_hz}"
@@ -181,7 +186,12 @@ class AlignRecipe(TrainRecipe[AlignConfig]):
 
     def export(self, task: AlignTask) -> tuple[nn.Module, Config]:
         """See TrainRecipe; the temperatures stay behind."""
-        return task.encoder, task.encoder.config
+        encoder = task.encoder
+        clips = load_split(self.config.features, "val", self.clip_samples, ("audio",), HALVED_CLIPS)
+        below = apart_below(partial(embed, encoder, batch_size=8), clips["audio"])
+        settings: AudioEncoderConfig = encoder.config.model_copy(update={"apart_below": below})
+        log.info("align: halves of a sound tell of two things below a cosine of %s", settings.apart_below)
+        return encoder, settings
 
     def write(self, folder: str, trained: Trained, meta: dict[str, Any]) -> str:
         """Writes a bundle without an adapter."""

@@ -76,6 +76,8 @@ class AudioEncoderConfig(Config):
     """Width of the head's hidden layer."""
     embed_dim: int = 128
     """Dimension of the CLIP space."""
+    apart_below: float | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    """The cosine below which the halves of a sound tell of different things (`aai.parting`); empty = not known."""
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "AudioEncoderConfig":

@@ -26,6 +26,7 @@ from aai.media.decode import ClipError, decode_audio
 from aai.painter import Painter
 from aai.png import sha256
 from aai.proof import Prover
+from aai.regions import joined
 from pipelines.engine.cluster import worker_dtype
 from pipelines.engine.lock import output_lock
 from pipelines.engine.reading import read_file
@@ -136,10 +137,9 @@ class BatchPainter:
         todo = [(row, audio, request.seed + i) for row, audio in heard for i in range(request.num_images)]
         for at in range(0, len(todo), self.config.batch_size):
             some = todo[at : at + self.config.batch_size]
-            embeds, negative = (
-                torch.cat(part)
-                for part in zip(*[self.painter.embed_request(audio, request) for _, audio, _ in some], strict=True)
-            )
+            rows = [self.painter.embed_request(audio, request) for _, audio, _ in some]
+            embeds = joined([row for row, _ in rows], self.painter.injector.tokenizer.model_max_length)
+            negative = torch.cat([row for _, row in rows])
             seeds = [seed for _, _, seed in some]
             pictures = self.painter.paint(embeds, seeds, request, negative=negative)
             for (row, _, seed), picture in zip(some, pictures, strict=True):

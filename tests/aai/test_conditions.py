@@ -7,6 +7,7 @@ import torch
 from aai.conditions import CONDITIONS, Conditions, HeldOutClip
 from aai.foundation.clip import FrozenClip
 from aai.painter import Painter
+from aai.sampling import PaintRequest
 
 CAPTIONS = ("a sketch of a big dog in the rain", "a photo of a bell at night", "a clock")
 TRAIN = ["a photo of a bell at night", "a photo of a big dog in the rain", "a photo of a clock"]
@@ -38,6 +39,20 @@ def test_every_condition_gives_a_prompt_and_none_depends_on_its_batch(conditions
         torch.testing.assert_close(conditions.embed(name, CLIPS[1:2]), whole[1:2], atol=1e-4, rtol=0, msg=name)
     with pytest.raises(ValueError, match="'other' is none of"):
         conditions.embed("other", CLIPS)
+
+
+def test_sounds_are_painted_as_a_request_has_them_and_cut_ones_share_a_batch_with_others(
+    painter: Painter, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves = [painter.listen(np.tile(half, 2))[0] for half in np.split(CLIPS[0].audio, 2)]
+    below = {"apart_below": float(halves[0] @ halves[1]) + 1e-6}
+    monkeypatch.setattr(painter.aligner, "config", painter.aligner.config.model_copy(update=below))
+    quiet = CLIPS[1].audio * np.repeat([1, 0.01], 16000).astype(np.float32)  # its second half tells of nothing
+    found = conditions.embed("sound", [CLIPS[0], HeldOutClip(quiet, CAPTIONS[0], 1)])
+    asked = PaintRequest(prompt=painter.prompt)
+    cut, whole = (painter.embed_request(audio, asked)[0] for audio in (CLIPS[0].audio, quiet))
+    assert (found.shape, whole.shape) == ((2, 96, 32), (1, 32, 32))
+    assert torch.equal(found, torch.cat([cut, whole.repeat(1, 3, 1)]))
 
 
 def test_captions_as_they_are_and_under_the_common_head(painter: Painter, conditions: Conditions) -> None:

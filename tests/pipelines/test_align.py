@@ -4,6 +4,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.features import FeatureManifest, load_split
 from aai.fit import FitConfig
+from aai.parting import apart_below
 from aai.precision import resolve
 from aai.schema import NO_PICTURE, STILL_PICTURE
 from pipelines import adapt, align, featurize
@@ -79,6 +81,7 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     assert encoder_config.embed_dim == 32
     assert encoder_config.mel_mean != 0
     assert encoder_config.clip_s == 2.0  # by the clips
+    assert -1 < (encoder_config.apart_below or -1) < 1
     assert config.plan().chosen == {"encoder.clip_s": "2 (auto: 95% of 48 clips last 2.00 s or less)"}
     training = config.plan().training
     assert training["steps"] == "6 = 1.3 epochs of 36 clips"
@@ -88,6 +91,7 @@ def test_align_trains_and_writes_a_bundle(settings: dict[str, Any]) -> None:
     encoder = AudioEncoder(encoder_config)
     encoder.load_state_dict(bundle.aligner())
     val = load_split(config.features, "val", encoder_config.clip_samples)
+    assert apart_below(partial(embed, encoder), val["audio"]) == pytest.approx(encoder_config.apart_below, abs=1e-4)
     assert validate(encoder, val)["a2v_r1"] == pytest.approx(result["metrics"]["val_a2v_r1"])
     torch.manual_seed(config.fit.seed)
     assert not torch.allclose(embed(encoder, val["audio"]), embed(AudioEncoder(encoder_config), val["audio"]))
