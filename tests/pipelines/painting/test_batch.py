@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from aai.addons import AddOns, content
-from aai.bundle import read_bundle
+from aai.bundle import read_bundle, write_bundle
 from aai.errors import UserError
 from aai.media.decode import decode_audio
 from aai.media.waveform import write_wav
@@ -148,6 +148,25 @@ def test_a_worker_heeds_every_setting(sounds: Path, tiny_bundle: str, tmp_path: 
         assert row["prompt"] == "a bell"
     with pytest.raises(UserError, match="the job was started for 0000"):
         BatchPainter(settings(sounds, tiny_bundle, tmp_path).model_dump(mode="json"), "0000")
+
+
+def test_a_sound_in_two_parts_shares_a_batch_with_whole_ones(sounds: Path, tiny_bundle: str, tmp_path: Path) -> None:
+    given = read_bundle(tiny_bundle)
+    config = given.config.model_copy(update={"encoder": {**given.config.encoder, "apart_below": 1.1}})
+    bundle = str(write_bundle(tmp_path / "bundle", config, given.aligner(), given.adapter(), {}).folder)
+    tone = 0.3 * np.sin(np.arange(16_000) * 0.05).astype(np.float32)
+    once = tone * (np.arange(16_000) < 8000)  # the silent half of it tells of nothing
+    for name, audio in (("tone", tone), ("once", once)):
+        write_wav(str(tmp_path / f"{name}.wav"), audio.astype(np.float32), 16_000)
+    paints = worker(sounds, bundle, tmp_path / "out", request={"steps": 2})
+    files = enumerate(str(tmp_path / f"{name}.wav") for name in ("tone", "once"))
+    paints(shard(*[Wanted(row=i, uri=uri, start_s=None, end_s=None) for i, uri in files]))
+    painter = Painter.load(bundle)
+    for row in pq.read_table(tmp_path / "out" / "index" / "some.parquet").to_pylist():
+        audio, parts = ((tone, 2), (once, 1))[row["row"]]
+        (picture,) = painter.generate(audio, PaintRequest(steps=2, sound_parts=parts))
+        found = np.asarray(Image.open(tmp_path / "out" / row["picture"]), np.int16)
+        assert np.abs(found - np.asarray(picture, np.int16)).max() <= 1
 
 
 def test_add_ons_reach_the_workers_and_belong_to_the_settings(sounds: Path, tiny_bundle: str, tmp_path: Path) -> None:
