@@ -7,10 +7,12 @@ to A*. Everything else receives prompt embeddings.
 Shapes: B prompts, L tokens of context, K tokens of a sound, D_t width of a token embedding, D_h of a hidden state.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +101,6 @@ class Injector:
         return self.text_encoder.get_input_embeddings()
 
     @property
-    def neutral(self) -> Tensor:
-        """The neutral word's mean token embedding [D_t]."""
-        return self.embedding.weight[self.neutral_ids].detach().mean(0)
-
-    @property
     def token_dim(self) -> int:
         """D_t."""
         return int(self.embedding.weight.shape[1])
@@ -168,9 +165,22 @@ class Injector:
     def embed(self, prompt: str, sounds: Mapping[str, Sound]) -> Tensor:
         """Prompt embedding [1, L, D_h] of one prompt with several sounds.
 
-        A sound counts with its strength times that of its placeholder; where the product is 0, the neutral word stands.
+        A sound counts with its strength times that of its placeholder. At s the embedding lies at that share of the way
+        from what the prompt says with the neutral word to what it says with the sound: in the encoder's output, since
+        half-way between two words is no word. Of several strengths the strongest comes first (the Lovasz extension of
+        what the prompt says with each set of sounds).
         """
-        return self.run(self.mixed(prompt, sounds)).last_hidden_state
+        check_names(prompt, sounds)
+        mentions = [part for part in parse(prompt) if isinstance(part, Mention)]
+        levels = sorted({0.0, *(part.strength * sounds[part.name].strength for part in mentions)})
+        shares = {level: level - below for below, level in pairwise(levels)}
+        if levels[-1] != 1:
+            shares[math.inf] = 1 - levels[-1]  # no sound has a say
+        return torch.stack([share * self.said(prompt, sounds, level) for level, share in shares.items()]).sum(0)
+
+    def said(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> Tensor:
+        """Prompt embedding [1, L, D_h] with the sounds of at least this strength, and the neutral word for others."""
+        return self.run(self.mixed(prompt, sounds, level)).last_hidden_state
 
     def batch(self, prompts: Sequence[str], tokens: Tensor | None, name: str) -> tuple[Written, Tensor]:
         """What `encode` writes, and the positions [B] of the end-of-text tokens."""
@@ -188,12 +198,11 @@ class Injector:
         vectors = tokens.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
         return Written(ids, vectors, source >= 0), ends
 
-    def mixed(self, prompt: str, sounds: Mapping[str, Sound]) -> Written:
-        """What `embed` writes."""
-        check_names(prompt, sounds)
+    def mixed(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> Written:
+        """What `said` writes."""
         parts: list[str | Mention] = [""]
         for part in parse(prompt):
-            if isinstance(part, Mention) and part.strength * sounds[part.name].strength == 0:
+            if isinstance(part, Mention) and part.strength * sounds[part.name].strength < level:
                 part = self.neutral_word
             if isinstance(part, str) and isinstance(parts[-1], str):
                 parts[-1] += part  # text is tokenised whole, as the plain pipeline does
@@ -204,9 +213,7 @@ class Injector:
         vectors = self.embedding.weight.detach()[ids].clone()
         where = torch.zeros_like(ids, dtype=torch.bool)
         for mention, at in row.places:
-            sound = sounds[mention.name]
-            neutral, strength = self.neutral.expand_as(sound.tokens), mention.strength * sound.strength
-            vectors[0, at.start : at.stop] = torch.lerp(neutral, sound.tokens.to(vectors), strength)
+            vectors[0, at.start : at.stop] = sounds[mention.name].tokens.to(vectors)
             where[0, at.start : at.stop] = True
         return Written(ids, vectors, where)
 

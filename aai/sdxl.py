@@ -43,14 +43,14 @@ class DoubleInjector(Injector):
         rows = torch.arange(len(prompts), device=ends.device)
         return _packed(first, second), first.last_hidden_state[rows, ends]
 
-    def embed(self, prompt: str, sounds: Mapping[str, Sound]) -> Tensor:
+    def said(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> Tensor:
         """See Injector: [1, L + 1, D]."""
         own, others = {}, {}
         for name, sound in sounds.items():
             parts = self._split(sound.tokens)
             own[name], others[name] = (Sound(part, sound.strength) for part in parts)
-        first = self.run(self.mixed(prompt, own), output_hidden_states=True)
-        return _packed(first, self.second.run(self.second.mixed(prompt, others), output_hidden_states=True))
+        first = self.run(self.mixed(prompt, own, level), output_hidden_states=True)
+        return _packed(first, self.second.run(self.second.mixed(prompt, others, level), output_hidden_states=True))
 
     def files(self, tokens: Tensor, name: str) -> dict[str, Tensor]:
         """By the names that such files have for this model: one tensor for each encoder."""

@@ -137,7 +137,6 @@ def test_what_the_vocabulary_says_of_words(pipe: StableDiffusionPipeline) -> Non
     table = pipe.text_encoder.get_input_embeddings().weight
     ids = pipe.tokenizer("big dog", add_special_tokens=False).input_ids
     assert len(ids) > 1
-    torch.testing.assert_close(injector.neutral, sum(table[i] for i in ids) / len(ids))
     assert injector.token_dim == table.shape[1] == 32
     lengths = sorted(float(row.norm()) for row in table)
     assert injector.median_norm == pytest.approx(lengths[(len(lengths) - 1) // 2])
@@ -145,10 +144,21 @@ def test_what_the_vocabulary_says_of_words(pipe: StableDiffusionPipeline) -> Non
 
 def test_half_a_strength_is_half_way_from_the_neutral_word(injector: Injector) -> None:
     sound = tokens(injector, 2)
-    for strength in (0.25, 2.0):
-        blended = injector.neutral + strength * (sound - injector.neutral)
-        expected, _ = by_hand(injector, ["a photo of", *blended])
-        torch.testing.assert_close(injector.embed("a photo of <sound>", {"sound": Sound(sound, strength)}), expected)
+    without, whole = by_hand(injector, ["a photo of thing"])[0], by_hand(injector, ["a photo of", *sound])[0]
+    for strength in (0.25, 1.0, 2.0):
+        expected = without + strength * (whole - without)
+        found = injector.embed("a photo of <sound>", {"sound": Sound(sound, strength)})
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_of_two_strengths_the_stronger_sound_comes_first(injector: Injector) -> None:
+    a, b = tokens(injector, 1), tokens(injector, 3)
+    neither, one, both = (
+        injector.embed("<dog> in <rain>", {"dog": Sound(a, s), "rain": Sound(b, t)})
+        for s, t in ((0, 0), (0, 1), (1, 1))
+    )
+    mixed = injector.embed("<dog> in <rain>", {"dog": Sound(a, 0.3), "rain": Sound(b, 0.8)})
+    torch.testing.assert_close(mixed, 0.2 * neither + 0.5 * one + 0.3 * both)
 
 
 def test_several_sounds_each_at_its_own_strength(injector: Injector) -> None:
@@ -171,10 +181,10 @@ def test_a_placeholder_may_carry_its_own_strength(injector: Injector) -> None:
     )
     halved = injector.embed("a photo of <dog*0.6> in <rain*1.5>", {"dog": Sound(a, 0.5), "rain": Sound(b)})
     torch.testing.assert_close(halved, injector.embed("a photo of <dog*0.3> in <rain*1.5>", both))
-    expected, _ = by_hand(injector, [*torch.lerp(injector.neutral.expand_as(a), a, 0.5), "and", *a])
-    torch.testing.assert_close(injector.embed("<dog*0.5> and <dog>", {"dog": Sound(a)}), expected)
+    expected = [by_hand(injector, words)[0] for words in ([*a, "and", *a], ["thing and", *a])]
+    torch.testing.assert_close(injector.embed("<dog*0.5> and <dog>", {"dog": Sound(a)}), sum(expected) / 2)
     faint = injector.embed("<dog*0.0000001>", {"dog": Sound(a)})
-    torch.testing.assert_close(faint, by_hand(injector, [injector.neutral])[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(faint, injector.embed("<dog*0>", {"dog": Sound(a)}), atol=1e-4, rtol=0)
     muted = injector.embed("a photo of <dog*0> in <rain>", both)
     assert torch.equal(muted, injector.embed("a photo of thing in <rain>", {"rain": Sound(b)}))
 
