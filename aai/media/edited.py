@@ -46,7 +46,7 @@ class EditedConfig(Config):
     max_picture_bits: float = pydantic.Field(17, ge=0, le=32)
     """Bits of 64 in which two pictures of about the same time may differ, in the view that fits best, if sounds agree;
     unrelated pictures differ in 25."""
-    max_motion_bits: int = pydantic.Field(60, ge=0, le=96)
+    max_motion_bits: int = pydantic.Field(30, ge=0, le=96)
     """Bits of 192 in which the motion of clips of one length may differ: pictures then agree if sounds do, and if they
     agree as wholes, sounds need not. Unrelated motion differs in 96."""
     max_video_bits: int = pydantic.Field(31, ge=0, le=31)
