@@ -72,6 +72,7 @@ def dead_settings(documents: list[Document]) -> list[str]:
             found += unscalable(document)
         if document["kind"] == "RayService":
             found += [*painters_without_place(document), *cut_short(document), *forgotten(document, documents)]
+            found += on_the_head(document)
     return found
 
 
@@ -277,6 +278,17 @@ def cut_short(document: Document) -> Iterator[str]:
             yield f"{group['groupName']}: preStop of {stop[-1]} s ends requests of {longest_s} s"
         if pod.get("terminationGracePeriodSeconds", 30) <= int(stop[-1]):
             yield f"{group['groupName']}: terminationGracePeriodSeconds ends preStop"
+
+
+def on_the_head(document: Document) -> Iterator[str]:
+    """Gateways that are there to outlive one another, of which one may be where the head is: a head has room for those
+    that ask for no CPU."""
+    head = float(_cluster(document)["headGroupSpec"]["rayStartParams"].get("num-cpus", "inf"))
+    for application in yaml.safe_load(document["spec"]["serveConfigV2"])["applications"]:
+        deployments = {each["name"]: each for each in application.get("deployments", [])}
+        cpus = deployments.get("Gateway", {}).get("ray_actor_options", {}).get("num_cpus", 0)
+        if application["args"].get("gateways", 1) > 1 and cpus <= head:
+            yield f"{application['name']}: a gateway of {cpus:g} CPUs may be on the head, and goes with it"
 
 
 def forgotten(document: Document, everything: list[Document]) -> Iterator[str]:

@@ -176,6 +176,11 @@ PLANTED: dict[str, tuple[str, Callable[[str], str], str]] = {
         lambda t: args(t, limits={"request_timeout_s": 300}),
         "the proxy ends requests",
     ),
+    "a gateway on the head": (
+        "RayService/aai",
+        lambda t: deployment(t, name="Gateway", ray_actor_options={"num_cpus": 0}),
+        "may be on the head",
+    ),
     "a proxy that nobody asks": ("RayService/aai", lambda t: t.replace("EveryNode", "HeadOnly"), "leaves the head out"),
 }
 """Settings that can do nothing: the manifest, how they get into it, and what is said of them."""
