@@ -30,13 +30,15 @@ class Try:
     begin_s: float
     end_s: float
     told: str
+    model: str
+    """Who painted it."""
 
 
 class Patient:
-    """Clients that ask for one picture after another, and for each again until they have it."""
+    """Clients that ask for one picture after another, with a pause, and for each again until they have it."""
 
-    def __init__(self, running: Service, count: int) -> None:
-        self.running, self.stopped = running, threading.Event()
+    def __init__(self, url: str, count: int, pause_s: float = 0) -> None:
+        self.url, self.pause_s, self.stopped = url, pause_s, threading.Event()
         self.pictures: list[list[Try]] = []
         """The tries for each picture."""
         self.threads = [threading.Thread(target=self._ask) for _ in range(count)]
@@ -53,22 +55,22 @@ class Patient:
 
     def _ask(self) -> None:
         with httpx.Client(headers=HEADERS, timeout=3 * TIMEOUT_S) as client:
-            while not self.stopped.is_set():
+            while not self.stopped.wait(self.pause_s):
                 tries: list[Try] = []
                 self.pictures.append(tries)
                 while not tries or (tries[-1].told != "200" and not self.stopped.wait(1)):
                     begin_s = time.monotonic()
-                    told = self._try(client)
-                    tries.append(Try(begin_s, time.monotonic(), told))
+                    told, model = self._try(client)
+                    tries.append(Try(begin_s, time.monotonic(), told, model))
 
-    def _try(self, client: httpx.Client) -> str:
+    def _try(self, client: httpx.Client) -> tuple[str, str]:
         try:
-            answer = client.post(f"{self.running.url}/v1/generate", files={"audio": wav()}, data={"steps": "2"})
+            answer = client.post(f"{self.url}/v1/generate", files={"audio": wav()}, data={"steps": "2"})
         except httpx.HTTPError as error:
-            return repr(error)
+            return repr(error), ""
         if answer.status_code == 200:
-            return "200"
-        return f"{answer.status_code} {answer.text[:120]} again in {answer.headers.get('retry-after')} s"
+            return "200", answer.headers["x-aai-model"]
+        return f"{answer.status_code} {answer.text[:120]} again in {answer.headers.get('retry-after')} s", ""
 
     def tries(self) -> list[Try]:
         """All that have an answer."""
@@ -127,7 +129,7 @@ def test_n9_the_service_while_a_node_of_it_is_cut_off(fleet: Fleet, tmp_path: Pa
     with serving(tmp_path, cluster=cluster, gateways=2, limits=limits, max_queued_requests=100) as running:
         held = {each: fleet.network.holders(f"ServeReplica:aai:{each}") for each in ("Painter", "Gateway")}
         name = held[kind][0]
-        with Patient(running, 4) as clients:
+        with Patient(running.url, 4) as clients:
             clients.wait_for_pictures(10, time.monotonic(), 120)
             begin_s = time.monotonic()
             fleet.cut(name, CUT_S)
