@@ -37,7 +37,7 @@ KUBERNETES = Path(__file__).resolve().parents[2] / "infra" / "kubernetes" / "bas
 PASSWORD, TOKEN = "a-password-for-tests", "0123456789abcdef" * 4
 AWAY_S, BACK_S = 20.0, 300.0
 HEAD, GCS, REST, HTTP = "aai-head", 6379, 8265, 8000
-GCS_SERVER = "gcs_server/gcs_server"
+GCS_SERVER = "gcs/gcs_server"
 KUBERAY = {
     "RAY_gcs_server_request_timeout_seconds": "5",
     "RAY_SERVE_KV_TIMEOUT_S": "5",
@@ -327,6 +327,7 @@ def test_the_service_goes_on_without_redis_and_its_head(registered: Registered, 
         cluster.deploy(served(registered.registry, 2))
         cluster.wait_for(2)
         before = cluster.painters()
+        assert cluster.network.holders(GCS_SERVER) == [cluster.head]
         with asked(cluster) as clients:
             gone_s = time.monotonic()
             cluster.end_redis()
