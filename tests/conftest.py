@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # eight more processes of each server, unused
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would make its workers wait for everything else here
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the end of a training is seen at the next one
 
@@ -38,6 +39,25 @@ SHARING = (
     "tests/pipelines/test_serve.py",
 )
 """Files that ask one running service, one after the other: each leaves version 1 the champion."""
+LONG = (
+    "tests/e2e/test_demo.py",
+    "tests/pipelines/test_tune.py",
+    "tests/pipelines/training/test_ray_train.py",
+    "tests/pipelines/training/test_recipe.py",
+    "tests/pipelines/test_align.py",
+    "tests/pipelines/test_adapt.py",
+    *SHARING,
+    "tests/e2e/test_evaluation.py",
+    "tests/e2e/test_cluster_s3.py",
+    "tests/pipelines/benches/test_serving.py",
+    "tests/pipelines/benches/test_training.py",
+    "tests/pipelines/benches/test_curation.py",
+    "tests/e2e/test_curation.py",
+    "tests/pipelines/registry/test_live.py",
+    "tests/e2e/test_kills_of_the_service.py",
+    "tests/e2e/test_promotions.py",
+)
+"""Files of half a minute and more, which go first: at the end no process works on one while the other has nothing."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -52,7 +72,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = super()._split_scope(nodeid)
             return SHARING[0] if file in SHARING else file
 
+    assert [name for name in LONG if not Path(ROOT, name).is_file()] == []
+    config.option.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
     return Sharing(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the work, the files of LONG come first."""
+    if hasattr(config, "workerinput"):
+        places = {name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(LONG)))
 
 
 @pytest.fixture(scope="session")
