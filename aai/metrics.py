@@ -5,7 +5,6 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 TIE = 1e-6
 """Similarities closer than this count as equal."""
@@ -133,4 +132,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         raise ValueError("rank correlation needs three values or more that are not all equal")
-    return float(scipy.stats.spearmanr(a, b).statistic)
+    from scipy.stats import spearmanr  # only here: a training's processes start sooner without it
+
+    return float(spearmanr(a, b).statistic)

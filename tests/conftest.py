@@ -54,6 +54,7 @@ LONG = (
     "tests/pipelines/benches/test_curation.py",
     "tests/e2e/test_curation.py",
     "tests/pipelines/registry/test_live.py",
+    "tests/pipelines/service/test_telemetry.py",
     "tests/e2e/test_kills_of_the_service.py",
     "tests/e2e/test_promotions.py",
 )
