@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -178,11 +180,12 @@ def test_a_tracking_server_of_a_private_authority_stores_and_returns_bundles(
 
 
 def wait_for(cfg: TrackingConfig, log: Path) -> None:
-    """Opens a run once the server answers."""
-    for attempt in range(240):
-        try:
-            with tracking.run(cfg, f"attempt {attempt}"):
-                return
-        except UserError:
-            subprocess.run(["sleep", "0.5"], check=True)
+    """Opens a run once the server answers; before it listens nobody asks, who would wait ever longer between tries."""
+    place = urlsplit(cfg.uri or "")
+    for attempt in range(480):
+        with socket.socket() as probe:
+            if probe.connect_ex((place.hostname, place.port)) == 0:
+                with suppress(UserError), tracking.run(cfg, f"attempt {attempt}"):
+                    return
+        time.sleep(0.25)
     pytest.fail(log.read_text()[-2000:])
