@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ from tests.tiny import of_kinds, write_bundle_of, write_clip, write_clip_table, 
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def settings(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[dict[str, Any]]:
     root = tmp_path_factory.mktemp("adapt")
+    shutil.copy(empty_store, root / "mlflow.db")
     clip = write_clip(root / "clip")
     spec = FoundationSpec(clip=str(clip), diffusion=str(write_diffusion(root / "diffusion", clip)))
     clips = str(write_clip_table(root / "accepted", 2, 8))

@@ -1,6 +1,7 @@
 """A third stage is one file: trained on two Ray workers, killed, resumed."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +76,10 @@ def test_a_third_stage_is_one_file_of_at_most_120_lines() -> None:
     assert len(Path(third_stage.__file__).read_text().splitlines()) <= 120
 
 
-def test_a_third_stage_killed_and_resumed_ends_where_it_would_have(features: str, tmp_path: Path) -> None:
+def test_a_third_stage_killed_and_resumed_ends_where_it_would_have(
+    features: str, empty_store: Path, tmp_path: Path
+) -> None:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     whole = third_stage.run(settings(features, tmp_path / "whole"))
     seen: list[StageStatus] = []
 
