@@ -24,8 +24,6 @@ _PARTNERS = 8
 _MIN_WORDS = 8
 _CHUNK = 4_000_000
 _SHIFTS = 2 * 4096  # more than a print has words, either way
-_TOGETHER, _BEYOND = 1.8, (1.5, 1.1)
-"""What sounds and pictures may differ together, as shares of their bounds, and each alone where the other is near."""
 _UNSHIFTED = 2
 """Words: what a codec's delay may shift a sound."""
 _APART, _LIKELY_BITS = 5, 9
@@ -42,9 +40,7 @@ class EditedConfig(Config):
     enabled: bool = True
     """Look for them."""
     max_sound_error: float = pydantic.Field(0.17, ge=0, le=0.5)
-    """Share of bits in which the sounds may differ where they overlap at some shift; unrelated ones differ in half. It
-    and max_picture_bits are not reached together: the shares of both may add up to 1.8, and the one may go a little
-    beyond where the other is far below."""
+    """Share of bits in which the sounds may differ where they overlap at some shift; unrelated ones differ in half."""
     min_overlap: float = pydantic.Field(0.5, gt=0, le=1)
     """Share of the shorter sound that has to overlap."""
     max_picture_bits: float = pydantic.Field(17, ge=0, le=32)
@@ -100,9 +96,8 @@ class Prints:
             seen += there
         return bits <= _LIKELY_BITS * seen
 
-    def sound_errors(self, left: np.ndarray, right: np.ndarray, shift: np.ndarray, cfg: EditedConfig) -> np.ndarray:
-        """float [P]: share of bits in which the right sounds, begun `shift` words later, differ from the left ones; 1
-        where too little of them overlaps. All int64 [P]."""
+    def sounds_alike(self, left: np.ndarray, right: np.ndarray, shift: np.ndarray, cfg: EditedConfig) -> np.ndarray:
+        """Whether the right sounds, begun `shift` words later, agree with the left ones. All int64 [P]."""
         counts = np.diff(self.starts)
         begin = np.maximum(shift, 0)
         length = np.minimum(counts[left], counts[right] + shift) - begin
@@ -116,7 +111,7 @@ class Prints:
         alone = max(cfg.min_overlap, ALONE_OVERLAP)
         overlap = np.where(self.both_videos(left, right), cfg.min_overlap, alone)
         needed = np.maximum(_MIN_WORDS, overlap * np.minimum(self.heard[left], self.heard[right]))
-        return np.where(heard >= needed, errors / (32 * np.maximum(heard, 1)), 1.0)
+        return (heard >= needed) & (errors <= cfg.max_sound_error * 32 * heard)
 
     def picture_bits(self, left: np.ndarray, right: np.ndarray, shift_s: np.ndarray) -> np.ndarray:
         """float [P]: bits of 64 that differ between pictures of about the same time, in the view that fits best.
@@ -186,14 +181,11 @@ def _agreeing(prints: Prints, tried: np.ndarray, cfg: EditedConfig) -> Iterator[
     size = max(1, _CHUNK // max(1, int(np.diff(prints.starts).max(initial=1))))
     for start in range(0, len(tried), size):
         left, right, shift = tried[start : start + size].T
-        errors, videos = prints.sound_errors(left, right, shift, cfg), prints.both_videos(left, right)
-        likely = errors <= _BEYOND[0] * cfg.max_sound_error
+        alike = prints.sounds_alike(left, right, shift, cfg)
         if not cfg.enabled:
-            likely &= ~videos
-        left, right, shift, errors, videos = (x[likely] for x in (left, right, shift, errors, videos))
-        bits = prints.picture_bits(left, right, shift * STEP_S)
-        same = (np.abs(shift) <= _UNSHIFTED) & prints.same_motion(left, right, cfg)
-        alike = (errors <= cfg.max_sound_error) & (same | ~videos)
-        shares = errors / max(cfg.max_sound_error, 1e-9) + bits / max(cfg.max_picture_bits, 1e-9)
-        alike |= videos & (shares <= _TOGETHER) & (bits <= _BEYOND[1] * cfg.max_picture_bits)
+            alike &= ~prints.both_videos(left, right)
+        left, right, shift = left[alike], right[alike], shift[alike]
+        alike = prints.picture_bits(left, right, shift * STEP_S) <= cfg.max_picture_bits
+        alike |= (np.abs(shift) <= _UNSHIFTED) & prints.same_motion(left, right, cfg)
+        alike |= ~prints.both_videos(left, right)
         yield np.stack([left[alike], right[alike]], axis=1)

@@ -111,18 +111,6 @@ def test_shifted_sounds_are_found_and_shares_of_the_work_add_up() -> None:
     assert len(edited_pairs_of(prints(pairs), CFG)) < 10, "the pictures must agree, too"
 
 
-@pytest.mark.parametrize(
-    ("error", "bits", "alike"),
-    [(0.21, 0, True), (0.29, 0, False), (0.05, 18, True), (0.05, 20, False), (0.09, 16, True), (0.16, 16, False)],
-)
-def test_sounds_and_pictures_bear_witness_together(error: float, bits: int, alike: bool) -> None:
-    sound = random_words(600)
-    data = prints([sound, noisy(sound, error)], pictures_of=2)
-    other = np.array([[0], [2**bits - 1]], np.uint64)
-    data = replace(data, video=data.video ^ other, pictures=data.pictures ^ other)
-    assert len(edited_pairs_of(data, EditedConfig(max_motion_bits=0))) == alike
-
-
 @pytest.mark.parametrize(("start", "alike"), [(60, True), (120, False)])
 def test_enough_of_the_shorter_sound_must_overlap(start: int, alike: bool) -> None:
     film = random_words(270)
