@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from aai.encoders.audio import AudioEncoderConfig
+from aai.errors import UserError
 from aai.inject import names_in
 from aai.sampling import PaintRequest
-from aai.sounds import PLACEHOLDER, named
+from aai.sounds import MOST_SOUNDS, PLACEHOLDER
 
 SOFTEST = 0.1
 """A half of less than this share of the other one's amplitude tells of nothing."""
@@ -69,7 +70,10 @@ def in_time(
             del given[name]
         prompt, named_parts = _renamed(prompt, name, parts, taken=given)
         given |= named_parts
-    return prompt, named(given)
+    if len(given) > MOST_SOUNDS:
+        rule = f"makes {len(given)} sounds of {len(sounds)}, where {MOST_SOUNDS} are the most"
+        raise UserError("request.sound_parts", request.sound_parts, rule, "lower it, or give fewer sounds")
+    return prompt, given
 
 
 def tells_of_two(audio: np.ndarray, listen: Callable[[np.ndarray], Tensor], encoder: AudioEncoderConfig) -> bool:

@@ -80,7 +80,7 @@ def test_parts_that_are_asked_for_are_made_of_every_sound() -> None:
     assert (prompt, set(found)) == ("<dog__1> and <dog__2>", {"dog_2", "dog__1", "dog__2"})
     prompt, found = cut("<dog>", {"dog": TWO, "cat": ONE}, sound_parts=2, negative_prompt="<cat> and <dog>")
     assert set(found) == {"dog", "cat", "dog_1", "dog_2"}, "what is not wanted is heard whole"
-    with pytest.raises(UserError, match="9 sounds"):
+    with pytest.raises(UserError, match="sound_parts=3: makes 9 sounds of 3"):
         cut("<a> <b> <c>", {"a": ONE, "b": ONE, "c": ONE}, sound_parts=3)
 
 
