@@ -19,6 +19,7 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "sound_strength": 1.0,
         "window": "middle",
         "mixing": "regions",
+        "sound_parts": None,
         "denoise_strength": None,
         "repaint": "img2img",
         "mask_threshold": 0.4,
@@ -31,6 +32,7 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "reuse_steps": (1, 10),
         "seed": (0, 2**63 - 9),
         "sound_strength": (0, 2),
+        "sound_parts": (1, 4),
     }
     for name, (low, high) in limits.items():
         PaintRequest.parse({name: low})

@@ -69,6 +69,7 @@ def test_all_who_wait_hear_of_a_move_and_of_a_burst_once(monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
+    ray.shutdown()  # files tested before this one may have left it
     ray.init("local", num_cpus=1, include_dashboard=False)
     yield
     ray.shutdown()
