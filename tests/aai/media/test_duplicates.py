@@ -14,7 +14,7 @@ from aai.media.duplicates import (
     find_duplicates,
     near_pairs_of,
 )
-from aai.media.edited import EditedConfig
+from aai.media.edited import PICTURE_PRINT_BYTES, EditedConfig
 
 RNG = np.random.default_rng(0)
 CFG = DuplicateConfig()
@@ -44,6 +44,18 @@ def test_every_near_pair_within_the_limits_is_found_and_no_other() -> None:
     assert sorted(dropped) == list(range(400, 600))
     assert {code for code, _ in dropped.values()} == {"NEAR_DUPLICATE"}
     assert "/a0007.mp4" in dropped[407][1]
+
+
+@pytest.mark.parametrize(("motion_bits", "alike"), [(26, True), (40, False), (56, False)])
+def test_with_another_sound_it_must_move_as_the_other_does(motion_bits: int, alike: bool) -> None:
+    """Copies with another sound differ in 8 bits at most; dark scenes that only look alike did from 40 on."""
+    video, pictures = RNG.bytes(32), RNG.integers(1, 2**64, PICTURE_PRINT_BYTES // 8, np.uint64)
+    other = pictures.copy()
+    for word in range(3):  # the last three are the motion
+        other[word - 3] ^= np.uint64(2 ** (motion_bits // 3 + (word < motion_bits % 3)) - 1)
+    clips = [replace(row("a", video=video), picture_print=pictures.tobytes()),
+             replace(row("b", video=flip(video, 24)), picture_print=other.tobytes())]  # fmt: skip
+    assert len(find_duplicates(clips, CFG)) == alike
 
 
 def test_held_out_splits_win() -> None:
