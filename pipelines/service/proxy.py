@@ -3,25 +3,56 @@
 Serve loads this in its proxies where VARIABLE stands in their environment as PLACE; `aai serve` sets it.
 """
 
+import asyncio
 import logging
+import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.service.access import REQUEST_ID
-from pipelines.service.guard import ApiError, Limits, busy
+from pipelines.service.guard import YOUNG_S, ApiError, Limits, busy
 
 logger = logging.getLogger("ray.serve")  # the only one that Serve writes
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 PLACE = "pipelines.service.proxy:middlewares"
 RETRY_AFTER_S: int = Limits.model_fields["retry_after_s"].default
+SLOW_BYTES_PER_S: int = Limits.model_fields["min_upload_bytes_per_s"].default
+LONGEST_PAUSE_S: float = Limits.model_fields["upload_grace_s"].default
 
 
 def middlewares() -> list[Middleware]:
     """What Serve's proxy puts around its application."""
-    return [Middleware(ProxyErrors)]
+    return [Middleware(ProxyErrors), Middleware(SlowBodies)]
+
+
+class SlowBodies:
+    """ASGI middleware: of a body that drips, what came meanwhile is passed on as one piece.
+
+    Each piece is a call between two processes, which hundreds of connections of a byte a second would fill with calls.
+    A body that has been slow for some time is looked at again after as long.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one ASGI connection."""
+        begin_s, total, more = time.monotonic(), 0, True
+
+        async def collected() -> Message:
+            nonlocal total, more
+            age_s = time.monotonic() - begin_s
+            if more and age_s > YOUNG_S and total < SLOW_BYTES_PER_S * age_s:
+                await asyncio.sleep(min(age_s, LONGEST_PAUSE_S))
+            message = await receive()
+            total += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            return message
+
+        await self._app(scope, collected if scope["type"] == "http" else receive, send)
 
 
 class ProxyErrors:

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from ray.serve._private.http_util import _apply_middlewares
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -95,7 +96,8 @@ def test_serve_finds_it_by_the_variable() -> None:
         "import sys\nfrom ray.serve._private.http_util import configure_http_middlewares\n"
         "from ray.serve.config import HTTPOptions\n"
         "found = configure_http_middlewares(HTTPOptions()).middlewares\n"
-        "assert [each.cls.__name__ for each in found] == ['ProxyErrors'], found\nassert 'torch' not in sys.modules\n"
+        "assert [each.cls.__name__ for each in found] == ['ProxyErrors', 'SlowBodies'], found\n"
+        "assert 'torch' not in sys.modules\n"
     )
     told = os.environ | {proxy.VARIABLE: proxy.PLACE}
     done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, timeout=200)
@@ -118,3 +120,47 @@ def test_an_error_that_breaks_off_is_told_whole() -> None:
 
     response = asked(half)
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
+
+
+async def pieces_of(bodies: list[bytes], pause_s: float) -> list[bytes]:
+    """What an application behind the middlewares receives of a body that a client sends in pieces, over a socket."""
+    found: list[bytes] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        more = True
+        while more:
+            message = await receive()
+            found.append(message["body"])
+            more = message["more_body"]
+        await PlainTextResponse("had it all")(scope, receive, send)
+
+    stack = _apply_middlewares(app, proxy.middlewares())  # type: ignore[arg-type]
+    server = uvicorn.Server(uvicorn.Config(stack, port=0, lifespan="off", log_level="error"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    answer, link = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+    link.write(f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {sum(map(len, bodies))}\r\n\r\n".encode())
+    for body in bodies:
+        link.write(body)
+        await link.drain()
+        await asyncio.sleep(pause_s)
+    assert b" 200 " in await answer.readline()
+    link.close()
+    server.should_exit = True
+    await serving
+    return found
+
+
+def test_a_body_that_drips_comes_in_few_pieces_and_whole() -> None:
+    sent = [bytes([i]) for i in range(120)]
+    found = asyncio.run(pieces_of(sent, pause_s=0.02))
+    assert b"".join(found) == b"".join(sent)
+    assert len(found) < 60, "of 120: after half a second, what has come by the next look is one piece"
+
+
+def test_a_body_of_an_ordinary_rate_is_passed_on_as_it_comes() -> None:
+    sent = [bytes([i]) * 20_000 for i in range(20)]
+    found = asyncio.run(pieces_of(sent, pause_s=0.05))
+    assert b"".join(found) == b"".join(sent)
+    assert len(found) >= 20
