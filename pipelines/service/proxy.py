@@ -20,19 +20,24 @@ VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 PLACE = "pipelines.service.proxy:middlewares"
 RETRY_AFTER_S: int = Limits.model_fields["retry_after_s"].default
 SLOW_BYTES_PER_S: int = Limits.model_fields["min_upload_bytes_per_s"].default
+PAUSE_S = 0.004
+"""Between pieces; the first is over before the gateway asks for them."""
+LARGE_BYTES = 16_384
+"""A piece after which there is no pause: the client sends faster than pieces are passed on."""
 LONGEST_PAUSE_S: float = Limits.model_fields["upload_grace_s"].default
 
 
 def middlewares() -> list[Middleware]:
     """What Serve's proxy puts around its application."""
-    return [Middleware(ProxyErrors), Middleware(SlowBodies)]
+    return [Middleware(ProxyErrors), Middleware(FewPieces)]
 
 
-class SlowBodies:
-    """ASGI middleware: of a body that drips, what came meanwhile is passed on as one piece.
+class FewPieces:
+    """ASGI middleware: the pieces of a body that come within a few milliseconds are passed on as one.
 
-    Each piece is a call between two processes, which hundreds of connections of a byte a second would fill with calls.
-    A body that has been slow for some time is looked at again after as long.
+    Each piece is a call between two processes, which takes longer; a form comes in about ten. Of a body that drips,
+    what came meanwhile is one piece: it is looked at again after as long as it has been slow, else hundreds of
+    connections of a byte a second would fill both processes with calls.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -40,19 +45,25 @@ class SlowBodies:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one ASGI connection."""
-        begin_s, total, more = time.monotonic(), 0, True
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+            await self._app(scope, receive, send)
+            return
+        begin_s, total, more, large = time.monotonic(), 0, True, False
 
         async def collected() -> Message:
-            nonlocal total, more
+            nonlocal total, more, large
             age_s = time.monotonic() - begin_s
             if more and age_s > YOUNG_S and total < SLOW_BYTES_PER_S * age_s:
                 await asyncio.sleep(min(age_s, LONGEST_PAUSE_S))
+            elif more and not large:
+                await asyncio.sleep(PAUSE_S)
             message = await receive()
-            total += len(message.get("body", b""))
-            more = message.get("more_body", False)
+            size = len(message.get("body", b""))
+            total, more, large = total + size, message.get("more_body", False), size >= LARGE_BYTES
             return message
 
-        await self._app(scope, collected if scope["type"] == "http" else receive, send)
+        await self._app(scope, collected, send)
 
 
 class ProxyErrors:
