@@ -1,7 +1,8 @@
 """The service beside the painter alone: one request at a time and with batches, asked alike, in turns.
 
 Two services (`aai serve`, one painter each) and a process with the bare painter are there at once. In each round all
-are given each load, every second round backwards; another process asks.
+are given each load, every second round backwards; another process asks. With the fewest clients they change after each
+turn of the verbs: what a service adds is less than what a busy machine changes within seconds.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +27,7 @@ from aai import storage
 from aai.errors import UserError
 from aai.sampling import REPAINT
 from pipelines.__main__ import CONFIGS
-from pipelines.benches.asking import VERBS, Load, Outcome, ask
+from pipelines.benches.asking import VERBS, Load, Outcome, Reply, ask
 from pipelines.benches.options import BenchConfig, ServeBenchConfig
 from pipelines.benches.painter_alone import Which, paint_alone, unet_alone
 from pipelines.registry import versions
@@ -35,7 +37,9 @@ BARE, ONE, BATCH = "bare", "one", "batch"
 NAMES = {BARE: "bare painter", ONE: "one at a time", BATCH: "with batches"}
 MANY = 8
 """Clients at which batches are compared with one at a time."""
-PAIRS = ((f"{ONE}_p50", f"{BARE}_p50"), (f"{BATCH}_p50", f"{BARE}_p50"), (BATCH, ONE), (ONE, BARE), (BATCH, BARE))
+PAIRS = ((BATCH, ONE), (ONE, BARE), (BATCH, BARE))
+TURN_S = 1e-3
+"""A load of so many seconds is one turn of the verbs."""
 PERCENTS = (50, 95, 99)
 MOST_SLOWER, LEAST_FASTER = 1.05, 2.0
 """What is asked of the service: its median beside the bare painter's, and its rate with batches beside that without."""
@@ -43,21 +47,28 @@ MOST_SLOWER, LEAST_FASTER = 1.05, 2.0
 
 @dataclass(frozen=True)
 class Cell:
-    """One load of one variant in one round."""
+    """One load of one variant in one round: what came of it, in one go or in several turns."""
 
     variant: str
     load: str
-    outcome: Outcome
+    outcomes: Sequence[Outcome]
+
+    def answers(self) -> list[Reply]:
+        """Of all turns."""
+        return [each for outcome in self.outcomes for each in outcome.answers]
 
     def times_s(self) -> list[float]:
         """Of the pictures, in order of size."""
-        return sorted(each.end_s - each.begin_s for each in self.outcome.answers if each.code == "200")
+        return sorted(each.end_s - each.begin_s for each in self.answers() if each.code == "200")
 
     def per_s(self) -> float:
-        """Pictures per second from the first request to the last picture."""
-        ends_s = [each.end_s for each in self.outcome.answers if each.code == "200"]
-        begin_s = min((each.begin_s for each in self.outcome.answers), default=0.0)
-        return len(ends_s) / (max(ends_s) - begin_s) if ends_s else 0.0
+        """Pictures per second of the times from a turn's first request to its last picture."""
+        painted, took_s = 0, 0.0
+        for outcome in self.outcomes:
+            if ends_s := [each.end_s for each in outcome.answers if each.code == "200"]:
+                painted += len(ends_s)
+                took_s += max(ends_s) - min(each.begin_s for each in outcome.answers)
+        return painted / took_s if painted else 0.0
 
 
 @dataclass
@@ -86,9 +97,11 @@ class Rounds:
         order = [BARE, ONE, BATCH][:: -1 if backwards else 1]
         self.cells.append([])
         for clients in self.settings.clients:
-            for variant in order:
-                if variant != BARE or clients == min(self.settings.clients):
-                    self._cell(variant, closed_name(clients), bar, clients=clients)
+            if clients == min(self.settings.clients):
+                self._in_turns(order, clients, bar)
+                continue
+            for variant in (name for name in order if name != BARE):
+                self._cell(variant, closed_name(clients), bar, clients=clients)
         alone = partial(unet_alone, self.painter)
         wanted, seconds = {1, self.batch_pictures}, self.settings.cell_s / 4
         self.unet_s.append({pictures: self.painting.submit(alone, pictures, seconds).result() for pictures in wanted})
@@ -98,18 +111,33 @@ class Rounds:
                 if variant != BARE:
                     self._cell(variant, open_name(share), bar, per_s=share * best[variant])
 
+    def _in_turns(self, order: Sequence[str], clients: int, bar: Any) -> None:
+        """A closed loop of all three, who change after each turn, for as long as a cell of each."""
+        bar.set_postfix_str(f"in turns, {closed_name(clients)}")
+        taken: dict[str, list[Outcome]] = {variant: [] for variant in order}
+        end_s = time.monotonic() + len(order) * self.settings.cell_s
+        while time.monotonic() < end_s:
+            for variant in order:
+                taken[variant].append(self._outcome(variant, TURN_S, clients=clients))
+            order = order[::-1]
+        self.cells[-1] += [Cell(variant, closed_name(clients), outcomes) for variant, outcomes in taken.items()]
+        bar.update(len(order))
+
     def _cell(self, variant: str, name: str, bar: Any, **load: float) -> None:
         bar.set_postfix_str(f"{NAMES[variant]}, {name}")
+        self.cells[-1].append(Cell(variant, name, [self._outcome(variant, self.settings.cell_s, **load)]))
+        bar.update()
+
+    def _outcome(self, variant: str, seconds: float, **load: float) -> Outcome:
         s = self.settings
         if variant == BARE:
-            given = self.painter, self._first, s.steps, s.cell_s
+            given = self.painter, self._first, s.steps, seconds
             outcome = Outcome(self.painting.submit(paint_alone, *given).result(), 0.0)
         else:
-            asked = Load(seconds=s.cell_s, first=self._first, steps=s.steps, **load)  # type: ignore[arg-type]
+            asked = Load(seconds=seconds, first=self._first, steps=s.steps, **load)  # type: ignore[arg-type]
             outcome = self.asking.submit(ask, self.urls[variant], asked).result()
         self._first += len(outcome.answers)
-        self.cells[-1].append(Cell(variant, name, outcome))
-        bar.update()
+        return outcome
 
     def _best(self, variant: str) -> float:
         cells = [cell for cell in self.cells[-1] if cell.variant == variant]
@@ -192,7 +220,7 @@ def free_port() -> int:
 
 def codes(cells: Sequence[Cell]) -> Counter[str]:
     """How often each answer other than a picture came."""
-    return Counter(each.code for cell in cells for each in cell.outcome.answers if each.code != "200")
+    return Counter(each.code for cell in cells for each in cell.answers() if each.code != "200")
 
 
 def row(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -205,8 +233,16 @@ def row(cells: Sequence[Cell]) -> dict[str, Any]:
         at = -(-percent * len(times_s) // 100) - 1
         found[f"p{percent}_ms"] = rounded(1e3 * times_s[at]) if times_s else None
     found["not_painted"] = dict(codes(cells))
-    found["asking_cpu_share"] = rounded(max(cell.outcome.cpu_share for cell in cells))
+    found["asking_cpu_share"] = rounded(max(each.cpu_share for cell in cells for each in cell.outcomes))
     return found
+
+
+def beside(cell: Cell, bare: Cell) -> float:
+    """The median picture's time, of that of the bare painter's picture of the same verb in the same turn."""
+    pairs = zip(cell.answers(), bare.answers(), strict=False)
+    return statistics.median(
+        (this.end_s - this.begin_s) / (that.end_s - that.begin_s) for this, that in pairs if this.code == "200"
+    )
 
 
 def rates(rounds: Rounds) -> tuple[list[dict[str, float]], int]:
@@ -221,6 +257,7 @@ def rates(rounds: Rounds) -> tuple[list[dict[str, float]], int]:
         for pictures, step_s in sorted(unet_s.items()):
             found[f"unet_of_{pictures}"] = pictures / (mean_steps(rounds.settings.steps) * step_s)
         found |= {f"{name}_p50": statistics.median(at[name, alone].times_s()) for name in (BARE, ONE, BATCH)}
+        found |= {f"{name}_p50/{BARE}_p50": beside(at[name, alone], at[BARE, alone]) for name in (ONE, BATCH)}
         out.append(found)
     return out, many
 
@@ -233,7 +270,10 @@ def summary(rounds: Rounds) -> dict[str, Any]:
     rows = [row(cells) for cells in by_load.values()]
     each, many = rates(rounds)
     unet = f"unet_of_{rounds.batch_pictures}"
-    spread = {}
+    spread: dict[str, list[float]] = {}
+    for name in [name for name in each[0] if "/" in name]:
+        values = [found.pop(name) for found in each]
+        spread[name] = [rounded(value) for value in (statistics.median(values), min(values), max(values))]
     for this, that in (*PAIRS, (BATCH, unet), (BARE, "unet_of_1"), (unet, "unet_of_1")):
         values = [found[this] / found[that] for found in each]
         spread[f"{this}/{that}"] = [rounded(value) for value in (statistics.median(values), min(values), max(values))]

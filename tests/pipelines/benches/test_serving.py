@@ -9,7 +9,7 @@ from aai.addons import AddOns
 from pipelines.__main__ import main
 from pipelines.benches.asking import Outcome, Reply
 from pipelines.benches.options import ServeBenchConfig
-from pipelines.benches.serving import BARE, BATCH, ONE, Cell, Rounds, goals, lines, mean_steps, row, summary
+from pipelines.benches.serving import BARE, BATCH, ONE, Cell, Rounds, beside, goals, lines, mean_steps, row, summary
 from tests.pipelines.benches.conftest import measured
 
 
@@ -19,7 +19,7 @@ def cell(variant: str, load: str, *times_s: float, refused: int = 0) -> Cell:
     for time_s in times_s:
         answers.append(Reply(now, now + time_s, "200"))
         now += time_s
-    return Cell(variant, load, Outcome(answers, 0.25))
+    return Cell(variant, load, [Outcome(answers, 0.25)])
 
 
 def test_a_row_has_the_rates_of_rounds_and_the_times_of_all_pictures() -> None:
@@ -30,6 +30,18 @@ def test_a_row_has_the_rates_of_rounds_and_the_times_of_all_pictures() -> None:
     empty = row([cell(ONE, "open, 10 x", refused=2)])
     assert (empty["per_s"], empty["p50_ms"]) == (0.0, None)
     assert " - " in lines([empty])[1]
+
+
+def test_one_client_is_compared_picture_by_picture() -> None:
+    """A machine that is twice as slow for half of the time makes the service no slower than the painter."""
+    bare, served = (Cell(name, "1 client", []) for name in (BARE, BATCH))
+    for speed in (1, 1, 1, 2, 2):
+        turns = [cell(BARE, "", *(speed * time_s for time_s in (1.0, 1.1, 0.9))) for _ in range(2)]
+        turns[1] = cell(BATCH, "", *(speed * time_s for time_s in (1.05, 1.2, 0.95)))
+        bare, served = (Cell(old.variant, old.load, [*old.outcomes, *new.outcomes])
+                        for old, new in zip((bare, served), turns, strict=True))  # fmt: skip
+    assert beside(served, bare) == pytest.approx(0.95 / 0.9)
+    assert served.per_s() == pytest.approx(15 / (7 * 3.2))
 
 
 def test_ratios_are_medians_over_the_rounds() -> None:
