@@ -5,6 +5,7 @@ Serve loads this in its proxies where VARIABLE stands in their environment as PL
 
 import asyncio
 import logging
+import random
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,7 +25,9 @@ PAUSE_S = 0.004
 """Between pieces; the first is over before the gateway asks for them."""
 LARGE_BYTES = 16_384
 """A piece after which there is no pause: the client sends faster than pieces are passed on."""
-LONGEST_PAUSE_S: float = Limits.model_fields["upload_grace_s"].default
+GRACE_S: float = Limits.model_fields["upload_grace_s"].default
+FIRST_BYTES = 64
+"""Of a body, that must come within the grace before the gateway hears of it."""
 
 
 def middlewares() -> list[Middleware]:
@@ -33,11 +36,11 @@ def middlewares() -> list[Middleware]:
 
 
 class FewPieces:
-    """ASGI middleware: the pieces of a body that come within a few milliseconds are passed on as one.
+    """ASGI middleware: a body goes to the gateway in few pieces, and not before some of it has come.
 
-    Each piece is a call between two processes, which takes longer; a form comes in about ten. Of a body that drips,
-    what came meanwhile is one piece: it is looked at again after as long as it has been slow, else hundreds of
-    connections of a byte a second would fill both processes with calls.
+    Each piece is a call between two processes, which takes longer than those between the pieces of a form; what comes
+    within a few milliseconds is one. A body of which next to nothing comes within the grace is refused here with 408,
+    and costs the gateway nothing. One that drips later is looked at again after as long as it has been slow.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -49,21 +52,54 @@ class FewPieces:
         if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
             await self._app(scope, receive, send)
             return
-        begin_s, total, more, large = time.monotonic(), 0, True, False
+        body = Body(receive)
+        try:
+            async with asyncio.timeout(random.uniform(1, 2) * GRACE_S):  # who came together is not sent away together
+                await body.begin()
+        except TimeoutError:
+            await ApiError(408, "slow_upload", f"no body within {GRACE_S:g} s", {"Connection": "close"}).response()(
+                scope, receive, send
+            )
+            return
+        await self._app(scope, body.receive, send)
 
-        async def collected() -> Message:
-            nonlocal total, more, large
-            age_s = time.monotonic() - begin_s
-            if more and age_s > YOUNG_S and total < SLOW_BYTES_PER_S * age_s:
-                await asyncio.sleep(min(age_s, LONGEST_PAUSE_S))
-            elif more and not large:
-                await asyncio.sleep(PAUSE_S)
-            message = await receive()
-            size = len(message.get("body", b""))
-            total, more, large = total + size, message.get("more_body", False), size >= LARGE_BYTES
+
+class Body:
+    """A request's body, as it comes from the client."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive, self._begin_s = receive, time.monotonic()
+        self._first: Message | None = None
+        """What has come before anybody asked for it."""
+        self._total, self._more, self._large = 0, True, False
+
+    async def begin(self) -> None:
+        """Returns when the body's begin is here, or the client has left."""
+        content = b""
+        while self._more and len(content) < FIRST_BYTES:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                self._first, self._more = message, False
+                return
+            content += message.get("body", b"")
+            self._more = message.get("more_body", False)
+        self._total = len(content)
+        self._first = {"type": "http.request", "body": content, "more_body": self._more}
+
+    async def receive(self) -> Message:
+        """The next piece (ASGI)."""
+        if self._first is not None:
+            message, self._first = self._first, None
             return message
-
-        await self._app(scope, collected, send)
+        age_s = time.monotonic() - self._begin_s
+        if self._more and age_s > YOUNG_S and self._total < SLOW_BYTES_PER_S * age_s:
+            await asyncio.sleep(min(age_s, GRACE_S))
+        elif self._more and not self._large:
+            await asyncio.sleep(PAUSE_S)
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self._total, self._more, self._large = self._total + size, message.get("more_body", False), size >= LARGE_BYTES
+        return message
 
 
 class ProxyErrors:

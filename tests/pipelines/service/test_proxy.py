@@ -122,52 +122,83 @@ def test_an_error_that_breaks_off_is_told_whole() -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
 
 
-async def pieces_of(bodies: list[bytes], pause_s: float) -> list[bytes]:
-    """What an application behind the middlewares receives of a body that a client sends in pieces, over a socket."""
-    found: list[bytes] = []
+class Heard:
+    """An application behind the middlewares on a socket: how often it was called, and the pieces that it received."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        more = True
-        while more:
-            message = await receive()
-            found.append(message["body"])
-            more = message["more_body"]
+    def __init__(self) -> None:
+        self.calls, self.pieces = 0, list[bytes]()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.calls += 1
+        while (message := await receive())["type"] == "http.request":
+            self.pieces.append(message["body"])
+            if not message["more_body"]:
+                break
         await PlainTextResponse("had it all")(scope, receive, send)
 
-    stack = _apply_middlewares(app, proxy.middlewares())  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(stack, port=0, lifespan="off", log_level="error"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    answer, link = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
-    link.write(f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {sum(map(len, bodies))}\r\n\r\n".encode())
-    for body in bodies:
-        link.write(body)
-        await link.drain()
-        await asyncio.sleep(pause_s)
-    assert b" 200 " in await answer.readline()
-    link.close()
-    server.should_exit = True
-    await serving
-    return found
+    async def ask(self, head: str, bodies: list[bytes], pause_s: float = 0) -> int:
+        """The status that a client hears of which the body comes in pieces."""
+        stack = _apply_middlewares(self, proxy.middlewares())  # type: ignore[arg-type]
+        server = uvicorn.Server(uvicorn.Config(stack, port=0, lifespan="off", log_level="error"))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        answer, link = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+        link.write(f"POST / HTTP/1.1\r\nHost: a\r\n{head}\r\n\r\n".encode())
+        for body in bodies:
+            link.write(body)
+            await link.drain()
+            await asyncio.sleep(pause_s)
+        status = int((await answer.readline()).split()[1])
+        link.close()
+        server.should_exit = True
+        await serving
+        return status
+
+
+def pieces_of(bodies: list[bytes], pause_s: float) -> list[bytes]:
+    """What the application receives of a body that a client sends in pieces."""
+    heard = Heard()
+    assert asyncio.run(heard.ask(f"Content-Length: {sum(map(len, bodies))}", bodies, pause_s)) == 200
+    return heard.pieces
 
 
 def test_a_body_that_drips_comes_in_few_pieces_and_whole() -> None:
     sent = [bytes([i]) for i in range(120)]
-    found = asyncio.run(pieces_of(sent, pause_s=0.02))
+    found = pieces_of(sent, pause_s=0.02)
     assert b"".join(found) == b"".join(sent)
     assert len(found) < 60, "of 120: after half a second, what has come by the next look is one piece"
 
 
 def test_a_form_that_comes_in_ten_pieces_is_passed_on_in_a_few() -> None:
     sent = [bytes([i]) * 100 for i in range(10)]
-    found = asyncio.run(pieces_of(sent, pause_s=0.0005))
+    found = pieces_of(sent, pause_s=0.0005)
     assert b"".join(found) == b"".join(sent)
     assert len(found) <= 5
 
 
 def test_a_body_of_an_ordinary_rate_is_passed_on_as_it_comes() -> None:
     sent = [bytes([i]) * 20_000 for i in range(20)]
-    found = asyncio.run(pieces_of(sent, pause_s=0.05))
+    found = pieces_of(sent, pause_s=0.05)
     assert b"".join(found) == b"".join(sent)
     assert len(found) >= 20
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "status"),
+    [
+        ("Content-Length: 1000", b"", 408),
+        ("Content-Length: 1000", b"x" * 63, 408),
+        ("Content-Length: 2", b"ab", 200),
+        ("Transfer-Encoding: chunked", b"2\r\nab\r\n0\r\n\r\n", 200),
+        ("Content-Length: 0", b"", 200),
+    ],
+)
+def test_a_body_that_does_not_begin_is_refused_and_nobody_else_hears_of_it(
+    head: str, body: bytes, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "GRACE_S", 0.3)
+    heard = Heard()
+    assert asyncio.run(heard.ask(head, [body])) == status
+    assert heard.calls == (status == 200)
+    assert b"".join(heard.pieces) == (b"ab" if body and status == 200 else b"")
