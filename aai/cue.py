@@ -3,6 +3,10 @@
 The aligned embedding of the sound finds the k nearest pictures of a FeatureTable (exact search over all rows); A* then
 takes a few steps of the denoising loss on their latents, as a textual inversion does (Gal et al. 2022, arXiv
 2208.01618), but begins at what the adapter heard. Model and adapter stay as they are.
+
+Our choices: the neighbours show other colours and numbers of things than the sound tells of, so A* is not moved to what
+they show. Each is denoised under its own caption's head and with the A* of its own sound, all shifted alike; what is
+learned is the shift, that is what the adapter leaves out in this neighbourhood.
 """
 
 import heapq
@@ -17,13 +21,17 @@ import torch
 from torch import Tensor
 
 from aai import storage
-from aai.adapt import denoising_loss
+from aai.adapt import AdaptLossConfig, denoising_loss, prompt_of
 from aai.config import Config
 from aai.errors import UserError
-from aai.features import FeatureManifest, arrays_of, open_table, read_group
+from aai.features import FeatureManifest, arrays_of, open_table, read_group, tensor_of
 from aai.foundation.identity import identity, is_identity
 from aai.painter import Painter
 from aai.sounds import Window
+
+NOISY = 0.5
+"""Share of the noise levels that is left out, from the lowest on: at those above it is settled what a picture shows.
+Chosen on val of the toy world's demo."""
 
 
 class CueConfig(Config):
@@ -35,19 +43,31 @@ class CueConfig(Config):
     """Only clips of this split are retrieved."""
     pictures: int = pydantic.Field(8, ge=1, le=64)
     """k: how many are retrieved."""
-    steps: int = pydantic.Field(40, ge=1, le=2000)
+    steps: int = pydantic.Field(12, ge=1, le=2000)
     """Of tuning; each denoises all k latents once."""
-    learning_rate: float = pydantic.Field(0.02, gt=0)
-    """Of Adam, in units of an ordinary word's length."""
+    learning_rate: float = pydantic.Field(0.002, gt=0)
+    """Of Adam: how far each number of A* moves in a step, in units of an ordinary word's length."""
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """The nearest pictures, the best first: their clips, cosines with the sound, and latents [k, C, h, w]."""
+    """The nearest pictures, the best first: their clips, cosines with the sound, captions, waveforms [k, S], and
+    latents [k, C, h, w]."""
 
     clip_ids: list[str]
     cosines: list[float]
+    captions: list[str]
+    audio: Tensor
     latents: Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is tuned on: pictures' latents [k, C, h, w], their own sounds' A* [k, K, D_t], and their prompts."""
+
+    latents: Tensor
+    tokens: Tensor
+    prompts: list[str]
 
 
 @dataclass(frozen=True)
@@ -69,10 +89,11 @@ class Cue:
         }
 
 
-def retrieve(features: str, embed: Tensor, split: str, count: int) -> Retrieved:
+def retrieve(features: str, embed: Tensor, split: str, count: int, clip_samples: int) -> Retrieved:
     """The pictures of a FeatureTable nearest to an aligned embedding [D], by the frame whose latents it holds.
 
-    Every row of the split is compared, a row group at a time. Raises UserError when the split has none.
+    Every row of the split is compared, a row group at a time. clip_samples: S of the waveforms. Raises UserError when
+    the split has none.
     """
     manifest = FeatureManifest.read(features)
     wanted = embed.float().cpu().numpy()
@@ -87,12 +108,16 @@ def retrieve(features: str, embed: Tensor, split: str, count: int) -> Retrieved:
     if not best:
         raise UserError("cue.features", features, f"has no clips of the split {split!r}", "give another cue.split")
     best.sort(key=lambda found: (-found[0], found[1]))
-    latents = []
+    rows = []
     for _, _, file, group, row in best:
-        part = read_group(open_table(file, manifest), file, group, ["clip_id", "caption", "content_hash", "latents"])
-        latents.append(arrays_of(part.slice(row, 1), manifest, 1, ["latents"])["latents"][0])
-    found = torch.from_numpy(np.stack(latents).astype(np.float32))
-    return Retrieved([clip_id for _, clip_id, *_ in best], [round(cosine, 4) for cosine, *_ in best], found)
+        columns = ["clip_id", "caption", "content_hash", "audio", "latents"]
+        part = read_group(open_table(file, manifest), file, group, columns)
+        rows.append(arrays_of(part.slice(row, 1), manifest, clip_samples, ["audio", "latents"]))
+    audio, latents = (tensor_of(name, np.concatenate([row[name] for row in rows])) for name in ("audio", "latents"))
+    captions = [row["caption"][0] for row in rows]
+    return Retrieved(
+        [clip_id for _, clip_id, *_ in best], [round(cosine, 4) for cosine, *_ in best], captions, audio, latents
+    )
 
 
 def _cosines(
@@ -108,12 +133,10 @@ def _cosines(
             yield row, arrays["clip_id"][row], float(cosines[row])
 
 
-def refine(
-    painter: Painter, audio: np.ndarray, prompt: str, cue: CueConfig, seed: int = 0, window: Window = "middle"
-) -> Cue:
-    """Tunes a sound's A* on the pictures that it retrieves. prompt: with `<sound>`; window: of a long sound.
+def refine(painter: Painter, audio: np.ndarray, cue: CueConfig, seed: int = 0, window: Window = "middle") -> Cue:
+    """Tunes a sound's A* on the pictures that it retrieves. window: of a long sound.
 
-    Raises UserError for features of another foundation than the painter's, and for an empty split.
+    Raises UserError for features of another foundation or sample rate than the painter's, and for an empty split.
     """
     begin = time.perf_counter()
     features = str(cue.features)
@@ -121,27 +144,38 @@ def refine(
     if not all(is_identity(painter.foundation, *recorded) for recorded in manifest.foundation.items()):
         rule = f"was made with {manifest.foundation}, the bundle stands on {identity(painter.foundation)}"
         raise UserError("cue.features", features, rule, "featurize with the bundle's foundation")
-    found = retrieve(features, painter.listen(audio, window)[0], cue.split, cue.pictures)
+    remedy = "featurize clips of the bundle's rate"
+    manifest.check_sample_rate("cue.features", features, painter.sample_rate_hz, remedy)
+    samples = painter.aligner.config.clip_samples
+    found = retrieve(features, painter.listen(audio, window)[0], cue.split, cue.pictures, samples)
     before = painter.hear(audio, window)
-    after, first, last = _tuned(painter, before, found.latents, prompt, cue, seed)
+    after, first, last = _tuned(painter, before, examples_of(painter, found), cue, seed)
     return Cue(before, after, found, first, last, round(time.perf_counter() - begin, 2))
 
 
+def examples_of(painter: Painter, found: Retrieved) -> Examples:
+    """Retrieved pictures as they are tuned on: with the prompts and the A* that the adapter was trained with."""
+    heads = AdaptLossConfig(head_pattern=painter.head_pattern, prompt=painter.prompt)
+    tokens = torch.stack([painter.hear(sound) for sound in found.audio.numpy()])
+    return Examples(found.latents, tokens, [prompt_of(caption, heads) for caption in found.captions])
+
+
 def _tuned(
-    painter: Painter, tokens: Tensor, latents: Tensor, prompt: str, cue: CueConfig, seed: int
+    painter: Painter, tokens: Tensor, examples: Examples, cue: CueConfig, seed: int
 ) -> tuple[Tensor, float, float]:
     """A* after `cue.steps` steps, and the loss on one fixed draw of noise before and after."""
     pipe, device = painter.pipe, painter.device
-    latents = latents.to(device, pipe.unet.dtype)
-    tuned = tokens.detach().float().clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([tuned], lr=cue.learning_rate * painter.injector.median_norm)
+    latents = examples.latents.to(device, pipe.unet.dtype)
+    heard = examples.tokens.detach().float()
+    shift = torch.zeros_like(tokens, dtype=torch.float32).requires_grad_(True)
+    optimizer = torch.optim.Adam([shift], lr=cue.learning_rate * painter.injector.median_norm)
     generator = torch.Generator("cpu").manual_seed(seed)
+    levels = pipe.scheduler.config.num_train_timesteps
 
     def loss_of(drawn: torch.Generator) -> Tensor:
-        states, _ = painter.injector.encode([prompt], tuned[None])
-        states = states.expand(len(latents), -1, -1).to(pipe.unet.dtype)
+        states = painter.injector.encode(examples.prompts, heard + shift)[0].to(pipe.unet.dtype)
         noise = torch.randn(latents.shape, generator=drawn).to(latents)
-        steps = torch.randint(0, pipe.scheduler.config.num_train_timesteps, (len(latents),), generator=drawn)
+        steps = torch.randint(int(NOISY * levels), levels, (len(latents),), generator=drawn)
         return denoising_loss(pipe.unet, pipe.scheduler, latents, states, steps.to(device), noise).mean()
 
     @torch.no_grad()
@@ -154,4 +188,4 @@ def _tuned(
         with torch.enable_grad():
             loss_of(generator).backward()
         optimizer.step()
-    return tuned.detach(), first, fixed()
+    return tokens.detach().float() + shift.detach(), first, fixed()

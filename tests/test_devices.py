@@ -27,7 +27,7 @@ from aai.batching import Together, view_of
 from aai.bundle import BundleConfig, write_bundle
 from aai.concepts import Concepts, Vocabulary
 from aai.conditions import CONDITIONS, Conditions
-from aai.cue import CueConfig, _tuned
+from aai.cue import CueConfig, Examples, _tuned
 from aai.encoders.aligner import embed_files
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.fit import FitConfig, State, fit
@@ -174,7 +174,10 @@ def test_a_cue_is_tuned(files: Files, painter: Painter) -> None:
     cpu = Painter.load(files.bundle)
     latents = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     cue = CueConfig(steps=3, learning_rate=0.1)
-    tuned = [_tuned(own, own.hear(sound(0)), latents, "a photo of <sound>", cue, 0) for own in (painter, cpu)]
+    tuned = []
+    for own in (painter, cpu):
+        examples = Examples(latents, torch.stack([own.hear(sound(1)), own.hear(sound(2))]), ["a photo of <sound>"] * 2)
+        tuned.append(_tuned(own, own.hear(sound(0)), examples, cue, 0))
     assert tuned[0][0].device == torch.device("cuda", 0)
     np.testing.assert_allclose(everything(tuned[0][0]), everything(tuned[1][0]), atol=1e-3)
     assert tuned[0][1:] == pytest.approx(tuned[1][1:], rel=1e-3)

@@ -158,7 +158,7 @@ def _refined(painter: Painter, sound: np.ndarray, config: GenerateConfig) -> lis
     """AudioCue: pictures before and after A* was tuned, of the same seeds."""
     request = config.request
     prompt = request.prompt or painter.prompt
-    cue = refine(painter, sound, prompt, config.cue, request.seed, request.window)
+    cue = refine(painter, sound, config.cue, request.seed, request.window)
     near = ", ".join(f"{clip} {cosine:.3f}" for clip, cosine in list(cue.told()["retrieved"].items())[:3])
     log.info("generate: A* tuned in %.1f s on %s, ...; denoising loss %.4f -> %.4f",
              cue.seconds, near, cue.loss_before, cue.loss_after)  # fmt: skip

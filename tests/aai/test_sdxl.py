@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from aai.adapt import AdapterConfig, AdaptLossConfig, AdaptTask, AudioAdapter
 from aai.concepts import Vocabulary
-from aai.cue import CueConfig, _tuned
+from aai.cue import CueConfig, Examples, _tuned
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec
@@ -176,7 +176,9 @@ def test_half_the_precision_paints_too(painters: dict[str, Painter], kind: str) 
     kept = pixels(half.edit(sound(1), given, few, mask))
     assert (kept[:, :, 32:] == 255).all()
     assert kept[:, :, :32].any()
-    tuned, _, _ = _tuned(half, half.hear(sound(1)), torch.randn(2, *LATENTS), "a <sound>", CueConfig(steps=1), 0)
+    heard = half.hear(sound(1))
+    examples = Examples(torch.randn(2, *LATENTS), torch.stack([heard, half.hear(sound(2))]), ["a <sound>"] * 2)
+    tuned, _, _ = _tuned(half, heard, examples, CueConfig(steps=1), 0)
     assert tuned.isfinite().all()
 
 

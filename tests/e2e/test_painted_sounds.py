@@ -39,7 +39,7 @@ from pipelines.evaluation.judges import UNCAPTIONED
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(7200)]
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path(os.environ.get("AAI_DEMO", ROOT / "runs" / "accept"))
-COUNT, AT_ONCE, SEEDS = 320, 32, 4
+COUNT, CUED, AT_ONCE, SEEDS = 320, 200, 32, 4
 ASKED = PaintRequest(steps=10)
 
 
@@ -228,11 +228,11 @@ def graded(world: World, rows: Sequence[int], pictures: Sequence[Image.Image]) -
 
 
 def test_l5_a_cue_brings_the_picture_nearer_to_the_true_one(world: World) -> None:
-    rows = world.single[:COUNT]
+    rows = world.single[:CUED]
     cue = CueConfig(features=str(RUN / "features"))
     before, after, seconds = [], [], []
     for row in rows:
-        found = refine(world.painter, world.sound(row), world.painter.prompt, cue)
+        found = refine(world.painter, world.sound(row), cue)
         seconds.append(found.seconds)
         for tokens, into in ((found.before, before), (found.after, after)):
             into.append(world.painter.injector.embed(world.painter.prompt, {"sound": Sound(tokens, 1.0)}))
