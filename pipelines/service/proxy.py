@@ -26,6 +26,7 @@ PAUSE_S = 0.004
 LARGE_BYTES = 16_384
 """A piece after which there is no pause: the client sends faster than pieces are passed on."""
 GRACE_S: float = Limits.model_fields["upload_grace_s"].default
+TELL_S = 10.0
 FIRST_BYTES = 64
 """Of a body, that must come within the grace before the gateway hears of it."""
 
@@ -45,6 +46,7 @@ class FewPieces:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._refused, self._told_s = 0, -TELL_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one ASGI connection."""
@@ -57,11 +59,18 @@ class FewPieces:
             async with asyncio.timeout(random.uniform(1, 2) * GRACE_S):  # who came together is not sent away together
                 await body.begin()
         except TimeoutError:
-            await ApiError(408, "slow_upload", f"no body within {GRACE_S:g} s", {"Connection": "close"}).response()(
-                scope, receive, send
-            )
+            self._tell()
+            rule = f"the body did not begin within {GRACE_S:g} s"
+            await ApiError(408, "slow_upload", rule, {"Connection": "close"}).response()(scope, receive, send)
             return
         await self._app(scope, body.receive, send)
+
+    def _tell(self) -> None:
+        """Counts a refusal; the log hears of them together, since an attack is hundreds."""
+        self._refused += 1
+        if time.monotonic() - self._told_s > TELL_S:
+            logger.warning("proxy: %d requests refused whose bodies did not begin", self._refused)
+            self._refused, self._told_s = 0, time.monotonic()
 
 
 class Body:

@@ -195,10 +195,11 @@ def test_a_body_of_an_ordinary_rate_is_passed_on_as_it_comes() -> None:
     ],
 )
 def test_a_body_that_does_not_begin_is_refused_and_nobody_else_hears_of_it(
-    head: str, body: bytes, status: int, monkeypatch: pytest.MonkeyPatch
+    head: str, body: bytes, status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(proxy, "GRACE_S", 0.3)
     heard = Heard()
     assert asyncio.run(heard.ask(head, [body])) == status
     assert heard.calls == (status == 200)
+    assert ("1 requests refused whose bodies did not begin" in caplog.text) == (status == 408)
     assert b"".join(heard.pieces) == (b"ab" if body and status == 200 else b"")
