@@ -26,6 +26,7 @@ PAUSE_S = 0.004
 LARGE_BYTES = 16_384
 """A piece after which there is no pause: the client sends faster than pieces are passed on."""
 GRACE_S: float = Limits.model_fields["upload_grace_s"].default
+LONGEST_PAUSE_S = 2.0
 TELL_S = 10.0
 FIRST_BYTES = 64
 """Of a body, that must come within the grace before the gateway hears of it."""
@@ -100,15 +101,20 @@ class Body:
         if self._first is not None:
             message, self._first = self._first, None
             return message
-        age_s = time.monotonic() - self._begin_s
-        if self._more and age_s > YOUNG_S and self._total < SLOW_BYTES_PER_S * age_s:
-            await asyncio.sleep(min(age_s, GRACE_S))
-        elif self._more and not self._large:
-            await asyncio.sleep(PAUSE_S)
+        if self._more:
+            await asyncio.sleep(self._pause_s(time.monotonic() - self._begin_s))
         message = await self._receive()
         size = len(message.get("body", b""))
         self._total, self._more, self._large = self._total + size, message.get("more_body", False), size >= LARGE_BYTES
         return message
+
+    def _pause_s(self, age_s: float) -> float:
+        """Until the next look; what has come is passed on before the gateway would refuse the body as too slow."""
+        if age_s < YOUNG_S or self._total >= SLOW_BYTES_PER_S * age_s:
+            return 0 if self._large else PAUSE_S
+        left_s = GRACE_S + self._total / SLOW_BYTES_PER_S - age_s
+        pause_s = min(age_s, LONGEST_PAUSE_S)
+        return pause_s if left_s < 0 else min(pause_s, max(PAUSE_S, left_s - YOUNG_S))
 
 
 class ProxyErrors:

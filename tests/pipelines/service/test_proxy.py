@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from ray.serve._private.http_util import _apply_middlewares
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.service import proxy
 from pipelines.service.access import Access, Visit
@@ -203,3 +203,29 @@ def test_a_body_that_does_not_begin_is_refused_and_nobody_else_hears_of_it(
     assert heard.calls == (status == 200)
     assert ("1 requests refused whose bodies did not begin" in caplog.text) == (status == 408)
     assert b"".join(heard.pieces) == (b"ab" if body and status == 200 else b"")
+
+
+def test_a_body_that_stalls_and_recovers_is_passed_on_before_the_gateway_loses_patience() -> None:
+    """Its grace is five seconds: of what came at four the gateway must hear before."""
+    seen: list[tuple[float, int]] = []
+
+    async def client() -> Message:
+        """A client that sends a hundred bytes, and after four seconds the rest."""
+        age_s = asyncio.get_running_loop().time() - begin_s
+        size = 100 if not seen else 0 if age_s < 4 else 1_000_000
+        await asyncio.sleep(0.2)
+        return {"type": "http.request", "body": b"x" * size, "more_body": size < 1_000_000}
+
+    async def received() -> None:
+        nonlocal begin_s
+        begin_s = asyncio.get_running_loop().time()
+        body = proxy.Body(client)
+        await body.begin()
+        while not seen or seen[-1][1] < 1_000_000:
+            message = await body.receive()
+            seen.append((asyncio.get_running_loop().time() - begin_s, len(message["body"])))
+
+    begin_s = 0.0
+    asyncio.run(received())
+    assert 4 < seen[-1][0] < 5
+    assert len(seen) < 10
