@@ -1,9 +1,11 @@
 """`aai bench serve` on a tiny bundle with the real service, and what its figures are made of."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from aai.addons import AddOns
 from pipelines.__main__ import main
@@ -42,6 +44,27 @@ def test_one_client_is_compared_picture_by_picture() -> None:
                         for old, new in zip((bare, served), turns, strict=True))  # fmt: skip
     assert beside(served, bare) == pytest.approx(0.95 / 0.9)
     assert served.per_s() == pytest.approx(15 / (7 * 3.2))
+
+
+def test_a_refusal_is_no_fast_picture() -> None:
+    assert beside(cell(BATCH, "", 1.0, refused=1), cell(BARE, "", 1.0, 1.0)) == 1.0
+
+
+def test_every_second_turn_goes_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def outcome(self: Rounds, variant: str, seconds: float, **load: float) -> Outcome:
+        asked.append(variant)
+        time.sleep(0.02)
+        return Outcome([], 0.0)
+
+    monkeypatch.setattr(Rounds, "_outcome", outcome)
+    pools: Any = [None, None]
+    rounds = Rounds(ServeBenchConfig(cell_s=0.03), ("", "cpu", "float32", AddOns()), 4, {}, *pools)
+    rounds.cells.append([])
+    rounds._in_turns([BARE, ONE, BATCH], 1, tqdm(disable=True))
+    assert asked[:6] == [BARE, ONE, BATCH, BATCH, ONE, BARE]
+    assert [each.variant for each in rounds.cells[0]] == [BARE, ONE, BATCH]
 
 
 def test_ratios_are_medians_over_the_rounds() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import httpx
@@ -229,3 +230,39 @@ def test_a_body_that_stalls_and_recovers_is_passed_on_before_the_gateway_loses_p
     asyncio.run(received())
     assert 4 < seen[-1][0] < 5
     assert len(seen) < 10
+
+
+def test_there_is_no_pause_after_a_large_piece() -> None:
+    pieces = [b"x" * 100, b"x" * 20_000, b"x" * 100]
+
+    async def client() -> Message:
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": True}
+
+    async def pauses() -> list[float]:
+        body = proxy.Body(client)
+        await body.begin()
+        found = []
+        for _ in range(3):
+            await body.receive()
+            found.append(body._pause_s(0.1))
+        return found
+
+    assert asyncio.run(pauses()) == [proxy.PAUSE_S, 0, proxy.PAUSE_S]
+
+
+def test_who_came_together_is_not_sent_away_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "GRACE_S", 0.3)
+    monkeypatch.setattr(proxy.random, "uniform", lambda least, most: most)
+    begin_s = time.monotonic()
+    assert asyncio.run(Heard().ask("Content-Length: 1000", [b""])) == 408
+    assert time.monotonic() - begin_s >= 0.6
+
+
+def test_an_attack_is_one_line_of_the_log_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    app = proxy.FewPieces(Heard())
+    for _ in range(3):
+        app._tell()
+    assert [record.message[:9] for record in caplog.records] == ["proxy: 1 "]
+    app._told_s -= 2 * proxy.TELL_S
+    app._tell()
+    assert [record.message[:9] for record in caplog.records] == ["proxy: 1 ", "proxy: 3 "]
