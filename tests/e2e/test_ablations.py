@@ -1,14 +1,17 @@
 """What each choice of align and adapt is worth on the demo's world (make accept): held-out figures, several seeds.
 
 AAI_DEMO names the run folder of a finished demo (else one is made in runs/accept), AAI_SEEDS how many seeds (3). One
-choice differs from the demo's settings at a time. Tables go to RUN/figures; what was trained and evaluated stays in
-RUN/ablations and is not made again.
+choice differs from the demo's settings at a time. As many trainings run at a time as there are cores, of one thread
+each. Tables go to RUN/figures; what was trained and evaluated stays in RUN/ablations and is not made again.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,17 @@ import pytest
 from aai.align import validate
 from aai.bundle import read_bundle
 from aai.encoders.aligner import load_aligner
+from aai.encoders.audio import AudioEncoder
 from aai.features import load_split
 from tests.e2e.plain_align import Learnable, settings_of, trained
 
-pytestmark = [pytest.mark.accept, pytest.mark.timeout(4 * 3600)]
+pytestmark = [pytest.mark.accept, pytest.mark.timeout(8 * 3600)]
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path(os.environ.get("AAI_DEMO", ROOT / "runs" / "accept"))
 SEEDS = range(int(os.environ.get("AAI_SEEDS", "3")))
+DEMO = "as in the demo"
 ALIGN: dict[str, dict[str, Any]] = {
-    "as in the demo": {},
+    DEMO: {},
     "pictures alone": {"loss.w_text": 0},
     "captions alone": {"loss.w_image": 0},
     "sigmoid loss": {"loss.kind": "sigmoid", "loss.temperature": 0.1},
@@ -41,24 +46,76 @@ ALIGN: dict[str, dict[str, Any]] = {
 JEST = {"JEST": 300, "JEST, a third of the steps": 100}
 """Steps of trainings on the more learnable half of batches twice as large; the demo's own bundle is the reference."""
 ADAPT: dict[str, dict[str, Any]] = {
-    "as in the demo": {},
-    "K = 1": {"adapter.num_tokens": 1},
-    "K = 2": {"adapter.num_tokens": 2},
-    "K = 4": {"adapter.num_tokens": 4},
+    DEMO: {},
+    "1 word": {"adapter.num_tokens": 1},
+    "2 words": {"adapter.num_tokens": 2},
+    "4 words": {"adapter.num_tokens": 4},
     "attention to 8 parts": {"adapter.parts": 8},
+    "4 words, attention to 8 parts": {"adapter.num_tokens": 4, "adapter.parts": 8},
     "hidden states weigh as much": {"loss.w_hidden": 1},
     "no denoising": {"loss.w_denoise": 0},
     "no contrast": {"loss.w_contrast": 0},
     "no cosine": {"loss.w_clip": 0},
     "no hidden states": {"loss.w_hidden": 0},
     "no norm": {"loss.w_norm": 0},
+    "denoising and contrast alone": {"loss.w_clip": 0, "loss.w_hidden": 0, "loss.w_norm": 0},
 }
 
 
 def aai(verb: str, out: Path, **settings: Any) -> None:
-    sets = [part for name, value in settings.items() for part in ("--set", f"{name.replace('__', '.')}={value}")]
-    words = [sys.executable, "-m", "pipelines", verb, "--out", str(out), "--set", f"run_dir={RUN}", *sets]
+    changed = {"tracking.uri": f"sqlite:///{out}.db", "run_dir": RUN} | settings
+    sets = [part for name, value in changed.items() for part in ("--set", f"{name.replace('__', '.')}={value}")]
+    words = [sys.executable, "-m", "pipelines", verb, "--out", str(out), *sets]
     subprocess.run(words, cwd=ROOT, check=True, timeout=3600, capture_output=True)
+
+
+def kept(stage: str, name: str, seed: int, make: Callable[[Path], dict[str, float]]) -> dict[str, float]:
+    """Figures of one training, of an earlier call where there was one."""
+    out = RUN / "ablations" / f"{stage}-{name.replace(' ', '_')}-{seed}"
+    figures = out.with_suffix(".json")
+    if not figures.exists():
+        out.parent.mkdir(exist_ok=True)
+        figures.write_text(json.dumps(make(out)))
+    return dict(json.loads(figures.read_text()))
+
+
+def heard_by(encoder: AudioEncoder) -> dict[str, float]:
+    return validate(encoder, load_split(str(RUN / "features"), "test", encoder.config.clip_samples))
+
+
+def aligned(name: str, seed: int) -> dict[str, float]:
+    def make(out: Path) -> dict[str, float]:
+        aai("align", out, fit__seed=seed, **ALIGN[name])
+        return heard_by(load_aligner(read_bundle(str(out / "bundle"))))
+
+    return kept("align", name, seed, make)
+
+
+def selected(name: str, seed: int) -> dict[str, float]:
+    def make(_: Path) -> dict[str, float]:
+        config = settings_of(RUN, fit__seed=seed, fit__steps=JEST[name], fit__eval_every=0)
+        count = config.fit.batch_size
+        reference = load_aligner(read_bundle(str(RUN / "align" / "bundle")))
+        selecting = lambda task: Learnable(task, reference, count)  # noqa: E731
+        return heard_by(trained(config, wrapped=selecting, read_at_once=2 * count))
+
+    return kept("jest", name, seed, make)
+
+
+def adapted(name: str, seed: int) -> dict[str, float]:
+    def make(out: Path) -> dict[str, float]:
+        aai("adapt", out, fit__seed=seed, **ADAPT[name])
+        pictures = "{sound: 320, nearest_caption: 32}"
+        aai("evaluate", out / "evaluate", bundle=out / "bundle", pictures=pictures)
+        found = json.loads((out / "evaluate" / "evaluate.json").read_text())["generation"]
+        figures = {of: found["sound"][of] for of in ("object", "ambience")}
+        figures |= {of: found["uncaptioned"][of]["sound"] for of in ("colour", "count", "place")}
+        return figures | {"uncaptioned": float(np.mean([figures[of] for of in ("colour", "count", "place")]))}
+
+    return kept("adapt", name, seed, make)
+
+
+Row = Callable[[str, int], dict[str, float]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,60 +124,39 @@ def demo() -> None:
         subprocess.run([sys.executable, "-m", "pipelines", "demo", "--out", str(RUN)], cwd=ROOT, check=True)
 
 
-def table(name: str, rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, str]]:
-    """Mean and spread over the seeds of every figure of every row."""
-    told: dict[str, dict[str, str]] = {}
-    for row, seeds in rows.items():
-        told[row] = {}
+def table(title: str, rows: Mapping[str, Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and spread over the seeds of every figure of every row, and its mean difference from the first row's."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+    try:
+        asked = {name: [pool.submit(row, name, seed) for seed in SEEDS] for name, row in rows.items()}
+        found = {name: [told(future) for future in futures] for name, futures in asked.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+    first = next(iter(found.values()))
+    lines: dict[str, dict[str, Any]] = {}
+    for name, seeds in found.items():
+        lines[name] = {}
         for figure in seeds[0]:
-            values = [found[figure] for found in seeds]
-            told[row][figure] = f"{np.mean(values):.3f} ± {np.std(values):.3f}"
+            values = np.array([of[figure] for of in seeds])
+            above = values - np.array([of[figure] for of in first])
+            lines[name][figure] = {"mean": values.mean(), "spread": values.std(), "above": above.mean()}
+        cells = [f"{of['mean']:.3f} ± {of['spread']:.3f}" for of in lines[name].values()]
+        print(f"| {name} | {' | '.join(cells)} |")
     (RUN / "figures").mkdir(exist_ok=True)
-    (RUN / "figures" / f"{name}.json").write_text(json.dumps({"rows": rows, "table": told}, indent=1))
-    for row, figures in told.items():
-        print(f"| {row} | {' | '.join(figures.values())} |")
-    return told
+    (RUN / "figures" / f"{title}.json").write_text(json.dumps({"rows": found, "table": lines}, indent=1))
 
 
-def test_l11_align(tmp_path: Path) -> None:
-    rows: dict[str, list[dict[str, float]]] = {}
-    held_out: dict[str, Any] = {}
-    for name, settings in ALIGN.items():
-        for seed in SEEDS:
-            out = RUN / "ablations" / f"align-{name.replace(' ', '_')}-{seed}"
-            if not (out / "bundle").exists():
-                aai("align", out, fit__seed=seed, tracking__uri=f"sqlite:///{tmp_path}/mlflow.db", **settings)
-            aligner = load_aligner(read_bundle(str(out / "bundle")))
-            held_out = held_out or load_split(str(RUN / "features"), "test", aligner.config.clip_samples)
-            rows.setdefault(name, []).append(validate(aligner, held_out))
-    for name, steps in JEST.items():
-        for seed in SEEDS:
-            config = settings_of(RUN, fit__seed=seed, fit__steps=steps, fit__eval_every=0)
-            count = config.fit.batch_size
-            reference = load_aligner(read_bundle(str(RUN / "align" / "bundle")))
-            selecting = lambda task, reference=reference, count=count: Learnable(task, reference, count)  # noqa: E731
-            encoder = trained(config, wrapped=selecting, read_at_once=2 * count)
-            rows.setdefault(name, []).append(validate(encoder, held_out))
-    table("ablation_align", rows)
-    assert len(rows) == len(ALIGN) + len(JEST)
+def told(future: "Future[dict[str, float]]") -> dict[str, float]:
+    try:
+        return future.result()
+    except subprocess.CalledProcessError as error:
+        raise AssertionError(error.stderr.decode()[-2000:]) from error
 
 
-def test_l11_adapt(tmp_path: Path) -> None:
-    rows: dict[str, list[dict[str, float]]] = {}
-    runs = f"sqlite:///{tmp_path}/mlflow.db"
-    for name, settings in ADAPT.items():
-        for seed in SEEDS:
-            out = RUN / "ablations" / f"adapt-{name.replace(' ', '_')}-{seed}"
-            if not (out / "bundle").exists():
-                aai("adapt", out, fit__seed=seed, tracking__uri=runs, **settings)
-            result = out / "evaluate" / "evaluate.json"
-            if not result.exists():
-                pictures = "{sound: 320, nearest_caption: 32}"
-                aai("evaluate", out / "evaluate", bundle=out / "bundle", pictures=pictures, tracking__uri=runs)
-            found = json.loads(result.read_text())["generation"]
-            figures = {name: found["sound"][name] for name in ("object", "ambience")}
-            figures |= {name: found["uncaptioned"][name]["sound"] for name in ("colour", "count", "place")}
-            figures["uncaptioned"] = float(np.mean([figures[name] for name in ("colour", "count", "place")]))
-            rows.setdefault(name, []).append(figures)
-    table("ablation_adapt", rows)
-    assert len(rows) == len(ADAPT)
+def test_l11_align(monkeypatch: pytest.MonkeyPatch) -> None:
+    table("ablation_align", dict.fromkeys(ALIGN, aligned) | dict.fromkeys(JEST, selected), monkeypatch)
+
+
+def test_l11_adapt(monkeypatch: pytest.MonkeyPatch) -> None:
+    table("ablation_adapt", dict.fromkeys(ADAPT, adapted), monkeypatch)

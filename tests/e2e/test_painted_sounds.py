@@ -29,7 +29,7 @@ from aai.foundation.identity import TOY_WEIGHTS
 from aai.inject import Sound
 from aai.metrics import bootstrap_ci, paired_difference
 from aai.painter import Painter
-from aai.regions import joined
+from aai.regions import joined, side_by_side
 from aai.sampling import PaintRequest
 from aai.strips import along
 from aai.toy.grammar import caption_of
@@ -91,6 +91,13 @@ class World:
         """Prompt embedding of a clip's sound, as a request of generate has it."""
         return self.painter.embed_request(self.sound(row), PaintRequest.parse(request))[0]
 
+    def captions_in_strips(self, *captions: str) -> Tensor:
+        """Prompt embedding of captions where sounds would be: what mixing makes of what is known exactly."""
+        painter, anything = self.painter, self.painter.vocabulary.any_object
+        texts = [re.sub(painter.head_pattern, "a photo of", caption) for caption in captions]
+        texts.append(f"a photo of {' and '.join([anything] * len(captions))}")
+        return side_by_side(painter.embed_text(texts).split(1), painter.injector.tokenizer.model_max_length)
+
     def write(self, rows: Sequence[int]) -> list[Tensor]:
         """Prompt embeddings of clips' sounds."""
         return [self.painter.embed(self.sound(row), self.painter.prompt) for row in rows]
@@ -119,10 +126,13 @@ def test_l6_two_sounds_of_one_prompt_are_both_painted(world: World, one_ambience
     wanted = [{world.label(a, 0), world.label(b, 0)} for a, b in pairs]
     sounds = [{"a": world.sound(a), "b": world.sound(b)} for a, b in pairs]
     texts = [f"a photo of a {' and a '.join(sorted(both))}" for both in wanted]
+    own, full = world.clips["caption"], [caption_of(labels) for labels in world.clips["labels"]]
     kinds = {
         "regions": [painter.embed(both, prompt) for both in sounds],
         "words": [painter.embed(both, prompt, mixing="words") for both in sounds],
         "two-object caption": painter.embed_text(texts).split(1),
+        "their captions in strips": [world.captions_in_strips(own[a], own[b]) for a, b in pairs],
+        "their full captions in strips": [world.captions_in_strips(full[a], full[b]) for a, b in pairs],
         "first sound alone": world.write([a for a, _ in pairs]),
     }
     figures: dict[str, Any] = {}
