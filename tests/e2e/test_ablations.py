@@ -1,8 +1,9 @@
 """What each choice of align and adapt is worth on the demo's world (make accept): held-out figures, several seeds.
 
 AAI_DEMO names the run folder of a finished demo (else one is made in runs/accept), AAI_SEEDS how many seeds (3). One
-choice differs from the demo's settings at a time. As many trainings run at a time as there are cores, of one thread
-each. Tables go to RUN/figures; what was trained and evaluated stays in RUN/ablations and is not made again.
+choice differs from the demo's settings at a time. As many trainings run at a time as there are cores, of one worker
+and one thread each. Tables go to RUN/figures; what was trained and evaluated stays in RUN/ablations and is not made
+again.
 """
 
 import json
@@ -85,7 +86,7 @@ def heard_by(encoder: AudioEncoder) -> dict[str, float]:
 
 def aligned(name: str, seed: int) -> dict[str, float]:
     def make(out: Path) -> dict[str, float]:
-        aai("align", out, fit__seed=seed, **ALIGN[name])
+        aai("align", out, fit__seed=seed, cluster__num_workers=1, **ALIGN[name])
         return heard_by(load_aligner(read_bundle(str(out / "bundle"))))
 
     return kept("align", name, seed, make)
@@ -104,7 +105,7 @@ def selected(name: str, seed: int) -> dict[str, float]:
 
 def adapted(name: str, seed: int) -> dict[str, float]:
     def make(out: Path) -> dict[str, float]:
-        aai("adapt", out, fit__seed=seed, **ADAPT[name])
+        aai("adapt", out, fit__seed=seed, cluster__num_workers=1, **ADAPT[name])
         pictures = "{sound: 320, nearest_caption: 32}"
         aai("evaluate", out / "evaluate", bundle=out / "bundle", pictures=pictures)
         found = json.loads((out / "evaluate" / "evaluate.json").read_text())["generation"]
