@@ -25,10 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## the whole chain on the toy world, ending with runs/demo/report.html
 	$(BIN)/aai demo
 
-# Three processes on two cores, each with whole files: much of the time is waiting for Ray to start. Hundreds of
+# Two processes, each with whole files: they fill two cores. Hundreds of
 # processes import the sources: they are compiled once, whatever the environment says.
 test: setup ## all tests, lint and type checks among them (one file: make test ARGS=tests/aai/test_schema.py)
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist loadfile --durations=12 $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist loadfile --durations=12 $(ARGS)
 
 fast: setup ## lint, types and the tests without Ray, under a minute: for each change
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not accept and not gpu and not slow' $(FAST) $(ARGS)
