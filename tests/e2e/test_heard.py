@@ -138,4 +138,6 @@ def test_l2_what_knowing_all_that_can_be_heard_finds_by_way_of_clip(results: lis
     reached = retrieval(found.numpy(), own.numpy(), draws=0)["r1"]
     heard = [result["retrieval"]["a2v"]["r1"] for result in results]
     print(f"| R@1 of all labels by way of CLIP | {reached:.3f} | sounds {np.mean(heard):.3f} |")
-    assert np.mean(heard) <= reached <= results[0]["retrieval"]["oracle"]["all"]["r1"]
+    oracle = results[0]["retrieval"]["oracle"]["all"]["r1"]
+    assert np.mean(heard) <= reached <= oracle
+    assert np.mean(heard) >= 0.8 * oracle
