@@ -8,21 +8,24 @@ Shapes: B clips, D CLIP space, K tokens, D_t token embedding, L context, [C, h, 
 
 import re
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from aai.config import Config
 from aai.errors import UserError
-from aai.foundation.loaders import DiffusionSkeleton
 from aai.inject import with_head
 from aai.losses import gather_with_grad, info_nce, mean_over_ranks, own_rows, rows_of_ranks
 from aai.memory import in_chunks
 from aai.sdxl import DoubleInjector, conditions, injector_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from aai.foundation.loaders import DiffusionSkeleton
 
 HEADS = 4
 """Of the adapter's attention."""
@@ -176,7 +179,7 @@ class AdaptTask(nn.Module):
     def __init__(
         self,
         adapter: AudioAdapter,
-        pipe: DiffusionPipeline | DiffusionSkeleton,
+        pipe: "DiffusionPipeline | DiffusionSkeleton",
         text_projection: nn.Linear | None,
         cfg: AdaptLossConfig,
         neutral_word: str = "thing",

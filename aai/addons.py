@@ -7,22 +7,21 @@ switched off.
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import diffusers
 import numpy as np
 import pydantic
 import torch
-from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from transformers import CLIPImageProcessorPil
 
 from aai import storage
 from aai.config import Config
 from aai.digest import digest
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec, locate
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -59,9 +58,11 @@ def absolute(addons: AddOns) -> AddOns:
     return addons.model_copy(update=places)
 
 
-def add_to(pipe: DiffusionPipeline, addons: AddOns, spec: FoundationSpec) -> DiffusionPipeline:
+def add_to(pipe: "DiffusionPipeline", addons: AddOns, spec: FoundationSpec) -> "DiffusionPipeline":
     """Puts scheduler, LoRA and safety checker into a pipeline, in place. spec: what the model was loaded from."""
     if addons.scheduler != "model":
+        import diffusers
+
         pipe.scheduler = getattr(diffusers, SCHEDULERS[addons.scheduler]).from_config(pipe.scheduler.config)
     if addons.lora:
         _checked("lora", addons.lora, lambda: _fuse(pipe, addons))
@@ -70,16 +71,18 @@ def add_to(pipe: DiffusionPipeline, addons: AddOns, spec: FoundationSpec) -> Dif
     return pipe
 
 
-def blackened(pipe: DiffusionPipeline, picture: Image.Image) -> bool:
+def blackened(pipe: "DiffusionPipeline", picture: Image.Image) -> bool:
     """Whether the pipeline's safety checker stopped a picture, of which it leaves nothing but black."""
     return getattr(pipe, "safety_checker", None) is not None and picture.getbbox() is None
 
 
-def with_controlnet(pipe: DiffusionPipeline, addons: AddOns) -> DiffusionPipeline:
+def with_controlnet(pipe: "DiffusionPipeline", addons: AddOns) -> "DiffusionPipeline":
     """The same model, guided by `addons.controlnet`; it takes the guiding picture as `image`.
 
     Raises UserError for a ControlNet of another model.
     """
+    from diffusers import AutoPipelineForText2Image, ControlNetModel
+
     folder = str(addons.controlnet)
     net = _checked(
         "controlnet",
@@ -112,14 +115,14 @@ def content(addons: AddOns) -> dict[str, str]:
     return found
 
 
-def _fuse(pipe: DiffusionPipeline, addons: AddOns) -> None:
+def _fuse(pipe: "DiffusionPipeline", addons: AddOns) -> None:
     """Adds the weights into the model's own: no step is slower, and the text encoder keeps its places for A*."""
     pipe.load_lora_weights(addons.lora, use_safetensors=True)
     pipe.fuse_lora(lora_scale=addons.lora_scale)
     pipe.unload_lora_weights()
 
 
-def _add_checker(pipe: DiffusionPipeline, wanted: str, spec: FoundationSpec) -> None:
+def _add_checker(pipe: "DiffusionPipeline", wanted: str, spec: FoundationSpec) -> None:
     """The model's own (auto), where it has one, or another's. Raises UserError where there is no place for it."""
     takes_one = hasattr(pipe, "safety_checker")
     if wanted != "auto":
@@ -130,12 +133,15 @@ def _add_checker(pipe: DiffusionPipeline, wanted: str, spec: FoundationSpec) -> 
         processor = checker
     else:
         where, pinned = locate(spec.diffusion, spec.diffusion_revision, "diffusion")
-        index = DiffusionPipeline.load_config(where, **pinned)
+        index = type(pipe).load_config(where, **pinned)
         named = (index.get("safety_checker") or [None])[0] is not None
         if not takes_one or not (named or (Path(where) / "safety_checker").is_dir()):
             return
         checker = where, {**pinned, "subfolder": "safety_checker"}
         processor = where, {**pinned, "subfolder": "feature_extractor"}
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPImageProcessorPil
+
     pipe.safety_checker, pipe.feature_extractor = _checked(
         "safety_checker",
         wanted,

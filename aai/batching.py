@@ -17,7 +17,6 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from aai.painter import Painter
@@ -64,6 +63,8 @@ class Call:
 
     def give(self, rows: Tensor) -> None:
         """What the UNet predicted for its rows, in the form it asked for."""
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
         self.out = UNet2DConditionOutput(sample=rows) if self.arguments.get("return_dict", True) else (rows,)
 
 

@@ -11,18 +11,20 @@ Shapes: B pictures, C channels of h x w latents, 8h x 8w pixels.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from aai.errors import UserError
 from aai.reuse import reused
 from aai.sdxl import conditions, pooled_dim
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 MASK_DRAWS = 6
 """Noisy versions of a picture whose predictions are compared for its mask."""
@@ -39,26 +41,30 @@ class Change:
     negative: Tensor
 
 
-def _steps(pipe: DiffusionPipeline, cls: Any, steps: int, **changes: Any) -> Any:
+def _steps(pipe: "DiffusionPipeline", kind: str, steps: int, **changes: Any) -> Any:
     """A deterministic scheduler over the model's own noise levels, evenly spaced."""
-    scheduler = cls.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="leading", **changes)
+    import diffusers
+
+    scheduler = getattr(diffusers, kind).from_config(
+        pipe.scheduler.config, clip_sample=False, timestep_spacing="leading", **changes
+    )
     scheduler.set_timesteps(steps, device=pipe.unet.device)
     return scheduler
 
 
-def _predict(pipe: DiffusionPipeline, latents: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
+def _predict(pipe: "DiffusionPipeline", latents: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
     edge_px = pipe.vae_scale_factor * latents.shape[-1]
     told: Tensor = pipe.unet(latents, t, **conditions(pipe.unet, embeds, edge_px)).sample
     return told
 
 
 @torch.no_grad()
-def derive_mask(pipe: DiffusionPipeline, latents: Tensor, change: Change, seeds: Sequence[int]) -> Tensor:
+def derive_mask(pipe: "DiffusionPipeline", latents: Tensor, change: Change, seeds: Sequence[int]) -> Tensor:
     """How much the two prompts disagree at each place, [B, 1, h, w]; 1 is as much as in the twentieth that most do.
 
     A picture's mask depends on its own seed alone.
     """
-    scheduler = _steps(pipe, DDIMScheduler, 100)
+    scheduler = _steps(pipe, "DDIMScheduler", 100)
     t = scheduler.timesteps[round((1 - MASK_LEVEL) * 99)]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     both, total = torch.cat([change.source, change.target]), torch.zeros_like(latents[:, :1], dtype=torch.float32)
@@ -73,7 +79,7 @@ def derive_mask(pipe: DiffusionPipeline, latents: Tensor, change: Change, seeds:
 
 
 @torch.no_grad()
-def invert(pipe: DiffusionPipeline, latents: Tensor, source: Tensor, steps: int, painted: int) -> list[Tensor]:
+def invert(pipe: "DiffusionPipeline", latents: Tensor, source: Tensor, steps: int, painted: int) -> list[Tensor]:
     """Latents on their way up through the lowest `painted` of `steps` noise levels, the given ones first.
 
     A predicted velocity is turned into noise at the level that the model was asked for; the library would take that of
@@ -83,7 +89,7 @@ def invert(pipe: DiffusionPipeline, latents: Tensor, source: Tensor, steps: int,
     if kind not in ("epsilon", "v_prediction"):
         rule = f"the model predicts {kind!r}, neither noise nor velocity"
         raise UserError("request.repaint", "invert", rule, "set request.repaint=img2img")
-    scheduler = _steps(pipe, DDIMInverseScheduler, steps, prediction_type="epsilon")
+    scheduler = _steps(pipe, "DDIMInverseScheduler", steps, prediction_type="epsilon")
     way = [latents]
     for t in scheduler.timesteps[:painted]:
         noise = _predict(pipe, way[-1], t, source)
@@ -96,7 +102,7 @@ def invert(pipe: DiffusionPipeline, latents: Tensor, source: Tensor, steps: int,
 
 @torch.no_grad()
 def repaint(
-    pipe: DiffusionPipeline,
+    pipe: "DiffusionPipeline",
     way: Sequence[Tensor],
     change: Change,
     mask: Tensor,
@@ -112,7 +118,7 @@ def repaint(
     `noise` [B, C, h, w] replaces before the first step: 0 keeps the old shapes most, 1 forgets them. reuse_steps: see
     `aai.reuse`.
     """
-    scheduler = _steps(pipe, DDIMScheduler, steps)
+    scheduler = _steps(pipe, "DDIMScheduler", steps)
     levels = scheduler.timesteps[len(scheduler.timesteps) - (len(way) - 1) :]
     alpha = float(scheduler.alphas_cumprod[int(levels[0])])  # in half the precision it may round to 1
     own = (way[-1].float() - alpha**0.5 * way[0].float()) / (1 - alpha) ** 0.5
@@ -140,7 +146,7 @@ def same_dtype(part: Any) -> Iterator[None]:
 
 
 @contextmanager
-def upcast_vae(pipe: DiffusionPipeline) -> Iterator[Any]:
+def upcast_vae(pipe: "DiffusionPipeline") -> Iterator[Any]:
     """The VAE; XL's, which overflows in float16, in float32 meanwhile, as in diffusers' own pipelines."""
     overflows = pooled_dim(pipe.unet) > 0 and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
     with same_dtype(pipe.vae):
@@ -164,7 +170,7 @@ class Repainting:
 
 @torch.no_grad()
 def repainted(
-    pipe: DiffusionPipeline,
+    pipe: "DiffusionPipeline",
     pixels: Tensor,
     change: Change,
     how: Repainting,

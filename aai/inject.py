@@ -14,15 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from aai.errors import UserError
 from aai.sounds import PLACEHOLDER
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 MOST_STRENGTH = 2.0
 
@@ -91,7 +93,7 @@ class Injector:
     that the plain pipeline computes for the prompt with this word. Not for use from two threads at once.
     """
 
-    def __init__(self, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, neutral_word: str = "thing") -> None:
+    def __init__(self, text_encoder: "CLIPTextModel", tokenizer: "CLIPTokenizer", neutral_word: str = "thing") -> None:
         self.text_encoder, self.tokenizer, self.neutral_word = text_encoder, tokenizer, neutral_word
         self.neutral_ids: list[int] = tokenizer(neutral_word, add_special_tokens=False).input_ids
 

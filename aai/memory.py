@@ -1,4 +1,4 @@
-"""Training within a GPU's memory."""
+"""Within a GPU's memory."""
 
 import copy
 import resource
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from aai.errors import UserError
 
+T = TypeVar("T")
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -36,6 +37,18 @@ def in_chunks(run: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return torch.cat([run(*part) for part in parts])
     return torch.cat([checkpoint(run, *part, use_reentrant=False) for part in parts])
+
+
+def in_halves(work: Callable[[slice], list[T]], count: int, first: int = 0) -> list[T]:
+    """The work on all rows at once, or, where the device's memory does not hold them, one half after the other."""
+    try:
+        return work(slice(first, first + count))
+    except torch.OutOfMemoryError:
+        if count == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = count // 2
+    return [*in_halves(work, half, first), *in_halves(work, count - half, first + half)]
 
 
 @contextmanager

@@ -1,16 +1,15 @@
 """The painter: a bundle and its frozen diffusion model turn sound into pictures (generate, edit, stylize)."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from aai.foundation.clip import shared_clip
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Sound, names_in
+from aai.memory import in_halves
 from aai.parting import in_time
 from aai.precision import dtype_of
 from aai.regions import block_count, embed_in_regions, in_regions, widened
@@ -33,6 +33,9 @@ from aai.reuse import reused
 from aai.sampling import DEFAULT_PROMPT, HEAD_PATTERN, Mixing, PaintRequest, SamplingConfig, check_repaint, check_steps
 from aai.sdxl import injector_of, prompt_arguments
 from aai.sounds import Sounds, Window, named, prompt_for, windows
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 STYLE = 1.5
 """How far stylize moves a picture's embedding to the ambience that is heard: with 1 a quarter of the demo's pictures
@@ -43,7 +46,7 @@ REMEMBERED = 256
 
 @torch.no_grad()
 def paint(
-    pipe: DiffusionPipeline,
+    pipe: "DiffusionPipeline",
     embeds: Tensor,
     negative: Tensor,
     seeds: Sequence[int],
@@ -72,24 +75,12 @@ def paint(
     return list(found.images)
 
 
-def in_halves(work: Callable[[slice], list[Image.Image]], count: int, first: int = 0) -> list[Image.Image]:
-    """All pictures at once, or, where the device's memory does not hold them, one half after the other."""
-    try:
-        return work(slice(first, first + count))
-    except torch.OutOfMemoryError:
-        if count == 1:
-            raise
-    torch.cuda.empty_cache()
-    half = count // 2
-    return [*in_halves(work, half, first), *in_halves(work, count - half, first + half)]
-
-
 class Painter:
     """Frozen diffusion model + aligner + adapter. Not for use from two threads at once (schedulers hold state)."""
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: "DiffusionPipeline",
         aligner: AudioEncoder,
         adapter: AudioAdapter,
         foundation: FoundationSpec,
@@ -98,6 +89,8 @@ class Painter:
         prompt: str = DEFAULT_PROMPT,
         head_pattern: str = HEAD_PATTERN,
     ) -> None:
+        from diffusers import AutoPipelineForImage2Image
+
         self.prompt, self.head_pattern, self.foundation = prompt, head_pattern, foundation
         self.pipe, self.aligner, self.adapter, self.vocabulary = pipe, aligner, adapter, vocabulary
         self.image_pipe = AutoPipelineForImage2Image.from_pipe(pipe)

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from aai.errors import UserError
@@ -87,6 +86,8 @@ def in_regions(models: Sequence[nn.Module], blocks: int, length: int) -> Iterato
     if blocks == 1:
         yield
         return
+    from diffusers.models.attention_processor import Attention
+
     parts = [part for model in models for part in model.modules() if isinstance(part, Attention)]
     handles = [part.register_forward_pre_hook(mask, with_kwargs=True) for part in parts]
     try:

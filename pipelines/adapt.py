@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import pydantic
 import torch
-from diffusers.utils import make_image_grid
 from torch import Tensor, nn
 
 from aai import aligned
@@ -44,7 +43,6 @@ from pipelines.training.recipe import (
     prepare_network,
     refuse_given,
 )
-from pipelines.training.stage import run_stage
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +138,8 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def run(config: AdaptConfig) -> dict[str, Any]:
     """Trains, writes the bundle and signs it if there is a key; returns what adapt.json holds."""
+    from pipelines.training.stage import run_stage  # with Ray Train: not for --help and --dry-run
+
     rehearse(config.signing)  # before hours of training
     result = run_stage(AdaptRecipe, config)
     if config.signing.private_key:
@@ -232,6 +232,8 @@ class AdaptRecipe(TrainRecipe[AdaptConfig]):
         rows, count = len(held_out["caption"]), min(self.config.sample_clips, len(held_out["caption"]))
         if not count:
             return None
+        from diffusers.utils import make_image_grid
+
         chosen = [i * rows // count for i in range(count)]
         device, vae = next(task.adapter.parameters()).device, self.pipe.vae
         vae.to(device)

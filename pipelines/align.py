@@ -28,7 +28,6 @@ from aai.parting import apart_below
 from pipelines.settings import Choice, Plan
 from pipelines.training.lengths import LONGEST_S, check_cut, clip_lengths_s, fitting_clip_s
 from pipelines.training.recipe import StageConfig, Trained, TrainRecipe, check_foundation, prepare_network, refuse_given
-from pipelines.training.stage import run_stage
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +128,8 @@ def add_flags(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def run(config: AlignConfig) -> dict[str, Any]:
     """Trains and writes the bundle; returns what align.json holds."""
+    from pipelines.training.stage import run_stage  # with Ray Train: not for --help and --dry-run
+
     return run_stage(AlignRecipe, config)
 
 

@@ -10,7 +10,6 @@ import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ASTConfig, ASTModel
 
 from aai.config import Config
 from aai.encoders import backbones
@@ -250,12 +249,9 @@ def mel_statistics(config: AudioEncoderConfig, waveforms: Tensor) -> tuple[float
 def _from_scratch(config: AudioEncoderConfig) -> nn.Module:
     if config.backbone == "cnn":
         return ConvBackbone(config.hidden_size, config.num_layers)
-    return ASTModel(_sizes(config))
+    from transformers import ASTConfig, ASTModel
 
-
-def _sizes(config: AudioEncoderConfig) -> ASTConfig:
-    """Sizes of an AST from scratch."""
-    return ASTConfig(
+    sizes = ASTConfig(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
@@ -266,3 +262,4 @@ def _sizes(config: AudioEncoderConfig) -> ASTConfig:
         max_length=config.num_frames,
         num_mel_bins=config.num_mel_bins,
     )
+    return ASTModel(sizes)

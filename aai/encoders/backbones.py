@@ -6,28 +6,19 @@ spectrogram is kept with the encoder's settings, so that a bundle needs neither 
 
 import json
 import os
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import (
-    ASTFeatureExtractor,
-    ASTModel,
-    AutoConfig,
-    ClapAudioModel,
-    ClapFeatureExtractor,
-    PeAudioEncoder,
-    PeAudioFeatureExtractor,
-    PreTrainedConfig,
-    WhisperFeatureExtractor,
-)
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from aai.encoders.frontends import ASTFrontEnd, ClapFrontEnd, PEAudioFrontEnd, WhisperFrontEnd
 from aai.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 BackboneName = Literal["ast", "cnn", "whisper", "clap", "pe_audio"]
 
@@ -36,9 +27,9 @@ BackboneName = Literal["ast", "cnn", "whisper", "clap", "pe_audio"]
 class Family:
     """What belongs to one kind of backbone."""
 
-    tower: Any
-    """Class of the audio tower."""
-    extractor: Any
+    tower_name: str
+    """Class of the audio tower, as `pkgutil.resolve_name` finds it; with all its imports it takes seconds."""
+    extractor_name: str
     """Class of the feature extractor that its weights were trained with."""
     front_end: Callable[[Any], nn.Module]
     """The same on the device, made from the extractor."""
@@ -47,21 +38,35 @@ class Family:
     idle: tuple[str, ...] = ()
     """Parts that are not trained; of those that get no gradient, DDP would wait for one."""
 
+    @property
+    def tower(self) -> Any:
+        """The class of the audio tower."""
+        return pkgutil.resolve_name(f"transformers{self.tower_name}")
+
+    @property
+    def extractor(self) -> Any:
+        """The class of the feature extractor."""
+        return pkgutil.resolve_name(f"transformers:{self.extractor_name}")
+
 
 FAMILIES: dict[BackboneName, Family] = {
-    "ast": Family(ASTModel, ASTFeatureExtractor, ASTFrontEnd, r"^audio_spectrogram_transformer\."),
+    "ast": Family(":ASTModel", "ASTFeatureExtractor", ASTFrontEnd, r"^audio_spectrogram_transformer\."),
     # Whisper's positions are sinusoids; transformers forgets that they are fixed when it loads them.
     "whisper": Family(
-        WhisperEncoder, WhisperFeatureExtractor, WhisperFrontEnd, r"^(model\.)?encoder\.", ("embed_positions",)
+        ".models.whisper.modeling_whisper:WhisperEncoder",
+        "WhisperFeatureExtractor",
+        WhisperFrontEnd,
+        r"^(model\.)?encoder\.",
+        ("embed_positions",),
     ),
     # The parts that fuse crops of longer sounds: no sound is longer than what the tower takes.
     "clap": Family(
-        ClapAudioModel, ClapFeatureExtractor, ClapFrontEnd, r"^audio_model\.", ("fusion_model", "mel_conv2d")
+        ":ClapAudioModel", "ClapFeatureExtractor", ClapFrontEnd, r"^audio_model\.", ("fusion_model", "mel_conv2d")
     ),
     # The codec in front of the tower runs without gradients in transformers.
     "pe_audio": Family(
-        PeAudioEncoder,
-        PeAudioFeatureExtractor,
+        ":PeAudioEncoder",
+        "PeAudioFeatureExtractor",
         PEAudioFrontEnd,
         r"^(audio_model\.)?audio_encoder\.",
         ("dac_encoder", "bottleneck"),
@@ -78,6 +83,8 @@ def describe(
 
     Raises UserError for what is not there, is of another kind, or does not fit together.
     """
+    from transformers import AutoConfig
+
     family = FAMILIES[backbone]
     _check_pinned(where, revision)
     with_rule = "holds no readable config.json and preprocessor_config.json"
@@ -107,6 +114,8 @@ def build(backbone: BackboneName, architecture: dict[str, Any]) -> nn.Module:
 
 def load(backbone: BackboneName, architecture: dict[str, Any], where: str, revision: str | None) -> nn.Module:
     """The tower with its pretrained weights in float32. Raises UserError for weights that are absent or do not fit."""
+    import transformers
+
     family = FAMILIES[backbone]
     # A tower of a whole model is loaded with parts left over, which is no notice's worth.
     transformers.utils.logging.disable_progress_bar()
@@ -203,7 +212,7 @@ def _check_pinned(where: str, revision: str | None) -> None:
         raise UserError("encoder.revision", "(missing)", f"hub id {where} is not pinned", "give its commit hash")
 
 
-def _check_fit(backbone: BackboneName, where: str, tower: PreTrainedConfig, extractor: Any) -> None:
+def _check_fit(backbone: BackboneName, where: str, tower: "PreTrainedConfig", extractor: Any) -> None:
     """Raises UserError when the extractor gives another shape than the tower takes."""
     if backbone == "ast":
         pairs = {"num_mel_bins": (extractor.num_mel_bins, tower.num_mel_bins)}

@@ -5,17 +5,21 @@ feature extractors of transformers do (which run on the CPU, clip by clip), in b
 Spectra are taken in float32 or better even under autocast: squares of quiet sounds are below bfloat16's resolution.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.compliance import kaldi
 from torchaudio.transforms import MelSpectrogram
-from transformers import (
-    ASTFeatureExtractor,
-    ClapFeatureExtractor,
-    PeAudioFeatureExtractor,
-    WhisperFeatureExtractor,
-)
+
+if TYPE_CHECKING:
+    from transformers import (
+        ASTFeatureExtractor,
+        ClapFeatureExtractor,
+        PeAudioFeatureExtractor,
+        WhisperFeatureExtractor,
+    )
 
 KALDI_WINDOW_S, KALDI_HOP_S, KALDI_PREEMPHASIS, KALDI_LOWEST_HZ = 0.025, 0.010, 0.97, 20.0
 """What ASTFeatureExtractor leaves at Kaldi's defaults."""
@@ -52,7 +56,7 @@ class LogMel(nn.Module):
 class ASTFrontEnd(nn.Module):
     """Kaldi's log filter banks as ASTFeatureExtractor gives them (arXiv 2104.01778): [B, S] -> [B, T, M]."""
 
-    def __init__(self, extractor: ASTFeatureExtractor) -> None:
+    def __init__(self, extractor: "ASTFeatureExtractor") -> None:
         super().__init__()
         rate_hz = extractor.sampling_rate
         self.window, self.hop = int(rate_hz * KALDI_WINDOW_S), int(rate_hz * KALDI_HOP_S)
@@ -81,7 +85,7 @@ class ASTFrontEnd(nn.Module):
 class WhisperFrontEnd(nn.Module):
     """Whisper's log-mel (arXiv 2212.04356, section 2.2): [B, S] -> [B, T, M] of 30 s, silence after the sound."""
 
-    def __init__(self, extractor: WhisperFeatureExtractor) -> None:
+    def __init__(self, extractor: "WhisperFeatureExtractor") -> None:
         super().__init__()
         self.n_fft, self.hop, self.samples = extractor.n_fft, extractor.hop_length, extractor.n_samples
         filters = torch.from_numpy(extractor.mel_filters).float()
@@ -104,7 +108,7 @@ class ClapFrontEnd(nn.Module):
     In float64 like the extractor's: decibels magnify what float32 leaves of quiet cells beside loud ones.
     """
 
-    def __init__(self, extractor: ClapFeatureExtractor) -> None:
+    def __init__(self, extractor: "ClapFeatureExtractor") -> None:
         super().__init__()
         self.n_fft, self.hop = extractor.fft_window_size, extractor.hop_length
         self.samples, self.padding = extractor.nb_max_samples, extractor.padding
@@ -129,7 +133,7 @@ class ClapFrontEnd(nn.Module):
 class PEAudioFrontEnd(nn.Module):
     """PE-AV's audio tower hears the waveform: [B, S] -> [B, S'], mirrored at its end to whole hops of the codec."""
 
-    def __init__(self, extractor: PeAudioFeatureExtractor) -> None:
+    def __init__(self, extractor: "PeAudioFeatureExtractor") -> None:
         super().__init__()
         self.hop = extractor.hop_length
 

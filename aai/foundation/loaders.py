@@ -3,36 +3,39 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from torch import nn
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
 
 from aai.errors import UserError
 from aai.foundation.identity import FoundationSpec, locate
 from aai.foundation.sizes import diffusion_px
 
+if TYPE_CHECKING:
+    from diffusers import (
+        AutoencoderKL,
+        DDPMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPModel,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
+
+XL = "StableDiffusionXLPipeline"
+
 
 def _load(setting: str, model_id: str, load: Callable[[], Any]) -> Any:
     """Loads without the libraries' bars and notices (a tower of a whole CLIP is loaded with parts left over)."""
+    import diffusers
+    import transformers
+
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
@@ -45,7 +48,7 @@ def _load(setting: str, model_id: str, load: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _whole(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+def _whole(tokenizer: "CLIPTokenizer") -> "CLIPTokenizer":
     """A tokenizer that knows at least the bytes: where files are missing, transformers makes one up that knows none."""
     if len(tokenizer) < 256:
         raise OSError(f"its tokenizer knows {len(tokenizer)} tokens: are its files missing?")
@@ -54,8 +57,10 @@ def _whole(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
 
 def load_clip(
     spec: FoundationSpec, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
+) -> "tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]":
     """The frozen CLIP with its tokenizer and PIL image processor, in eval mode without gradients."""
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
     where, kwargs = locate(spec.clip, spec.clip_revision, "clip")
     model = _load(
         "clip", spec.clip, lambda: CLIPModel.from_pretrained(where, dtype=dtype, use_safetensors=True, **kwargs)
@@ -67,7 +72,7 @@ def load_clip(
 
 def load_diffusion(
     spec: FoundationSpec, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+) -> "StableDiffusionPipeline | StableDiffusionXLPipeline":
     """The frozen diffusion pipeline, without safety checker, every part in eval mode without gradients.
 
     Raises UserError for another kind of pipeline than Stable Diffusion 1.x, 2.x or XL.
@@ -81,7 +86,7 @@ def load_diffusion(
     )
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    if cls is StableDiffusionXLPipeline:  # its pictures of 1024 px are decoded in float32
+    if cls.__name__ == XL:  # its pictures of 1024 px are decoded in float32
         pipe.vae.enable_slicing()
     for name, part in pipe.components.items():
         if name.startswith("tokenizer"):
@@ -93,12 +98,14 @@ def load_diffusion(
 
 def _kind(spec: FoundationSpec, where: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The pipeline's class, as the folder names it, and what its loading takes besides."""
-    index = _load("diffusion", spec.diffusion, lambda: DiffusionPipeline.load_config(where, **kwargs))
+    import diffusers
+
+    index = _load("diffusion", spec.diffusion, lambda: diffusers.DiffusionPipeline.load_config(where, **kwargs))
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if name == "StableDiffusionXLPipeline":
-        return StableDiffusionXLPipeline, {"add_watermarker": False}
+    if name == XL:
+        return diffusers.StableDiffusionXLPipeline, {"add_watermarker": False}
     if name == "StableDiffusionPipeline":
-        return StableDiffusionPipeline, {
+        return diffusers.StableDiffusionPipeline, {
             "safety_checker": None,
             "feature_extractor": None,
             "requires_safety_checker": False,
@@ -109,8 +116,10 @@ def _kind(spec: FoundationSpec, where: str, kwargs: dict[str, Any]) -> tuple[Any
 
 def load_vae(
     spec: FoundationSpec, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[AutoencoderKL, int]:
+) -> "tuple[AutoencoderKL, int]":
     """The frozen VAE of the diffusion model alone, and the edge in pixels of the pictures it was trained on."""
+    from diffusers import AutoencoderKL
+
     where, kwargs = locate(spec.diffusion, spec.diffusion_revision, "diffusion")
     vae = _load(
         "diffusion",
@@ -126,24 +135,27 @@ def load_vae(
 class DiffusionSkeleton:
     """The parts of a diffusion pipeline that a training step runs, with weights of the right shapes and no meaning."""
 
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: DDPMScheduler
-    text_encoder_2: CLIPTextModelWithProjection | None = None
+    unet: "UNet2DConditionModel"
+    text_encoder: "CLIPTextModel"
+    tokenizer: "CLIPTokenizer"
+    scheduler: "DDPMScheduler"
+    text_encoder_2: "CLIPTextModelWithProjection | None" = None
     """Of Stable Diffusion XL, as its tokenizer."""
-    tokenizer_2: CLIPTokenizer | None = None
+    tokenizer_2: "CLIPTokenizer | None" = None
 
 
 def diffusion_skeleton(spec: FoundationSpec) -> DiffusionSkeleton:
     """Of the configs alone: to be made where tensors are fake. Raises UserError when they are not on this machine."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
     where, kwargs = locate(spec.diffusion, spec.diffusion_revision, "diffusion")
     kwargs = {**kwargs, "local_files_only": True}
 
     def made() -> DiffusionSkeleton:
         text = CLIPTextConfig.from_pretrained(where, subfolder="text_encoder", **kwargs)
         second: dict[str, Any] = {}
-        if _kind(spec, where, kwargs)[0] is StableDiffusionXLPipeline:
+        if _kind(spec, where, kwargs)[0].__name__ == XL:
             text_2 = CLIPTextConfig.from_pretrained(where, subfolder="text_encoder_2", **kwargs)
             second["text_encoder_2"] = CLIPTextModelWithProjection(text_2)
             second["tokenizer_2"] = _whole(CLIPTokenizer.from_pretrained(where, subfolder="tokenizer_2", **kwargs))

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchaudio.functional import resample
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification
 
 from aai.errors import UserError
 from aai.foundation.batches import Batches
@@ -45,6 +44,8 @@ def groups_of(labels: Mapping[int, str], tags: Mapping[str, Sequence[str]]) -> n
 
 def check_tags(model_id: str, revision: str | None, tags: Mapping[str, Sequence[str]]) -> None:
     """Raises UserError for a classifier that is not there, or does not know the tags; reads its config alone."""
+    from transformers import AutoConfig
+
     where, pinned = locate(model_id, revision, "tagger", "scores")
     groups_of(_load(model_id, lambda: AutoConfig.from_pretrained(where, **pinned)).id2label, tags)
 
@@ -72,6 +73,8 @@ class SoundTagger:
         batch_size: int = 64,
     ) -> None:
         """tags: {group: labels of the classifier}; window_s: length of a part; batch_size: parts per forward pass."""
+        from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
         where, pinned = locate(model_id, revision, "tagger", "scores")
         model = _load(
             model_id,

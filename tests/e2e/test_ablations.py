@@ -85,9 +85,8 @@ def heard_by(encoder: AudioEncoder) -> dict[str, float]:
 
 
 def aligned(name: str, seed: int) -> dict[str, float]:
-    def make(out: Path) -> dict[str, float]:
-        aai("align", out, fit__seed=seed, cluster__num_workers=1, **ALIGN[name])
-        return heard_by(load_aligner(read_bundle(str(out / "bundle"))))
+    def make(_: Path) -> dict[str, float]:
+        return heard_by(trained(settings_of(RUN, fit__seed=seed, fit__eval_every=0, **ALIGN[name])))
 
     return kept("align", name, seed, make)
 
