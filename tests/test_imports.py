@@ -86,3 +86,14 @@ def test_help_needs_no_heavy_library(tmp_path: Path) -> None:
         "assert not heavy, heavy\n"
     )
     run_python(code, empty)
+
+
+def test_what_a_command_imports_is_no_model_library(tmp_path: Path) -> None:
+    """Every --help, every dry run, and the driver of every stage wait for its imports; serve has Ray's besides."""
+    empty = tmp_path / "cwd"
+    empty.mkdir()
+    commands = "".join(f"import pipelines.{name}\n" for name in ("align", "adapt", "featurize", "evaluate", "generate"))
+    check = "assert not (heavy := {'ray', 'mlflow', 'diffusers', 'transformers'} & set(sys.modules)), heavy\n"
+    models = "import pipelines.serve, pipelines.training.stage\n"
+    check_all = "assert not (heavy := {'diffusers', 'transformers'} & set(sys.modules)), heavy\n"
+    run_python("import sys\n" + commands + check + models + check_all, empty)
