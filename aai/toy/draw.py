@@ -4,6 +4,7 @@ Each object is a list of filled shapes in a unit box (x right, y down, centre 0,
 function places, scales, leans and mirrors them all. Its colour is the scene's; its palette's `a` and `b` are not used.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -254,23 +255,23 @@ def _object(
     lean = rng.uniform(-0.12, 0.12)  # radians
     line = max(1, round(half * 0.028))
     outline = "#d8d8e8" if night else "#1b1716"
+    turn_x, turn_y = np.cos(lean), np.sin(lean)
     for kind, unit, key in shapes:
-        corners = unit if kind == "poly" else _outline(kind, unit)
-        points = []
-        for u, v in zip(corners[0::2], corners[1::2], strict=True):
-            u, v = u * np.cos(lean) - v * np.sin(lean), u * np.sin(lean) + v * np.cos(lean)
-            points.append((cx + mirror * half * u, cy + half * v))
-        draw.polygon(points, fill=fills[key], outline=outline, width=line)
+        u, v = _corners(kind, unit)
+        x, y = cx + mirror * half * (u * turn_x - v * turn_y), cy + half * (u * turn_y + v * turn_x)
+        draw.polygon(np.stack([x, y], axis=1).ravel().tolist(), fill=fills[key], outline=outline, width=line)
 
 
-def _outline(kind: str, box: tuple[float, ...]) -> list[float]:
-    """The corners of a box, or points on the ellipse within, as x y x y ..."""
-    x0, y0, x1, y1 = box
+@functools.cache
+def _corners(kind: str, unit: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a shape's corners, or of points on the ellipse within a box."""
+    if kind == "poly":
+        return np.array(unit[0::2]), np.array(unit[1::2])
+    x0, y0, x1, y1 = unit
     if kind == "rect":
-        return [x0, y0, x1, y0, x1, y1, x0, y1]
+        return np.array([x0, x1, x1, x0]), np.array([y0, y0, y1, y1])
     turns = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    xs, ys = (x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turns), (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(turns)
-    return np.stack([xs, ys], axis=1).ravel().tolist()
+    return (x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turns), (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(turns)
 
 
 def _weather(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int, time_s: float) -> None:
