@@ -2,8 +2,8 @@
 
 AAI_DEMO names the run folder of a finished demo (else one is made in runs/accept), AAI_SEEDS how many seeds (3). One
 choice differs from the demo's settings at a time. As many trainings run at a time as there are cores, of one worker
-and one thread each. Tables go to RUN/figures; what was trained and evaluated stays in RUN/ablations and is not made
-again.
+and one thread each, those of align without Ray. Tables go to RUN/figures; what was trained and evaluated stays in
+RUN/ablations and is not made again.
 """
 
 import json
@@ -55,6 +55,7 @@ ADAPT: dict[str, dict[str, Any]] = {
     "4 words, attention to 8 parts": {"adapter.num_tokens": 4, "adapter.parts": 8},
     "hidden states weigh as much": {"loss.w_hidden": 1},
     "no denoising": {"loss.w_denoise": 0},
+    "denoising of half of the clips": {"loss.denoise_rows": 32},
     "no contrast": {"loss.w_contrast": 0},
     "no cosine": {"loss.w_clip": 0},
     "no hidden states": {"loss.w_hidden": 0},
