@@ -1,10 +1,12 @@
 """Pictures of scenes: each attribute changes what it should, and nothing else."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from aai.toy import draw
 from aai.toy.draw import draw_scene, region
 from aai.toy.grammar import AMBIENCES, COLOURS, COUNTS, MEDIA, OBJECTS, PLACES, Scene, random_scene
 
@@ -117,3 +119,20 @@ def test_no_object_leaves_its_region() -> None:
             assert changed[top:bottom, left:right].max() > 0
             changed[top:bottom, left:right] = 0
             assert changed.max() == 0, (scene, region(scene))
+
+
+def test_a_leaning_object_keeps_its_shape() -> None:
+    drawn: list[np.ndarray] = []
+
+    class Recorder:
+        def polygon(self, points: list[float], **_: object) -> None:
+            drawn.append(np.reshape(points, (-1, 2)))
+
+    for seed in range(5):
+        recorder: Any = Recorder()
+        draw._object(recorder, "clock", (40.0, 60.0, 20.0), (200, 0, 0), night=False, rng=np.random.default_rng(seed))
+        face, hand = drawn[0], drawn[2]  # a circle, and a bar from 0.62 above the centre to 0.06 below
+        np.testing.assert_allclose(np.linalg.norm(face - (40, 60), axis=1), 20)
+        np.testing.assert_allclose(np.linalg.norm(hand[0] - hand[3]), 20 * 0.68)
+        assert hand[0, 1] < 60 < hand[3, 1]
+        drawn.clear()
