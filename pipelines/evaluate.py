@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pydantic
 
 from aai import grading, storage
+from aai.addons import AddOns, absolute, content
 from aai.bundle import read_bundle
 from aai.digest import digest
 from aai.encoders.aligner import encoder_config
@@ -102,6 +103,8 @@ class EvaluateConfig(RayVerbConfig):
     """How alike a held-out clip and a training clip are that count as `near_overlap`; as in curate."""
     request: SamplingConfig = SamplingConfig(steps=10)
     """How pictures are painted; prompt and seed are the condition's."""
+    addons: AddOns = AddOns()
+    """What is loaded on top of the diffusion model: those of the service, and the figures are of what it serves."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when cluster.gpus_per_worker is not 0."""
     dtype: DType = "float32"
@@ -112,6 +115,12 @@ class EvaluateConfig(RayVerbConfig):
     @classmethod
     def _by_name(cls, value: object) -> object:
         return {"model": value} if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _unguided(self) -> "EvaluateConfig":
+        if self.addons.controlnet:
+            raise ValueError("addons.controlnet needs a picture that held-out clips do not have: leave it out")
+        return self
 
     def plan(self) -> Plan:
         """See VerbConfig."""
@@ -136,7 +145,14 @@ class EvaluateConfig(RayVerbConfig):
             "disturbed_clips",
         }
         columns = PICTURE_TABLE.names  # an evaluation of before what is read today cannot be gone on with, or compared
-        return digest([columns, self.model_dump(mode="json", include=names)])
+        settings = self.model_dump(mode="json", include=names)
+        if self.addons != AddOns():
+            settings["addons"] = self.painted_with()
+        return digest([columns, settings])
+
+    def painted_with(self) -> dict[str, Any]:
+        """The add-ons by what their files hold, wherever these lie."""
+        return {**self.addons.model_dump(mode="json", exclude_defaults=True), **content(self.addons)}
 
     @property
     def worker_device(self) -> str:
@@ -178,7 +194,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     begin = time.monotonic()
     places = {name: storage.absolute(getattr(config, name)) for name in ("features", "clips", "bundle", "out")}
-    config = config.model_copy(update=places)
+    config = config.model_copy(update={**places, "addons": absolute(config.addons)})
     bundle = read_bundle(config.bundle)
     manifest = FeatureManifest.read(config.features)
     rate_hz = encoder_config(bundle).sample_rate_hz
@@ -196,6 +212,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     listen(config, clips, cases)
     paint(config, cases)
     result = {**stamp, **figures(config, clips), "samples": samples, "dtype": config.dtype}
+    result |= {"request": config.request.model_dump(mode="json"), "addons": config.painted_with()}
     result |= {"seconds": time.monotonic() - begin, "written_by": code_version()}
     result = sealed(result, storage.read_bytes(storage.join(config.out, MARKS)))
     done = storage.join(config.out, RESULT)
@@ -287,6 +304,7 @@ def paint(config: EvaluateConfig, cases: list[Case]) -> None:
         "out": config.out,
         "judge": config.judge.model_dump(mode="json"),
         "request": request,
+        "addons": config.addons.model_dump(mode="json"),
         "device": config.worker_device,
         "dtype": config.dtype,
     }

@@ -195,7 +195,7 @@ def workers(files: Files) -> dict[str, PictureWorker]:
             listen = ListenWorker(files.bundle, out, {}, device, graded_frames_every=2)
             listen(ListenShard(name=TEST, rows=4, features=files.features, clips=places, texts=["a dog"], alone=2))
             listen(ListenShard(name="train-00000", rows=4, features=files.features, clips=trained))
-            made[device] = PictureWorker(files.bundle, out, {}, REQUEST.model_dump(), device, "float32")
+            made[device] = PictureWorker(files.bundle, out, {}, REQUEST.model_dump(), {}, device, "float32")
     return made
 
 

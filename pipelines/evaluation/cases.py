@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from aai import storage
+from aai.addons import AddOns
 from aai.bundle import BundleConfig, read_bundle
 from aai.conditions import CONDITIONS, SKETCH, Conditions, HeldOutClip
 from aai.errors import UserError
@@ -191,12 +192,19 @@ class PictureWorker:
     """Paints one shard of cases and reads the pictures (see pipelines.engine.shards.Worker)."""
 
     def __init__(
-        self, bundle: str, out: str, judge: dict[str, Any], request: dict[str, Any], device: str, dtype: str
+        self,
+        bundle: str,
+        out: str,
+        judge: dict[str, Any],
+        request: dict[str, Any],
+        addons: dict[str, Any],
+        device: str,
+        dtype: str,
     ) -> None:
         """bundle: folder; out: of the evaluation, where the clips have been heard."""
         opened = read_bundle(bundle)
         self.out, self.request = out, PaintRequest.parse(request, "evaluate.request")
-        self.painter = Painter.load(opened, device, dtype)
+        self.painter = Painter.load(opened, device, dtype, AddOns.parse(addons, "evaluate.addons"))
         self.clip = FrozenClip(opened.config.foundation, device)
         self.judge = load_judge(JudgeConfig.parse(judge), device)
         files = [file for file in storage.list_files(storage.join(out, HEARD)) if "/train-" in file]

@@ -214,7 +214,23 @@ def figures(run: RunFiles) -> Row:
         "chance": generation.get("chance", {}),
         "clip": generation.get("clip", {}),
         "foundation": find(run.summary, "foundation") or {},
+        "painted": _painted(run),
     }
+
+
+def _painted(run: RunFiles) -> str:
+    """How the pictures were painted, in words; empty where an older release did not say."""
+    try:
+        found = run.json("evaluate/evaluate.json")
+    except Missing:
+        return ""
+    if "request" not in found:
+        return ""
+    request, addons = found["request"], found["addons"]
+    reused = f" (the whole network every {request['reuse_steps']})" if request["reuse_steps"] > 1 else ""
+    words = [f"{request['steps']} steps{reused}", f"guidance scale {request['guidance_scale']:g}"]
+    words.append(f"sampler {addons.get('scheduler', 'of the model')}")
+    return ", ".join([*words, *([f"LoRA {addons['lora']}"] if "lora" in addons else [])])
 
 
 def retrieval(run: RunFiles) -> Row:

@@ -52,15 +52,15 @@ ADAPT: dict[str, dict[str, Any]] = {
     "2 words": {"adapter.num_tokens": 2},
     "4 words": {"adapter.num_tokens": 4},
     "attention to 8 parts": {"adapter.parts": 8},
-    "4 words, attention to 8 parts": {"adapter.num_tokens": 4, "adapter.parts": 8},
-    "hidden states weigh as much": {"loss.w_hidden": 1},
     "no denoising": {"loss.w_denoise": 0},
-    "denoising of half of the clips": {"loss.denoise_rows": 32},
     "no contrast": {"loss.w_contrast": 0},
     "no cosine": {"loss.w_clip": 0},
     "no hidden states": {"loss.w_hidden": 0},
     "no norm": {"loss.w_norm": 0},
+    "denoising of half of the clips": {"loss.denoise_rows": 32},
     "denoising and contrast alone": {"loss.w_clip": 0, "loss.w_hidden": 0, "loss.w_norm": 0},
+    "hidden states weigh as much": {"loss.w_hidden": 1},
+    "4 words, attention to 8 parts": {"adapter.num_tokens": 4, "adapter.parts": 8},
 }
 
 

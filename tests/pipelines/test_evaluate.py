@@ -12,6 +12,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from aai import metrics, storage
+from aai.addons import AddOns
 from aai.bundle import read_bundle
 from aai.encoders.aligner import embed_files, load_aligner
 from aai.errors import UserError
@@ -251,15 +252,43 @@ def test_pictures_are_painted_as_requested(
     request = {"steps": 3, "guidance_scale": 1.5, "negative_prompt": "a clock", "denoise_strength": 0.5}
     sent = []
     monkeypatch.setattr(evaluate, "run_shards", lambda name, shards, worker, args, *rest, **more: sent.append(args))
-    evaluate.paint(settings(world, tmp_path, request=request, dtype="bfloat16", device="cuda"), [])
+    addons = {"scheduler": "ddim"}
+    evaluate.paint(settings(world, tmp_path, request=request, addons=addons, dtype="bfloat16", device="cuda"), [])
     evaluate.paint(settings(world, tmp_path, request={}), [])
     asked, usual = sent
     assert PaintRequest.parse(asked["request"]) == PaintRequest(**request)
     assert (asked["dtype"], asked["device"]) == ("bfloat16", "cuda")
+    assert (AddOns.parse(asked["addons"]), AddOns.parse(usual["addons"])) == (AddOns(scheduler="ddim"), AddOns())
     assert PaintRequest.parse(usual["request"]) == PaintRequest(steps=10)
     for wrong in ({"seed": 3}, {"prompt": "a <sound>"}, {"num_images": 2}, {"sound_strength": 0.5}):
         with pytest.raises(UserError, match=r"request\.\w+=.*unknown key"):
             settings(world, tmp_path, request=wrong)
+
+
+def test_what_is_loaded_on_top_is_part_of_what_an_evaluation_is(world: dict[str, str], tmp_path: Path) -> None:
+    """By the LoRA's content: the same file elsewhere is the same evaluation. None at all is that of before."""
+    for name, data in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(data)
+    asked: tuple[dict[str, Any], ...] = (
+        {}, {"scheduler": "model"}, {"scheduler": "ddim"}, {"lora": f"{tmp_path}/a"}, {"lora": f"{tmp_path}/b"},
+        {"lora": f"{tmp_path}/c"}, {"lora": f"{tmp_path}/a", "lora_scale": 0.5},
+    )  # fmt: skip
+    plain, same, ddim, lora, moved, other, weaker = (
+        settings(world, tmp_path, addons=addons).content_digest() for addons in asked
+    )
+    assert plain == same == settings(world, tmp_path).content_digest()
+    assert lora == moved
+    assert len({plain, ddim, lora, other, weaker}) == 5
+    with pytest.raises(UserError, match=r"addons\.controlnet needs a picture that held-out clips do not have"):
+        settings(world, tmp_path, addons={"controlnet": "x"})
+
+
+def test_it_is_told_how_pictures_were_painted(world: dict[str, str], tmp_path: Path, shards_here: None) -> None:
+    changed = {"pictures": {"sound": 2}, "disturbed_clips": 0, "judge": "none"}
+    figures = evaluate.run(settings(world, tmp_path, addons={"scheduler": "ddim"}, **changed))
+    assert (figures["request"]["steps"], figures["addons"]) == (2, {"scheduler": "ddim"})
+    with pytest.raises(UserError, match="holds the evaluation of another bundle, other data or other settings"):
+        evaluate.run(settings(world, tmp_path, **changed))
 
 
 def test_clips_without_labels_have_no_judge_but_scores(

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from aai import storage
+from aai.addons import AddOns
 from aai.bundle import BundleConfig, read_bundle
 from aai.conditions import Conditions, HeldOutClip
 from aai.errors import UserError
@@ -191,7 +192,10 @@ def test_shards_are_of_one_condition_and_know_where_their_clips_lie(out: str) ->
 
 @pytest.fixture(scope="module")
 def worker(out: str, bundle: str) -> PictureWorker:
-    return PictureWorker(bundle, out, {}, {"steps": 2, "negative_prompt": "a clock"}, "cpu", "float32")
+    return PictureWorker(bundle, out, {}, {"steps": 2, "negative_prompt": "a clock"}, {}, "cpu", "float32")
+
+
+CASE = Case(5, "sound", 2, 2, 9)
 
 
 def painted(worker: PictureWorker, out: str, cases: list[Case]) -> list[dict[str, Any]]:
@@ -215,6 +219,17 @@ def test_pictures_are_painted_by_their_own_sound_and_seed(out: str, bundle: str,
     assert [(row["case"], row["row"], row["seed"], row["gain_db"]) for row in rows] == [(5, 2, 9, 0), (6, 8, 4, 0)]
 
 
+def test_pictures_are_painted_with_what_is_loaded_on_top(out: str, bundle: str) -> None:
+    addons = {"scheduler": "ddim"}
+    (row,) = painted(PictureWorker(bundle, out, {}, {"steps": 3}, addons, "cpu", "float32"), out, [CASE])
+    painter = Painter.load(bundle, addons=AddOns(**addons))
+    expected = painter.paint(painter.embed(sound(2), painter.prompt), [9], PaintRequest(steps=3))[0]
+    picture = pixels(Image.open(io.BytesIO(row["png"])))
+    assert np.abs(picture - pixels(expected)).max() <= 1
+    plain = painted(PictureWorker(bundle, out, {}, {"steps": 3}, {}, "cpu", "float32"), out, [CASE])[0]
+    assert np.abs(picture - pixels(Image.open(io.BytesIO(plain["png"])))).max() > 1
+
+
 def test_the_worker_writes_what_judge_and_clip_see(out: str, bundle: str, worker: PictureWorker) -> None:
     rows = painted(worker, out, [Case(0, "ceiling", 0, 0, 0), Case(1, "ceiling", 3, 3, 1)])
     pictures = [Image.open(io.BytesIO(row["png"])) for row in rows]
@@ -225,7 +240,7 @@ def test_the_worker_writes_what_judge_and_clip_see(out: str, bundle: str, worker
         assert row["size"] == pytest.approx(seen["size"], abs=1e-4)
     features = FrozenClip(read_bundle(bundle).config.foundation).images(pictures)
     np.testing.assert_allclose([row["clip_feature"] for row in rows], features, atol=1e-4)
-    blind = PictureWorker(bundle, out, {"model": "none"}, {"steps": 2}, "cpu", "float32")
+    blind = PictureWorker(bundle, out, {"model": "none"}, {"steps": 2}, {}, "cpu", "float32")
     assert painted(blind, out, [Case(0, "caption", 0, 0, 0)])[0]["object"] is None
 
 

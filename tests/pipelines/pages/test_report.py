@@ -14,6 +14,7 @@ import pytest
 
 from aai import schema, storage
 from aai.media.waveform import encode_flac
+from aai.sampling import SamplingConfig
 from aai.toy.draw import draw_scene
 from aai.toy.grammar import AMBIENCES, OBJECTS, Scene, full_caption, random_scene
 from aai.toy.synthesis import synthesise
@@ -25,6 +26,7 @@ from pipelines.pages.sections import CONDITIONS
 COUNTS = dict.fromkeys(CONDITIONS, 14)
 GAINS_DB = [-18.0, -6.0, 6.0]
 HOSTILE = "<script>alert('x')</script>"
+PAINTED = {"request": SamplingConfig(steps=5).model_dump(), "addons": {"scheduler": "dpm", "lora": "0123abcd"}}
 
 
 def encoded(scene: Scene, kind: str, size_px: int = 64) -> bytes:
@@ -68,7 +70,7 @@ def write_evaluation(run: Path, rng: np.random.Generator) -> dict[str, Any]:
     retrieval["robustness"] = {"clips": 12, "clean": level, "noise_snr_db": {"20": level, "0": level}}
     retrieval |= {name: dict(one) for name in ("a2v", "v2a", "a2t", "t2a")}
     samples = {"objects": objects, "loudness_gains_db": GAINS_DB}
-    storage.write_json(f"{run}/evaluate/evaluate.json", {"samples": samples})
+    storage.write_json(f"{run}/evaluate/evaluate.json", {"samples": samples, **PAINTED})
     return {"generation": generation, "retrieval": retrieval, "foundation": {"judge_object": 0.991, "frames": 100}}
 
 
@@ -214,6 +216,7 @@ def test_a_complete_run_has_every_section_and_its_figures(page: str) -> None:
     assert "edit, from noise" in text
     assert "54.3 %" in text
     assert "12 sounds noisier, softer, duller" in text
+    assert "Painted in 5 steps, guidance scale 3, sampler dpm, LoRA 0123abcd." in text
     assert "noise snr db 20 43.2 %" in text
     assert "promote/promote.json: aai 1.2 (commit abcdef1" in text
     assert "evaluate/evaluate.json: aai unknown" in text

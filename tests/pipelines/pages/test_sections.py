@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from aai import storage
+from aai.sampling import SamplingConfig
 from aai.version import UNKNOWN
 from pipelines.pages import sections
 from pipelines.pages.run_files import Missing, RunFiles
@@ -21,6 +22,21 @@ def test_a_condition_nobody_knows_is_in_the_table(tmp_path: Path) -> None:
     found = sections.figures(run)["conditions"]
     assert [row["name"] for row in found] == ["edit", "two_sounds"]
     assert found[1] == {"name": "two_sounds", "about": "", "object": 0.4321, "pictures": 5}
+
+
+def test_how_pictures_were_painted_is_told_as_far_as_it_is_known(tmp_path: Path) -> None:
+    run = run_files(tmp_path, generation={"edit": {"pictures": 1}})
+    assert sections.figures(run)["painted"] == ""
+    for result, said in (
+        ({}, ""),
+        ({"request": SamplingConfig().model_dump(), "addons": {}}, "20 steps, guidance scale 3, sampler of the model"),
+        (
+            {"request": SamplingConfig(reuse_steps=3).model_dump(), "addons": {}},
+            "20 steps (the whole network every 3), guidance scale 3, sampler of the model",
+        ),
+    ):
+        storage.write_json(f"{tmp_path}/evaluate/evaluate.json", result)
+        assert sections.figures(run)["painted"] == said
 
 
 def test_a_headline_stands_beside_what_it_is_held_against(tmp_path: Path) -> None:
