@@ -6,6 +6,7 @@ function places, scales, leans and mirrors them all. Its colour is the scene's; 
 
 import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -203,6 +204,17 @@ def _arch(draw: ImageDraw.ImageDraw, rng: np.random.Generator, px: int, night: b
         draw.line((x, 0, x, beam), fill=joint, width=line)
 
 
+@functools.lru_cache(maxsize=4)
+def _backdrop(scene: Scene, px: int) -> Image.Image:
+    """What stands behind the objects in all frames of a scene."""
+    image = Image.new("RGB", (px, px))
+    draw = ImageDraw.Draw(image)
+    _background(draw, scene, np.random.default_rng((scene.seed, 0)), px)
+    if scene.place == "arch":
+        _arch(draw, np.random.default_rng((scene.seed, 3)), px, scene.ambience == "night")
+    return image
+
+
 def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[str, float, float, float]]:
     """(name, x, y, half of the width) of each object, as shares of the picture's edge."""
     names = [scene.obj, scene.second] if scene.second else [scene.obj] * (1 + COUNTS.index(scene.count))
@@ -213,13 +225,39 @@ def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[str, float, fl
     return found
 
 
-def _objects(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int, bounce: float) -> None:
-    """The sounding objects, lifted by `bounce` (a fraction of their size)."""
+@dataclass(frozen=True)
+class _Shape:
+    """A polygon of an object at rest."""
+
+    corners: np.ndarray
+    """x, y, x, y, ... in pixels; y from the object's centre."""
+    centre: float
+    """y of the object's centre, as a share of the picture's edge."""
+    half: float
+    """Half of the object's width, likewise."""
+    fill: tuple[int, int, int]
+    outline: str
+    width: int
+
+
+@functools.lru_cache(maxsize=4)
+def _shapes(scene: Scene, px: int) -> list[_Shape]:
+    """The sounding objects of all frames of a scene."""
+    rng = np.random.default_rng((scene.seed, 1))
     places = _places(scene, rng)
     colour = _jitter(_rgb(_COLOURS[scene.colour]), rng, 16)
+    found = []
     for name, x, y, half in places:
-        place = (px * x, px * (y - bounce * half), px * half)
-        _object(draw, name, place, colour, scene.ambience == "night", rng)
+        found += _object(name, (x, y, half), px, colour, scene.ambience == "night", rng)
+    return found
+
+
+def _objects(draw: ImageDraw.ImageDraw, scene: Scene, px: int, bounce: float) -> None:
+    """The sounding objects, lifted by `bounce` (a fraction of their size)."""
+    for shape in _shapes(scene, px):
+        corners = shape.corners.copy()
+        corners[1::2] += px * (shape.centre - bounce * shape.half)
+        draw.polygon(corners.tolist(), fill=shape.fill, outline=shape.outline, width=shape.width)
 
 
 def region(scene: Scene) -> tuple[int, int, int, int]:
@@ -238,28 +276,30 @@ def region(scene: Scene) -> tuple[int, int, int, int]:
 
 
 def _object(
-    draw: ImageDraw.ImageDraw,
     name: str,
     place: tuple[float, float, float],
+    px: int,
     colour: tuple[int, int, int],
     night: bool,
     rng: np.random.Generator,
-) -> None:
-    """One object. place: of its centre, and half of its width, in pixels."""
+) -> list[_Shape]:
+    """One object. place: x and y of its centre, and half of its width, as shares of the edge."""
     palette, shapes = _OBJECTS[name]
     fills = {key: _jitter(_rgb(value), rng, 14) for key, value in palette.items()}
     for key, bright in _COLOURED.items():
         fills[key] = tuple(int(part * bright) for part in colour)  # type: ignore[assignment]
-    cx, cy, half = place
+    cx, half = px * place[0], px * place[2]
     mirror = -1.0 if rng.random() < 0.5 else 1.0
     lean = rng.uniform(-0.12, 0.12)  # radians
     line = max(1, round(half * 0.028))
     outline = "#d8d8e8" if night else "#1b1716"
     turn_x, turn_y = np.cos(lean), np.sin(lean)
+    found = []
     for kind, unit, key in shapes:
         u, v = _corners(kind, unit)
-        x, y = cx + mirror * half * (u * turn_x - v * turn_y), cy + half * (u * turn_y + v * turn_x)
-        draw.polygon(np.stack([x, y], axis=1).ravel().tolist(), fill=fills[key], outline=outline, width=line)
+        x, y = cx + mirror * half * (u * turn_x - v * turn_y), half * (u * turn_y + v * turn_x)
+        found.append(_Shape(np.stack([x, y], axis=1).ravel(), *place[1:], fills[key], outline, line))
+    return found
 
 
 @functools.cache
@@ -274,8 +314,9 @@ def _corners(kind: str, unit: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray
     return (x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turns), (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(turns)
 
 
-def _weather(draw: ImageDraw.ImageDraw, scene: Scene, rng: np.random.Generator, px: int, time_s: float) -> None:
+def _weather(draw: ImageDraw.ImageDraw, scene: Scene, px: int, time_s: float) -> None:
     """What falls: rain as slanted streaks, snow as flakes; it moves with time."""
+    rng = np.random.default_rng((scene.seed, 2))
     if scene.ambience == "rain":
         for x, y in rng.uniform(0, 1, (26, 2)):
             y = (y + 1.7 * time_s) % 1.0
@@ -317,12 +358,8 @@ def draw_scene(scene: Scene, size_px: int = 128, time_s: float = 0.0, level: flo
     this instant and lifts it a little. The same scene and time give the same picture. Returns an RGB image.
     """
     px = size_px * 2  # drawn at twice the size and halved: anti-aliasing
-    image = Image.new("RGB", (px, px))
+    image = _backdrop(scene, px).copy()
     draw = ImageDraw.Draw(image)
-    layout, things, sky, walls = (np.random.default_rng((scene.seed, i)) for i in range(4))
-    _background(draw, scene, layout, px)
-    if scene.place == "arch":
-        _arch(draw, walls, px, scene.ambience == "night")
-    _objects(draw, scene, things, px, bounce=BOUNCE * level)
-    _weather(draw, scene, sky, px, time_s)
+    _objects(draw, scene, px, bounce=BOUNCE * level)
+    _weather(draw, scene, px, time_s)
     return _render_medium(image.reduce(2), scene.medium)

@@ -5,6 +5,7 @@ object's level follows the scene's size, the ambience's does not. Pitch, rate of
 the scene's; they change the voice and leave the bed alone. Two objects sound one after the other.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -324,6 +325,7 @@ def _time_axis(duration_s: float, sample_rate_hz: int) -> Signal:
     return np.arange(round(duration_s * sample_rate_hz)) / sample_rate_hz
 
 
+@functools.lru_cache(maxsize=2)  # what is heard of a clip also moves its picture
 def object_sound(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -> Signal:
     """The object, or two, alone: [S], rms between `OBJECT_DB` by the scene's size, give or take 1 dB."""
     t = _time_axis(duration_s, sample_rate_hz)
@@ -333,7 +335,9 @@ def object_sound(scene: Scene, duration_s: float, sample_rate_hz: int = 16000) -
     if scene.place == "arch":
         unit = _reverberant(rng, unit, sample_rate_hz)
     unit = _to_level(unit, 0.0)
-    return _to_level(MAX_CREST * np.tanh(unit / MAX_CREST), level_db)
+    sound = _to_level(MAX_CREST * np.tanh(unit / MAX_CREST), level_db)
+    sound.flags.writeable = False  # whoever asks next gets the same
+    return sound
 
 
 def _one(rng: Rng, t: Signal, rate: int, scene: Scene, name: str) -> Signal:

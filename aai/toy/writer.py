@@ -61,9 +61,9 @@ def draw_frames(clip: Clip, times_s: Sequence[float]) -> NDArray[np.uint8]:
     frames = []
     for t, level in zip(times_s, levels, strict=True):
         image = draw_scene(clip.scene, 128, t, float(level))
-        dx, dy = np.round(2 * np.sin(2 * np.pi * np.array([0.45, 0.3]) * t + phase)).astype(int) + 2
-        padded = np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)), mode="edge")
-        image = Image.fromarray(padded[dy : dy + 128, dx : dx + 128])
+        shift = np.round(2 * np.sin(2 * np.pi * np.array([0.45, 0.3]) * t + phase)).astype(int)
+        columns, rows = np.clip(np.arange(128) + shift[:, None], 0, 127)
+        image = Image.fromarray(np.asarray(image)[rows][:, columns])
         frames.append(np.asarray(image.resize((clip.size_px, clip.size_px), Image.Resampling.BICUBIC)))
     if clip.kind == "frozen_video":
         frames = frames[:1] * len(frames)

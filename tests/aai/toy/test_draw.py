@@ -1,7 +1,6 @@
 """Pictures of scenes: each attribute changes what it should, and nothing else."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -122,17 +121,27 @@ def test_no_object_leaves_its_region() -> None:
 
 
 def test_a_leaning_object_keeps_its_shape() -> None:
-    drawn: list[np.ndarray] = []
-
-    class Recorder:
-        def polygon(self, points: list[float], **_: object) -> None:
-            drawn.append(np.reshape(points, (-1, 2)))
-
     for seed in range(5):
-        recorder: Any = Recorder()
-        draw._object(recorder, "clock", (40.0, 60.0, 20.0), (200, 0, 0), night=False, rng=np.random.default_rng(seed))
-        face, hand = drawn[0], drawn[2]  # a circle, and a bar from 0.62 above the centre to 0.06 below
-        np.testing.assert_allclose(np.linalg.norm(face - (40, 60), axis=1), 20)
+        rng = np.random.default_rng(seed)
+        shapes = draw._object("clock", (0.4, 0.6, 0.2), 100, (200, 0, 0), night=False, rng=rng)
+        assert {(shape.centre, shape.half) for shape in shapes} == {(0.6, 0.2)}
+        face, hand = (np.reshape(shapes[i].corners, (-1, 2)) for i in (0, 2))
+        # a circle, and a bar from 0.62 above the centre to 0.06 below
+        np.testing.assert_allclose(np.linalg.norm(face - (40, 0), axis=1), 20)
         np.testing.assert_allclose(np.linalg.norm(hand[0] - hand[3]), 20 * 0.68)
-        assert hand[0, 1] < 60 < hand[3, 1]
-        drawn.clear()
+        assert hand[0, 1] < 0 < hand[3, 1]
+
+
+def test_frames_of_a_scene_do_not_depend_on_what_was_drawn_before() -> None:
+    """Shapes and backdrop are kept between frames."""
+    scenes = [Scene("dog", "rain", "photo", 0.5, seed, place=place) for seed, place in ((1, "arch"), (2, "open"))]
+    fresh = []
+    for scene in scenes:
+        draw._shapes.cache_clear()
+        draw._backdrop.cache_clear()
+        fresh.append(np.asarray(draw.draw_scene(scene, 64, time_s=0.3, level=0.7)))
+    for _ in range(2):
+        for scene, frame in zip(scenes, fresh, strict=True):
+            draw.draw_scene(scene, 32)
+            draw.draw_scene(scene, 64, time_s=1.0)
+            np.testing.assert_array_equal(draw.draw_scene(scene, 64, time_s=0.3, level=0.7), frame)

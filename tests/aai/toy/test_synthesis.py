@@ -151,6 +151,8 @@ def test_ambience_level_is_constant(name: str) -> None:
 def test_same_scene_same_sound_other_seed_other_sound() -> None:
     scene = Scene("frog", "rain", "photo", 0.5, 1)
     assert np.array_equal(synthesise(scene, 1.0), synthesise(scene, 1.0))
+    with pytest.raises(ValueError, match="read-only"):
+        object_sound(scene, 1.0)[0] = 1.0  # it is kept for who asks next
     other = synthesise(Scene("frog", "rain", "photo", 0.5, 2), 1.0)
     assert abs(np.corrcoef(synthesise(scene, 1.0), other)[0, 1]) < 0.5
 
