@@ -58,6 +58,14 @@ def absolute(addons: AddOns) -> AddOns:
     return addons.model_copy(update=places)
 
 
+def check_there(addons: AddOns) -> None:
+    """Raises UserError for a file or folder that this machine does not have."""
+    for name in ("lora", "controlnet", "safety_checker"):
+        given = getattr(addons, name)
+        if given and given not in ("auto", "off"):
+            _check_there(name, given)
+
+
 def add_to(pipe: "DiffusionPipeline", addons: AddOns, spec: FoundationSpec) -> "DiffusionPipeline":
     """Puts scheduler, LoRA and safety checker into a pipeline, in place. spec: what the model was loaded from."""
     if addons.scheduler != "model":
@@ -154,10 +162,15 @@ def _add_checker(pipe: "DiffusionPipeline", wanted: str, spec: FoundationSpec) -
     )
 
 
+def _check_there(setting: str, value: str) -> None:
+    if not Path(value).exists():
+        raise UserError(f"addons.{setting}", value, "does not exist", "give a folder or file")
+
+
 def _checked(setting: str, value: str, load: Callable[[], Any]) -> Any:
     """What `load` makes of a folder or file. Raises UserError when that fails, in whatever way."""
-    if value != "auto" and not Path(value).exists():
-        raise UserError(f"addons.{setting}", value, "does not exist", "give a folder or file")
+    if value != "auto":
+        _check_there(setting, value)
     try:
         with torch.no_grad():
             return load()

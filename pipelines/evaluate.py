@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pydantic
 
 from aai import grading, storage
-from aai.addons import AddOns, absolute, content
+from aai.addons import AddOns, absolute, check_there, content
 from aai.bundle import read_bundle
 from aai.digest import digest
 from aai.encoders.aligner import encoder_config
@@ -104,7 +104,8 @@ class EvaluateConfig(RayVerbConfig):
     request: SamplingConfig = SamplingConfig(steps=10)
     """How pictures are painted; prompt and seed are the condition's."""
     addons: AddOns = AddOns()
-    """What is loaded on top of the diffusion model: those of the service, and the figures are of what it serves."""
+    """What is loaded on top of the diffusion model: those of the service, and the figures are of what it serves. Files
+    must be where the workers run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when cluster.gpus_per_worker is not 0."""
     dtype: DType = "float32"
@@ -195,6 +196,8 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     begin = time.monotonic()
     places = {name: storage.absolute(getattr(config, name)) for name in ("features", "clips", "bundle", "out")}
     config = config.model_copy(update={**places, "addons": absolute(config.addons)})
+    if config.cluster.address is None:  # before hours of listening
+        check_there(config.addons)
     bundle = read_bundle(config.bundle)
     manifest = FeatureManifest.read(config.features)
     rate_hz = encoder_config(bundle).sample_rate_hz

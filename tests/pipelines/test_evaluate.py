@@ -226,6 +226,7 @@ def test_another_evaluation_is_never_written_over(
         ({"pictures": {"sketch": 3}, "judge": "none"}, "pictures.sketch=3: is graded by the medium"),
         ({"pictures": {"edit": 3}, "judge": "none"}, "pictures.edit=3: is graded by the object"),
         ({"judge": "/nowhere/model"}, "judge.model=/nowhere/model: holds no model"),
+        ({"addons": {"lora": "/nowhere/lora"}}, "addons.lora=/nowhere/lora: does not exist"),
     ],
 )
 def test_what_would_yield_no_figure_is_refused_before_anything_is_made(
