@@ -107,7 +107,7 @@ def adapted(name: str, seed: int) -> dict[str, float]:
     def make(out: Path) -> dict[str, float]:
         aai("adapt", out, fit__seed=seed, cluster__num_workers=1, **ADAPT[name])
         pictures = "{sound: 320, nearest_caption: 32}"
-        aai("evaluate", out / "evaluate", bundle=out / "bundle", pictures=pictures)
+        aai("evaluate", out / "evaluate", bundle=out / "bundle", pictures=pictures, request__steps=10)
         found = json.loads((out / "evaluate" / "evaluate.json").read_text())["generation"]
         figures = {of: found["sound"][of] for of in ("object", "ambience")}
         figures |= {of: found["uncaptioned"][of]["sound"] for of in ("colour", "count", "place")}

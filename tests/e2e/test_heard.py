@@ -56,7 +56,7 @@ def results() -> list[dict[str, Any]]:
             bundle = out / "align" / "bundle"
             aai("adapt", out=out / "adapt", bundle=bundle, fit__seed=seed, fit__steps=ADAPT_STEPS)
             bundle = out / "adapt" / "bundle"
-            aai("evaluate", out=out / "evaluate", bundle=bundle, seed=seed, pictures=PICTURES)
+            aai("evaluate", out=out / "evaluate", bundle=bundle, seed=seed, pictures=PICTURES, request__steps=10)
         found.append(json.loads((out / "evaluate" / "evaluate.json").read_text()))
     return found
 

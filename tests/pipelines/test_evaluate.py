@@ -284,6 +284,30 @@ def test_what_is_loaded_on_top_is_part_of_what_an_evaluation_is(world: dict[str,
         settings(world, tmp_path, addons={"controlnet": "x"})
 
 
+def test_an_evaluation_of_before_there_were_add_ons_goes_on() -> None:
+    """The digest of the defaults as it was then; it changes with a default, or with what is read off a picture."""
+    assert EvaluateConfig().content_digest() == "49cb74e6e48d2d00"
+
+
+def test_workers_get_add_ons_by_a_path_that_holds_anywhere(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lora.safetensors").write_bytes(b"1")
+    sent: list[dict[str, Any]] = []
+
+    def shards(name: str, shards: object, worker: object, args: dict[str, Any], *rest: object, **more: object) -> None:
+        sent.append(args)
+        if "addons" in args:
+            raise InterruptedError
+
+    monkeypatch.setattr(evaluate, "run_shards", shards)
+    monkeypatch.setattr(evaluate, "picture_shards", lambda *args: [])
+    with pytest.raises(InterruptedError):
+        evaluate.run(settings(world, tmp_path, addons={"lora": "lora.safetensors"}))
+    assert sent[-1]["addons"]["lora"] == str(tmp_path / "lora.safetensors")
+
+
 def test_it_is_told_how_pictures_were_painted(world: dict[str, str], tmp_path: Path, shards_here: None) -> None:
     changed = {"pictures": {"sound": 2}, "disturbed_clips": 0, "judge": "none"}
     figures = evaluate.run(settings(world, tmp_path, addons={"scheduler": "ddim"}, **changed))
