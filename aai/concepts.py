@@ -57,6 +57,16 @@ class Concepts:
         step = (target - self.read(embed, kind)) @ self.features[kind]
         return F.normalize(embed + amount * step, dim=-1)
 
+    def described(self, pictures: Tensor) -> tuple[list[str], list[str]]:
+        """What the pictures of CLIP features [B, D] show, in words, and the same with the object left open."""
+        objects, ambiences = (self.read(pictures, kind).argmax(-1).tolist() for kind in ("objects", "ambiences"))
+        named, unnamed = [], []
+        for picture, thing, around in zip(pictures, objects, ambiences, strict=True):
+            head, where = self.head_of(picture[None]), self.vocabulary.ambiences[around]
+            named.append(f"{head} {self.vocabulary.objects[thing]} {where}")
+            unnamed.append(f"{head} {self.vocabulary.any_object} {where}")
+        return named, unnamed
+
     def head_of(self, picture: Tensor) -> str:
         """The prompt head that fits a picture's CLIP feature [1, D] best."""
         return self.vocabulary.heads[int(self.read(picture, "heads").argmax())]

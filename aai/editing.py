@@ -2,8 +2,9 @@
 
 The picture is carried up to the noise from which it would come by itself (DDIM inversion, Song et al. 2020, arXiv
 2010.02502), then denoised under the new prompt. Outside a mask each step goes back to the way the picture came, and
-the finished picture has the given pixels there. Without a mask one is derived: where the predictions under the old and
-the new prompt differ (DiffEdit, Couairon et al. 2022, arXiv 2210.11427).
+the finished picture has the given pixels there. Without a mask one is derived: where a prediction that is told of the
+picture's object differs from one that is not (DiffEdit, Couairon et al. 2022, arXiv 2210.11427), cut out to the pixel
+(`aai.silhouette`). An edit changes this object and a margin around it, a stylization everything else.
 
 Shapes: B pictures, C channels of h x w latents, 8h x 8w pixels.
 """
@@ -22,14 +23,17 @@ from torch import Tensor
 from aai.errors import UserError
 from aai.reuse import reused
 from aai.sdxl import conditions, pooled_dim
+from aai.silhouette import grown, silhouette
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MASK_DRAWS = 6
 """Noisy versions of a picture whose predictions are compared for its mask."""
-MASK_LEVEL = 0.5
+MASK_LEVEL = 0.3
 """How noisy they are, as a share of the noise schedule."""
+MARGIN = 0.1
+"""Around the object that an edit replaces, for the outline of another one: a share of the picture's edge."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,22 @@ def _predict(pipe: "DiffusionPipeline", latents: Tensor, t: Tensor, embeds: Tens
 
 
 @torch.no_grad()
-def derive_mask(pipe: "DiffusionPipeline", latents: Tensor, change: Change, seeds: Sequence[int]) -> Tensor:
-    """How much the two prompts disagree at each place, [B, 1, h, w]; 1 is as much as in the twentieth that most do.
+def disagreement(
+    pipe: "DiffusionPipeline", latents: Tensor, these: Tensor, those: Tensor, seeds: Sequence[int]
+) -> Tensor:
+    """How much two prompts [B, L, D_h] disagree at each place, [B, 1, h, w]; 1: as much as in the most torn twentieth.
 
-    A picture's mask depends on its own seed alone.
+    What is found of a picture depends on its own seed alone.
     """
     scheduler = _steps(pipe, "DDIMScheduler", 100)
     t = scheduler.timesteps[round((1 - MASK_LEVEL) * 99)]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    both, total = torch.cat([change.source, change.target]), torch.zeros_like(latents[:, :1], dtype=torch.float32)
+    both, total = torch.cat([these, those]), torch.zeros_like(latents[:, :1], dtype=torch.float32)
     for _ in range(MASK_DRAWS):
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
         noisy = scheduler.add_noise(latents, noise, t)
-        before, after = _predict(pipe, torch.cat([noisy] * 2), t, both).float().chunk(2)
-        total += (after - before).abs().mean(1, keepdim=True)
+        one, other = _predict(pipe, torch.cat([noisy] * 2), t, both).float().chunk(2)
+        total += (other - one).abs().mean(1, keepdim=True)
     smooth = F.avg_pool2d(F.pad(total, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     most = torch.quantile(smooth.flatten(1), 0.95, dim=1).view(-1, 1, 1, 1).clamp(min=1e-8)
     return (smooth / most).clamp(max=1)
@@ -162,40 +168,57 @@ class Repainting:
     steps: int
     painted: int
     guidance_scale: float
-    threshold: float
-    """Of the derived mask: what lies above may change."""
     fresh: float
     reuse_steps: int = 1
 
 
+def _encoded(pipe: "DiffusionPipeline", pixels: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] in -1..1 -> latents [B, C, h, w]."""
+    with upcast_vae(pipe) as vae:
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean * pipe.vae.config.scaling_factor
+    return latents.to(pipe.unet.dtype)
+
+
 @torch.no_grad()
-def repainted(
+def derived_masks(
     pipe: "DiffusionPipeline",
     pixels: Tensor,
-    change: Change,
-    how: Repainting,
+    named: Tensor,
+    unnamed: Tensor,
     seeds: Sequence[int],
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Pictures [B, 3, H, W] in -1..1 changed within their masks -> pictures, and the masks [B, 1, H, W] in 0..1.
+    verb: str,
+    threshold: float,
+) -> Tensor:
+    """Masks [B, 1, H, W] of pictures [B, 3, H, W] in -1..1: 1 where `edit` or `stylize` may change them.
 
-    mask: [B, 1, H, W], 1 where it may change; else one is derived. Where it is 0 the pixels are the given ones.
+    named, unnamed: prompt embeddings [B, L, D_h] of what each shows, and of the same with the object left open.
+    threshold: how far they must disagree at a place to begin there; above 1 or at 1 no object is found at all.
     """
-    scale = pipe.vae.config.scaling_factor
-    with upcast_vae(pipe) as vae:
-        latents = (vae.encode(pixels.to(vae.dtype)).latent_dist.mean * scale).to(pipe.unet.dtype)
-    if mask is None:
-        small = (derive_mask(pipe, latents, change, seeds) > how.threshold).to(latents)
-    else:
-        small = (F.adaptive_max_pool2d(mask, latents.shape[-2:]) > 0).to(latents)
+    likely = disagreement(pipe, _encoded(pipe, pixels), named, unnamed, seeds)[:, 0].cpu().numpy()
+    masks = []
+    for picture, there in zip(pixels, likely, strict=True):
+        found = silhouette(np.asarray(picture_of(picture)), there, threshold)
+        masks.append(grown(found, MARGIN) if verb == "edit" else ~found)
+    return torch.from_numpy(np.stack(masks))[:, None].to(pixels)
+
+
+@torch.no_grad()
+def repainted(
+    pipe: "DiffusionPipeline", pixels: Tensor, change: Change, how: Repainting, seeds: Sequence[int], mask: Tensor
+) -> Tensor:
+    """Pictures [B, 3, H, W] in -1..1 changed within their masks.
+
+    mask: [B, 1, H, W], 1 where it may change. Where it is 0 the pixels are the given ones.
+    """
+    scale, latents = pipe.vae.config.scaling_factor, _encoded(pipe, pixels)
+    small = (F.adaptive_max_pool2d(mask, latents.shape[-2:]) > 0).to(latents)
     noise = [torch.randn(latents.shape[1:], generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     way = invert(pipe, latents, change.source, how.steps, how.painted)
     parts = how.steps, how.guidance_scale, torch.stack(noise).to(latents), how.fresh, how.reuse_steps
     done = repaint(pipe, way, change, small, *parts) / scale
     with upcast_vae(pipe) as vae:
         painted = vae.decode(done.to(vae.dtype)).sample.float().clamp(-1, 1)
-    whole = F.interpolate(small.float(), size=pixels.shape[-2:], mode="bilinear").clamp(0, 1) if mask is None else mask
-    return torch.where(whole > 0, whole * painted + (1 - whole) * pixels, pixels), whole
+    return torch.where(mask > 0, mask * painted + (1 - mask) * pixels, pixels)
 
 
 def unit_of(image: Image.Image) -> Tensor:

@@ -17,7 +17,7 @@ from aai.adapt import AdapterConfig, AudioAdapter
 from aai.addons import AddOns, add_to, with_controlnet
 from aai.bundle import Bundle, read_bundle
 from aai.concepts import Concepts, Vocabulary
-from aai.editing import Change, Repainting, picture_of, repainted, same_dtype, unit_of, white_of
+from aai.editing import Change, Repainting, derived_masks, picture_of, repainted, same_dtype, unit_of, white_of
 from aai.encoders.aligner import load_aligner
 from aai.encoders.audio import AudioEncoder
 from aai.errors import UserError
@@ -295,7 +295,7 @@ class Painter:
     def _repaint(
         self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None
     ) -> list[Image.Image]:
-        check_repaint(verb, request)
+        check_repaint(request)
         how = request.prompt, request.sound_strength, request.window
         target, source = self.embed_repaint(verb, [sound], [image], *how)
         seeds = [request.seed + i for i in range(request.num_images)]
@@ -317,7 +317,7 @@ class Painter:
 
         Raises UserError for a mask that img2img would not heed.
         """
-        strength = check_repaint(verb, request)
+        strength = check_repaint(request)
         if request.repaint == "img2img":
             if masks is not None:
                 raise UserError("mask", "a picture", "img2img changes the whole picture", "set request.repaint=invert")
@@ -326,7 +326,6 @@ class Painter:
             request.steps,
             int(request.steps * strength),
             request.guidance_scale,
-            request.mask_threshold,
             request.fresh_noise,
             request.reuse_steps,
         )
@@ -335,11 +334,14 @@ class Painter:
 
         def some(at: slice) -> list[Image.Image]:
             pixels = torch.stack([unit_of(self._fitted(image)) for image in images[at]]).to(self.device)
-            open_ = None
-            if masks is not None:
+            if masks is None:
+                texts = self.concepts.described(self.concepts.clip.images(images[at]).to(self.device))
+                named, unnamed = (self.embed_text(rows).to(self.pipe.unet.dtype) for rows in texts)
+                open_ = derived_masks(self.pipe, pixels, named, unnamed, seeds[at], verb, request.mask_threshold)
+            else:
                 open_ = torch.stack([white_of(self._fitted(mask)) for mask in masks[at]]).to(self.device)
-            done, _ = repainted(self.pipe, pixels, Change(*(part[at] for part in told)), how, seeds[at], open_)
-            return self._fit_to_show(done)
+            change = Change(*(part[at] for part in told))
+            return self._fit_to_show(repainted(self.pipe, pixels, change, how, seeds[at], open_))
 
         return in_halves(some, len(seeds))
 

@@ -29,7 +29,7 @@ def calls_of(verb: str, request: PaintRequest, masked: bool) -> tuple[int, int]:
     """How often a request calls the UNet, and how many of these calls, the last ones, denoise its pictures."""
     if verb == "generate":
         return request.steps, request.steps
-    painted = int(request.steps * check_repaint(verb, request))
+    painted = int(request.steps * check_repaint(request))
     if request.repaint == "img2img":
         return painted, painted
     return (0 if masked else MASK_DRAWS) + 2 * painted, painted

@@ -12,8 +12,8 @@ from aai.sounds import Window
 DEFAULT_PROMPT = "a photo of <sound>"
 HEAD_PATTERN = r"^a \w+ of\b"
 Mixing = Literal["regions", "words"]
-REPAINT = {"edit": 0.8, "stylize": 0.8}
-"""How much of the given picture each verb paints anew by default."""
+REPAINT = {"img2img": 0.8, "invert": 0.9}
+"""How much of the given picture each way of repainting paints anew by default."""
 
 
 class SamplingConfig(Config):
@@ -30,10 +30,12 @@ class SamplingConfig(Config):
     """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
     repaint: Literal["img2img", "invert"] = "img2img"
     """Edit and stylize: img2img adds noise to the whole picture and paints it anew (SDEdit); invert changes a mask,
-    given or derived, and keeps every pixel outside."""
-    mask_threshold: float = pydantic.Field(0.4, ge=0, le=1)
-    """invert without a mask: how far the old and the new prompt must disagree at a place for it to change."""
-    fresh_noise: float = pydantic.Field(0.5, ge=0, le=1)
+    given or derived, and keeps every pixel outside. Derived is that of the picture's object: an edit changes it and a
+    margin around it, a stylization all else."""
+    mask_threshold: float = pydantic.Field(0.7, ge=0, le=1)
+    """invert without a mask: how far predictions with and without the picture's object must disagree at a place for it
+    to be sought there. Less finds larger objects."""
+    fresh_noise: float = pydantic.Field(0.8, ge=0, le=1)
     """invert: 0 keeps the old shapes within the mask most, 1 forgets them."""
 
 
@@ -59,12 +61,12 @@ class PaintRequest(SamplingConfig):
     """What is heard of a sound longer than the model's clips: its middle, the loudest part, or the mean of parts."""
 
 
-def check_repaint(verb: str, request: SamplingConfig) -> float:
+def check_repaint(request: SamplingConfig) -> float:
     """The denoise strength with which a request repaints. Raises UserError when not one step would be painted.
 
     Of N denoising steps the last floor(N * strength) are painted (SDEdit, Meng et al. 2022).
     """
-    strength = request.denoise_strength or REPAINT[verb]
+    strength = request.denoise_strength or REPAINT[request.repaint]
     fewest = 2 if request.repaint == "invert" else 1  # the lowest noise level alone changes next to nothing
     if int(request.steps * strength) < fewest:
         enough = math.ceil(100 * fewest / request.steps) / 100

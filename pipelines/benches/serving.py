@@ -313,7 +313,7 @@ def goals(spread: Mapping[str, Sequence[float]], many: int) -> list[str]:
 
 def mean_steps(steps: int) -> float:
     """Steps that the UNet takes for a picture, over the verbs."""
-    return statistics.mean(int(steps * REPAINT.get(verb, 1)) for verb in VERBS)
+    return statistics.mean(int(steps * (1 if verb == "generate" else REPAINT["img2img"])) for verb in VERBS)
 
 
 def rounded(value: float) -> float:

@@ -146,7 +146,8 @@ def keeping_figures(
         kept = [tuple(labels[row][place] for place in places if place < len(labels[row])) for row in of]
         place = REPAINTED[name]
         changes, wanted = [labels[row][place] for row in of], [labels[row["row"]][place] for row in rows]
-        found = {"given_nearer": keeping.given_nearer(ours, given, of, kept, changes, wanted)}
+        by = keeping.contours if name.startswith("stylize") else keeping.colours
+        found = {"given_nearer": keeping.given_nearer(ours, given, of, kept, changes, wanted, by)}
         if name == "edit" and all(len(labels[row]) > REGION for row in of):
             found["outside_distance"] = keeping.outside_distance(ours, given, [labels[row][REGION] for row in of])
         figures[name] = {key: value for key, value in found.items() if value is not None}

@@ -92,7 +92,7 @@ def _read(setting: str, uri: str | None, max_bytes: int) -> bytes:
 def paint(verb: str, config: PaintConfig) -> dict[str, object]:
     """Runs generate, edit or stylize and writes the PNG files; returns their paths and the time."""
     if isinstance(config, RepaintConfig):
-        check_repaint(verb, config.request)  # before anything is loaded
+        check_repaint(config.request)  # before anything is loaded
     if isinstance(config, RepaintConfig) and len(config.sounds()) > 1:
         raise UserError("audio", ", ".join(config.audio), f"{verb} takes one sound", "give one, or use generate")
     data, given, prover = read_sounds(config), _read_pictures(config), Prover(config.proof)

@@ -213,7 +213,7 @@ def _add_pages(app: FastAPI, backend: Backend) -> None:
 def _add_verbs(app: FastAPI, backend: Backend, limits: Limits, decoders: Decoders) -> None:
     async def wanted(verb: Verb, form: GenerateForm | RepaintForm) -> PaintJob:
         if verb != "generate":
-            check_repaint(verb, form)
+            check_repaint(form)
             if isinstance(form, RepaintForm) and form.mask and form.repaint != "invert":
                 raise ApiError(422, "invalid_field", "mask: img2img changes the whole picture; send repaint=invert")
         files, rate_hz = form.files(), backend.model.sample_rate_hz

@@ -81,6 +81,16 @@ def test_the_head_is_read_off_the_picture(concepts: Concepts) -> None:
     assert concepts.head_of(torch.tensor([[0.3, 0.2, 1, 0, 0, 0, 0]])) == "a photo of"
 
 
+def test_pictures_are_described_with_their_object_and_without(concepts: Concepts) -> None:
+    words = concepts.vocabulary
+    features = concepts.features
+    pictures = torch.stack([features["objects"][i] + 0.5 * features["ambiences"][1 - i] for i in (0, 1)])
+    named, unnamed = concepts.described(pictures)
+    heads = [concepts.head_of(picture[None]) for picture in pictures]
+    assert named == [f"{heads[i]} {words.objects[i]} {words.ambiences[1 - i]}" for i in (0, 1)]
+    assert unnamed == [f"{heads[i]} {words.any_object} {words.ambiences[1 - i]}" for i in (0, 1)]
+
+
 def test_a_vocabulary_needs_something_to_tell_apart() -> None:
     words = {"heads": ["a photo of"], "objects": ["a dog", "a bell"], "ambiences": ["at night", "in the rain"]}
     Vocabulary.parse(words)

@@ -1,14 +1,17 @@
 """Inversion and masks with small random models: what may not change does not, and each setting does its part."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from aai.editing import Change, Repainting, derive_mask, invert, repaint, repainted
+from aai.editing import MARGIN, Change, Repainting, derived_masks, disagreement, invert, picture_of, repaint, repainted
 from aai.inject import Injector
+from aai.silhouette import grown, silhouette
 
-HOW = Repainting(steps=5, painted=4, guidance_scale=3.0, threshold=0.5, fresh=0.5)
+HOW = Repainting(steps=5, painted=4, guidance_scale=3.0, fresh=0.5)
+EVERYWHERE = torch.ones(2, 1, 64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -52,44 +55,61 @@ def test_outside_the_mask_nothing_changes(pipe: StableDiffusionPipeline, change:
     assert not torch.allclose(done[..., :4], way[0][..., :4])
     mask = torch.zeros(2, 1, 64, 64)
     mask[0, :, 10:30, 10:30] = 1
-    pictures, masks = repainted(pipe, pixels, change, HOW, [1, 2], mask)
-    assert torch.equal(masks, mask)
+    pictures = repainted(pipe, pixels, change, HOW, [1, 2], mask)
     assert torch.equal(pictures[1], pixels[1])
     outside = mask.expand_as(pixels) == 0
     assert torch.equal(pictures[outside], pixels[outside])
     assert not torch.allclose(pictures[0, :, 10:30, 10:30], pixels[0, :, 10:30, 10:30], atol=0.05)
 
 
-def test_the_mask_is_where_the_prompts_disagree(pipe: StableDiffusionPipeline, change: Change) -> None:
-    mask = derive_mask(pipe, latents(), change, [1, 2])
+def test_a_map_tells_where_two_prompts_disagree(pipe: StableDiffusionPipeline, change: Change) -> None:
+    both = change.source, change.target
+    mask = disagreement(pipe, latents(), *both, [1, 2])
     assert mask.shape == (2, 1, 8, 8)
     assert mask.amax((1, 2, 3)).tolist() == [1, 1]
     assert mask.min() > 0
-    alone = Change(*(part[1:] for part in (change.source, change.target, change.negative)))
-    torch.testing.assert_close(derive_mask(pipe, latents()[1:], alone, [2]), mask[1:], atol=1e-3, rtol=0)
-    assert not torch.allclose(derive_mask(pipe, latents(), change, [3, 2])[0], mask[0], atol=1e-3)
-    nowhere = Change(change.source, change.source, change.negative)
-    assert derive_mask(pipe, latents(), nowhere, [1, 2]).max() == 0
+    alone = disagreement(pipe, latents()[1:], *(part[1:] for part in both), [2])
+    torch.testing.assert_close(alone, mask[1:], atol=1e-3, rtol=0)
+    assert not torch.allclose(disagreement(pipe, latents(), *both, [3, 2])[0], mask[0], atol=1e-3)
+    assert disagreement(pipe, latents(), change.source, change.source, [1, 2]).max() == 0
 
 
-def test_prompts_that_say_the_same_change_nothing(
+def test_an_edit_may_change_the_object_and_its_margin_and_a_stylization_all_else(
+    pipe: StableDiffusionPipeline, change: Change, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The map of a picture is what its two prompts disagree on; each picture is cut by its own."""
+    told = change.source, change.target, [1, 2]
+    scaled = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    likely = disagreement(pipe, scaled, *told)[:, 0].numpy()
+    expected = [silhouette(np.asarray(picture_of(x)), at, 0.6) for x, at in zip(pixels, likely, strict=True)]
+    assert all(0 < one.mean() < 1 for one in expected)
+    assert not np.array_equal(*expected)
+    edit, stylize = (derived_masks(pipe, pixels, *told, verb, 0.6) for verb in ("edit", "stylize"))
+    for i, one in enumerate(expected):
+        assert np.array_equal(edit[i, 0].numpy() > 0, grown(one, MARGIN))
+        assert np.array_equal(stylize[i, 0].numpy() > 0, ~one)
+    assert set(edit.unique().tolist()) == {0, 1}
+    nowhere = [derived_masks(pipe, pixels, *told, verb, 1.0).mean().item() for verb in ("edit", "stylize")]
+    assert nowhere == [0, 1]
+
+
+def test_prompts_that_say_the_same_find_no_object(
     pipe: StableDiffusionPipeline, change: Change, pixels: Tensor
 ) -> None:
-    pictures, masks = repainted(pipe, pixels, Change(change.source, change.source, change.negative), HOW, [1, 2])
-    assert masks.max() == 0
-    assert torch.equal(pictures, pixels)
+    mask = derived_masks(pipe, pixels, change.source, change.source, [1, 2], "edit", 0.7)
+    assert mask.max() == 0
+    assert torch.equal(repainted(pipe, pixels, change, HOW, [1, 2], mask), pixels)
 
 
 def test_each_setting_counts(pipe: StableDiffusionPipeline, change: Change, pixels: Tensor) -> None:
     def painted(seeds: tuple[int, int] = (1, 2), **changes: float) -> Tensor:
-        return repainted(pipe, pixels, change, Repainting(**{**vars(HOW), **changes}), seeds)[0]
+        return repainted(pipe, pixels, change, Repainting(**{**vars(HOW), **changes}), seeds, EVERYWHERE)
 
     first = painted()
     assert torch.equal(first, painted())
     for other in (
         painted(guidance_scale=1.0),
         painted(painted=2),
-        painted(threshold=0.9),
         painted(fresh=1.0),
         painted(steps=10),
         painted(reuse_steps=2),
@@ -98,14 +118,9 @@ def test_each_setting_counts(pipe: StableDiffusionPipeline, change: Change, pixe
     another = painted(seeds=(1, 5))
     torch.testing.assert_close(another[0], first[0], atol=1e-3, rtol=0)
     assert not torch.allclose(another[1], first[1], atol=1e-3)
-    everywhere, nowhere = (
-        repainted(pipe, pixels, change, Repainting(**{**vars(HOW), "threshold": t}), [1, 2])[1] for t in (0.0, 1.0)
-    )
-    assert everywhere.min() == 1
-    assert nowhere.max() == 0
 
 
-def test_a_mask_spreads_to_the_neighbours_of_where_prompts_disagree(
+def test_a_map_spreads_to_the_neighbours_of_where_prompts_disagree(
     pipe: StableDiffusionPipeline, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def at_one_place(_pipe: object, latents: Tensor, _t: object, embeds: Tensor) -> Tensor:
@@ -114,7 +129,7 @@ def test_a_mask_spreads_to_the_neighbours_of_where_prompts_disagree(
         return told
 
     monkeypatch.setattr("aai.editing._predict", at_one_place)
-    mask = derive_mask(pipe, latents(), change, [1, 2])
+    mask = disagreement(pipe, latents(), change.source, change.target, [1, 2])
     assert (mask[0, 0] > 0).nonzero().tolist() == [[row, column] for row in (2, 3, 4) for column in (3, 4, 5)]
 
 
@@ -123,7 +138,7 @@ def test_a_given_mask_of_one_pixel_opens_its_place(
 ) -> None:
     mask = torch.zeros(2, 1, 64, 64)
     mask[:, 0, 11, 13] = 1
-    pictures, _ = repainted(pipe, pixels, change, HOW, [1, 2], mask)
+    pictures = repainted(pipe, pixels, change, HOW, [1, 2], mask)
     assert (pictures[:, :, 11, 13] - pixels[:, :, 11, 13]).abs().max() > 0.01
 
 
@@ -159,7 +174,7 @@ def test_latents_have_the_scale_that_the_model_was_trained_on(
 
     monkeypatch.setattr("aai.editing.invert", stopped)
     with pytest.raises(KeyboardInterrupt):
-        repainted(pipe, pixels, change, HOW, [1, 2])
+        repainted(pipe, pixels, change, HOW, [1, 2], EVERYWHERE)
     expected = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     torch.testing.assert_close(started[0], expected, atol=1e-4, rtol=0)
     assert pipe.vae.config.scaling_factor != 1

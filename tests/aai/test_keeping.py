@@ -1,10 +1,14 @@
 """Figures of keeping: what ignores the given picture stands at chance, what returns it is perfect."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from aai.keeping import as_pixels, given_nearer, outside_distance
+from aai.keeping import as_pixels, colours, contours, given_nearer, outside_distance
+from aai.toy.draw import draw_scene
+from aai.toy.grammar import AMBIENCES, OBJECTS, Scene
 
 RNG = np.random.default_rng(0)
 GIVEN = RNG.random((12, 64, 64, 3)).astype(np.float32)
@@ -49,6 +53,36 @@ def test_others_that_have_what_is_wanted_already_do_not_count() -> None:
 
 def as_pooled(pixels: np.ndarray) -> np.ndarray:
     return pixels.reshape(16, 4, 16, 4, 3).mean((1, 3))
+
+
+def test_a_perfect_stylization_is_nearer_to_its_own_picture_by_contours_not_by_colours() -> None:
+    """The same scenes drawn in another ambience; beside them other scenes of the same labels in that ambience."""
+    rng = np.random.default_rng(1)
+    scenes = [Scene(OBJECTS[i % 2], AMBIENCES[i % 4], "photo", rng.random(), i, rng.random(), rng.random())
+              for i in range(60)]  # fmt: skip
+    wanted = [AMBIENCES[(i % 4 + 1 + i % 3) % 4] for i in range(60)]
+    styled = [replace(scene, ambience=name) for scene, name in zip(scenes, wanted, strict=True)]
+    others = [replace(scene, seed=100 + scene.seed, size=rng.random(), rate=rng.random()) for scene in styled]
+    given, perfect, noise = (np.stack([as_pixels(draw_scene(one)) for one in kind])
+                             for kind in (scenes, styled, others))  # fmt: skip
+    labels = list(range(60)), [scene.obj for scene in scenes], [scene.ambience for scene in scenes], wanted
+    assert given_nearer(perfect, given, *labels, by=contours) > 0.9  # type: ignore[operator]
+    assert given_nearer(noise, given, *labels, by=contours) == pytest.approx(0.5, abs=0.1)
+    assert given_nearer(perfect, given, *labels, by=colours) < 0.8  # type: ignore[operator]
+    assert given_nearer(given, given, *labels, by=contours) == 1
+
+
+def test_contours_do_not_see_colours_and_bear_flat_pictures() -> None:
+    image = np.zeros((2, 64, 64, 3), np.float32)
+    image[0, 16:48, 16:48] = (0.8, 0.1, 0.3)
+    image[1, 16:48, 16:48] = (0.1, 0.3, 0.8)
+    found = contours(image)
+    assert found.shape == (2, 256)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    np.testing.assert_allclose(found.mean(1), 1, atol=1e-5)
+    assert (found[0].reshape(16, 16)[6:10, 6:10] == 0).all()
+    np.testing.assert_allclose(contours(0.5 * image + 0.2), found, atol=1e-4)
+    assert (contours(np.full((1, 64, 64, 3), 0.4, np.float32)) == 0).all()
 
 
 def test_distance_outside_the_region() -> None:

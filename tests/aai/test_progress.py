@@ -44,8 +44,8 @@ def stages(painter: Painter, verb: str, request: PaintRequest, mask: Image.Image
         ("generate", {"num_images": 3, "guidance_scale": 1}, None, 20),
         ("edit", {}, None, 16),
         ("stylize", {"denoise_strength": 0.5}, None, 10),
-        ("edit", {"repaint": "invert"}, None, 6 + 16 + 16),
-        ("edit", {"repaint": "invert"}, WHITE, 16 + 16),
+        ("edit", {"repaint": "invert"}, None, 6 + 18 + 18),
+        ("edit", {"repaint": "invert"}, WHITE, 18 + 18),
     ],
 )
 def test_every_call_of_the_unet_is_a_stage(

@@ -22,8 +22,8 @@ def test_bounds_and_defaults_of_a_request() -> None:
         "sound_parts": None,
         "denoise_strength": None,
         "repaint": "img2img",
-        "mask_threshold": 0.4,
-        "fresh_noise": 0.5,
+        "mask_threshold": 0.7,
+        "fresh_noise": 0.8,
     }
     limits = {
         "num_images": (1, 8),
@@ -51,13 +51,13 @@ def test_bounds_and_defaults_of_a_request() -> None:
 def test_the_remedy_of_a_repaint_of_no_step_is_one() -> None:
     for steps in range(1, 101):  # the remedy is one, also at the smallest strength there is
         with pytest.raises(UserError) as error:
-            check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=5e-324))
+            check_repaint(PaintRequest(steps=steps, denoise_strength=5e-324))
         enough = float(error.value.remedy.split()[3].rstrip(","))
-        check_repaint("stylize", PaintRequest(steps=steps, denoise_strength=enough))
+        check_repaint(PaintRequest(steps=steps, denoise_strength=enough))
 
 
 def test_inversion_needs_two_steps() -> None:
     for steps, strength, remedy in ((4, 0.3, "raise it to 0.5"), (1, 1.0, "give at least 2 steps")):
         with pytest.raises(UserError, match=remedy):
-            check_repaint("edit", PaintRequest(steps=steps, denoise_strength=strength, repaint="invert"))
-    check_repaint("edit", PaintRequest(steps=4, denoise_strength=0.5, repaint="invert"))
+            check_repaint(PaintRequest(steps=steps, denoise_strength=strength, repaint="invert"))
+    check_repaint(PaintRequest(steps=4, denoise_strength=0.5, repaint="invert"))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,19 @@ from aai.features import load_split
 from aai.foundation.clip import FrozenClip
 from aai.foundation.identity import TOY_WEIGHTS
 from aai.inject import Sound
+from aai.keeping import as_pixels, colours, contours, given_nearer
 from aai.metrics import bootstrap_ci, paired_difference
 from aai.painter import Painter
 from aai.regions import joined, side_by_side
 from aai.sampling import PaintRequest
 from aai.strips import along
-from aai.toy.grammar import caption_of
+from aai.toy.grammar import Scene, caption_of
 from aai.toy.judge import ToyJudge
-from pipelines.evaluation.judges import UNCAPTIONED
+from aai.toy.roster import Clip
+from aai.toy.writer import draw_frames
+from pipelines.evaluation.cases import REPAINTED
+from pipelines.evaluation.grades import KEPT
+from pipelines.evaluation.judges import ATTRIBUTES, UNCAPTIONED
 
 pytestmark = [pytest.mark.accept, pytest.mark.timeout(7200)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,6 +294,41 @@ def test_l8_four_steps_with_the_distilled_weights(world: World) -> None:
     whole, quick = figures["20 steps"], figures["4 distilled"]
     assert quick["object"] >= 0.95 * whole["object"]
     assert whole["cpu_s"] / quick["cpu_s"] >= 4
+
+
+def drawn(scenes: Sequence[Scene]) -> np.ndarray:
+    """The world's own pictures of scenes, as `aai.keeping` compares them."""
+    shots = [draw_frames(Clip("", scene, scene, "test"), [1.0])[0] for scene in scenes]
+    return np.stack([as_pixels(Image.fromarray(shot)) for shot in shots])
+
+
+@pytest.mark.parametrize("verb", ["edit", "stylize"])
+def test_l4_what_a_perfect_change_reaches(world: World, verb: str) -> None:
+    """The given scene, drawn anew by the world with what the sound would have: the ceiling of given-nearer."""
+    planned = json.loads((RUN / "world" / "scenes.json").read_text())
+    scenes = [Scene(**planned[f"clips/{Path(uri).name}"]) for uri in world.clips["uri"]]
+    place, rng = REPAINTED[verb], np.random.default_rng(0)
+    values = np.array([row[place] for row in world.clips["labels"]])
+    heard = [int(row) for row in rng.choice(world.single, COUNT)]
+    given = [int(rng.choice([row for row in world.single if values[row] != values[own]])) for own in heard]
+    pairs = [(scenes[row], scenes[own]) for row, own in zip(given, heard, strict=True)]
+    if verb == "edit":
+        kinds = {"the object alone": [replace(a, obj=b.obj) for a, b in pairs]}
+        heard_too = [replace(a, obj=b.obj, pitch=b.pitch, rate=b.rate, size=b.size) for a, b in pairs]
+        kinds["and its colour, count, size"] = heard_too
+    else:
+        kinds = {"the ambience": [replace(a, ambience=b.ambience) for a, b in pairs]}
+    kinds["the same labels elsewhere"] = [replace(scene, seed=scene.seed + 1) for scene in [*kinds.values()][-1]]
+    places = [ATTRIBUTES.index(name) for name in KEPT[verb]]
+    kept = [tuple(world.label(row, at) for at in places) for row in given]
+    labels = given, kept, values[given].tolist(), values[heard].tolist()
+    shown = drawn([own for own, _ in pairs])
+    figures = {name: {by.__name__: given_nearer(drawn(made), shown, *labels, by=by) for by in (colours, contours)}
+               for name, made in kinds.items()}  # fmt: skip
+    told(f"perfect_{verb}", figures)
+    best, elsewhere = next(iter(figures.values())), figures["the same labels elsewhere"]
+    name = "colours" if verb == "edit" else "contours"
+    assert best[name] > 0.95 > elsewhere[name]
 
 
 def evaluated(name: str, **settings: Any) -> dict[str, Any]:

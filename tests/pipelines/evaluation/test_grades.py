@@ -237,7 +237,11 @@ def test_scores_of_every_condition_that_fills_one_prompt(out: str) -> None:
     assert grades.class_names([["dog"], [], ["bell", "rain"], ["dog"]]) == ["bell", "dog"]
 
 
-FRAMES = [Image.fromarray(np.full((64, 64, 3), 60 * i, np.uint8)) for i in range(4)]
+FRAMES = []
+for _level in range(4):  # other colours, and a bar at another place
+    _pixels = np.full((64, 64, 3), 60 * _level, np.uint8)
+    _pixels[:, 4 + 16 * _level : 8 + 16 * _level] = 255
+    FRAMES.append(Image.fromarray(_pixels))
 
 
 def png(image: Image.Image) -> bytes:
@@ -275,6 +279,16 @@ def test_what_is_kept_of_given_pictures_and_what_is_painted_from_noise(out: str)
     assert noise["given_nearer"] < 0.5, "each is another one of the three"
     assert "edit_from_noise" not in found
     assert found["stylize"] == {"pictures": 3, "given_nearer": 1}
+    pale = storage.read_table(f"{out}/pictures/0.parquet").to_pylist()
+    for row in pale:
+        if row["condition"] == "stylize":  # the given bars on the colour of another picture
+            bars = np.asarray(FRAMES[row["picture_row"]])
+            row["png"] = png(
+                Image.fromarray(np.where(bars == 255, 255, 60 * ((row["picture_row"] + 1) % 3)).astype("u1"))
+            )
+    storage.write_table(f"{out}/pictures/0.parquet", pa.Table.from_pylist(pale, schema=PICTURE_TABLE))
+    found = grades.picture_figures(out, clips(labels), Heard(out), ())
+    assert found["stylize"]["given_nearer"] == 1, "a style is held against contours"
     bare = grades.picture_figures(out, clips([row[:4] for row in labels]), Heard(out), ())
     assert "outside_distance" not in bare["edit"]
 

@@ -1,0 +1,52 @@
+"""Which pixels of a picture are its object's: a coarse map of where it likely is, cut out along the picture's edges.
+
+The latents of a diffusion model are coarser than shapes. So what is found there only says where to begin; a graph cut
+over the picture's colours ends at the outline (GrabCut, Rother et al. 2004, doi 10.1145/1015706.1015720, of OpenCV).
+"""
+
+import numpy as np
+
+SURELY_NOT = 0.4
+"""Below this the map says that a pixel is none of the object's."""
+EDGE_PX, ROUNDS = 256, 5
+"""Longest edge at which is cut, and iterations of colour model and cut."""
+FEWEST_PX = 16
+"""Of either side, from which a colour model can be made."""
+LOST = 0.1
+"""A cut smaller than this share of where it began has lost the object."""
+
+
+def silhouette(picture: np.ndarray, likely: np.ndarray, threshold: float) -> np.ndarray:
+    """bool [H, W] of a picture uint8 [H, W, 3]: True where its object is.
+
+    likely: float32 [h, w] in 0..1; threshold: from which on a place is taken for the object's at the beginning. Where
+    the colours tell nothing apart it stays with these places. Needs no GPU; some 10 ms at 64 px, 200 ms at 256 px.
+    """
+    import cv2
+
+    height, width = picture.shape[:2]
+    shrink = min(1.0, EDGE_PX / max(height, width))
+    size = max(1, round(width * shrink)), max(1, round(height * shrink))
+    small = cv2.resize(np.ascontiguousarray(picture), size, interpolation=cv2.INTER_AREA)
+    there = cv2.resize(np.ascontiguousarray(likely, np.float32), size, interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    begun = there > threshold
+    found = begun
+    if min(begun.sum(), (~begun).sum()) >= FEWEST_PX:
+        marks = np.where(begun, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+        marks[there < min(SURELY_NOT, threshold)] = cv2.GC_BGD
+        cv2.setRNGSeed(0)  # its colour models begin at random
+        models = np.zeros((1, 65)), np.zeros((1, 65))
+        cv2.grabCut(small, marks, None, *models, ROUNDS, cv2.GC_INIT_WITH_MASK)
+        cut = (marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD)
+        found = cut if cut.sum() >= LOST * begun.sum() else begun
+    whole = cv2.resize(found.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(whole > 0.5)
+
+
+def grown(mask: np.ndarray, share: float) -> np.ndarray:
+    """A mask bool [H, W] with a margin around it, of this share of the longer edge."""
+    import cv2
+
+    margin = round(share * max(mask.shape))
+    kernel = np.ones((2 * margin + 1, 2 * margin + 1), np.uint8)
+    return np.asarray(cv2.dilate(mask.astype(np.uint8), kernel) > 0)
