@@ -79,6 +79,9 @@ def test_an_edit_may_change_the_object_and_its_margin_and_a_stylization_all_else
 ) -> None:
     """The map of a picture is what its two prompts disagree on; each picture is cut by its own."""
     told = change.source, change.target, [1, 2]
+    pixels = 0.1 * pixels
+    pixels[0, 0, :, 20:44] += 0.8  # a red column, and a blue row
+    pixels[1, 2, 20:44] += 0.8
     scaled = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     likely = disagreement(pipe, scaled, *told)[:, 0].numpy()
     expected = [silhouette(np.asarray(picture_of(x)), at, 0.6) for x, at in zip(pixels, likely, strict=True)]

@@ -82,6 +82,12 @@ def test_contours_do_not_see_colours_and_bear_flat_pictures() -> None:
     np.testing.assert_allclose(found.mean(1), 1, atol=1e-5)
     assert (found[0].reshape(16, 16)[6:10, 6:10] == 0).all()
     np.testing.assert_allclose(contours(0.5 * image + 0.2), found, atol=1e-4)
+    np.testing.assert_allclose(contours(image.swapaxes(1, 2)), found, atol=1e-5)
+    level = np.zeros((1, 64, 64, 3), np.float32)
+    level[:, 34:] = 1  # an edge from left to right
+    lines = contours(level).reshape(16, 16)
+    assert (lines[8] == 16).all()
+    assert (np.delete(lines, 8, axis=0) == 0).all()
     assert (contours(np.full((1, 64, 64, 3), 0.4, np.float32)) == 0).all()
 
 

@@ -263,7 +263,12 @@ def test_what_is_kept_of_given_pictures_and_what_is_painted_from_noise(out: str)
     scenes = [["dog", "rain", "photo", "big"]] * 3 + [["frog", "snow", "photo", "big"]]  # the last one is heard
     labels = [[*row, *["x"] * 5, "0 0 50 100"] for row in scenes]
     rows: list[dict[str, Any]] = []
-    for name, picked in (("edit", [0, 1, 2]), ("edit_from_noise", [1, 0, 1]), ("stylize", [0, 1, 2])):
+    for name, picked in (
+        ("edit", [0, 1, 2]),
+        ("edit_from_noise", [1, 0, 1]),
+        ("stylize", [0, 1, 2]),
+        ("stylize_from_noise", [1, 0, 1]),
+    ):
         for own, shown in zip((0, 1, 2), picked, strict=True):
             seen = {"object": "dog", "ambience": "rain", "medium": "photo", "size": 0.5}
             picture = {"picture_row": own, "row": 3, "audio_row": 3, "seed": 0, "png": png(FRAMES[shown])}
@@ -278,17 +283,18 @@ def test_what_is_kept_of_given_pictures_and_what_is_painted_from_noise(out: str)
     assert noise["pictures"] == 3
     assert noise["given_nearer"] < 0.5, "each is another one of the three"
     assert "edit_from_noise" not in found
-    assert found["stylize"] == {"pictures": 3, "given_nearer": 1}
-    pale = storage.read_table(f"{out}/pictures/0.parquet").to_pylist()
-    for row in pale:
-        if row["condition"] == "stylize":  # the given bars on the colour of another picture
-            bars = np.asarray(FRAMES[row["picture_row"]])
-            row["png"] = png(
-                Image.fromarray(np.where(bars == 255, 255, 60 * ((row["picture_row"] + 1) % 3)).astype("u1"))
-            )
-    storage.write_table(f"{out}/pictures/0.parquet", pa.Table.from_pylist(pale, schema=PICTURE_TABLE))
+    assert found["stylize"]["given_nearer"] == 1
+    assert found["stylize"]["from_noise"]["given_nearer"] < 0.5
+    assert found["stylize"].keys() == {"pictures", "given_nearer", "from_noise"}
+    changed = storage.read_table(f"{out}/pictures/0.parquet").to_pylist()
+    for row in changed:  # edits: the given colours and another's bar; styles: the given bar on another's colour
+        own, other = (np.asarray(FRAMES[at]) for at in (row["picture_row"], (row["picture_row"] + 1) % 3))
+        ground, bar = (own, other) if row["condition"] == "edit" else (other, own)
+        row["png"] = png(Image.fromarray(np.where(bar == 255, 255, ground[0, 0]).astype(np.uint8)))
+    storage.write_table(f"{out}/pictures/0.parquet", pa.Table.from_pylist(changed, schema=PICTURE_TABLE))
     found = grades.picture_figures(out, clips(labels), Heard(out), ())
-    assert found["stylize"]["given_nearer"] == 1, "a style is held against contours"
+    assert found["edit"]["given_nearer"] == 1, "by colours"
+    assert found["stylize"]["given_nearer"] == found["stylize"]["from_noise"]["given_nearer"] == 1, "by contours"
     bare = grades.picture_figures(out, clips([row[:4] for row in labels]), Heard(out), ())
     assert "outside_distance" not in bare["edit"]
 
