@@ -32,7 +32,7 @@ MASK_DRAWS = 6
 """Noisy versions of a picture whose predictions are compared for its mask."""
 MASK_LEVEL = 0.3
 """How noisy they are, as a share of the noise schedule."""
-MARGIN = 0.1
+MARGIN = 0.12
 """Around the object that an edit replaces, for the outline of another one: a share of the picture's edge."""
 
 
@@ -189,7 +189,7 @@ def derived_masks(
     verb: str,
     threshold: float,
 ) -> Tensor:
-    """Masks [B, 1, H, W] of pictures [B, 3, H, W] in -1..1: 1 where `edit` or `stylize` may change them.
+    """Masks [B, 1, H, W] of pictures [B, 3, H, W] in -1..1: above 0 where `edit` or `stylize` may change them.
 
     named, unnamed: prompt embeddings [B, L, D_h] of what each shows, and of the same with the object left open.
     threshold: how far they must disagree at a place to begin there; above 1 or at 1 no object is found at all.
@@ -198,7 +198,7 @@ def derived_masks(
     masks = []
     for picture, there in zip(pixels, likely, strict=True):
         found = silhouette(np.asarray(picture_of(picture)), there, threshold)
-        masks.append(grown(found, MARGIN) if verb == "edit" else ~found)
+        masks.append(grown(found, MARGIN) if verb == "edit" else np.float32(~found))
     return torch.from_numpy(np.stack(masks))[:, None].to(pixels)
 
 
@@ -208,7 +208,7 @@ def repainted(
 ) -> Tensor:
     """Pictures [B, 3, H, W] in -1..1 changed within their masks.
 
-    mask: [B, 1, H, W], 1 where it may change. Where it is 0 the pixels are the given ones.
+    mask: [B, 1, H, W] in 0..1, the share of what is painted anew. Where it is 0 the pixels are the given ones.
     """
     scale, latents = pipe.vae.config.scaling_factor, _encoded(pipe, pixels)
     small = (F.adaptive_max_pool2d(mask, latents.shape[-2:]) > 0).to(latents)

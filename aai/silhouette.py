@@ -44,9 +44,12 @@ def silhouette(picture: np.ndarray, likely: np.ndarray, threshold: float) -> np.
 
 
 def grown(mask: np.ndarray, share: float) -> np.ndarray:
-    """A mask bool [H, W] with a margin around it, of this share of the longer edge."""
+    """float32 [H, W] of a mask bool [H, W]: 1 there, and a margin that fades to 0, of this share of the longer edge."""
     import cv2
 
     margin = round(share * max(mask.shape))
     kernel = np.ones((2 * margin + 1, 2 * margin + 1), np.uint8)
-    return np.asarray(cv2.dilate(mask.astype(np.uint8), kernel) > 0)
+    wide = cv2.dilate(mask.astype(np.uint8), kernel)
+    inwards = cv2.distanceTransform(cv2.copyMakeBorder(wide, 1, 1, 1, 1, cv2.BORDER_REPLICATE), cv2.DIST_L2, 3)
+    fading = np.clip(inwards[1:-1, 1:-1] / max(1.0, margin / 3), 0, 1)
+    return np.asarray(np.where(mask, 1, fading), np.float32)

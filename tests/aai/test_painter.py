@@ -312,37 +312,6 @@ def test_inversion_keeps_what_the_mask_covers(painter: Painter) -> None:
         painter.edit(sound(1), given, PaintRequest(), mask)
 
 
-def test_the_derived_mask_is_of_what_the_picture_shows_whatever_is_heard(
-    painter: Painter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two pictures of one request have masks of their own, of the words that fit each and of its own seed."""
-    asked: list[tuple[Any, ...]] = []
-
-    def noted(_pipe: object, shown: torch.Tensor, *told: Any) -> torch.Tensor:
-        asked.append((shown, *told))
-        mask = torch.zeros_like(shown[:, :1])
-        mask[:, :, :, :32] = 1
-        return mask
-
-    monkeypatch.setattr("aai.painter.derived_masks", noted)
-    pictures = [Image.new("RGB", (64, 64), color) for color in ("white", "black")]
-    request = PaintRequest(steps=4, repaint="invert", mask_threshold=0.6)
-    for verb in ("edit", "stylize"):
-        for heard in (1, 2):
-            target, source = painter.embed_repaint(verb, [sound(heard)] * 2, pictures)
-            found = pixels(painter.repaint(verb, target, source, pictures, [3, 4], request))
-            given = pixels(pictures)
-            assert np.array_equal(found[:, :, 32:], given[:, :, 32:])
-            assert not np.array_equal(found[:, :, :32], given[:, :, :32])
-    texts = painter.concepts.described(painter.concepts.clip.images(pictures))
-    assert [verb for *_, verb, _ in asked] == ["edit", "edit", "stylize", "stylize"]
-    for shown, named, unnamed, seeds, _, threshold in asked:
-        assert (threshold, list(seeds)) == (0.6, [3, 4])
-        torch.testing.assert_close(shown[0], torch.ones(3, 64, 64))
-        torch.testing.assert_close(named, painter.embed_text(texts[0]))
-        torch.testing.assert_close(unnamed, painter.embed_text(texts[1]))
-
-
 def test_repainting_reads_the_medium_off_the_picture(painter: Painter) -> None:
     picture = Image.new("RGB", (64, 64), "white")
     head = painter.concepts.head_of(painter.concepts.clip.images([picture]))

@@ -65,12 +65,14 @@ def test_a_wide_picture_keeps_its_shape() -> None:
     assert overlap(found, np.asarray(Image.fromarray(truth).resize((160, 64)))) > 0.9
 
 
-def test_a_margin_is_a_share_of_the_edge() -> None:
+def test_a_margin_is_a_share_of_the_edge_and_fades() -> None:
     mask = np.zeros((40, 80), bool)
     mask[20, 40] = True
     found = grown(mask, 0.1)
     assert found.shape == mask.shape
     assert np.argwhere(found).min(0).tolist() == [12, 32]
     assert np.argwhere(found).max(0).tolist() == [28, 48]
+    assert found[20, 40:50].tolist() == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.75, 0.375, 0], abs=0.05)
     assert np.array_equal(grown(mask, 0.0), mask)
+    assert (grown(np.ones((8, 8), bool), 0.5) == 1).all(), "it does not fade towards the picture's edge"
     assert not grown(np.zeros((8, 8), bool), 0.1).any()
