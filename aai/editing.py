@@ -3,8 +3,8 @@
 The picture is carried up to the noise from which it would come by itself (DDIM inversion, Song et al. 2020, arXiv
 2010.02502), then denoised under the new prompt. Outside a mask each step goes back to the way the picture came, and
 the finished picture has the given pixels there. Without a mask one is derived: where a prediction that is told of the
-picture's object differs from one that is not (DiffEdit, Couairon et al. 2022, arXiv 2210.11427), cut out to the pixel
-(`aai.silhouette`). An edit changes this object and a margin around it, a stylization everything else.
+picture's object differs from one that is not (DiffEdit, Couairon et al. 2022, arXiv 2210.11427), cut out along its
+outline (`aai.silhouette`). An edit changes this object and a margin around it, a stylization everything else.
 
 Shapes: B pictures, C channels of h x w latents, 8h x 8w pixels.
 """
@@ -185,16 +185,16 @@ def derived_masks(
     pixels: Tensor,
     named: Tensor,
     unnamed: Tensor,
-    seeds: Sequence[int],
     verb: str,
     threshold: float,
 ) -> Tensor:
     """Masks [B, 1, H, W] of pictures [B, 3, H, W] in -1..1: above 0 where `edit` or `stylize` may change them.
 
     named, unnamed: prompt embeddings [B, L, D_h] of what each shows, and of the same with the object left open.
-    threshold: how far they must disagree at a place to begin there; above 1 or at 1 no object is found at all.
+    threshold: how far they must disagree at a place to begin there; at 1 no object is found at all. A picture has one
+    mask, whatever it is painted over with: the noise under which the two are asked is always the same.
     """
-    likely = disagreement(pipe, _encoded(pipe, pixels), named, unnamed, seeds)[:, 0].cpu().numpy()
+    likely = disagreement(pipe, _encoded(pipe, pixels), named, unnamed, [0] * len(pixels))[:, 0].cpu().numpy()
     masks = []
     for picture, there in zip(pixels, likely, strict=True):
         found = silhouette(np.asarray(picture_of(picture)), there, threshold)

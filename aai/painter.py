@@ -317,33 +317,38 @@ class Painter:
 
         Raises UserError for a mask that img2img would not heed.
         """
-        strength = check_repaint(request)
+        strength, r = check_repaint(request), request
         if request.repaint == "img2img":
             if masks is not None:
                 raise UserError("mask", "a picture", "img2img changes the whole picture", "set request.repaint=invert")
             return self.paint(target, seeds, request, images, strength)
-        how = Repainting(
-            request.steps,
-            int(request.steps * strength),
-            request.guidance_scale,
-            request.fresh_noise,
-            request.reuse_steps,
-        )
+        how = Repainting(r.steps, int(r.steps * strength), r.guidance_scale, r.fresh_noise, r.reuse_steps)
         negative = self.embed_negative(request.negative_prompt).expand_as(target)
         told = [part.to(self.pipe.unet.dtype) for part in (source, target, negative)]
+        if masks is None:
+            open_ = self._derived_masks(verb, images, request.mask_threshold)
+        else:
+            open_ = torch.stack([white_of(self._fitted(mask)) for mask in masks])
 
         def some(at: slice) -> list[Image.Image]:
             pixels = torch.stack([unit_of(self._fitted(image)) for image in images[at]]).to(self.device)
-            if masks is None:
-                texts = self.concepts.described(self.concepts.clip.images(images[at]).to(self.device))
-                named, unnamed = (self.embed_text(rows).to(self.pipe.unet.dtype) for rows in texts)
-                open_ = derived_masks(self.pipe, pixels, named, unnamed, seeds[at], verb, request.mask_threshold)
-            else:
-                open_ = torch.stack([white_of(self._fitted(mask)) for mask in masks[at]]).to(self.device)
             change = Change(*(part[at] for part in told))
-            return self._fit_to_show(repainted(self.pipe, pixels, change, how, seeds[at], open_))
+            return self._fit_to_show(repainted(self.pipe, pixels, change, how, seeds[at], open_[at].to(self.device)))
 
         return in_halves(some, len(seeds))
+
+    def _derived_masks(self, verb: str, images: Sequence[Image.Image], threshold: float) -> Tensor:
+        """Masks [B, 1, H, W] of what may change; a picture that is given several times is looked at once."""
+        given = list({id(image): image for image in images}.values())
+
+        def some(at: slice) -> list[Tensor]:
+            pixels = torch.stack([unit_of(self._fitted(image)) for image in given[at]]).to(self.device)
+            texts = self.concepts.described(self.concepts.clip.images(given[at]).to(self.device))
+            words = [self.embed_text(rows).to(self.pipe.unet.dtype) for rows in texts]
+            return list(derived_masks(self.pipe, pixels, *words, verb, threshold).cpu())
+
+        found = dict(zip(map(id, given), in_halves(some, len(given)), strict=True))
+        return torch.stack([found[id(image)] for image in images])
 
     @torch.no_grad()
     def _fit_to_show(self, pixels: Tensor) -> list[Image.Image]:
@@ -367,22 +372,24 @@ class Painter:
 
         `edit` lets the sound's object in: it is what the sound says, moved to the ambience that the picture shows.
         `stylize` lets its ambience in: it is what the picture shows, moved to the ambience that is heard. Without a
-        prompt, the head that names the medium is read off each picture.
+        prompt, the head that names the medium is read off each picture, and a style has words for what is heard, too.
         """
         concepts = self.concepts
         rows: tuple[list[Tensor], list[Tensor]] = ([], [])
         for sound, picture in zip(sounds, concepts.clip.images(list(images)), strict=True):
             shown, heard = picture[None].to(self.device), self.parts(sound, window)
-            text = prompt or f"{concepts.head_of(shown)} <sound>"
+            text = then = prompt or f"{concepts.head_of(shown)} <sound>"
             if verb == "edit":
                 wanted = concepts.move(heard, "ambiences", concepts.read(shown, "ambiences"))
                 now = concepts.move(wanted, "objects", concepts.read(shown, "objects"))
             else:
                 now = shown.view(1, *[1] * (heard.ndim - 2), -1).expand_as(heard)
-                whole = heard if heard.ndim == 2 else heard[:, 0]
-                wanted = concepts.move(now, "ambiences", concepts.read(whole, "ambiences"), STYLE)
-            for row, embed in zip(rows, (wanted, now), strict=True):
-                row.append(self.injector.embed(text, {"sound": Sound(self.adapter(embed)[0], sound_strength)}))
+                around = concepts.read(heard.view(1, -1, heard.shape[-1])[:, 0], "ambiences")
+                wanted = concepts.move(now, "ambiences", around, STYLE)
+                if not prompt and sound_strength > 0:
+                    then = f"{text} {concepts.vocabulary.ambiences[int(around.argmax())]}"
+            for row, embed, words in zip(rows, (wanted, now), (then, text), strict=True):
+                row.append(self.injector.embed(words, {"sound": Sound(self.adapter(embed)[0], sound_strength)}))
         return torch.cat(rows[0]), torch.cat(rows[1])
 
     @cached_property

@@ -27,14 +27,15 @@ class SamplingConfig(Config):
     """Only every so many steps the whole UNet runs, between them its outer blocks alone (DeepCache); 1 = always the
     whole. 2 or 3 save a third to a half of the time."""
     denoise_strength: float | None = pydantic.Field(None, gt=0, le=1)
-    """Edit and stylize: how much of the given picture is painted anew; empty = the command's default."""
+    """Edit and stylize: how much of the way to noise the picture goes and comes back from; empty = 0.8, with
+    repaint=invert 0.9."""
     repaint: Literal["img2img", "invert"] = "img2img"
     """Edit and stylize: img2img adds noise to the whole picture and paints it anew (SDEdit); invert changes a mask,
     given or derived, and keeps every pixel outside. Derived is that of the picture's object: an edit changes it and a
     margin around it, a stylization all else."""
     mask_threshold: float = pydantic.Field(0.7, ge=0, le=1)
     """invert without a mask: how far predictions with and without the picture's object must disagree at a place for it
-    to be sought there. Less finds larger objects."""
+    to be sought there. Less mostly finds larger objects; at 1 none is found, at 0 everything is one."""
     fresh_noise: float = pydantic.Field(0.8, ge=0, le=1)
     """invert: 0 keeps the old shapes within the mask most, 1 forgets them."""
 

@@ -7,20 +7,21 @@ over the picture's colours ends at the outline (GrabCut, Rother et al. 2004, doi
 import numpy as np
 
 SURELY_NOT = 0.4
-"""Below this the map says that a pixel is none of the object's."""
+"""Below this the map says that a pixel is none of the object's; at least a fifth of all pixels is not."""
 EDGE_PX, ROUNDS = 256, 5
 """Longest edge at which is cut, and iterations of colour model and cut."""
 FEWEST_PX = 16
 """Of either side, from which a colour model can be made."""
-LOST = 0.1
-"""A cut smaller than this share of where it began has lost the object."""
+LOST, FLOODED = 0.1, 0.6
+"""A cut below this share of where it began has lost the object, one above that share of the picture its outline."""
 
 
 def silhouette(picture: np.ndarray, likely: np.ndarray, threshold: float) -> np.ndarray:
     """bool [H, W] of a picture uint8 [H, W, 3]: True where its object is.
 
     likely: float32 [h, w] in 0..1; threshold: from which on a place is taken for the object's at the beginning. Where
-    the colours tell nothing apart it stays with these places. Needs no GPU; some 10 ms at 64 px, 200 ms at 256 px.
+    the colours tell nothing apart it stays with these places. Cut is at 256 px at most: a larger picture's outline is
+    as exact as that. Needs no GPU; some 10 ms at 64 px, 200 ms from 256 px on.
     """
     import cv2
 
@@ -33,12 +34,12 @@ def silhouette(picture: np.ndarray, likely: np.ndarray, threshold: float) -> np.
     found = begun
     if min(begun.sum(), (~begun).sum()) >= FEWEST_PX:
         marks = np.where(begun, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-        marks[there < min(SURELY_NOT, threshold)] = cv2.GC_BGD
+        marks[(there < min(SURELY_NOT, threshold)) | (there <= np.quantile(there, 0.2))] = cv2.GC_BGD
         cv2.setRNGSeed(0)  # its colour models begin at random
         models = np.zeros((1, 65)), np.zeros((1, 65))
         cv2.grabCut(small, marks, None, *models, ROUNDS, cv2.GC_INIT_WITH_MASK)
         cut = (marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD)
-        found = cut if cut.sum() >= LOST * begun.sum() else begun
+        found = cut if cut.sum() >= LOST * begun.sum() and cut.mean() <= FLOODED else begun
     whole = cv2.resize(found.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     return np.asarray(whole > 0.5)
 

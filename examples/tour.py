@@ -51,7 +51,7 @@ show("mixed", [*mixed, ("a, not b", painter.generate(both, away)[0])])
 show("morph", paint_strip(painter, "morph", sounds, PaintRequest(seed=7)))
 show("loudness", paint_strip(painter, "loudness", first, PaintRequest(seed=7)))
 
-# %% Given pictures: all painted anew, or only what must change
+# %% Given pictures: all painted anew, or only the object, and all but it
 picture = given[0].convert("RGB").resize((painter.size_px, painter.size_px))
 for verb in (painter.edit, painter.stylize):
     changed = [("given", picture)]

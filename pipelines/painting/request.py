@@ -158,7 +158,8 @@ class RepaintConfig(PaintConfig):
     image: str | None = None
     """Picture to change: PNG, JPEG or WebP."""
     mask: str | None = None
-    """Picture that is white where it may change; empty = the model finds out (with request.repaint=invert)."""
+    """Picture that is white where it may change; empty = the model finds it (with request.repaint=invert):
+    the picture's object, or for stylize all but that."""
 
     @pydantic.model_validator(mode="after")
     def _unguided(self) -> "RepaintConfig":

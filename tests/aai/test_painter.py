@@ -319,6 +319,12 @@ def test_repainting_reads_the_medium_off_the_picture(painter: Painter) -> None:
         read, _ = painter.embed_repaint("edit", [sound(1)], [picture], None, strength)
         told, _ = painter.embed_repaint("edit", [sound(1)], [picture], f"{head} <sound>", strength)
         torch.testing.assert_close(read, told)
+    heard = int(painter.concepts.read(painter.listen(sound(1)), "ambiences").argmax())
+    for strength, said in ((0.0, ""), (0.5, f" {painter.concepts.vocabulary.ambiences[heard]}")):
+        style = ("stylize", [sound(1)], [picture])
+        (_, then), (told, _), (styled, now) = (painter.embed_repaint(*style, text, strength)
+                                    for text in (f"{head} <sound>", f"{head} <sound>{said}", None))  # fmt: skip
+        torch.testing.assert_close(torch.stack([styled, now]), torch.stack([told, then]))
     silent, _ = painter.embed_repaint("edit", [sound(1)], [picture], None, 0.0)
     torch.testing.assert_close(silent, painter.embed_text([f"{head} thing"]))
     full, _ = painter.embed_repaint("edit", [sound(1)], [picture], None)

@@ -57,6 +57,20 @@ def test_where_colours_tell_nothing_the_map_stands() -> None:
     assert silhouette(flat, one, 0.7).sum() < 64
 
 
+@pytest.mark.parametrize("kind", ["flat", "noise", "gradient"])
+def test_a_cut_that_floods_the_picture_is_none(kind: str) -> None:
+    """Where no place is surely not the object's: all of a picture without contours would be taken for it."""
+    picture = np.full((64, 64, 3), 200, np.uint8)
+    if kind == "noise":
+        picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    elif kind == "gradient":
+        picture = np.repeat(np.arange(0, 256, 4, np.uint8)[:, None, None], 64, 1) * np.ones(3, np.uint8)
+    for seed in range(5):
+        likely = np.random.default_rng(seed).uniform(0.43, 1, (8, 8)).astype(np.float32)
+        found = silhouette(picture, likely, 0.7)
+        assert 0.02 < found.mean() < 0.75, seed  # where the map begins, at most
+
+
 def test_a_wide_picture_keeps_its_shape() -> None:
     picture, truth, coarse = scene()
     wide = np.asarray(Image.fromarray(picture).resize((160, 64)))

@@ -1,4 +1,4 @@
-"""What only hearing can tell, of seven times the demo's clips, three seeds (make accept); docs/results.md has a table.
+"""What only hearing can tell, of ten times the demo's clips, three seeds (make accept); docs/results.md has a table.
 
 AAI_LARGE names the run folder, made where it is not there yet (runs/accept-large), AAI_SEEDS how many seeds (3). Each
 seed trains, and paints other held-out clips. The figures stand in RUN/figures/heard.json.
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.accept, pytest.mark.timeout(6 * 3600)]
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path(os.environ.get("AAI_LARGE", ROOT / "runs" / "accept-large"))
 SEEDS = range(int(os.environ.get("AAI_SEEDS", "3")))
-CLIPS, ALIGN_STEPS, ADAPT_STEPS = 16_000, 3000, 900
+CLIPS, ALIGN_STEPS, ADAPT_STEPS = 24_000, 4000, 1200
 """The demo has 2,400 clips, and 300 steps of each."""
 PICTURES = "{sound: 1600, ceiling: 320, full_caption: 640, nearest_caption: 640}"
 GALLERY = 2000

@@ -14,7 +14,7 @@ const ABOUT = {
 const EXTENTS = {
   all: "The whole picture is painted anew, after the given one.",
   brush: "Paint over the part that may change. All else stays as it is, pixel by pixel.",
-  found: "The model finds out what must change, and keeps the rest.",
+  found: "The model finds the picture's object. Edit changes it, stylize all around it.",
 };
 const verb = () => form.elements.verb.value;
 const extent = () => form.elements.extent.value;
@@ -47,6 +47,7 @@ function update() {
   $("given").hidden = !repaints();
   form.elements.denoise_strength.closest("label").hidden = !repaints();
   form.elements.denoise_strength.disabled = !repaints();
+  form.elements.denoise_strength.placeholder = extent() === "all" ? "0.8" : "0.9";
   sounds[1].card.hidden = !mixes();
   for (const sound of sounds) sound.setMixing(mixes(), weighed);
   $("strength").hidden = form.elements.sound_strength.disabled = weighed;
