@@ -356,7 +356,13 @@ def test_l4_what_edits_and_stylizations_change_and_keep(repaint: str) -> None:
         "stylize from noise": {key: mean("stylize", "from_noise", key) for key in ("ambience", "given_nearer")},
     }
     told(f"repaint_{repaint}", figures)
-    assert figures["edit"]["given_nearer"] > figures["edit from noise"]["given_nearer"]
+    edit, style = figures["edit"], figures["stylize"]
+    assert edit["given_nearer"] > figures["edit from noise"]["given_nearer"]
+    if repaint == "invert":
+        assert min(style["kept_medium"], edit["kept"]) >= 0.9
+        assert min(style["ambience"], edit["object"]) >= 0.85
+        assert min(style["given_nearer"], edit["given_nearer"]) >= 0.95
+        assert style["kept_object"] >= 0.9
 
 
 def _at(values: Any, path: Sequence[str]) -> float:
