@@ -23,16 +23,21 @@ def as_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(small, np.float32) / 255
 
 
+def _pooled(values: np.ndarray) -> np.ndarray:
+    """Means over squares of values [N, 64, 64, C] -> [N, 16 x 16 x C]."""
+    count, squares = len(values), EDGE_PX // POOLED
+    return values.reshape(count, squares, POOLED, squares, POOLED, -1).mean((2, 4)).reshape(count, -1)
+
+
 def colours(pixels: np.ndarray) -> np.ndarray:
     """Mean colours of the squares of pictures [N, 64, 64, 3] -> [N, 16 x 16 x 3]."""
-    count, squares = len(pixels), EDGE_PX // POOLED
-    return pixels.reshape(count, squares, POOLED, squares, POOLED, 3).mean((2, 4)).reshape(count, -1)
+    return _pooled(pixels)
 
 
 def contours(pixels: np.ndarray) -> np.ndarray:
     """How much of the change in brightness of pictures [N, 64, 64, 3] is in each square -> [N, 16 x 16], mean 1."""
     down, across = np.gradient(pixels.mean(-1), axis=(1, 2))
-    found = colours(np.repeat((np.abs(down) + np.abs(across))[..., None], 3, -1))[:, ::3]
+    found = _pooled((np.abs(down) + np.abs(across))[..., None])
     return found / np.maximum(found.mean(1, keepdims=True), 1e-6)
 
 

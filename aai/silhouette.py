@@ -32,9 +32,10 @@ def silhouette(picture: np.ndarray, likely: np.ndarray, threshold: float) -> np.
     there = cv2.resize(np.ascontiguousarray(likely, np.float32), size, interpolation=cv2.INTER_CUBIC).clip(0, 1)
     begun = there > threshold
     found = begun
-    if min(begun.sum(), (~begun).sum()) >= FEWEST_PX:
-        marks = np.where(begun, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-        marks[(there < min(SURELY_NOT, threshold)) | (there <= np.quantile(there, 0.2))] = cv2.GC_BGD
+    marks = np.where(begun, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    marks[(there < min(SURELY_NOT, threshold)) | (there <= np.quantile(there, 0.2))] = cv2.GC_BGD
+    sides = marks == cv2.GC_PR_FGD, marks != cv2.GC_PR_FGD
+    if min(side.sum() for side in sides) >= FEWEST_PX:
         cv2.setRNGSeed(0)  # its colour models begin at random
         models = np.zeros((1, 65)), np.zeros((1, 65))
         cv2.grabCut(small, marks, None, *models, ROUNDS, cv2.GC_INIT_WITH_MASK)

@@ -71,6 +71,18 @@ def test_a_cut_that_floods_the_picture_is_none(kind: str) -> None:
         assert 0.02 < found.mean() < 0.75, seed  # where the map begins, at most
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.85, 0.95])
+def test_a_map_that_is_nearly_the_same_everywhere_is_no_error(share: float) -> None:
+    """With no pixel left for one of its sides the graph cut would raise."""
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    for low, high in ((0.5, 1.0), (0.0, 0.72), (0.71, 1.0)):
+        likely = np.full(64, low, np.float32)
+        likely[: int(64 * share)] = high
+        found = silhouette(picture, likely.reshape(8, 8), 0.7)
+        assert found.shape == (64, 64)
+        assert found.any()
+
+
 def test_a_wide_picture_keeps_its_shape() -> None:
     picture, truth, coarse = scene()
     wide = np.asarray(Image.fromarray(picture).resize((160, 64)))
