@@ -22,16 +22,15 @@ from torch import Tensor
 
 from aai.errors import UserError
 from aai.reuse import reused
+from aai.sampling import MASK_DRAWS
 from aai.sdxl import conditions, pooled_dim
 from aai.silhouette import grown, silhouette
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MASK_DRAWS = 6
-"""Noisy versions of a picture whose predictions are compared for its mask."""
 MASK_LEVEL = 0.3
-"""How noisy they are, as a share of the noise schedule."""
+"""How noisy the versions of a picture are that its mask is derived from, as a share of the noise schedule."""
 MARGIN = 0.12
 """Around the object that an edit replaces, for the outline of another one: a share of the picture's edge."""
 

@@ -70,11 +70,11 @@ def given_nearer(
     return float(np.mean(shares)) if shares else None
 
 
-def outside_distance(painted: np.ndarray, given: np.ndarray, regions: Sequence[str]) -> float:
+def outside_distance(painted: np.ndarray, given: np.ndarray, regions: Sequence[str]) -> float | None:
     """Mean L1 of the pixels, in 0..1, outside the region of each given picture's object.
 
     painted, given: [N, 64, 64, 3]; regions: "left top right bottom" in percent of the edge. Pictures whose region is
-    nearly all of them are left out.
+    nearly all of them are left out; None where no other is.
     """
     distances = []
     for ours, theirs, region in zip(painted, given, regions, strict=True):
@@ -83,4 +83,4 @@ def outside_distance(painted: np.ndarray, given: np.ndarray, regions: Sequence[s
         outside[top:bottom, left:right] = False
         if outside.mean() > 0.05:
             distances.append(float(np.abs(ours - theirs)[outside].mean()))
-    return float(np.mean(distances)) if distances else float("nan")
+    return float(np.mean(distances)) if distances else None

@@ -25,6 +25,7 @@ from aai.foundation.clip import shared_clip
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
 from aai.inject import Sound, names_in
+from aai.media.still import eight_bit
 from aai.memory import in_halves
 from aai.parting import in_time
 from aai.precision import dtype_of
@@ -37,9 +38,6 @@ from aai.sounds import Sounds, Window, named, prompt_for, windows
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-STYLE = 1.5
-"""How far stylize moves a picture's embedding to the ambience that is heard: with 1 a quarter of the demo's pictures
-kept their old one, with 1.5 one of fourteen."""
 REMEMBERED = 256
 """Sounds whose embedding a painter keeps."""
 
@@ -259,7 +257,7 @@ class Painter:
         return in_halves(some, len(seeds))
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        return image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
+        return eight_bit(image).convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
 
     def generate(self, sounds: Sounds, request: PaintRequest, control: Image.Image | None = None) -> list[Image.Image]:
         """Pictures of a sound (or several) in the prompt. control: the picture that guides a ControlNet."""
@@ -318,6 +316,8 @@ class Painter:
         Raises UserError for a mask that img2img would not heed.
         """
         strength, r = check_repaint(request), request
+        if names_in(r.negative_prompt):
+            raise UserError("negative_prompt", r.negative_prompt, "names a sound, as only generate's may", "use words")
         if request.repaint == "img2img":
             if masks is not None:
                 raise UserError("mask", "a picture", "img2img changes the whole picture", "set request.repaint=invert")
@@ -374,27 +374,26 @@ class Painter:
         `stylize` lets its ambience in: it is what the picture shows, moved to the ambience that is heard. Without a
         prompt, the head that names the medium is read off each picture, and a style has words for what is heard, too.
         """
-        concepts = self.concepts
-        rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+        def said(words: str, embed: Tensor, strength: float) -> Tensor:
+            return self.injector.embed(words, {"sound": Sound(self.adapter(embed)[0], strength)})
+
+        concepts, target, source = self.concepts, [], []
         for sound, picture in zip(sounds, concepts.clip.images(list(images)), strict=True):
-            shown, heard = picture[None].to(self.device), self.parts(sound, window)
-            text = then = prompt or f"{concepts.head_of(shown)} <sound>"
-            if verb == "edit":
-                wanted = concepts.move(heard, "ambiences", concepts.read(shown, "ambiences"))
-                now = concepts.move(wanted, "objects", concepts.read(shown, "objects"))
-            else:
-                now = shown.view(1, *[1] * (heard.ndim - 2), -1).expand_as(heard)
-                around = concepts.read(heard.view(1, -1, heard.shape[-1])[:, 0], "ambiences")
-                wanted = concepts.move(now, "ambiences", around, STYLE)
-                if not prompt and sound_strength > 0:
-                    then = f"{text} {concepts.vocabulary.ambiences[int(around.argmax())]}"
-            for row, embed, words in zip(rows, (wanted, now), (then, text), strict=True):
-                row.append(self.injector.embed(words, {"sound": Sound(self.adapter(embed)[0], sound_strength)}))
-        return torch.cat(rows[0]), torch.cat(rows[1])
+            shown = picture[None].to(self.device)
+            wanted, now, around = concepts.repainting(verb, shown, self.parts(sound, window))
+            text = prompt or f"{concepts.head_of(shown)} <sound>"
+            if prompt or not around:
+                target.append(said(text, wanted, sound_strength))
+            else:  # as much of the words as of the sound
+                plain, full = said(text, wanted, 0.0), said(f"{text} {around}", wanted, 1.0)
+                target.append((1 - sound_strength) * plain + sound_strength * full)
+            source.append(said(text, now, sound_strength))
+        return torch.cat(target), torch.cat(source)
 
     @cached_property
     def concepts(self) -> Concepts:
         """The bundle's vocabulary in the frozen CLIP, loaded when a picture is first read."""
         if self.vocabulary is None:
             raise UserError("bundle", "vocabulary", "is absent", "give adapt a `vocabulary` and train a new bundle")
-        return Concepts(shared_clip(self.foundation, self.device.type), self.vocabulary)
+        return Concepts(shared_clip(self.foundation, str(self.device)), self.vocabulary)

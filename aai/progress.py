@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aai.editing import MASK_DRAWS, upcast_vae
-from aai.sampling import PaintRequest, check_repaint
+from aai.editing import upcast_vae
+from aai.sampling import PaintRequest, calls_of
 
 PREVIEWS = 4
 """Previews of a request; each costs as much as decoding one picture."""
@@ -23,16 +23,6 @@ class DenoisingProgress:
     step: int
     steps: int
     preview: Image.Image | None = None
-
-
-def calls_of(verb: str, request: PaintRequest, masked: bool) -> tuple[int, int]:
-    """How often a request calls the UNet, and how many of these calls, the last ones, denoise its pictures."""
-    if verb == "generate":
-        return request.steps, request.steps
-    painted = int(request.steps * check_repaint(request))
-    if request.repaint == "img2img":
-        return painted, painted
-    return (0 if masked else MASK_DRAWS) + 2 * painted, painted
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ HEAD_PATTERN = r"^a \w+ of\b"
 Mixing = Literal["regions", "words"]
 REPAINT = {"img2img": 0.8, "invert": 0.9}
 """How much of the given picture each way of repainting paints anew by default."""
+MASK_DRAWS = 6
+"""Noisy versions of a picture whose predictions are compared for its mask (see `aai.editing`)."""
 
 
 class SamplingConfig(Config):
@@ -46,7 +48,7 @@ class PaintRequest(SamplingConfig):
     prompt: str | None = pydantic.Field(None, max_length=500)
     """Text with <sound> where the sound belongs; of several sounds the <NAME> of each, or <NAME*0.6> for one at six
     tenths of its strength. Empty = the bundle's own ("a photo of <sound>"); edit and stylize read the medium off the
-    picture instead. The negative prompt may name sounds as well."""
+    picture instead. Of generate the negative prompt may name sounds as well."""
     mixing: Mixing = "regions"
     """Several sounds of a prompt: regions gives each a strip of the picture, from left to right in the order of the
     prompt, and the rest of the prompt to all; words leaves it to the prompt, of which one sound mostly wins."""
@@ -75,6 +77,16 @@ def check_repaint(request: SamplingConfig) -> float:
         rule = f"times {request.steps} steps is below {fewest}: there is no step to paint"
         raise UserError("denoise_strength", strength, rule, remedy)
     return strength
+
+
+def calls_of(verb: str, request: SamplingConfig, masked: bool) -> tuple[int, int]:
+    """How often a request calls the UNet, and how many of these calls, the last ones, denoise its pictures."""
+    if verb == "generate":
+        return request.steps, request.steps
+    painted = int(request.steps * check_repaint(request))
+    if request.repaint == "img2img":
+        return painted, painted
+    return (0 if masked else MASK_DRAWS) + 2 * painted, painted
 
 
 def check_steps(scheduler: Any, steps: int) -> None:

@@ -19,12 +19,14 @@ LOST, FLOODED = 0.1, 0.6
 def silhouette(picture: np.ndarray, likely: np.ndarray, threshold: float) -> np.ndarray:
     """bool [H, W] of a picture uint8 [H, W, 3]: True where its object is.
 
-    likely: float32 [h, w] in 0..1; threshold: from which on a place is taken for the object's at the beginning. Where
-    the colours tell nothing apart it stays with these places. Cut is at 256 px at most: a larger picture's outline is
-    as exact as that. Needs no GPU; some 10 ms at 64 px, 200 ms from 256 px on.
+    likely: float32 [h, w] in 0..1; threshold: from which on a place is taken for the object's at the beginning; at 0
+    all is the object's. Where the colours tell nothing apart it stays with these places. Cut is at 256 px at most: a
+    larger picture's outline is as exact as that. Needs no GPU; some 10 ms at 64 px, 200 ms from 256 px on.
     """
     import cv2
 
+    if threshold <= 0:
+        return np.ones(picture.shape[:2], bool)
     height, width = picture.shape[:2]
     shrink = min(1.0, EDGE_PX / max(height, width))
     size = max(1, round(width * shrink)), max(1, round(height * shrink))

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from aai import storage
 from aai.errors import UserError
 from aai.media.decode import ClipError, DecodeConfig, decode_clip
+from aai.media.still import eight_bit
 from aai.toy import writer
 from aai.toy.draw import draw_scene
 from aai.toy.grammar import random_scene
@@ -145,7 +146,7 @@ def load_pictures(manifest: str, size_px: int) -> tuple[Tensor, list[str]]:
 def _picture(row: ManifestRow, size_px: int) -> Image.Image:
     data = storage.read_bytes(row.uri)
     if row.uri.lower().endswith(PICTURES):
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return eight_bit(Image.open(io.BytesIO(data))).convert("RGB")
     clip = decode_clip(data, row.start_s, row.end_s, DecodeConfig(num_frames=1, frame_size_px=size_px))
     return Image.fromarray(clip.frames[0])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from aai.foundation.batches import Batches
 from aai.foundation.identity import FoundationSpec, identity
 from aai.foundation.loaders import load_clip
+from aai.media.still import eight_bit
 
 Frames = Sequence[Image.Image] | Sequence[bytes] | np.ndarray
 
@@ -104,7 +105,7 @@ def _rgb(frame: Image.Image | bytes | np.ndarray) -> Image.Image:
     if isinstance(frame, bytes):
         frame = Image.open(io.BytesIO(frame))
     picture = frame if isinstance(frame, Image.Image) else Image.fromarray(frame)
-    return picture.convert("RGB")
+    return eight_bit(picture).convert("RGB")
 
 
 def _framed(picture: Image.Image, edge_px: int, height: int, width: int, resample: int) -> np.ndarray:

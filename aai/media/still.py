@@ -2,12 +2,20 @@
 
 import io
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from aai.media.limits import ClipError, reason
 
 STILL_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_ASPECT = 32  # longer side by shorter: scaling the shorter one up to a model's input makes the other one huge
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """The picture itself, or of greys of 16 bits one of 8: what Pillow makes of these is white from 255 on."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def decode_still(
@@ -26,7 +34,7 @@ def decode_still(
             raise ClipError("TOO_LARGE", f"{width}x{height} px is over the limit of {max_pixels} px")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ClipError("TOO_LARGE", f"{width}x{height} px is a strip: at most {MAX_ASPECT} to 1")
-        upright = ImageOps.exif_transpose(image)
+        upright = eight_bit(ImageOps.exif_transpose(image))
         if backdrop is not None and upright.has_transparency_data:
             behind = Image.new("RGBA", upright.size, backdrop)
             upright = Image.alpha_composite(behind, upright.convert("RGBA"))

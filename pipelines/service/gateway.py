@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from aai.errors import UserError
-from aai.sampling import PaintRequest
+from aai.sampling import calls_of
 from pipelines.service.access import Access, note, stage_ends
 from pipelines.service.answers import Answer, PaintProgress, ServedModel
 from pipelines.service.guard import Limits, busy, queue_full
@@ -56,7 +56,7 @@ class Gateway:
     ) -> None:
         self._painters, self._capacity, self._together = painters, capacity, together
         self.model, self._limits = ServedModel.parse(model), Limits.parse(limits)
-        self._in_flight: dict[object, PaintRequest] = {}
+        self._in_flight: dict[object, PaintJob] = {}
         """What is painted or waits, in the order in which it came."""
         self._replicas, self._wanted, self._asked_s = 0, 0, -1.0
         self._asking: asyncio.Task[None] | None = None
@@ -80,7 +80,7 @@ class Gateway:
 
     async def paint(self, wanted: PaintJob) -> Answer:
         """See Backend. A client that leaves, or a deadline, takes the request out of the queue."""
-        with self._admitted(wanted.request):
+        with self._admitted(wanted):
             response = self._painters.paint.remote(wanted)
             try:
                 files, model = await response
@@ -91,7 +91,7 @@ class Gateway:
 
     async def paint_live(self, wanted: PaintJob) -> AsyncGenerator[PaintProgress | Answer, None]:
         """See Backend."""
-        with self._admitted(wanted.request):
+        with self._admitted(wanted):
             yield PaintProgress(step=0)
             response = self._painters.options(stream=True).paint_live.remote(wanted)
             try:
@@ -113,15 +113,15 @@ class Gateway:
         return model
 
     @contextmanager
-    def _admitted(self, request: PaintRequest) -> Iterator[None]:
+    def _admitted(self, wanted: PaintJob) -> Iterator[None]:
         """Counts a request while it waits and is painted; what becomes of painters is said in the API's words."""
         stage_ends("decode")
-        note(seed=request.seed, steps=request.steps, pictures=request.num_images)
+        note(seed=wanted.request.seed, steps=wanted.request.steps, pictures=wanted.request.num_images)
         retry_s, ticket = self._limits.retry_after_s, object()
-        steps = self._steps() + request.num_images * request.steps
+        steps = self._steps() + _steps_of(wanted)
         if self.full() or (self._in_flight and steps > self._limits.max_queued_steps):
             raise queue_full(retry_s)
-        self._in_flight[ticket] = request
+        self._in_flight[ticket] = wanted
         self._measure()
         try:
             yield
@@ -141,13 +141,13 @@ class Gateway:
         self._metrics.queue(len(self._in_flight) - painting, painting, self._steps())
 
     def _steps(self) -> int:
-        return sum(request.num_images * request.steps for request in self._in_flight.values())
+        return sum(map(_steps_of, self._in_flight.values()))
 
     def _painting(self) -> int:
         """Of the requests that are here, how many have their places with a painter."""
         places = self._replicas * self._together
-        for count, request in enumerate(self._in_flight.values()):
-            places -= min(request.num_images, self._together)
+        for count, job in enumerate(self._in_flight.values()):
+            places -= min(job.request.num_images, self._together)
             if places < 0:
                 return count
         return len(self._in_flight)
@@ -223,6 +223,11 @@ class Gateway:
         self._metrics.health(health, self._wanted, versions, canary)
         self._measure()
         return health
+
+
+def _steps_of(job: PaintJob) -> int:
+    """How often the UNet is asked for a request's pictures: an inversion takes two calls for a step, and its mask."""
+    return job.request.num_images * calls_of(job.verb, job.request, job.mask is not None)[0]
 
 
 def _painters() -> tuple[int, int]:

@@ -48,7 +48,7 @@ class Limits(InputLimits):
     """Slowest upload, on the average."""
     max_queued_steps: int = pydantic.Field(8000, ge=1)
     """Denoising steps of all pictures that are painted or wait, together; a request that would add more than that to
-    others is refused with 429. Eight pictures of 100 steps are 800."""
+    others is refused with 429. Eight pictures of 100 steps are 800; inverted first, twice as many and 6 for a mask."""
     decode_timeout_s: float = pydantic.Field(10, gt=0)
     """Longest time for the decoding of one uploaded file; its process is ended then."""
     decode_memory_mb: int = pydantic.Field(2048, ge=1024)

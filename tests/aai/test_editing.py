@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from aai.editing import MARGIN, Change, Repainting, derived_masks, disagreement, invert, picture_of, repaint, repainted
+from aai.errors import UserError
 from aai.inject import Injector
 from aai.painter import Painter
 from aai.sampling import PaintRequest
@@ -251,3 +252,32 @@ def test_the_derived_mask_is_of_what_the_picture_shows_whatever_is_heard(
         torch.testing.assert_close(shown[0], torch.ones(3, 64, 64))
         torch.testing.assert_close(named, painter.embed_text(texts[0]))
         torch.testing.assert_close(unnamed, painter.embed_text(texts[1]))
+
+
+def test_a_style_has_as_much_of_the_words_for_what_is_heard_as_of_the_sound(painter: Painter) -> None:
+    """The least bit of it put all of them in: the slider of the page did nothing but at its end."""
+    given, heard = [Image.new("RGB", (64, 64), "white")], [np.sin(np.arange(16_000, dtype=np.float32))]
+    rows = [painter.embed_repaint("stylize", heard, given, sound_strength=s)[0] for s in (0.0, 1e-6, 0.5, 1.0)]
+    none, least, half, whole = rows
+    assert (whole - none).abs().max() > 0.1
+    torch.testing.assert_close(least, none, atol=1e-3, rtol=0)
+    torch.testing.assert_close(half, (none + whole) / 2)
+    plain = painter.embed_text([f"{painter.concepts.head_of(painter.concepts.clip.images(given))} thing"])
+    torch.testing.assert_close(none, plain)
+
+
+def test_pictures_of_sixteen_bits_are_repainted_as_those_of_eight(painter: Painter) -> None:
+    greys = np.linspace(0, 65_535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    deep, usual = Image.fromarray(greys), Image.fromarray((greys >> 8).astype(np.uint8))
+    request, heard = PaintRequest(steps=4, repaint="invert"), np.sin(np.arange(16_000, dtype=np.float32))
+    for given, mask, same in ((deep, None, None), (usual, deep, usual)):
+        found, told = painter.edit(heard, given, request, mask), painter.edit(heard, usual, request, same)
+        assert np.array_equal(np.asarray(found[0]), np.asarray(told[0]))
+
+
+@pytest.mark.parametrize("verb", ["edit", "stylize"])
+@pytest.mark.parametrize("repaint", ["img2img", "invert"])
+def test_a_sound_to_keep_away_from_is_refused_by_its_name(painter: Painter, verb: str, repaint: str) -> None:
+    request = PaintRequest(steps=4, repaint=repaint, negative_prompt="<sound>")
+    with pytest.raises(UserError, match=r"^negative_prompt=<sound>: names a sound"):
+        getattr(painter, verb)(np.ones(16_000, np.float32), Image.new("RGB", (64, 64)), request)

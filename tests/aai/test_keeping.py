@@ -97,7 +97,7 @@ def test_distance_outside_the_region() -> None:
     assert outside_distance(painted, GIVEN, [region] * 12) == 0
     painted[:, :32] += 0.3
     assert outside_distance(painted, GIVEN, [region] * 12) == pytest.approx(0.3 * 2 / 3, abs=1e-5)
-    assert np.isnan(outside_distance(painted, GIVEN, ["0 0 100 100"] * 12))
+    assert outside_distance(painted, GIVEN, ["0 0 100 100"] * 12) is None
     assert outside_distance(painted, GIVEN, ["0 0 100 100"] * 11 + [region]) == pytest.approx(0.2, abs=1e-5)
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 
 from aai.adapt import AdapterConfig
 from aai.bundle import BundleConfig, write_bundle
+from aai.concepts import STYLE
 from aai.errors import UserError
 from aai.inject import Sound
-from aai.painter import REMEMBERED, STYLE, Painter
+from aai.painter import REMEMBERED, Painter
 from aai.sampling import PaintRequest
 
 REQUEST = PaintRequest(steps=2)
@@ -240,8 +241,8 @@ def test_the_requests_denoise_strength_is_the_one_used(painter: Painter) -> None
     )
     assert np.array_equal(default, same)
     assert not np.array_equal(default, less)
-    embeds, request = painter.embed_text(["a clock"]), PaintRequest(steps=10)
-    told, short = (painter.paint(embeds, [0], request, [given], *strength) for strength in ((), (0.7,)))
+    embeds, ten = painter.embed_text(["a clock"]), PaintRequest(steps=10)
+    told, short = (painter.paint(embeds, [0], ten, [given], *strength) for strength in ((), (0.7,)))
     assert np.array_equal(pixels(told), pixels(short))
 
 
@@ -320,7 +321,7 @@ def test_repainting_reads_the_medium_off_the_picture(painter: Painter) -> None:
         told, _ = painter.embed_repaint("edit", [sound(1)], [picture], f"{head} <sound>", strength)
         torch.testing.assert_close(read, told)
     heard = int(painter.concepts.read(painter.listen(sound(1)), "ambiences").argmax())
-    for strength, said in ((0.0, ""), (0.5, f" {painter.concepts.vocabulary.ambiences[heard]}")):
+    for strength, said in ((0.0, ""), (1.0, f" {painter.concepts.vocabulary.ambiences[heard]}")):
         style = ("stylize", [sound(1)], [picture])
         (_, then), (told, _), (styled, now) = (painter.embed_repaint(*style, text, strength)
                                     for text in (f"{head} <sound>", f"{head} <sound>{said}", None))  # fmt: skip

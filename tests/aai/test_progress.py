@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from aai.painter import Painter
-from aai.progress import PREVIEWS, DenoisingProgress, ProgressTracker, calls_of, foreseen
-from aai.sampling import PaintRequest
+from aai.progress import PREVIEWS, DenoisingProgress, ProgressTracker, foreseen
+from aai.sampling import PaintRequest, calls_of
 from tests.aai.test_painter import sound
 
 GIVEN = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))

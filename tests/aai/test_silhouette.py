@@ -52,6 +52,7 @@ def test_where_colours_tell_nothing_the_map_stands() -> None:
     assert found[24:48, 24:40].mean() > 0.5
     assert silhouette(flat, np.ones((8, 8), np.float32), 0.7).all()
     assert not silhouette(flat, np.zeros((8, 8), np.float32), 0.7).any()
+    assert silhouette(scene()[0], coarse, 0.0).all(), "asked for everything"
     one = np.zeros((8, 8), np.float32)
     one[0, 0] = 0.72  # fewer pixels than a colour model can be made of
     assert silhouette(flat, one, 0.7).sum() < 64

@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,6 +23,14 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 def test_every_mode_becomes_rgb(mode: str) -> None:
     image = decode_still(saved(Image.new(mode, (60, 40)), "PNG"), LIMIT)
     assert (image.mode, image.size) == ("RGB", (60, 40))
+
+
+@pytest.mark.parametrize("backdrop", [None, "black"])
+def test_greys_of_sixteen_bits_stay_grey(backdrop: str | None) -> None:
+    """As scanners have them: Pillow alone makes all above 255 of 65,535 white, and a mask opens everything."""
+    greys = np.array([[0, 300, 9000, 32768, 65535]], np.uint16)
+    seen = np.asarray(decode_still(saved(Image.fromarray(greys), "PNG"), LIMIT, backdrop=backdrop))
+    np.testing.assert_array_equal(seen, np.array([0, 1, 35, 128, 255])[None, :, None].repeat(3, axis=2))
 
 
 def test_a_picture_taken_upright_is_turned_upright() -> None:

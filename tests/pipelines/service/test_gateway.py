@@ -101,6 +101,23 @@ def test_steps_of_waiting_pictures_are_bounded_but_one_request_always_fits(paint
     assert here._steps() == 0
 
 
+def test_an_inversion_counts_with_all_its_calls_of_the_unet(painters: Any) -> None:
+    """Up, down, and for a mask that nobody gave: else the bound and what operators see is too low by half."""
+    here, white = gateway(painters, capacity=9), Image.new("RGB", (6, 4))
+
+    async def counted(job: PaintJob) -> int:
+        asked = asyncio.create_task(here.paint(job))
+        await asyncio.sleep(0)
+        steps = here._steps()
+        await asked
+        return steps
+
+    drawn = wanted("edit", white, steps=10, num_images=2)
+    turned = wanted("edit", white, steps=10, num_images=2, repaint="invert")
+    masked = PaintJob("edit", TONE, turned.request, white, white)
+    assert [asyncio.run(counted(job)) for job in (drawn, turned, masked)] == [2 * 8, 2 * (6 + 18), 2 * 18]
+
+
 def test_what_happens_is_told_live(painters: Any) -> None:
     here = gateway(painters, capacity=1)
 
