@@ -262,8 +262,7 @@ def test_edit_says_what_is_heard_and_stylize_what_is_shown_in_the_others_ambienc
     embeds, _ = painter.embed_repaint(verb, sounds, pictures, "<sound> at night")
     concepts, shown = painter.concepts, painter.concepts.clip.images(pictures)
     for row, audio, picture in zip(embeds, sounds, shown, strict=True):
-        heard, seen = painter.listen(audio), picture[None]
-        both = [(heard, seen, 1.0), (seen, heard, STYLE)]
+        both = [(painter.listen(audio), picture[None], 1.0), (picture[None], painter.listen(audio), STYLE)]
         expected, swapped = (
             painter.injector.encode(
                 ["<sound> at night"],
