@@ -201,7 +201,6 @@ class Painter:
         """Embeddings [1, L, D_h] of a request's prompt and of its negative prompt; either may name sounds.
 
         Of several sounds, or parts of one, in strips (`request.mixing`, `sound_parts`) the prompt's is [1, R L, D_h].
-
         Raises UserError for a sound that neither names, and for a name without a sound.
         """
         given = named(sounds)
@@ -214,15 +213,19 @@ class Painter:
 
     def prompt_of(self, request: PaintRequest, names: Sequence[str]) -> str:
         """The prompt of a request with sounds of these names: its own, or the bundle's with those not negative."""
-        away = names_in(request.negative_prompt)
-        return request.prompt or prompt_for(self.prompt, [name for name in names if name not in away])
+        heard = [name for name in names if name not in names_in(request.negative_prompt)]
+        return request.prompt or prompt_for(self.prompt, heard)
 
     @torch.no_grad()
     def embed_negative(self, prompt: str, sounds: Mapping[str, Sound] = MappingProxyType({})) -> Tensor:
         """Embedding [1, L, D_h] of a negative prompt; an empty one is all zeros for models that expect that (XL)."""
-        embeds = self.injector.embed(prompt, sounds)
-        empty_is_zero = not prompt and getattr(self.pipe.config, "force_zeros_for_empty_prompt", False)
-        return torch.zeros_like(embeds) if empty_is_zero else embeds
+        return self.injector.embed(prompt, sounds) if prompt else self._nothing
+
+    @cached_property
+    def _nothing(self) -> Tensor:
+        """What an empty prompt says, which most are kept away from: encoded once."""
+        embeds = self.injector.embed("", {}).detach()
+        return torch.zeros_like(embeds) if getattr(self.pipe.config, "force_zeros_for_empty_prompt", False) else embeds
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
@@ -243,13 +246,12 @@ class Painter:
         With `images` each picture starts from the given one, noised by `denoise_strength` (SDEdit, Meng et al. 2022).
         A picture does not depend on the others of its batch. negative: [1, L, D_h], else the request's words.
         """
-        if negative is None:
-            negative = self.embed_negative(request.negative_prompt)
-        negative = negative.expand(len(embeds), -1, -1)
+        against = self.embed_negative(request.negative_prompt) if negative is None else negative
+        against = against.expand(len(embeds), -1, -1)
         given = None if images is None else [self._fitted(image) for image in images]
 
         def some(at: slice) -> list[Image.Image]:
-            part = embeds[at], negative[at], seeds[at], request
+            part = embeds[at], against[at], seeds[at], request
             if given is None:
                 return paint(self.pipe, *part)
             return paint(self.image_pipe, *part, image=given[at], strength=denoise_strength)
@@ -294,8 +296,9 @@ class Painter:
         self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None
     ) -> list[Image.Image]:
         check_repaint(request)
-        how = request.prompt, request.sound_strength, request.window
-        target, source = self.embed_repaint(verb, [sound], [image], *how)
+        target, source = self.embed_repaint(
+            verb, [sound], [image], request.prompt, request.sound_strength, request.window
+        )
         seeds = [request.seed + i for i in range(request.num_images)]
         target, source = (part.expand(len(seeds), -1, -1) for part in (target, source))
         masks = None if mask is None else [mask] * len(seeds)
