@@ -204,12 +204,11 @@ class Painter:
         Raises UserError for a sound that neither names, and for a name without a sound.
         """
         given = named(sounds)
-        negative, wanted = request.negative_prompt, self.prompt_of(request, list(given))
-        wanted, given = in_time(wanted, given, request, self.listen, self.aligner.config)
+        wanted, given = in_time(self.prompt_of(request, list(given)), given, request, self.listen, self.aligner.config)
         heard = {name: Sound(self.hear(x, request.window), request.sound_strength) for name, x in given.items()}
-        against = {name: sound for name, sound in heard.items() if name in names_in(negative)}
+        against = {name: sound for name, sound in heard.items() if name in names_in(request.negative_prompt)}
         within = {name: heard[name] for name in heard if name in names_in(wanted) or name not in against}
-        return self._mixed(wanted, within, request.mixing), self.embed_negative(negative, against)
+        return self._mixed(wanted, within, request.mixing), self.embed_negative(request.negative_prompt, against)
 
     def prompt_of(self, request: PaintRequest, names: Sequence[str]) -> str:
         """The prompt of a request with sounds of these names: its own, or the bundle's with those not negative."""
@@ -296,9 +295,8 @@ class Painter:
         self, verb: str, sound: np.ndarray, image: Image.Image, request: PaintRequest, mask: Image.Image | None
     ) -> list[Image.Image]:
         check_repaint(request)
-        target, source = self.embed_repaint(
-            verb, [sound], [image], request.prompt, request.sound_strength, request.window
-        )
+        how = request.prompt, request.sound_strength, request.window
+        target, source = self.embed_repaint(verb, [sound], [image], *how)
         seeds = [request.seed + i for i in range(request.num_images)]
         target, source = (part.expand(len(seeds), -1, -1) for part in (target, source))
         masks = None if mask is None else [mask] * len(seeds)
