@@ -52,7 +52,7 @@ JEST = {"JEST": 300, "JEST, a third of the steps": 100}
 """Steps of trainings on the more learnable half of batches twice as large; the demo's own bundle is the reference."""
 SPOKEN = 200
 """Held-out sounds that are painted with other words."""
-WHOLE = {"loss.denoise_rows": 0, "fit.eval_every": 100}
+WHOLE = {"loss.denoise_rows": 0}
 """As the demo, with the costly term for all clips: the other rows change one thing of that."""
 ADAPT: dict[str, dict[str, Any]] = {
     DEMO: {},

@@ -27,7 +27,7 @@ RUN = Path(os.environ.get("AAI_LARGE", ROOT / "runs" / "accept-large"))
 SEEDS = range(int(os.environ.get("AAI_SEEDS", "3")))
 CLIPS, ALIGN_STEPS, ADAPT_STEPS = 24_000, 4000, 1200
 """The demo has 2,400 clips, and 300 steps of each."""
-ADAPT = {"loss__denoise_rows": 0, "fit__eval_every": 100}
+ADAPT = {"loss__denoise_rows": 0}
 """All clips take the costly term, which the demo gives to half of them."""
 PICTURES = "{sound: 1600, ceiling: 320, full_caption: 640, nearest_caption: 640}"
 GALLERY = 2000
