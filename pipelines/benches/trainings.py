@@ -113,7 +113,7 @@ def plan_training(stage: str, file: str, features: str, clips: float, nodes: Nod
     if isinstance(cost, str):
         return replace(known, note=cost)
     step_s = cost.flop / 1e12 / (nodes.gpu_tflops if nodes.gpus else CPU_TFLOPS * nodes.cpus / workers)
-    spare = f"{most - workers} of {most} GPUs have no part in {fit.batch_size} clips" if workers < most else ""
+    spare = f"{most - workers} of {most} GPUs have no part in {shared} clips" if workers < most else ""
     return replace(
         known,
         gb_per_worker=cost.num_bytes / 1e9,

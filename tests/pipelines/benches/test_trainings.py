@@ -66,7 +66,7 @@ def test_what_is_read_and_how_many_epochs_follow_from_the_sample(tmp_path: Path)
     align = plan_training("align", DEMO, folder, 3000, GPUS)
     assert align.epochs == pytest.approx(300 * 128 / 2100)
     adapt = plan_training("adapt", DEMO.replace("align", "adapt"), folder, 3000, replace(GPUS, gpus=64))
-    assert adapt.workers == 64
+    assert (adapt.workers, adapt.note) == (32, "32 of 64 GPUs have no part in 32 clips")  # half of 64 are denoised
     assert 0 < adapt.read_mb_per_s * adapt.step_s / 64 < align.read_mb_per_s * align.step_s / 128
     assert foundation_note(DEMO, folder).startswith("the sample is featurized for another: give --set featurize=")
     assert plan_training("align", DEMO, folder, 3000, GPUS, "why").line().endswith("why")
