@@ -1,5 +1,6 @@
 """Inversion and masks with small random models: what may not change does not, and each setting does its part."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -281,3 +282,13 @@ def test_a_sound_to_keep_away_from_is_refused_by_its_name(painter: Painter, verb
     request = PaintRequest(steps=4, repaint=repaint, negative_prompt="<sound>")
     with pytest.raises(UserError, match=r"^negative_prompt=<sound>: names a sound"):
         getattr(painter, verb)(np.ones(16_000, np.float32), Image.new("RGB", (64, 64)), request)
+
+
+def test_a_picture_is_read_on_the_painters_own_device(painter: Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a second GPU, too: CLIP on the first one would be handed what lies on the second."""
+    there, asked = copy.copy(painter), []
+    monkeypatch.setattr("aai.painter.shared_clip", lambda spec, device: asked.append(device) or painter.concepts.clip)
+    there.__dict__.pop("concepts", None)
+    there.device = torch.device("cuda:1")
+    assert there.concepts.vocabulary == painter.vocabulary
+    assert asked == ["cuda:1"]
