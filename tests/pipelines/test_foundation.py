@@ -33,6 +33,13 @@ def test_pictures_and_middle_frames_with_their_captions(manifest: Path) -> None:
     assert float(pixels[1].median()) == pytest.approx(frame_value(1.0), abs=12)
 
 
+def test_greys_of_sixteen_bits_are_not_white(tmp_path: Path) -> None:
+    Image.fromarray(np.full((30, 40), 100 << 8, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "manifest.csv").write_text("uri,caption\ndeep.png,a grey one\n")
+    pixels, _ = load_pictures(str(tmp_path / "manifest.csv"), 16)
+    assert pixels.unique().tolist() == [100]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

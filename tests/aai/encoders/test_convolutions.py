@@ -3,7 +3,7 @@ import torch
 from pydantic import ValidationError
 
 from aai.encoders.audio import AudioEncoder, AudioEncoderConfig
-from aai.encoders.convolutions import ConvBackbone
+from aai.encoders.convolutions import IN_CACHE, ConvBackbone
 
 
 def test_each_pair_halves_time_and_frequency_and_the_last_is_as_wide_as_asked() -> None:
@@ -34,3 +34,20 @@ def test_its_settings_are_checked_and_its_bundle_needs_no_others() -> None:
     config = AudioEncoderConfig(backbone="cnn", hidden_size=32, num_layers=2)
     again = AudioEncoderConfig(**config.model_dump())
     AudioEncoder(again).load_state_dict(AudioEncoder(config).state_dict())
+
+
+def test_clips_beyond_what_the_cache_holds_have_the_same_states_and_gradients() -> None:
+    torch.manual_seed(0)
+    tower, features = ConvBackbone(16, 2), torch.randn(2 * IN_CACHE + 3, 20, 16)
+    found = tower(features)
+    found.square().mean().backward()
+    in_parts = [p.grad.clone() for p in tower.parameters() if p.grad is not None]
+    tower.zero_grad()
+    whole = features.unsqueeze(1)
+    for layer in tower.layers:
+        whole = layer(whole)
+    at_once = whole.mean(dim=3).transpose(1, 2)
+    torch.testing.assert_close(found, at_once)
+    at_once.square().mean().backward()
+    torch.testing.assert_close(in_parts, [p.grad for p in tower.parameters()])
+    assert tower(features[:0]).shape == (0, 5, 16)
