@@ -10,7 +10,7 @@ from torch import Tensor, nn
 GROUPS = 8
 IN_CACHE = 16
 """Clips that a CPU convolves at once: what a layer writes is still in its cache when the next one reads it, which takes
-a fifth off a step of 64 clips of 2 s. A clip's states do not depend on the others."""
+a fifth off the way there and back for 64 clips of 2 s. A clip's states do not depend on the others."""
 
 
 class ConvBackbone(nn.Module):
