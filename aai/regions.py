@@ -1,15 +1,16 @@
 """Several sounds in one prompt, each in a strip of the picture of its own, from left to right.
 
 A* says a whole scene, and of two scenes in one prompt a diffusion model paints one. So each sound has a prompt of its
-own, in which the neutral word stands for the others, and in the UNet's cross-attention each strip attends to the prompt
-of its sound alone, and to one of words that says how many there are. All else of the UNet sees the whole picture and
-makes one of it. There is one pass, as of a prompt with one sound.
+own (`own_prompt`), and in the UNet's cross-attention each strip attends to the prompt of its sound alone, and to one of
+words that says how many there are. All else of the UNet sees the whole picture and makes one of it. There is one pass,
+as of a prompt with one sound.
 
 Shapes: B prompts, R blocks of L tokens (one for each strip from the left, and the last one for all), Q places of an
 attention's map, row by row.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,28 +20,53 @@ import torch
 from torch import Tensor, nn
 
 from aai.errors import UserError
-from aai.inject import Injector, Mention, Sound, check_names, parse
+from aai.inject import Injector, Mention, Sound, check_names, names_in, parse
+from aai.sounds import PLACEHOLDER
+
+_PLACE = re.compile(rf"(?:\b(?i:an?|the)\s+)?{PLACEHOLDER.pattern}")
+_JOINT = r"[\s,;&+]*(?:\b(?i:and|with|beside|next to)\b[\s,;&+]*)*"
+_RUN = re.compile(rf"{_PLACE.pattern}(?:{_JOINT}{_PLACE.pattern})+")
 
 
 def embed_in_regions(injector: Injector, prompt: str, sounds: Mapping[str, Sound], anything: str) -> Tensor:
     """Prompt embedding [1, R L, D_h] in which each sound that has a say has a prompt of its own (see `side_by_side`).
 
-    anything: the words that stand for each of them in the prompt of all ("a thing and a thing"). With one such sound,
-    or none, it is `Injector.embed`'s [1, L, D_h].
+    anything: the words that stand for each of them, with its article, in the others' prompts and in the prompt of all
+    ("a thing and a thing"). With one such sound, or none, it is `Injector.embed`'s [1, L, D_h].
     """
     check_names(prompt, sounds)
-    parts = parse(prompt)
-    mentions = [part for part in parts if isinstance(part, Mention)]
+    mentions = [part for part in parse(prompt) if isinstance(part, Mention)]
     heard = list(dict.fromkeys(one.name for one in mentions if one.strength * sounds[one.name].strength > 0))
     if len(heard) < 2:
         return injector.embed(prompt, sounds)
     rows = []
     for own in heard:
-        alone = {name: sound if name == own else replace(sound, strength=0.0) for name, sound in sounds.items()}
-        rows.append(injector.embed(prompt, alone))
-    words = dict.fromkeys(sounds, injector.neutral_word) | dict.fromkeys(heard, anything)
-    rows.append(injector.embed("".join(words[part.name] if isinstance(part, Mention) else part for part in parts), {}))
+        text = own_prompt(prompt, own, dict.fromkeys(heard, anything))
+        silent = {name: replace(sounds[name], strength=0.0) for name in names_in(text)}
+        rows.append(injector.embed(text, silent | {own: sounds[own]}))
+    silent_word = injector.neutral_word
+    text = _PLACE.sub(lambda at: anything if at[1] in heard else PLACEHOLDER.sub(silent_word, at[0]), prompt)
+    rows.append(injector.embed(text, {}))
     return side_by_side(rows, injector.tokenizer.model_max_length)
+
+
+def own_prompt(prompt: str, own: str, words: Mapping[str, str]) -> str:
+    """The prompt of a sound's own strip: of sounds that are only joined it comes first, the others as `words` by name.
+
+    An adapter learns A* behind the same words each time; behind other sounds, or words for them, it says less.
+
+    >>> own_prompt("a photo of a <dog> and a <bell*0.5> at night", "bell", {"dog": "a thing"})
+    'a photo of a <bell*0.5> and a thing at night'
+    """
+
+    def own_first(run: re.Match[str]) -> str:
+        places = list(_PLACE.finditer(run[0]))
+        mine = [at[0] for at in places if at[1] == own]
+        rest = [words.get(at[1], at[0]) for at in places if at[1] != own]
+        texts = iter(mine + rest)
+        return _PLACE.sub(lambda _: next(texts), run[0]) if mine else run[0]
+
+    return _RUN.sub(own_first, prompt)
 
 
 def side_by_side(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -12,7 +12,7 @@ from aai.batching import Together, view_of
 from aai.errors import UserError
 from aai.inject import Sound
 from aai.painter import Painter
-from aai.regions import embed_in_regions, in_regions, side_by_side, strips, widened
+from aai.regions import embed_in_regions, in_regions, own_prompt, side_by_side, strips, widened
 from aai.sampling import PaintRequest
 from tests.aai.test_painter import pixels, sound
 
@@ -60,10 +60,15 @@ def test_each_sound_has_a_prompt_in_which_the_others_are_silent(painter: Painter
     a, b = (Sound(painter.hear(sound(number))) for number in (1, 2))
     found = embed_in_regions(injector, "<b> and <a*0.5> at night", {"a": a, "b": b}, "a clock")
     alone = [injector.embed(text, {name: one}) for text, name, one in
-             (("<b> and thing at night", "b", b), ("thing and <a*0.5> at night", "a", a))]  # fmt: skip
+             (("<b> and a clock at night", "b", b), ("<a*0.5> and a clock at night", "a", a))]  # fmt: skip
     assert torch.equal(found, torch.cat([*alone, injector.embed("a clock and a clock at night", {})], dim=1))
     three = embed_in_regions(injector, "<b>, <c> and <a>", {"a": a, "b": b, "c": Sound(a.tokens, 0)}, "a clock")
     assert torch.equal(three[:, -32:], injector.embed("a clock, thing and a clock", {}))
+    assert torch.equal(three[:, 32:64], injector.embed("<a>, a clock and thing", {"a": a}))
+    apart = embed_in_regions(injector, "a <b> at night, the <a*0.5> in rain", {"a": a, "b": b}, "a clock")
+    own = injector.embed("a thing at night, the <a*0.5> in rain", {"a": a})
+    assert torch.equal(apart[:, 32:64], own), "what stands between them may belong to either"
+    assert torch.equal(apart[:, 64:], injector.embed("a clock at night, a clock in rain", {})), "with its article"
     for text, silent in (("<b> and <a*0>", "<b> and thing"), ("<a*0> and <b*0>", "thing and thing")):
         given = {"b": b} if "<b>" in silent else {}
         found = embed_in_regions(injector, text, {"a": a, "b": b}, "a clock")
@@ -72,6 +77,26 @@ def test_each_sound_has_a_prompt_in_which_the_others_are_silent(painter: Painter
     assert torch.equal(twice, injector.embed("<a> and <a>", {"a": a}))
     with pytest.raises(UserError, match="has no placeholder <b>"):
         embed_in_regions(injector, "<a>", {"a": a, "b": b}, "a clock")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "own", "text"),
+    [
+        ("a photo of <a> and <b>", "a", "a photo of <a> and a thing"),
+        ("a photo of <a> and <b>", "b", "a photo of <b> and a thing"),
+        ("the <a>, a <b*.5> & an <c> in rain", "b", "a <b*.5>, a thing & a thing in rain"),
+        ("<a> next to <b>, beside <c>", "c", "<c> next to a thing, beside a thing"),
+        ("<a> WITH A <b>", "b", "A <b> WITH a thing"),
+        ("<a><b>", "b", "<b>a thing"),
+        ("<a> and <b> and <a>", "a", "<a> and <a> and a thing"),
+        ("<a> and <b> and <a>", "b", "<b> and a thing and a thing"),
+        ("<a> and <b> in rain and <c>", "c", "<a> and <b> in rain and <c>"),
+        ("<a> sand <b>", "b", "<a> sand <b>"),
+        ("<A> and <b>", "b", "<A> and <b>"),
+    ],
+)
+def test_a_sound_comes_first_of_those_that_are_only_joined(prompt: str, own: str, text: str) -> None:
+    assert own_prompt(prompt, own, dict.fromkeys("abc", "a thing")) == text
 
 
 def test_a_pooled_row_is_the_mean_of_all() -> None:
