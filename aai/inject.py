@@ -53,6 +53,27 @@ class Slots:
     places: list[tuple[Mention, range]]
     end: int
     """Position of the end-of-text token, whose hidden state is the prompt's pooled feature."""
+    before: list[str]
+    """The prompt's text before each of them, other sounds as `<name>`."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Where an adapter learned its sounds: in `prompt`, or behind a head that `head_pattern` matches."""
+
+    prompt: str
+    head_pattern: str
+
+    def place_of(self, name: str, before: str) -> str | None:
+        """A prompt with a sound in a place of learning, for one that stands behind this text; None where it does.
+
+        >>> Learned("a photo of <sound>", r"^a \\w+ of").place_of("dog", "a sketch of a house and ")
+        'a sketch of <dog>'
+        """
+        own = self.prompt.split("<sound>")[0].strip()
+        found = re.match(self.head_pattern, before)
+        head = (found.group().strip() if found else "") or own
+        return None if before.strip() in (own, head) else f"{head} <{name}>"
 
 
 def parse(prompt: str) -> list[str | Mention]:
@@ -93,6 +114,9 @@ class Injector:
     that the plain pipeline computes for the prompt with this word. Not for use from two threads at once.
     """
 
+    learned: Learned | None = None
+    """What `embed` knows of the sounds' training: A* says there what it learned wherever else a prompt has it."""
+
     def __init__(self, text_encoder: "CLIPTextModel", tokenizer: "CLIPTokenizer", neutral_word: str = "thing") -> None:
         self.text_encoder, self.tokenizer, self.neutral_word = text_encoder, tokenizer, neutral_word
         self.neutral_ids: list[int] = tokenizer(neutral_word, add_special_tokens=False).input_ids
@@ -125,11 +149,14 @@ class Injector:
         limit = int(self.tokenizer.model_max_length)
         ids: list[int] = [self.tokenizer.bos_token_id]
         places: list[tuple[Mention, range]] = []
+        before = [""]
         for part in parts:
             if isinstance(part, str):
                 ids += self.tokenizer(part, add_special_tokens=False).input_ids
+                before[-1] += part
                 continue
             places.append((part, range(len(ids), len(ids) + lengths[part.name])))
+            before.append(f"{before[-1]}<{part.name}>")
             ids += [self.neutral_ids[0]] * lengths[part.name]
         if any(at.stop > limit - 1 for _, at in places):
             raise UserError(
@@ -137,7 +164,7 @@ class Injector:
             )
         ids = [*ids[: limit - 1], self.tokenizer.eos_token_id]
         end = len(ids) - 1
-        return Slots(ids + [self.tokenizer.pad_token_id] * (limit - len(ids)), places, end)
+        return Slots(ids + [self.tokenizer.pad_token_id] * (limit - len(ids)), places, end, before[: len(places)])
 
     @contextmanager
     def _written(self, vectors: Tensor, where: Tensor) -> Iterator[None]:
@@ -181,8 +208,25 @@ class Injector:
         return torch.stack([share * self.said(prompt, sounds, level) for level, share in shares.items()]).sum(0)
 
     def said(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> Tensor:
-        """Prompt embedding [1, L, D_h] with the sounds of at least this strength, and the neutral word for others."""
-        return self.run(self.mixed(prompt, sounds, level)).last_hidden_state
+        """Prompt embedding [1, L, D_h] with the sounds of at least this strength, and the neutral word for others.
+
+        An adapter learns A* in one place, and behind other words the frozen encoder makes something else of it: so its
+        own states are those that it has where it was `learned`. The words around it hear it where it stands.
+        """
+        states, row = self.states(prompt, sounds, level)
+        found = states.clone()
+        for (mention, at), before in zip(row.places, row.before, strict=True):
+            home = self.learned.place_of(mention.name, before) if self.learned else None
+            if home:
+                there, alone = self.states(home, {mention.name: Sound(sounds[mention.name].tokens)}, 1.0)
+                ((_, own),) = alone.places
+                found[:, at.start : at.stop] = there[:, own.start : own.stop]
+        return found
+
+    def states(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> tuple[Tensor, Slots]:
+        """What the encoder makes of a prompt with the sounds of at least this strength, and where these stand."""
+        row = self.slots_of(prompt, sounds, level)
+        return self.run(self.mixed(row, sounds)).last_hidden_state, row
 
     def batch(self, prompts: Sequence[str], tokens: Tensor | None, name: str) -> tuple[Written, Tensor]:
         """What `encode` writes, and the positions [B] of the end-of-text tokens."""
@@ -200,8 +244,8 @@ class Injector:
         vectors = tokens.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1]))
         return Written(ids, vectors, source >= 0), ends
 
-    def mixed(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> Written:
-        """What `said` writes."""
+    def slots_of(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> Slots:
+        """A tokenised prompt with the sounds of at least this strength, and the neutral word for others."""
         parts: list[str | Mention] = [""]
         for part in parse(prompt):
             if isinstance(part, Mention) and part.strength * sounds[part.name].strength < level:
@@ -210,7 +254,10 @@ class Injector:
                 parts[-1] += part  # text is tokenised whole, as the plain pipeline does
             else:
                 parts.append(part)
-        row = self._slots(parts, {name: len(sound.tokens) for name, sound in sounds.items()})
+        return self._slots(parts, {name: len(sound.tokens) for name, sound in sounds.items()})
+
+    def mixed(self, row: Slots, sounds: Mapping[str, Sound]) -> Written:
+        """A tokenised prompt with its sounds' vectors."""
         ids = torch.tensor([row.ids], device=self.embedding.weight.device)
         vectors = self.embedding.weight.detach()[ids].clone()
         where = torch.zeros_like(ids, dtype=torch.bool)

@@ -24,7 +24,7 @@ from aai.errors import UserError
 from aai.foundation.clip import shared_clip
 from aai.foundation.identity import FoundationSpec
 from aai.foundation.loaders import load_diffusion
-from aai.inject import Sound, names_in
+from aai.inject import Learned, Sound, names_in
 from aai.media.still import eight_bit
 from aai.memory import in_halves
 from aai.parting import in_time
@@ -93,7 +93,7 @@ class Painter:
         self.pipe, self.aligner, self.adapter, self.vocabulary = pipe, aligner, adapter, vocabulary
         self.image_pipe = AutoPipelineForImage2Image.from_pipe(pipe)
         self.image_pipe.set_progress_bar_config(disable=True)
-        self.injector = injector_of(pipe, neutral_word)
+        self.injector = injector_of(pipe, neutral_word, Learned(prompt, head_pattern))
         self.device = pipe.unet.device
         self._heard: dict[str, Tensor] = {}
         self.guided_pipe: DiffusionPipeline | None = None

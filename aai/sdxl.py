@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aai.inject import Injector, Sound
+from aai.inject import Injector, Learned, Slots, Sound
 
 
 class DoubleInjector(Injector):
@@ -43,14 +43,15 @@ class DoubleInjector(Injector):
         rows = torch.arange(len(prompts), device=ends.device)
         return _packed(first, second), first.last_hidden_state[rows, ends]
 
-    def said(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> Tensor:
-        """See Injector: [1, L + 1, D]."""
+    def states(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> tuple[Tensor, Slots]:
+        """See Injector: [1, L + 1, D]. Both encoders cut words alike."""
         own, others = {}, {}
         for name, sound in sounds.items():
-            parts = self._split(sound.tokens)
-            own[name], others[name] = (Sound(part, sound.strength) for part in parts)
-        first = self.run(self.mixed(prompt, own, level), output_hidden_states=True)
-        return _packed(first, self.second.run(self.second.mixed(prompt, others, level), output_hidden_states=True))
+            own[name], others[name] = (Sound(part, sound.strength) for part in self._split(sound.tokens))
+        row, other = self.slots_of(prompt, own, level), self.second.slots_of(prompt, others, level)
+        first = self.run(self.mixed(row, own), output_hidden_states=True)
+        second = self.second.run(self.second.mixed(other, others), output_hidden_states=True)
+        return _packed(first, second), row
 
     def files(self, tokens: Tensor, name: str) -> dict[str, Tensor]:
         """By the names that such files have for this model: one tensor for each encoder."""
@@ -67,12 +68,13 @@ def _packed(first: Any, second: Any) -> Tensor:
     return torch.cat([states, pooled[:, None]], dim=1)
 
 
-def injector_of(parts: Any, neutral_word: str = "thing") -> Injector:
+def injector_of(parts: Any, neutral_word: str = "thing", learned: Learned | None = None) -> Injector:
     """The injector of a diffusion pipeline, or of its skeleton."""
-    first = Injector(parts.text_encoder, parts.tokenizer, neutral_word)
-    if getattr(parts, "text_encoder_2", None) is None:
-        return first
-    return DoubleInjector(first, Injector(parts.text_encoder_2, parts.tokenizer_2, neutral_word))
+    made = Injector(parts.text_encoder, parts.tokenizer, neutral_word)
+    if getattr(parts, "text_encoder_2", None) is not None:
+        made = DoubleInjector(made, Injector(parts.text_encoder_2, parts.tokenizer_2, neutral_word))
+    made.learned = learned
+    return made
 
 
 def pooled_dim(unet: nn.Module) -> int:

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from aai.errors import UserError
-from aai.inject import Injector, Mention, Sound, export_textual_inversion, parse, with_head
+from aai.inject import Injector, Learned, Mention, Sound, export_textual_inversion, parse, with_head
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,50 @@ def test_each_vector_stands_in_its_own_place(injector: Injector) -> None:
     torch.testing.assert_close(
         injector.embed("a photo of <dog> in <rain> and <dog> at night", dict(reversed(sounds.items()))), expected
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "place"),
+    [
+        ("", "a photo of <b>"),
+        ("a photo of ", None),
+        (" a photo of", None),
+        ("a sketch of", None),
+        ("a photo of a ", "a photo of <b>"),
+        ("a sketch of a house and", "a sketch of <b>"),
+        ("a nice photo of", "a photo of <b>"),
+        ("a photo of <a> and", "a photo of <b>"),
+    ],
+)
+def test_where_a_sound_was_learned(before: str, place: str | None) -> None:
+    assert Learned("a photo of <sound> there", r"^a \w+ of\b").place_of("b", before) == place
+
+
+def test_a_sound_that_was_learned_alone_has_nothing_before_it() -> None:
+    assert Learned("<sound> there", "").place_of("b", "") is None
+    assert Learned("<sound> there", "").place_of("b", "a photo of") == " <b>"
+
+
+def test_a_sound_says_what_it_learned_wherever_it_stands(pipe: StableDiffusionPipeline) -> None:
+    """Its own states are those of its place of learning; words hear it where it stands."""
+    free, bound = Injector(pipe.text_encoder, pipe.tokenizer), Injector(pipe.text_encoder, pipe.tokenizer)
+    bound.learned = Learned("a photo of <sound>", r"^a \w+ of\b")
+    a, b = Sound(tokens(free, 2)), Sound(tokens(free, 3), 0.5)
+    sounds = {"a": a, "b": b}
+    prompt = "a sketch of a dog and <a> in rain beside <b>"
+    row = free.slots(prompt, {"a": 2, "b": 3})
+    (_, first), (_, second) = row.places
+    expected = free.said(prompt, sounds, 0.5)
+    expected[:, first.start : first.stop] = free.embed("a sketch of <a>", {"a": a})[:, 4:6]
+    expected[:, second.start : second.stop] = free.embed("a sketch of <b>", {"b": Sound(b.tokens)})[:, 4:7]
+    assert torch.equal(bound.said(prompt, sounds, 0.5), expected)
+    assert not torch.allclose(expected, free.said(prompt, sounds, 0.5))
+    weaker = bound.embed(prompt, sounds)
+    torch.testing.assert_close(weaker, (expected + bound.said(prompt, sounds, 1.0)) / 2)
+    silent = {name: Sound(sound.tokens, 0.0) for name, sound in sounds.items()}
+    assert torch.equal(bound.embed(prompt, silent), plain(pipe, "a sketch of a dog and thing in rain beside thing"))
+    for usual in ("a photo of <a> in rain", "a sketch of <a>"):
+        assert torch.equal(bound.embed(usual, {"a": a}), free.embed(usual, {"a": a}))
 
 
 def test_a_batch_writes_each_rows_vectors_and_pools_at_its_end(injector: Injector) -> None:

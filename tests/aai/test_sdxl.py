@@ -108,6 +108,18 @@ def test_each_encoder_of_xl_hears_its_own_half(painters: dict[str, Painter]) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_behind_other_words_says_what_it_learned(painters: dict[str, Painter], kind: str) -> None:
+    injector = painters[kind].injector
+    one = {"a": Sound(torch.randn(2, injector.token_dim, generator=torch.Generator().manual_seed(0)))}
+    there, row = injector.states("a photo of the dog and <a>", one, 1.0)
+    ((_, at),) = row.places
+    found, learned = injector.embed("a photo of the dog and <a>", one), injector.embed("a photo of <a>", one)
+    assert torch.equal(found[:, at.start : at.stop], learned[:, 4:6])
+    others = [i for i in range(found.shape[1]) if i not in at]
+    assert torch.equal(found[:, others], there[:, others])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_adapter_trains_through_it(painters: dict[str, Painter], kind: str) -> None:
     pipe = load_diffusion(painters[kind].foundation)
     adapter = AudioAdapter(AdapterConfig(num_tokens=2, hidden_size=32, embed_dim=32, token_dim=WIDTHS[kind]), 1.0)

@@ -243,6 +243,31 @@ def graded(world: World, rows: Sequence[int], pictures: Sequence[Image.Image]) -
     return hits
 
 
+def test_a_sound_says_as_much_behind_other_words(world: World) -> None:
+    """Beside it A* as the encoder makes it there, and the clip's caption in the sound's place."""
+    rows, injector = world.single[:COUNT], world.painter.injector
+    bodies = [re.sub(world.painter.head_pattern, "", world.clips["caption"][row]).strip() for row in rows]
+    figures: dict[str, Any] = {}
+    for prompt in ("a nice old photo of <sound>", "a photo of a big <sound>", "a painting of the snow and <sound>"):
+        learned = injector.learned
+        kinds = {"sound": [world.asked(row, prompt=prompt, sound_parts=1) for row in rows]}
+        injector.learned = None
+        kinds["sound, as it stands"] = [world.asked(row, prompt=prompt, sound_parts=1) for row in rows]
+        injector.learned = learned
+        kinds["caption"] = [world.painter.embed_text([prompt.replace("<sound>", body)]) for body in bodies]
+        hits = {name: graded(world, rows, world.paint(embeds)) for name, embeds in kinds.items()}
+        figures[prompt] = {name: {kind: share(found[kind].tolist()) for kind in ("object", "uncaptioned")}
+                           for name, found in hits.items()}  # fmt: skip
+        for kind in ("object", "uncaptioned"):
+            figures[prompt][f"{kind} gained"] = paired_difference(
+                hits["sound"][kind], hits["sound, as it stands"][kind]
+            )
+    told("elsewhere", figures)
+    for found in figures.values():
+        assert found["object gained"]["ci95"][0] > -0.03
+        assert found["sound"]["object"]["share"] >= 0.9 * found["caption"]["object"]["share"]
+
+
 def test_l5_a_cue_brings_the_picture_nearer_to_the_true_one(world: World) -> None:
     """By the mean of four seeds of each sound; nothing else may fall."""
     rows = world.single[:COUNT]
