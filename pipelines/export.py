@@ -8,6 +8,7 @@ OUT/NAME.safetensors holds the word <NAME>; in Python, without this package:
     pipe.load_textual_inversion("tokens/dog.safetensors", token="<dog>")
     pipe("a photo of <dog>")
 
+Right behind the words it was learned with, as here: elsewhere in a prompt plain diffusers makes something else of it.
 Stable Diffusion XL takes the file's tensors one by one: clip_l into text_encoder, clip_g into text_encoder_2.
 """
 
