@@ -70,10 +70,10 @@ class Learned:
         >>> Learned("a photo of <sound>", r"^a \\w+ of").place_of("dog", "a sketch of a house and ")
         'a sketch of <dog>'
         """
-        own = self.prompt.split("<sound>")[0].strip()
-        found = re.match(self.head_pattern, before)
+        own, text = (" ".join(part.lower().split()) for part in (self.prompt.split("<sound>")[0], before))
+        found = re.match(self.head_pattern, text.split("<")[0], re.IGNORECASE)  # other sounds are no part of a head
         head = (found.group().strip() if found else "") or own
-        return None if before.strip() in (own, head) else f"{head} <{name}>"
+        return None if text in (own, head) else f"{head} <{name}>"
 
 
 def parse(prompt: str) -> list[str | Mention]:
@@ -205,22 +205,29 @@ class Injector:
         shares = {level: level - below for below, level in pairwise(levels)}
         if levels[-1] != 1:
             shares[math.inf] = 1 - levels[-1]  # no sound has a say
-        return torch.stack([share * self.said(prompt, sounds, level) for level, share in shares.items()]).sum(0)
+        homes: dict[str, Tensor] = {}
+        said = [share * self.said(prompt, sounds, level, homes) for level, share in shares.items()]
+        return torch.stack(said).sum(0)
 
-    def said(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> Tensor:
+    def said(
+        self, prompt: str, sounds: Mapping[str, Sound], level: float, homes: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """Prompt embedding [1, L, D_h] with the sounds of at least this strength, and the neutral word for others.
 
         An adapter learns A* in one place, and behind other words the frozen encoder makes something else of it: so its
         own states are those that it has where it was `learned`. The words around it hear it where it stands.
+        homes: such states by their prompts, which other levels need again.
         """
         states, row = self.states(prompt, sounds, level)
-        found = states.clone()
+        found, homes = states.clone(), {} if homes is None else homes
         for (mention, at), before in zip(row.places, row.before, strict=True):
             home = self.learned.place_of(mention.name, before) if self.learned else None
-            if home:
+            if home and home not in homes:
                 there, alone = self.states(home, {mention.name: Sound(sounds[mention.name].tokens)}, 1.0)
                 ((_, own),) = alone.places
-                found[:, at.start : at.stop] = there[:, own.start : own.stop]
+                homes[home] = there[:, own.start : own.stop]
+            if home:
+                found[:, at.start : at.stop] = homes[home]
         return found
 
     def states(self, prompt: str, sounds: Mapping[str, Sound], level: float) -> tuple[Tensor, Slots]:

@@ -192,7 +192,7 @@ class Painter:
 
     def _mixed(self, prompt: str, sounds: Mapping[str, Sound], mixing: Mixing) -> Tensor:
         if mixing == "regions":
-            anything = self.vocabulary.any_object if self.vocabulary else self.injector.neutral_word
+            anything = self.vocabulary.any_object if self.vocabulary else f"a {self.injector.neutral_word}"
             return embed_in_regions(self.injector, prompt, sounds, anything)
         return self.injector.embed(prompt, sounds)
 

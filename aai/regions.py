@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from aai.errors import UserError
-from aai.inject import Injector, Mention, Sound, check_names, names_in, parse
+from aai.inject import Injector, Learned, Mention, Sound, check_names, names_in, parse
 from aai.sounds import PLACEHOLDER
 
 _PLACE = re.compile(rf"(?:\b(?i:an?|the)\s+)?{PLACEHOLDER.pattern}")
@@ -41,7 +41,7 @@ def embed_in_regions(injector: Injector, prompt: str, sounds: Mapping[str, Sound
         return injector.embed(prompt, sounds)
     rows = []
     for own in heard:
-        text = own_prompt(prompt, own, dict.fromkeys(heard, anything))
+        text = own_prompt(prompt, own, dict.fromkeys(heard, anything), injector.learned)
         silent = {name: replace(sounds[name], strength=0.0) for name in names_in(text)}
         rows.append(injector.embed(text, silent | {own: sounds[own]}))
     silent_word = injector.neutral_word
@@ -50,21 +50,23 @@ def embed_in_regions(injector: Injector, prompt: str, sounds: Mapping[str, Sound
     return side_by_side(rows, injector.tokenizer.model_max_length)
 
 
-def own_prompt(prompt: str, own: str, words: Mapping[str, str]) -> str:
+def own_prompt(prompt: str, own: str, words: Mapping[str, str], learned: Learned | None = None) -> str:
     """The prompt of a sound's own strip: of sounds that are only joined it comes first, the others as `words` by name.
 
-    An adapter learns A* behind the same words each time; behind other sounds, or words for them, it says less.
+    An adapter learns A* behind the same words each time; behind other sounds, or words for them, it says less. Words
+    right before the first sound, but for those it was `learned` behind, are that sound's own: then all stay in place.
 
     >>> own_prompt("a photo of a <dog> and a <bell*0.5> at night", "bell", {"dog": "a thing"})
     'a photo of a <bell*0.5> and a thing at night'
     """
 
     def own_first(run: re.Match[str]) -> str:
-        places = list(_PLACE.finditer(run[0]))
-        mine = [at[0] for at in places if at[1] == own]
-        rest = [words.get(at[1], at[0]) for at in places if at[1] != own]
-        texts = iter(mine + rest)
-        return _PLACE.sub(lambda _: next(texts), run[0]) if mine else run[0]
+        before, places = prompt[: run.start()], list(_PLACE.finditer(run[0]))
+        mine = sorted((at for at in places if at[1] == own), key=lambda at: float(at[2] or 1) == 0)  # silent ones last
+        if not mine or (learned and before.strip() and learned.place_of(own, before)):
+            return run[0]
+        texts = iter([at[0] for at in mine] + [words.get(at[1], at[0]) for at in places if at[1] != own])
+        return _PLACE.sub(lambda _: next(texts), run[0])
 
     return _RUN.sub(own_first, prompt)
 

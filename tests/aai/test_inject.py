@@ -88,6 +88,8 @@ def test_each_vector_stands_in_its_own_place(injector: Injector) -> None:
         ("a photo of a ", "a photo of <b>"),
         ("a sketch of a house and", "a sketch of <b>"),
         ("a nice photo of", "a photo of <b>"),
+        ("A Sketch  of", None),
+        (" A sketch of a house, ", "a sketch of <b>"),
         ("a photo of <a> and", "a photo of <b>"),
     ],
 )
@@ -98,6 +100,25 @@ def test_where_a_sound_was_learned(before: str, place: str | None) -> None:
 def test_a_sound_that_was_learned_alone_has_nothing_before_it() -> None:
     assert Learned("<sound> there", "").place_of("b", "") is None
     assert Learned("<sound> there", "").place_of("b", "a photo of") == " <b>"
+
+
+def test_other_sounds_are_no_part_of_a_head(pipe: StableDiffusionPipeline) -> None:
+    injector = Injector(pipe.text_encoder, pipe.tokenizer)
+    injector.learned = Learned("a photo of <sound>", "^.* of")
+    sounds = {"a": Sound(tokens(injector, 1)), "b": Sound(tokens(injector, 2))}
+    assert injector.learned.place_of("b", "a photo of <a> made of old") == "a photo of <b>"
+    assert injector.embed("a photo of <a> made of old <b> on top of <a>", sounds).shape[0] == 1
+
+
+def test_a_place_of_learning_is_encoded_once_for_all_strengths(pipe: StableDiffusionPipeline) -> None:
+    injector, runs = Injector(pipe.text_encoder, pipe.tokenizer), []
+    injector.learned = Learned("a photo of <sound>", r"^a \w+ of")
+    hook = pipe.text_encoder.register_forward_hook(lambda *_: runs.append(1))
+    injector.embed(
+        "<a*0.2> <a*0.4> <b*0.6> <a*0.8>", {"a": Sound(tokens(injector, 1)), "b": Sound(tokens(injector, 1))}
+    )
+    hook.remove()
+    assert len(runs) == 5 + 2, "one for each strength and the plain prompt, one for each sound"
 
 
 def test_a_sound_says_what_it_learned_wherever_it_stands(pipe: StableDiffusionPipeline) -> None:

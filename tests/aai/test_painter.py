@@ -259,13 +259,13 @@ def test_several_edits_of_one_request_have_seeds_of_their_own(painter: Painter) 
 def test_edit_says_what_is_heard_and_stylize_what_is_shown_in_the_others_ambience(painter: Painter, verb: str) -> None:
     pictures = [Image.new("RGB", (64, 64), color) for color in ("white", "black")]
     sounds = [sound(1), sound(2)]
-    embeds, _ = painter.embed_repaint(verb, sounds, pictures, "<sound> at night")
+    embeds, _ = painter.embed_repaint(verb, sounds, pictures, "a photo of <sound> at night")
     concepts, shown = painter.concepts, painter.concepts.clip.images(pictures)
     for row, audio, picture in zip(embeds, sounds, shown, strict=True):
         both = [(painter.listen(audio), picture[None], 1.0), (picture[None], painter.listen(audio), STYLE)]
         expected, swapped = (
             painter.injector.encode(
-                ["<sound> at night"],
+                ["a photo of <sound> at night"],
                 painter.adapter(concepts.move(mine, "ambiences", concepts.read(others, "ambiences"), amount)),
             )[0][0]
             for mine, others, amount in (both if verb == "edit" else reversed(both))
@@ -282,8 +282,8 @@ def test_the_old_prompt_says_what_the_picture_shows(painter: Painter, verb: str)
     wanted = concepts.move(painter.listen(audio), "ambiences", concepts.read(shown, "ambiences"))
     edited = concepts.move(wanted, "objects", concepts.read(shown, "objects"))
     now = edited if verb == "edit" else shown
-    _, source = painter.embed_repaint(verb, [audio], [picture], "<sound> at night")
-    expected = painter.injector.encode(["<sound> at night"], painter.adapter(now))[0]
+    _, source = painter.embed_repaint(verb, [audio], [picture], "a photo of <sound> at night")
+    expected = painter.injector.encode(["a photo of <sound> at night"], painter.adapter(now))[0]
     torch.testing.assert_close(source, expected.detach(), atol=1e-4, rtol=0)
 
 

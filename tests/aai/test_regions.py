@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 
 from aai.batching import Together, view_of
 from aai.errors import UserError
-from aai.inject import Sound
+from aai.inject import Learned, Sound
 from aai.painter import Painter
 from aai.regions import embed_in_regions, in_regions, own_prompt, side_by_side, strips, widened
 from aai.sampling import PaintRequest
@@ -97,6 +97,22 @@ def test_each_sound_has_a_prompt_in_which_the_others_are_silent(painter: Painter
 )
 def test_a_sound_comes_first_of_those_that_are_only_joined(prompt: str, own: str, text: str) -> None:
     assert own_prompt(prompt, own, dict.fromkeys("abc", "a thing")) == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("A photo of a <a> and a <b>", "A photo of a <b> and a thing"),
+        ("a photo of <a*0> and <b*0>, <b>", "a photo of <b> and <b*0>, a thing"),
+        ("<a>, <b>", "<b>, a thing"),
+        ("a photo of a big <a> and <b>", None),
+        ("two <a> and a <b>", None),
+        ("vitamin-a <a>, <b>", None),
+    ],
+)
+def test_words_before_the_first_sound_stay_its_own(prompt: str, text: str | None) -> None:
+    learned = Learned("a photo of <sound>", r"^a \w+ of\b")
+    assert own_prompt(prompt, "b", {"a": "a thing"}, learned) == (text or prompt)
 
 
 def test_a_pooled_row_is_the_mean_of_all() -> None:
