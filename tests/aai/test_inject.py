@@ -101,6 +101,7 @@ def test_a_sound_that_was_learned_alone_has_nothing_before_it() -> None:
     assert Learned("<sound> there", "").place_of("b", "") is None
     assert Learned("<sound> there", "").place_of("b", "a photo of") == " <b>"
     assert Learned("<sound>", "^The Noise of").place_of("b", "the noise of") is None, "a pattern of any case"
+    assert Learned("a photo of <sound>", "^a photo").place_of("b", "a photo of") is None, "more than a head"
 
 
 def test_other_sounds_are_no_part_of_a_head(pipe: StableDiffusionPipeline) -> None:

@@ -73,6 +73,8 @@ def test_each_sound_has_a_prompt_in_which_the_others_are_silent(painter: Painter
         given = {"b": b} if "<b>" in silent else {}
         found = embed_in_regions(injector, text, {"a": a, "b": b}, "a clock")
         assert torch.equal(found, injector.embed(silent, given))
+    big = embed_in_regions(injector, "a big <a> and <b>", {"a": a, "b": b}, "a clock")
+    assert torch.equal(big[:, 32:64], injector.embed("a big thing and <b>", {"b": b})), "words before a stay its own"
     twice = embed_in_regions(injector, "<a> and <a>", {"a": a}, "a clock")
     assert torch.equal(twice, injector.embed("<a> and <a>", {"a": a}))
     with pytest.raises(UserError, match="has no placeholder <b>"):
